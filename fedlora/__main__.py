@@ -1,0 +1,141 @@
+"""The commands. Light at the top: `fedlora --help` must not wait for torch."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import ConfigError, FedloraError
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning: strategies that are exact where they say so, runs that resume.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+DOTTED = {"allow_extra_args": True, "ignore_unknown_options": True}
+Text = str | None
+Number = int | None
+
+
+@app.command(context_settings=DOTTED)
+def simulate(
+    context: typer.Context,
+    clients: Annotated[Number, typer.Option(help="Clients there are.")] = None,
+    rounds: Annotated[Number, typer.Option(help="Federated rounds.")] = None,
+    cohort: Annotated[Number, typer.Option(help="Clients asked in a round.")] = None,
+    strategy: Annotated[Text, typer.Option(help="Name (see fedlora strategies) or package.module:Class.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the strategy, key=value; repeatable.")] = None,
+    model: Annotated[Text, typer.Option(help="Folder or hub id of the base model.")] = None,
+    data: Annotated[Text, typer.Option(help="File, 'pattern*.jsonl' (a file a client), folder or hub id.")] = None,
+    eval_data: Annotated[Text, typer.Option(help="The same, for the global evaluation.")] = None,
+    partition: Annotated[Text, typer.Option(help="iid, dirichlet:0.5, labels:2, natural:COLUMN, size:SKEW.")] = None,
+    engine: Annotated[Text, typer.Option(help="auto, serial or flower.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
+    seed: Annotated[Number, typer.Option(help="Of every random draw.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<time>-<strategy>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+) -> None:
+    """Run a federation on this machine. Every setting of `fedlora settings` is an option too: --train.lr 2e-3."""
+    flags = {
+        "clients": clients,
+        "rounds": rounds,
+        "cohort": cohort,
+        "strategy": strategy,
+        "model.path": model,
+        "data.path": data,
+        "data.eval": eval_data,
+        "data.partition": partition,
+        "engine": engine,
+        "seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    given |= {f"option.{key}": value for key, value in map(pair, option or ())} | dotted(context.args)
+    if resume and (config or out):
+        raise ConfigError("--resume takes its settings and folder from the run; leave --config and --out away")
+    from .simulate import simulate
+
+    simulate(config, given, out, resume)
+
+
+@app.command()
+def strategies() -> None:
+    """The catalogue: every strategy with its declared properties and its paper."""
+    from .tables import strategies
+
+    strategies()
+
+
+@app.command()
+def settings() -> None:
+    """Every setting there is, with its default and meaning."""
+    from .tables import settings
+
+    settings()
+
+
+@app.command(context_settings=DOTTED)
+def evaluate(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A run directory.")],
+    eval_data: Annotated[Text, typer.Option(help="Other data than the run's own evaluation.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Evaluate the adapter that a run delivered, beside its base model."""
+    given = dotted(context.args) | ({"data.eval": eval_data} if eval_data else {})
+    from .simulate import evaluate
+
+    evaluate(folder, given, json)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """`key=value` as a pair."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f'--option {text}: write it as key=value')
+    return key.strip(), value.strip()
+
+
+def dotted(words: Sequence[str]) -> dict[str, Any]:
+    """Settings by their dotted keys: `--lora.rank 16`, `--lora.rank=16`, or `--lora.rslora` alone for true."""
+    given: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f'"{word}" belongs to no option; settings are written --train.lr 2e-3')
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        given[key] = value
+    return given
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one sentence and exit code 1, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.path.insert(0, os.getcwd())  # where a user's own strategy lies
+    try:
+        app()
+    except FedloraError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Which strategies there are: a built-in by the file it lies in, a stranger's by entry point or dotted path."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import getdoc, isabstract, signature
+from pkgutil import iter_modules
+from typing import Any, get_type_hints
+
+from . import strategies  # type: ignore[attr-defined]
+from .errors import StrategyError, nearest
+from .strategy import Strategy
+
+GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the catalogue."""
+
+    name: str  # what `--strategy` takes
+    cls: type[Strategy[Any]]
+
+    @property
+    def doc(self) -> str:
+        """The paper: the docstring of the file the strategy lies in."""
+        return sys.modules[self.cls.__module__].__doc__ or getdoc(self.cls) or ""
+
+    @property
+    def title(self) -> str:
+        """How the paper calls it: the docstring up to its first colon."""
+        return self.doc.split(":", 1)[0].strip() if ":" in self.doc.split("\n", 1)[0] else self.cls.__name__
+
+    @property
+    def paper(self) -> str:
+        """The first address in the docstring."""
+        return next((word.rstrip(".,)") for word in self.doc.split() if word.startswith("https://")), "")
+
+    @property
+    def options(self) -> str:
+        """The strategy's own options, as `name=default`."""
+        if not is_dataclass(self.cls):
+            return ""
+        return ", ".join(f"{f.name}={f.default}" for f in fields(self.cls))
+
+
+def catalogue() -> Iterator[Entry]:
+    """Every strategy that has a name: the files of `strategies/`, then the entry points of what is installed."""
+    for module in sorted(m.name for m in iter_modules(strategies.__path__)):
+        for cls in _strategies_in(f"{strategies.__name__}.{module}"):
+            yield Entry(module, cls)
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        yield Entry(point.name, point.load())
+
+
+def find(spec: str) -> type[Strategy[Any]]:
+    """The class that `spec` names: `fedavg`, `FedIT`, `fedavg:FedAvg`, an entry point, `my_package.my_module:MyStrategy`."""
+    module, colon, name = spec.partition(":")
+    if not colon:
+        return _by_name(spec)
+    builtin = {m.name for m in iter_modules(strategies.__path__)}
+    module = f"{strategies.__name__}.{module}" if module in builtin else module
+    try:
+        found = getattr(import_module(module), name)
+    except ModuleNotFoundError as e:
+        raise StrategyError(
+            f'strategy "{spec}": no module named "{e.name}"; run from its folder, or add that folder to PYTHONPATH'
+        ) from e
+    except AttributeError as e:
+        there = [n for n, v in vars(sys.modules[module]).items() if isinstance(v, type)]
+        raise StrategyError(f'strategy "{spec}": {module} has no class "{name}"; {nearest(name, there)}') from e
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise StrategyError(f'strategy "{spec}": {name} is not a subclass of fedlora.strategy.Strategy')
+    return found
+
+
+def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]:
+    """The strategy with its options, refused where it has none of that name or of that type."""
+    if isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise StrategyError(f"strategy {cls.__name__} does not define {missing}")
+    known = signature(cls).parameters
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in options.items():
+        if name not in known:
+            raise StrategyError(f'strategy {cls.__name__} has no option "{name}"; {nearest(name, known)}')
+        values[name] = _typed(f"option {name} of strategy {cls.__name__}", value, hints.get(name, Any))
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as e:
+        raise StrategyError(f"strategy {cls.__name__} cannot be built: {e}") from e
+
+
+def _typed(where: str, value: Any, kind: Any) -> Any:
+    """The value as the annotated type; a word from the command line may become a number."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise StrategyError(f"{where} = {value!r}: {e.errors()[0]['msg']}") from e
+
+
+def _by_name(name: str) -> type[Strategy[Any]]:
+    def plain(word: str) -> str:
+        return "".join(c for c in word.lower() if c.isalnum())
+
+    known = {}
+    for entry in catalogue():
+        for alias in (entry.name, entry.cls.__name__, entry.title):
+            known.setdefault(plain(alias), entry)
+    if plain(name) in known:
+        return known[plain(name)].cls
+    names = {e.name for e in known.values()}
+    raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is named package.module:Class')
+
+
+def _strategies_in(module: str) -> Iterator[type[Strategy[Any]]]:
+    """The strategies a file defines; a wrapper, which has a field `inner`, is not one by itself."""
+    for cls in vars(import_module(module)).values():
+        ours = isinstance(cls, type) and issubclass(cls, Strategy) and cls.__module__ == module
+        if ours and "inner" not in getattr(cls, "__dataclass_fields__", {}):
+            yield cls

@@ -1,0 +1,143 @@
+"""A run's state on disk: safetensors with its structure as JSON beside it, written whole or not at all, never pickled."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from .errors import CheckpointError
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a finished round left."""
+
+    round: int
+    state: Any
+    record: dict[str, Any]  # the round's line in rounds.jsonl
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the round's checkpoint, then drop those before the previous one. Raises `CheckpointError` on a full disk."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack({"state": checkpoint.state, "record": checkpoint.record}, tensors)
+    metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree)}
+    write(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
+    for old in list(_rounds(folder))[:-2]:
+        old.unlink(missing_ok=True)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or none."""
+    for path in reversed(list(_rounds(folder))):
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError):
+            continue  # cut short by a crash of the disk: the one before it is whole
+    return None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        size = len(content) / 1e6
+        raise CheckpointError(
+            f"{path} ({size:.1f} MB) could not be written: {e.strerror}; what was there is untouched: "
+            f"make room, then go on with fedlora simulate --resume {path.parent.parent}"
+        ) from e
+
+
+def pack(value: Any) -> tuple[dict[str, Tensor], str]:
+    """A tree of LoRAs, tensors and plain values as named tensors, and its structure as JSON."""
+    tensors: dict[str, Tensor] = {}
+    return tensors, json.dumps(_pack(value, tensors))
+
+
+def _rounds(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob(f"round-*{SUFFIX}"))
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata()
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    tree = _unpack(json.loads(metadata["tree"]), tensors)
+    return Checkpoint(int(metadata["round"]), tree["state"], tree["record"])
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value: plain ones as they are, all others as a list that opens with what they are."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().contiguous().clone()  # clone: safetensors refuses tensors that share memory
+        return ["tensor", name]
+    if isinstance(value, Mapping):
+        return ["dict", [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]]
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return ["dataclass", kind, {f.name: _pack(getattr(value, f.name), tensors) for f in fields(value)}]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return ["namedtuple", kind, [_pack(v, tensors) for v in value]]
+    if isinstance(value, tuple | list):
+        return [type(value).__name__, [_pack(v, tensors) for v in value]]
+    raise CheckpointError(f"a strategy's state holds a {kind}; it may hold LoRA, tensors, plain values and tuples of these")
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(tree, list):
+        return tree
+    match tree:
+        case ["tensor", name]:
+            return tensors[name]
+        case ["dict", items]:
+            return {_unpack(k, tensors): _unpack(v, tensors) for k, v in items}
+        case ["tuple", items]:
+            return tuple(_unpack(v, tensors) for v in items)
+        case ["list", items]:
+            return [_unpack(v, tensors) for v in items]
+        case ["dataclass", kind, values]:
+            return _type(kind)(**{k: _unpack(v, tensors) for k, v in values.items()})
+        case ["namedtuple", kind, items]:
+            return _type(kind)(*(_unpack(v, tensors) for v in items))
+    raise ValueError(f"a checkpoint holds {tree[0]!r}, which this version does not know")
+
+
+def _type(kind: str) -> Any:
+    """A dataclass or named tuple by name, of a module that the run has loaded already: a file runs no code."""
+    module, _, name = kind.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and (is_dataclass(found) or issubclass(found, tuple))):
+        raise CheckpointError(f"the checkpoint holds a {kind}, which the strategy of this run does not define")
+    return found

@@ -1,0 +1,186 @@
+"""One validated config: the same dotted keys in a TOML file, on the command line and in Flower's run config.
+
+The sections are frozen dataclasses; a field's annotation holds its limits and, as a plain string, what it means.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from annotated_types import Ge, Gt, Lt
+
+from .errors import ConfigError, nearest
+from .rounds import Policy
+from .strategy import Training
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    path: Annotated[str, "folder or hub id; empty: the small one that comes with fedlora"] = ""
+    revision: Annotated[str, "of a hub id"] = ""
+    task: Annotated[Literal["auto", "lm", "classify", "image"], "auto: by the columns of the data"] = "auto"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], "of the base; adapters are float32"] = "float32"
+    quantize: Annotated[Literal["none", "8bit", "4bit"], "of the base, by bitsandbytes on a GPU"] = "none"
+    head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
+    max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
+    device: Annotated[str, "auto: a GPU where there is one"] = "auto"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter that every client trains."""
+
+    rank: Annotated[int, Ge(1), "r"] = 8
+    alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
+    rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
+    dropout: Annotated[float, Ge(0), Lt(1), "of the adapter's input"] = 0.0
+    targets: Annotated[Names, "modules to adapt, by the end of their names; empty: PEFT's choice for the model"] = ()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Whose examples are whose."""
+
+    path: Annotated[str, "file, pattern (one file a client), datasets folder or hub id; empty: Python's library"] = ""
+    eval: Annotated[str, "the same, for the global evaluation"] = ""
+    partition: Annotated[str, "auto, iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"] = "auto"
+    holdout: Annotated[float, Ge(0), Lt(1), "share of each client's examples kept for its own evaluation"] = 0.0
+    eval_share: Annotated[float, Ge(0), Lt(1), "share of all examples kept for the global one, without data.eval"] = 0.1
+    limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
+    text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()
+    label: Annotated[str, "label column"] = ""
+    prompt: Annotated[str, "prompt column; the loss is on the response"] = ""
+    response: Annotated[str, "response column"] = ""
+    messages: Annotated[str, "chat column; the loss is on the assistant's turns"] = ""
+    image: Annotated[str, "image column: files or image data"] = ""
+    labels: Annotated[Names, "names of the classes in order; empty: as found in the data"] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, complete: what `config.toml` in a run directory holds."""
+
+    strategy: Annotated[str, "name from `fedlora strategies`, or package.module:Class"] = "fedavg"
+    option: Annotated[dict[str, bool | int | float | str], "the strategy's own options"] = field(default_factory=dict)
+    clients: Annotated[int, Ge(0), "0: one a file or natural id, else 50"] = 0
+    rounds: Annotated[int, Ge(1), "federated rounds"] = 10
+    cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2"] = 0
+    seed: Annotated[int, Ge(0), "of every random draw"] = 0
+    engine: Annotated[Literal["auto", "serial", "stacked", "flower"], "where clients run"] = "auto"
+    threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: Training = field(default_factory=Training)
+    server: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dotted key, for the table of all settings."""
+
+    key: str
+    default: Any
+    kind: Any
+    help: str
+
+
+def settings(section: type = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every dotted key there is, with its default and meaning."""
+    hints = get_type_hints(section, include_extras=True)
+    for f in fields(section):
+        if is_dataclass(hints[f.name]):
+            yield from settings(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            kind, *notes = get_args(hints[f.name])
+            default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+            help = next(n for n in notes if isinstance(n, str))
+            yield Setting(prefix + f.name, default, kind, help)
+
+
+def build(*layers: Mapping[str, Any]) -> Config:
+    """The config from flat layers of dotted keys, later ones over earlier ones.
+
+    Raises `ConfigError` naming the key, with its nearest neighbour where it is unknown.
+    """
+    known = {s.key: s for s in settings()}
+    flat: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in known and not key.startswith("option."):
+                raise ConfigError(f'unknown key "{key}"; {nearest(key, known)}')
+            if key in known and known[key].kind == Names and isinstance(value, str):
+                value = [word.strip() for word in value.split(",") if word.strip()]
+            flat[key] = value
+    return _validate(flat)
+
+
+def _validate(flat: Mapping[str, Any]) -> Config:
+    from pydantic import TypeAdapter, ValidationError
+
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        at = nested
+        *sections, name = key.split(".", 1) if key.count(".") else [key]
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[name] = value
+    try:
+        return TypeAdapter(Config).validate_python(nested)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:2] if "." not in str(part))
+        raise ConfigError(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from e
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The config as dotted keys; the inverse of `build`."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        elif isinstance(value, dict):
+            flat |= {f"{prefix}{f.name}.{k}": v for k, v in value.items()}
+        else:
+            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The dotted keys of a TOML file, sections and dots alike."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}; give --config a TOML file") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not TOML: {e}") from e
+
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(tree, ""))
+
+
+def dumps(config: Config) -> str:
+    """The config as a TOML file that makes the same run again."""
+    import tomli_w
+
+    tree: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        section, dot, name = key.partition(".")
+        if dot:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[key] = value
+    return tomli_w.dumps(tree)

@@ -1,0 +1,135 @@
+"""What a person sees of a run: a line a round, with a moving one below it on a terminal, then where everything is."""
+
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from .catalogue import Entry
+from .folder import RunFolder
+from .metrics import headline
+from .run import Setup
+from .strategy import Strategy
+
+COLUMNS = (
+    ("round", 9),
+    ("clients", 8),
+    ("train loss", 11),
+    ("evaluation", 18),
+    ("worst client", 13),
+    ("up", 9),
+    ("down", 9),
+    ("seconds", 8),
+    ("left", 8),
+)
+
+
+class Screen:
+    """A `Show` on a console; plain lines where it is not a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._rounds = self._cohort = self._answers = self._number = 0
+        self._before: Mapping[str, float] = {}
+        self._last: Mapping[str, Any] | None = None
+        self._seconds: list[float] = []
+        self._began = time.monotonic()
+        self._status: Status | None = None
+
+    def started(self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int) -> None:
+        config, model = setup.config, setup.model
+        self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
+        matrices = [*setup.start.A.values(), *setup.start.B.values(), *setup.start.H.values()]
+        trained, of = sum(t.numel() for t in matrices), sum(p.numel() for p in model.net.parameters())
+        name = Entry(config.strategy, type(getattr(strategy, "inner", strategy))).title
+        self.say(
+            f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "
+            f"adapter of {trained:,} numbers on a model of {of:,}; engine {config.engine}, seed {config.seed}"
+        )
+        if before:
+            self.say("before training: " + ", ".join(f"{k} {v:.4g}" for k, v in before.items()))
+        if done:
+            self.say(f"resumed after round {done} of {config.rounds}")
+        self.say("".join(name.rjust(width) for name, width in COLUMNS))
+        if self._console.is_terminal:
+            self._status = Status("", console=self._console)
+            self._status.start()
+            self._wait()
+
+    def answered(self, client: int) -> None:
+        self._answers += 1
+        self._wait()
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        self._number, self._answers, self._last = record["round"], 0, record
+        self._seconds.append(record["seconds"])
+        left = median(self._seconds[-5:]) * (self._rounds - self._number)
+        loss = "skipped" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+        cells = (
+            f"{record['round']}/{self._rounds}",
+            f"{record['answered']}/{record['clients']}",
+            loss,
+            metric(record["eval"]),
+            f"{record['eval_clients']['worst']:.4g}" if record["eval_clients"] else "",
+            size(record["bytes_up"]),
+            size(record["bytes_down"]),
+            f"{record['seconds']:.1f}",
+            f"{left:.0f} s",
+        )
+        self.say("".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
+        self._wait()
+
+    def finished(self, folder: RunFolder, stopped: bool) -> None:
+        self.close()
+        records = folder.records()
+        if stopped and records:
+            self.say(f"stopped early after round {records[-1]['round']} of {self._rounds}: no lower loss")
+        after = next((r["eval"] for r in reversed(records) if r["eval"]), None)
+        if after:
+            name, _ = headline(after)
+            was = f"{self._before[name]:.4g} before, " if name in self._before else ""
+            self.say(f"{name}: {was}{after[name]:.4g} after, in {time.monotonic() - self._began:.0f} s")
+        clients = next((r["eval_clients"] for r in reversed(records) if r["eval_clients"]), None)
+        if clients:
+            self.say(
+                f"per client on its own held-out examples: {clients['metric']} mean {clients['mean']:.4g}, "
+                f"worst {clients['worst']:.4g} (client {clients['worst_client']}), std {clients['std']:.3g}"
+            )
+        self.say(f"adapter: {folder.adapter}")
+        self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
+        self.say(f"curves: tensorboard --logdir {folder.path}")
+
+    def close(self) -> None:
+        """Take the moving line away."""
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    def _wait(self) -> None:
+        if self._status:
+            if self._number == self._rounds:
+                self._status.update("writing the adapter")
+            else:
+                self._status.update(f"round {self._number + 1}: {self._answers} of {self._cohort} clients answered")
+
+
+def metric(values: Mapping[str, float] | None) -> str:
+    """The headline of an evaluation: `perplexity 17.32`."""
+    if not values:
+        return ""
+    name, _ = headline(values)
+    return f"{name} {values[name]:.4g}"
+
+
+def size(n: int) -> str:
+    """Bytes for people: `1.2 MB`."""
+    for unit, over in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= over:
+            return f"{n / over:.1f} {unit}"
+    return f"{n} B"

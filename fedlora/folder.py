@@ -1,0 +1,103 @@
+"""A run directory: config.toml, rounds.jsonl, checkpoint/, adapter/, TensorBoard events; resumed after any crash."""
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, config
+from .checkpoint import Checkpoint
+from .config import Config
+from .errors import CheckpointError, ConfigError
+from .rounds import Past, Round
+
+
+class RunFolder:
+    """What a run leaves, and all that it needs to go on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoint"
+        self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
+        self.adapter = path / "adapter"
+
+    def create(self, settings: Config) -> None:
+        """Make the folder with its resolved config; refuse one that holds another run."""
+        if (self.path / "rounds.jsonl").exists() or (self.path / "config.toml").exists():
+            raise ConfigError(f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out")
+        checkpoint.write(self.path / "config.toml", config.dumps(settings).encode())
+
+    def config(self) -> dict[str, Any]:
+        """The settings of the run that lies here, as dotted keys."""
+        if not (self.path / "config.toml").is_file():
+            raise ConfigError(f"{self.path} is no run directory: it has no config.toml")
+        return config.read(self.path / "config.toml")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl that are whole."""
+        path, records = self.path / "rounds.jsonl", []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break  # a crash in the middle of a line: the checkpoint has it whole
+        return records
+
+    def save(self, done: Round, record: Mapping[str, Any]) -> None:
+        """Keep a finished round: first what can be resumed, then the line about it."""
+        checkpoint.save(self.checkpoints, Checkpoint(done.number, done.state, dict(record)))
+        self._append(record)
+        self._chart(record)
+
+    def past(self) -> Past | None:
+        """Where the run stopped; rounds.jsonl is put in step with the checkpoint, whatever moment the crash chose."""
+        last = checkpoint.latest(self.checkpoints)
+        records = [r for r in self.records() if last and r["round"] < last.round]
+        if last:
+            records.append(last.record)
+        text = "".join(json.dumps(r) + "\n" for r in records)
+        checkpoint.write(self.path / "rounds.jsonl", text.encode())
+        if not last:
+            return None
+        losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
+        return Past(last.round, last.state, losses)
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not written yet."""
+        if "_events" in self.__dict__:
+            self._events.close()
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        try:
+            with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.path}/rounds.jsonl could not be written: {e.strerror}; the round is in the checkpoint: "
+                f"make room, then go on with fedlora simulate --resume {self.path}"
+            ) from e
+
+    @cached_property
+    def _events(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: Any = SummaryWriter  # untyped
+        return writer(str(self.path / "tensorboard"))
+
+    def _chart(self, record: Mapping[str, Any]) -> None:
+        step = record["round"]
+        for name in ("train_loss", "answered", "bytes_up", "bytes_down", "seconds"):
+            if record[name] is not None:
+                self._events.add_scalar(name, record[name], step)
+        for group in ("eval", "eval_clients"):
+            for name, value in (record[group] or {}).items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{group}/{name}", value, step)
+        if record.get("before"):
+            for name, value in record["before"].items():
+                self._events.add_scalar(f"eval/{name}", value, 0)
+        self._events.flush()

@@ -1,0 +1,210 @@
+"""Which rows fall to which client: the partitioners of flwr-datasets, by short names.
+
+    iid                even shares, at random
+    dirichlet:ALPHA    every class is shared out by a draw from Dirichlet(ALPHA); a small ALPHA sets the clients apart
+    labels:N           every client has exactly N classes
+    natural:COLUMN     one client for every value of the column
+    size:SKEW          at random; client i has a share of i (linear), i^2 (square), e^i (exponential), or i^SKEW
+"""
+
+import io
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib import import_module
+from math import isfinite
+from random import Random
+from typing import Any
+
+from .errors import ConfigError, DataError, nearest
+
+Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
+Shares = list[list[int]]
+SIZES = {"linear": "LinearPartitioner", "square": "SquarePartitioner", "exponential": "ExponentialPartitioner"}
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """One partition to be made."""
+
+    rows: Rows
+    spec: str
+    clients: int
+    label: str | None
+    seed: int
+
+    @property
+    def parameter(self) -> str:
+        """What stands behind the colon."""
+        return self.spec.partition(":")[2]
+
+    def wrong(self, takes: str) -> ConfigError:
+        """The error of a parameter that is not what this partition takes."""
+        return ConfigError(f'data.partition = "{self.spec}": {takes}')
+
+    def classes(self) -> list[int]:
+        """The class of every row, counted from 0 in the order of their names."""
+        if self.label is None:
+            raise ConfigError(f'data.partition = "{self.spec}" needs a column that holds the class; set data.label')
+        return _codes(column(self.rows, self.label))
+
+
+def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> Shares:
+    """The rows of each client, in order: every row falls to exactly one client, and every client has at least one.
+
+    `spec` is as in the head of this module, or `auto`, which is `iid`; `label` is the column that holds the class;
+    `natural:COLUMN` takes 0 clients for as many as there are values. Nothing but the arguments decides the draw.
+    Raises `ConfigError` for a spec that is not one, and `DataError` where these rows cannot be shared out that way.
+    """
+    name = spec.partition(":")[0]
+    if name not in SPECS:
+        raise ConfigError(f'data.partition = "{spec}": there is no such partition; {nearest(name, SPECS)}')
+    if name != "natural" and not 1 <= clients <= len(rows):
+        raise DataError(f"{len(rows)} examples cannot be shared among {clients} clients; ask for 1 to {len(rows)}")
+    shares = [sorted(share) for share in SPECS[name](Draw(rows, spec, clients, label, seed))]
+    if sorted(i for share in shares for i in share) != list(range(len(rows))) or not all(shares):
+        raise DataError(f'data.partition = "{spec}" leaves out a row or a client; ask for fewer clients, or for iid')
+    return shares
+
+
+def hold(rows: int, share: float, seed: str) -> tuple[list[int], list[int]]:
+    """The rows that stay and those that are held out, in order; at least one is, where the share is above zero."""
+    out = min(rows, max(1, round(share * rows))) if share else 0
+    held = set(Random(seed).sample(range(rows), out))
+    return [i for i in range(rows) if i not in held], sorted(held)
+
+
+def column(rows: Rows, name: str) -> list[Any]:
+    """One column; raises `DataError` with the nearest name where there is none."""
+    known = getattr(rows, "column_names", None) or list(dict.fromkeys(key for row in rows for key in row))
+    if name not in known:
+        raise DataError(f'no column "{name}"; {nearest(name, known)}')
+    dataset: Any = rows
+    return list(dataset[name]) if hasattr(rows, "column_names") else [row.get(name) for row in rows]
+
+
+def _iid(draw: Draw) -> Shares:
+    if draw.parameter:
+        raise draw.wrong("iid takes no parameter")
+    return _shares(draw, "IidPartitioner", num_partitions=draw.clients)
+
+
+def _dirichlet(draw: Draw) -> Shares:
+    alpha = _positive(draw, "dirichlet takes a number above 0, as in dirichlet:0.5")
+    options = {"num_partitions": draw.clients, "partition_by": "by", "alpha": alpha, "min_partition_size": 1}
+    return _shares(draw, "DirichletPartitioner", draw.classes(), **options, seed=draw.seed)
+
+
+def _labels(draw: Draw) -> Shares:
+    """Deal the classes like cards, and cut each class into as many pieces as it has clients.
+
+    Not flwr-datasets' PathologicalPartitioner, which drops the rows of every class that no client happened to draw.
+    """
+    if not draw.parameter.isdecimal() or int(draw.parameter) < 1:
+        raise draw.wrong("labels takes the number of classes of a client, as in labels:2")
+    each, classes, rng = int(draw.parameter), draw.classes(), Random(f"{draw.seed}/labels")
+    known = len(set(classes))
+    if each > known:
+        raise DataError(f'data.partition = "{draw.spec}": there are only {known} classes; ask for {known} or fewer')
+    if each * draw.clients < known:
+        raise DataError(
+            f'data.partition = "{draw.spec}": {draw.clients} clients of {each} classes cannot hold all {known}; '
+            f"ask for {-(-known // each)} clients or more, or for labels:{-(-known // draw.clients)}"
+        )
+    rows: dict[int, list[int]] = {k: [] for k in range(known)}
+    for i in rng.sample(range(len(classes)), len(classes)):
+        rows[classes[i]].append(i)
+    hands = _deal(known, each, draw.clients, rng)
+    holders = Counter(k for hand in hands for k in hand)
+    for k, n in holders.items():
+        if n > len(rows[k]):
+            few = f"{n} clients would share a class of {len(rows[k])} examples; ask for fewer clients"
+            raise DataError(f'data.partition = "{draw.spec}": {few}')
+    pieces = {k: iter([rows[k][j::n] for j in range(n)]) for k, n in holders.items()}
+    return [[i for k in hand for i in next(pieces[k])] for hand in hands]
+
+
+def _deal(known: int, each: int, clients: int, rng: Random) -> Shares:
+    """Hands of `each` different classes; a new deck is opened when one is empty, so that all are held about as often."""
+    hands: Shares = []
+    deck: list[int] = []
+    for _ in range(clients):
+        hand: list[int] = []
+        while len(hand) < each:
+            # cards are taken from the end: what the hand already has lies at the bottom of the new deck
+            deck = deck or sorted(rng.sample(range(known), known), key=lambda k: k not in hand)
+            hand.append(deck.pop())
+        hands.append(hand)
+    return hands
+
+
+def _natural(draw: Draw) -> Shares:
+    if not draw.parameter:
+        raise draw.wrong("natural takes the column that says whose a row is, as in natural:user")
+    owners = column(draw.rows, draw.parameter)
+    nobody = next((i for i, owner in enumerate(owners) if owner is None), None)
+    if nobody is not None:
+        raise DataError(f'data.partition = "{draw.spec}": row {nobody + 1} has no {draw.parameter}; give it one')
+    codes = _codes(owners)
+    if draw.clients not in (0, len(set(codes))):
+        raise ConfigError(
+            f'clients = {draw.clients}, but column "{draw.parameter}" names {len(set(codes))}; leave clients at 0'
+        )
+    return _shares(draw, "NaturalIdPartitioner", codes, partition_by="by")
+
+
+def _size(draw: Draw) -> Shares:
+    if draw.parameter in SIZES:
+        return _shares(draw, SIZES[draw.parameter], num_partitions=draw.clients)
+    power = _positive(draw, f"size takes {', '.join(SIZES)} or a number above 0, as in size:1.5")
+    options = {"num_partitions": draw.clients, "partition_id_to_size_fn": lambda i: i**power}
+    return _shares(draw, "IdToSizeFncPartitioner", **options)
+
+
+def _positive(draw: Draw, takes: str) -> float:
+    try:
+        value = float(draw.parameter)
+    except ValueError as e:
+        raise draw.wrong(takes) from e
+    if not (value > 0 and isfinite(value)):
+        raise draw.wrong(takes)
+    return value
+
+
+def _codes(values: Sequence[Any]) -> list[int]:
+    """The values as numbers from 0, in the order of their names, numbers before and among themselves by size."""
+    order = sorted(set(values), key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, str(v)))
+    code = {value: i for i, value in enumerate(order)}
+    return [code[value] for value in values]
+
+
+def _shares(draw: Draw, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
+    """What one of flwr-datasets' partitioners makes of the rows, which it is given shuffled by the seed."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    make = getattr(import_module("flwr_datasets.partitioner"), partitioner)(**options)
+    order = Random(f"{draw.seed}/partition").sample(range(len(draw.rows)), len(draw.rows))
+    columns = {"row": order, "by": [by[i] for i in order] if by else order}
+    make.dataset = import_module("datasets").Dataset.from_dict(columns)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it warns at every try, and draws a bar
+            warnings.simplefilter("ignore")
+            return [list(make.load_partition(i)["row"]) for i in range(make.num_partitions)]
+    except ValueError as e:
+        raise DataError(
+            f'data.partition = "{draw.spec}" leaves one of {draw.clients} clients without an example of '
+            f"{len(draw.rows)}; ask for fewer clients{REMEDY.get(partitioner, '')}"
+        ) from e
+
+
+REMEDY = {"DirichletPartitioner": ", or for a larger number after dirichlet:", "ExponentialPartitioner": ", or for size:1"}
+SPECS: dict[str, Callable[[Draw], Shares]] = {
+    "auto": _iid,
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "labels": _labels,
+    "natural": _natural,
+    "size": _size,
+}

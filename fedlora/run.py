@@ -1,0 +1,137 @@
+"""A run put together from its config: the same pieces in every process, whatever fleet carries the clients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from . import data
+from .config import Config
+from .data import Form
+from .errors import ConfigError
+from .folder import RunFolder
+from .lora import LoRA
+from .metrics import Metrics
+from .model import Model
+from .rounds import Fleet, Plan, fit
+from .strategies.head import Head
+from .strategy import Strategy, load
+from .worker import Site
+
+
+@dataclass(eq=False)
+class Setup:
+    """What a process needs to play server and any client: made from the config alone, alike everywhere."""
+
+    config: Config  # resolved: counts and labels as they are, paths absolute
+    model: Model
+    start: LoRA  # the adapter as PEFT made it
+    sites: tuple[Site, ...]
+    _evaluation: data.Rows
+
+    @cached_property
+    def evaluation(self) -> list[dict[str, torch.Tensor]]:
+        return self.model.encoder(self._evaluation)
+
+    def evaluate(self, lora: LoRA) -> Metrics:
+        """The global model on the global held-out set."""
+        self.model.write(lora)
+        return self.model.metrics(self.evaluation)
+
+
+class Show(Protocol):
+    """Whoever watches a run."""
+
+    def started(self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int) -> None: ...
+    def answered(self, client: int) -> None: ...
+    def round(self, record: Mapping[str, Any]) -> None: ...
+    def finished(self, folder: RunFolder, stopped: bool) -> None: ...
+
+
+def prepare(config: Config) -> Setup:
+    """Load data and model; the config comes back with everything that was left open filled in."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config = _absolute(config)
+    federated = data.load(config.data, config.model.task, config.clients, config.seed)
+    config = _resolve(config, federated.form, len(federated.clients))
+    model = Model(config.model, config.lora, federated.form, config.seed)
+    heldout = federated.heldout or ((),) * len(federated.clients)
+    sites = tuple(Site(model.encoder, rows, held) for rows, held in zip(federated.clients, heldout, strict=True))
+    return Setup(config, model, model.read(), sites, federated.evaluation)
+
+
+def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
+    """Run the rounds that are left, keeping each; then write the adapter."""
+    config = setup.config
+    strategy = strategy_of(config, setup.start)
+    past = folder.past()
+    records = folder.records()
+    plan = Plan(
+        rounds=config.rounds,
+        cohort=config.cohort,
+        seed=config.seed,
+        training=config.train,
+        policy=config.server,
+        evaluate=setup.evaluate if len(setup._evaluation) else None,
+        evaluate_clients=config.data.holdout > 0,
+    )
+    before = records[0].get("before", {}) if records else _before(setup, plan)
+    state = past.state if past else strategy.init(setup.start)
+    show.started(setup, strategy, before, past.rounds if past else 0)
+    try:
+        for done in fit(strategy, fleet, setup.start, plan, past):
+            state = done.state
+            record = done.record() | ({"before": before} if done.number == 1 else {})
+            folder.save(done, record)
+            show.round(record)
+    finally:
+        if folder.records():
+            setup.model.save(strategy.adapter(state), folder.adapter)
+        folder.close()
+    show.finished(folder, stopped=len(folder.records()) < config.rounds)
+
+
+def strategy_of(config: Config, start: LoRA) -> Strategy[Any]:
+    """The strategy the config names, wrapped where the head is not for all to train."""
+    strategy = load(config.strategy, **config.option)
+    if start.H and config.model.head != "shared":
+        return Head(strategy, config.model.head)
+    return strategy
+
+
+def _before(setup: Setup, plan: Plan) -> dict[str, float]:
+    return plan.evaluate(setup.start).values() if plan.evaluate else {}
+
+
+def _absolute(config: Config) -> Config:
+    """Paths that still point there when the run is resumed from another folder; hub ids as they are."""
+
+    def full(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path and _on_disk(path) else path
+
+    rows = replace(config.data, path=full(config.data.path), eval=full(config.data.eval))
+    return replace(config, data=rows, model=replace(config.model, path=full(config.model.path)))
+
+
+def _on_disk(path: str) -> bool:
+    pattern = Path(path).expanduser()
+    return pattern.exists() or any(c in path for c in "*?[")
+
+
+def _resolve(config: Config, form: Form, clients: int) -> Config:
+    cohort = config.cohort or max(2, clients // 5)
+    if cohort > clients and config.cohort:
+        raise ConfigError(f"cohort = {cohort} is more than the {clients} clients there are; choose {clients} or fewer")
+    if config.engine == "stacked":
+        raise ConfigError('engine = "stacked" is not in this version; choose "serial" or "flower"')
+    return replace(
+        config,
+        clients=clients,
+        cohort=min(cohort, clients),
+        engine="serial" if config.engine == "auto" else config.engine,
+        data=replace(config.data, labels=form.labels),
+    )

@@ -1,0 +1,94 @@
+"""`fedlora simulate` and `fedlora evaluate`, from top to bottom."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import config as configuration
+from .console import Screen
+from .errors import CheckpointError, ConfigError
+from .folder import RunFolder
+from .metrics import spread
+from .rounds import Fleet
+from .run import Setup, drive, prepare
+from .strategy import load
+
+
+def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resume: Path | None) -> None:
+    """Run, or go on with, a federation on this machine."""
+    _quiet()
+    screen = Screen()
+    if resume:
+        folder = RunFolder(resume)
+        config = configuration.build(folder.config(), given)
+    else:
+        config = configuration.build(configuration.read(file) if file else {}, given)
+        load(config.strategy, **config.option)  # a misspelt one is told before a model is loaded
+        folder = RunFolder(out or _fresh(config.strategy))
+    screen.say(f"run directory {folder.path}; loading model and data")
+    setup = prepare(config)
+    if not resume:
+        folder.create(setup.config)
+    try:
+        _with_fleet(setup, folder, screen, lambda fleet: drive(setup, fleet, folder, screen))
+    except KeyboardInterrupt:
+        screen.close()
+        screen.say(f"interrupted; go on with: fedlora simulate --resume {folder.path}")
+        raise
+    finally:
+        screen.close()
+
+
+def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
+    """Print how good the delivered adapter is, beside the base model it started from."""
+    _quiet()
+    folder = RunFolder(path)
+    setup = prepare(configuration.build(folder.config(), given))
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path} has no adapter yet; finish the run with fedlora simulate --resume {path}")
+    adapter = setup.model.open(folder.adapter)
+    if not setup.evaluation:
+        raise ConfigError("there is nothing to evaluate on: give --eval-data")
+    result: dict[str, Any] = {"before": setup.evaluate(setup.start).values(), "after": setup.evaluate(adapter).values()}
+    setup.model.write(adapter)
+    clients = {i: setup.model.metrics(site.heldout) for i, site in enumerate(setup.sites) if len(site.heldout)}
+    if clients:
+        result["clients"] = spread(clients)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, values in result.items():
+        print(f"{name + ':':9}" + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+
+
+def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable[[Fleet], None]) -> None:
+    if setup.config.engine == "flower":
+        from .simulations import flower
+
+        flower.simulate(setup.config, folder.clients, serve, screen.answered)
+    else:
+        from .simulations.serial import Serial
+
+        serve(Serial(setup.model, setup.sites, setup.config.lora.rank, folder.clients, screen.answered))
+
+
+def _fresh(strategy: str) -> Path:
+    """`runs/<time>-<strategy>`, with a number where two runs start in one second."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.rsplit(':')[-1]}"
+    folder, n = Path("runs") / name, 2
+    while folder.exists():
+        folder, n = Path("runs") / f"{name}-{n}", n + 1
+    return folder
+
+
+def _quiet() -> None:
+    """Our own warnings, and of the libraries only errors."""
+    import transformers
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fedlora").setLevel(logging.INFO)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,108 @@
+"""What a federated algorithm is: pure functions on the server, and the two messages that reach the clients.
+
+A strategy never runs on a client: all that a client must do is data in a `Job`, all that it did is data in an `Update`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from .lora import SIDES, LoRA
+
+
+@dataclass(frozen=True)
+class Client:
+    """What the server knows of a client."""
+
+    id: int
+    examples: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a client trains; one definition for the settings file, the command line and the Job."""
+
+    optimizer: Annotated[Literal["adamw", "sgd"], "made anew every round"] = "adamw"
+    lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
+    momentum: Annotated[float, Ge(0), Lt(1), "of sgd"] = 0.0
+    weight_decay: Annotated[float, Ge(0), "decoupled with adamw, L2 with sgd"] = 0.0
+    epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0
+    steps: Annotated[int, Ge(0), "optimizer steps a round; 0: as many as the epochs take"] = 0
+    batch_size: Annotated[int, Ge(1), "examples in a forward pass"] = 16
+    accumulate: Annotated[int, Ge(1), "forward passes in an optimizer step"] = 1
+    clip: Annotated[float, Ge(0), "largest norm of a step's gradient; 0: not clipped"] = 1.0
+    schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate, over all rounds"] = "constant"
+    warmup: Annotated[float, Ge(0), Le(1), "share of the whole run in which the learning rate rises"] = 0.0
+    prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Server to client: one round's work, complete in itself."""
+
+    start: LoRA  # where local training starts
+    trains: str = SIDES  # the sides that are trained
+    shares: str = SIDES  # the sides that are sent back; what is trained and not sent the client keeps for next time
+    offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights (absolute, not since last time)
+    training: Training = field(default_factory=Training)
+    seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
+    round: int = 0  # from 0
+    rounds: int = 1  # in the whole run
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Client to server: what one job came to."""
+
+    lora: LoRA  # the shared sides, trained
+    examples: int
+    loss: float  # mean over the round's training
+
+
+State = TypeVar("State")
+
+
+class Strategy(ABC, Generic[State]):
+    """A federated LoRA algorithm: a frozen dataclass whose fields are its options.
+
+    Its methods are pure: arguments are left alone, and all that changes between rounds is in `State`, which is made of
+    `LoRA`, tensors, numbers, strings, and tuples, dicts, named tuples and dataclasses of these.
+    """
+
+    exact: ClassVar[bool] = False  # is the new model the weighted mean of the clients' models, W + s B A?
+    mixed_ranks: ClassVar[bool] = False  # may clients have different ranks?
+    sums_only: ClassVar[bool] = False  # does `aggregate` need no more than weighted sums of the updates?
+
+    @abstractmethod
+    def init(self, lora: LoRA) -> State:
+        """The state before the first round, from the adapter as PEFT made it (A random, B zero, head as it is)."""
+
+    @abstractmethod
+    def client_init(self, state: State, client: Client) -> Job:
+        """What this client is to do this round; the run fills in `training`, `seed`, `round` and `rounds`."""
+
+    @abstractmethod
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        """The next state, from the shared sides of the clients that answered and their weights (any positive scale)."""
+
+    @abstractmethod
+    def adapter(self, state: State) -> LoRA:
+        """What the run delivers: everything to add to the pretrained weights, as one adapter of any rank, and the head."""
+
+
+def load(spec: str, **options: Any) -> Strategy[Any]:
+    """Build the strategy that `spec` names, with its options.
+
+    `spec` is the name of a built-in or of an entry point (`fedlora strategies` lists them), or `package.module:Class`.
+    Raises `StrategyError` where there is none of that name, or it has no such option.
+
+    >>> load("fedavg")
+    FedAvg()
+    """
+    from .catalogue import build, find
+
+    return build(find(spec), options)

@@ -1,0 +1,1 @@
+"""The Flower server: a ServerApp, and a Fleet on Flower's Grid."""

@@ -1,0 +1,49 @@
+"""One client after another in this process, over one resident base: the reference every other fleet is tested against."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fedlora import worker
+from fedlora.errors import ClientFailed
+from fedlora.flat import Parts, Traffic
+from fedlora.metrics import Metrics
+from fedlora.model import Model
+from fedlora.rounds import Failure
+from fedlora.store import Store
+from fedlora.strategy import Client, Job, Update
+from fedlora.worker import Site
+
+
+class Serial:
+    def __init__(
+        self, model: Model, sites: Sequence[Site], rank: int, folder: Path, answered: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.traffic = Traffic()
+        self._model, self._sites, self._rank, self._answered = model, sites, rank, answered
+        self._stores = [Store(folder / str(i)) for i in range(len(sites))]
+
+    def clients(self) -> Sequence[Client]:
+        return [site.client(i, self._rank) for i, site in enumerate(self._sites)]
+
+    def train(self, jobs: Mapping[int, Job]) -> Mapping[int, Update | Failure]:
+        answers: dict[int, Update | Failure] = {}
+        parts = Parts()
+        for i, job in jobs.items():
+            self.traffic.send(i, parts.of(job))
+            try:
+                update, kept = worker.train(self._model, job, i, self._sites[i].train, self._stores[i].before(job.round))
+            except ClientFailed as e:
+                answers[i] = Failure(str(e))
+            else:
+                self._stores[i].keep(job.round, kept)
+                self.traffic.receive(update)
+                answers[i] = update
+            self._answered(i)
+        return answers
+
+    def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        return {
+            i: worker.evaluate(self._model, job, self._sites[i].heldout, self._stores[i].before(job.round + 1))
+            for i, job in jobs.items()
+            if self._sites[i].heldout
+        }

@@ -1,0 +1,41 @@
+"""Head: round any strategy, whether a classifier's head is trained by all, by each client for itself, or by none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fedlora.lora import LoRA
+from fedlora.strategy import Client, Job, Strategy
+
+
+@dataclass(frozen=True)
+class Head(Strategy[Any]):
+    inner: Strategy[Any]
+    policy: Literal["local", "frozen"]
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.inner.exact
+
+    @property
+    def mixed_ranks(self) -> bool:  # type: ignore[override]
+        return self.inner.mixed_ranks
+
+    @property
+    def sums_only(self) -> bool:  # type: ignore[override]
+        return self.inner.sums_only
+
+    def init(self, lora: LoRA) -> Any:
+        return self.inner.init(lora)
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        job = self.inner.client_init(state, client)
+        trains = job.trains.replace("H", "") if self.policy == "frozen" else job.trains
+        return replace(job, trains=trains, shares=job.shares.replace("H", ""))
+
+    def aggregate(self, state: Any, updates: Sequence[LoRA], weights: Sequence[float]) -> Any:
+        head = self.inner.adapter(state).only("H")  # nobody sent one: the strategy sees it unchanged
+        return self.inner.aggregate(state, [u.over(head) for u in updates], weights)
+
+    def adapter(self, state: Any) -> LoRA:
+        return self.inner.adapter(state)
