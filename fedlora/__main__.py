@@ -30,9 +30,9 @@ Number = int | None
 @app.command(context_settings=DOTTED)
 def simulate(
     context: typer.Context,
-    clients: Annotated[Number, typer.Option(help="Clients there are.")] = None,
-    rounds: Annotated[Number, typer.Option(help="Federated rounds.")] = None,
-    cohort: Annotated[Number, typer.Option(help="Clients asked in a round.")] = None,
+    clients: Annotated[Number, typer.Option(min=1, help="Clients there are.")] = None,
+    rounds: Annotated[Number, typer.Option(min=1, help="Federated rounds.")] = None,
+    cohort: Annotated[Number, typer.Option(min=1, help="Clients asked in a round.")] = None,
     strategy: Annotated[Text, typer.Option(help="Name (see fedlora strategies) or package.module:Class.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="An option of the strategy, key=value; repeatable.")] = None,
     model: Annotated[Text, typer.Option(help="Folder or hub id of the base model.")] = None,

@@ -112,13 +112,24 @@ def build(*layers: Mapping[str, Any]) -> Config:
     known = {s.key: s for s in settings()}
     flat: dict[str, Any] = {}
     for layer in layers:
-        for key, value in layer.items():
+        for key, value in _unfold(layer):
             if key not in known and not key.startswith("option."):
                 raise ConfigError(f'unknown key "{key}"; {nearest(key, known)}')
             if key in known and known[key].kind == Names and isinstance(value, str):
                 value = [word.strip() for word in value.split(",") if word.strip()]
             flat[key] = value
     return _validate(flat)
+
+
+def _unfold(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Flower's run config has no room for unknown keys: there, options come as one line, `option = "lam=0.5, k=2"`."""
+    for key, value in layer.items():
+        if key == "option" and isinstance(value, str):
+            for word in filter(None, (w.strip() for w in value.split(","))):
+                name, _, text = word.partition("=")
+                yield f"option.{name.strip()}", text.strip()
+        else:
+            yield key, value
 
 
 def _validate(flat: Mapping[str, Any]) -> Config:

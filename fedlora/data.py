@@ -4,25 +4,28 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from glob import glob, has_magic
-from importlib import import_module
-from itertools import chain
+from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal
 
 from .config import DataConfig
 from .errors import ConfigError, DataError, nearest
-from .partition import Rows, hold, split
+from .partition import Rows as Rows
+from .partition import column, hold_out, pool, split, take
 
 CLIENTS = 50  # where nothing says how many
 TEXT = ("text", "sentence", "sentence1", "content", "review", "utterance")
 LABEL = ("label", "category", "labels", "intent", "target", "class")
-ANSWERS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-TASKS = {"auto": "chat response image label text", "lm": "chat response text", "classify": "label", "image": "image"}
-HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+IMAGE = ("image", "img")
+CHAT = ("messages", "conversations")
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+KINDS = {"lm": ("chat", "response", "text"), "classify": ("label",), "image": ("image",)}  # by model.task
+NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
+NEEDS |= {"image": "data.image and data.label"}
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Form:
     kind: Literal["text", "response", "chat", "label", "image"]
     columns: tuple[str, ...]  # (text,), (prompt, response), (messages,), (text[, text2], label) or (image, label)
     labels: tuple[str, ...] = ()  # class names in order, of "label" and "image"
+
+    def classes(self) -> dict[str, int]:
+        """Class numbers by what may stand in the data as a string: the name, or the number where no name is one."""
+        names = {name: i for i, name in enumerate(self.labels)}
+        return names if any(map(_is_whole, names)) else {str(i): i for i in range(len(names))} | names
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +64,6 @@ class Table:
         """Where a row is, in the words of an error."""
         return f"{self.name} line {self.lines[row]}" if self.lines else f"{self.name} row {row + 1}"
 
-    def head(self, limit: int) -> "Table":
-        """The first rows; 0: all."""
-        return replace(self, rows=take(self.rows, range(min(limit, len(self.rows))))) if limit else self
-
     @property
     def columns(self) -> list[str]:
         """The names of the columns, in their order."""
@@ -71,37 +75,28 @@ def load(data: DataConfig, task: str, clients: int, seed: int) -> Federated:
 
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
-    if not data.path:
-        form, shares, evaluation = _library(data, task, clients)
-    else:
-        tables = [table.head(data.limit) for table in _tables(data.path)]
-        form = _labelled(_form(data, task, tables[0]), data, tables)
-        for table in tables:
-            _check(table, form)
-        shares, evaluation = _share(data, form, tables, clients, seed)
+    tables = _tables(data.path, data.limit) if data.path else []
+    form = _labelled(_form(data, task, tables[0]), data, tables) if tables else Form("text", ("text",))
+    shares, evaluation = _share(data, form, tables, clients, seed) if tables else _library(data, task, clients)
     if data.eval:
-        others = [table.head(data.limit) for table in _tables(data.eval)]
+        others = _tables(data.eval, data.limit)
+        known = form.classes() if data.labels else _values(tables, form)
         for table in others:
             _check(table, form)
-        evaluation = _pool([table.rows for table in others])
-    kept = [_hold(rows, data, f"{seed}/holdout/{i}", i) for i, rows in enumerate(shares)]
-    return Federated(form, tuple(k for k, _ in kept), tuple(h for _, h in kept), evaluation)
+            _check_labels(table, form, known)
+        evaluation = pool([table.rows for table in others])
+    kept, held = hold_out(shares, data.holdout, seed, "data.holdout")
+    return Federated(form, tuple(kept), tuple(held), evaluation)
 
 
-def take(rows: Rows, which: Sequence[int]) -> Rows:
-    """Some of the rows, in the order asked for."""
-    dataset: Any = rows
-    return dataset.select(which) if hasattr(rows, "select") else [rows[i] for i in which]  # type: ignore[no-any-return]
-
-
-def _library(data: DataConfig, task: str, clients: int) -> tuple[Form, list[Rows], Rows]:
+def _library(data: DataConfig, task: str, clients: int) -> tuple[list[Rows], Rows]:
     """The embedded default: Python's standard library, packages apart."""
     from . import stdlib
 
     if task not in ("auto", "lm"):
         raise ConfigError(f"model.task = {task} needs examples with a label; set data.path")
     if data.partition != "auto":
-        raise ConfigError(f'data.partition = "{data.partition}" needs data of its own; set data.path, or leave it at auto')
+        raise ConfigError(f'data.partition = "{data.partition}" needs data of your own; set data.path')
 
     def rows(documents: Iterable[stdlib.Document]) -> Rows:
         return [{"text": d.text, "package": d.package, "path": d.path} for d in documents]
@@ -110,45 +105,296 @@ def _library(data: DataConfig, task: str, clients: int) -> tuple[Form, list[Rows
         shares = stdlib.clients(clients or CLIENTS)
     except ValueError as e:
         raise ConfigError(f"clients = {clients}: {str(e).rstrip('.')}; ask for fewer, or set data.path") from e
-    return Form("text", ("text",)), [rows(share) for share in shares], rows(stdlib.heldout())
+    return [rows(share) for share in shares], rows(stdlib.heldout())
 
 
 def _share(data: DataConfig, form: Form, tables: list[Table], clients: int, seed: int) -> tuple[list[Rows], Rows]:
-    """Each client's rows, and those kept for the evaluation where no other data serve for it."""
+    """Each client's rows, and those drawn for the evaluation where no other data serve for it."""
     by_file = data.partition == "files" or (data.partition == "auto" and len(tables) > 1)
     if by_file and clients not in (0, len(tables)):
         raise ConfigError(
-            f"clients = {clients}, but {data.path} is {len(tables)} files, one a client; "
+            f"clients = {clients}, but {data.path} is one client a file and has {len(tables)}; "
             "leave clients at 0, or set data.partition = iid"
         )
-    pools = [table.rows for table in tables] if by_file else [_pool([table.rows for table in tables])]
-    drawn = [
-        hold(len(rows), 0 if data.eval else data.eval_share, f"{seed}/eval/{i}") for i, rows in enumerate(pools)
-    ]
-    evaluation = _pool([take(rows, out) for rows, (_, out) in zip(pools, drawn, strict=True)])
-    pools = [take(rows, kept) for rows, (kept, _) in zip(pools, drawn, strict=True)]
+    pools = [table.rows for table in tables] if by_file else [pool([table.rows for table in tables])]
+    pools, drawn = hold_out(pools, 0.0 if data.eval else data.eval_share, seed, "data.eval_share")
+    evaluation = pool(drawn)
     if by_file:
-        bare = next((table.name for table, rows in zip(tables, pools, strict=True) if not len(rows)), None)
-        if bare:
-            raise DataError(f"{bare} has no example left to train on; set data.eval, or data.eval_share = 0")
         return pools, evaluation
     n = clients or (0 if data.partition.startswith("natural") else CLIENTS)
-    label = data.label or (form.columns[-1] if form.kind in ("label", "image") else None)
+    label = data.label or (form.columns[-1] if form.labels else None)
     return [take(pools[0], share) for share in split(pools[0], data.partition, n, label, seed)], evaluation
 
 
-def _hold(rows: Rows, data: DataConfig, seed: str, client: int) -> tuple[Rows, Rows]:
-    if data.holdout and len(rows) < 2:
-        raise DataError(
-            f"client {client} has one example, and data.holdout = {data.holdout:g} takes it; "
-            "ask for fewer clients, or set data.holdout = 0"
-        )
-    kept, out = hold(len(rows), data.holdout, seed)
-    return take(rows, kept or out[:1]), take(rows, out if kept else out[1:])
+def _form(data: DataConfig, task: str, table: Table) -> Form:
+    """What the columns mean: as the settings say, and else by their names, the likeliest first."""
+    columns = table.columns
+    named = [("text", name) for name in data.text]
+    named += [(key, getattr(data, key)) for key in ("label", "prompt", "response", "messages", "image")]
+    for key, name in named:
+        if name and name not in columns:
+            raise DataError(f'{table.name}: no column "{name}", as data.{key} has it; {nearest(name, columns)}')
+    wanted = {name for key, name in named if name and key != "label"}
+    forms = [form for form in _readings(data, columns) if wanted <= {*form.columns}]
+    # who names a label wants it learned, except by a language model, where it serves to tell the clients apart
+    forms.sort(key=lambda form: bool(data.label) and data.label not in form.columns)
+    fitting = [form for form in forms if form.kind in KINDS.get(task, (form.kind,))]
+    if fitting:
+        return fitting[0]
+    there = f"{table.name} has the columns {', '.join(columns)}"
+    if forms:
+        raise ConfigError(f"model.task = {task} does not go with the data: {there}; set {NEEDS[task]}, or another task")
+    raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task) or ', or '.join(NEEDS.values())}")
 
 
-def _pool(parts: Sequence[Rows]) -> Rows:
-    if len(parts) > 1 and all(hasattr(rows, "select") for rows in parts):
-        joined: Rows = import_module("datasets").concatenate_datasets(list(parts))
-        return joined
-    return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+def _readings(data: DataConfig, columns: Sequence[str]) -> Iterator[Form]:
+    """Every form that these columns can have."""
+
+    def find(chosen: str, common: Iterable[str]) -> str:
+        return chosen or next((name for name in common if name in columns), "")
+
+    label, image, chat = find(data.label, LABEL), find(data.image, IMAGE), find(data.messages, CHAT)
+    text = data.text or tuple(name for name in TEXT if name in columns)[:1]
+    pair = next((pair for pair in PAIRS if {*pair} <= {*columns}), ("", ""))
+    if data.prompt or data.response:
+        pair = find(data.prompt, (p for p, _ in PAIRS)), find(data.response, (r for _, r in PAIRS))
+    if chat:
+        yield Form("chat", (chat,))
+    if all(pair):
+        yield Form("response", pair)
+    if image and label:
+        yield Form("image", (image, label))
+    if label and len(text) in (1, 2):
+        yield Form("label", (*text, label))
+    if len(text) == 1:
+        yield Form("text", text)
+
+
+def _labelled(form: Form, data: DataConfig, tables: Sequence[Table]) -> Form:
+    """The form with the names of its classes, after a look at every row."""
+    for table in tables:
+        _check(table, form)
+    if form.kind not in ("label", "image"):
+        return form
+    feature = getattr(tables[0].rows, "features", {}).get(form.columns[-1])
+    names = data.labels or tuple(getattr(feature, "names", ()))
+    if not names:
+        found = sorted(_values(tables, form))
+        names = tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
+    if len(set(names)) < max(2, len(names)):
+        raise DataError(f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}")
+    form = replace(form, labels=names)
+    for table in tables:
+        _check_labels(table, form, form.classes())
+    return form
+
+
+def _values(tables: Sequence[Table], form: Form) -> set[str]:
+    """The labels as they stand in the data."""
+    return {str(value) for table in tables for value in column(table.rows, form.columns[-1])}
+
+
+def _is_whole(name: str) -> bool:
+    return re.fullmatch("-?[0-9]+", name) is not None
+
+
+def _check_labels(table: Table, form: Form, known: Container[str]) -> None:
+    for i, value in enumerate(column(table.rows, form.columns[-1]) if form.labels else ()):
+        if str(value) not in known:
+            raise DataError(
+                f'{table.place(i)}: label "{value}" is no class of the training data or of data.labels; '
+                f"{nearest(str(value), form.labels)}"
+            )
+
+
+def _check(table: Table, form: Form) -> None:
+    """Refuse a row that lacks a column, or has in it what the form cannot take."""
+    rows: Any = table.rows
+    names = form.columns
+    if hasattr(rows, "column_names"):
+        for name in names:
+            if name not in rows.column_names:
+                raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
+        names = names[1:] if form.kind == "image" else names  # to look at an image would be to decode it
+        rows = rows.select_columns(list(names))
+    for i, row in enumerate(rows):
+        for name in names:
+            if name not in row:
+                raise DataError(f'{table.place(i)}: no column "{name}"; {nearest(name, row)}')
+            wrong = _wrong(form, name, row[name])
+            if wrong:
+                raise DataError(f'{table.place(i)}: "{name}" {wrong}')
+
+
+def _wrong(form: Form, name: str, value: Any) -> str:
+    """What a value is that it may not be; empty where it is good."""
+    if form.kind == "chat":
+        return _wrong_chat(value)
+    if form.kind in ("label", "image") and name == form.columns[-1]:
+        return "" if isinstance(value, int | str) else f"is {_type(value)}; a label is a whole number or a name"
+    if form.kind == "image":
+        return "is null; it takes the name of a file, or image data" if value is None else ""
+    return "" if isinstance(value, str) else f"is {_type(value)}; it takes text"
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _wrong_chat(messages: Any) -> str:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        return "is no list of messages"
+    for n, message in enumerate(messages, 1):
+        for key in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                return f'has a message, number {n}, without "{key}" or where it is not text'
+    return "" if any(m["role"] == "assistant" for m in messages) else "has no assistant's turn to learn from"
+
+
+def _tables(spec: str, limit: int) -> list[Table]:
+    """The data that a path names, one table a file, none of them empty."""
+    tables = _read(spec)
+    for table in tables:
+        if not len(table.rows):
+            raise DataError(f"{table.name} has no examples; give it some, or leave it out")
+    return [replace(t, rows=take(t.rows, range(min(limit, len(t.rows))))) for t in tables] if limit else tables
+
+
+def _read(spec: str) -> list[Table]:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [_file(path)]
+    where, _, part = spec.rpartition(":") if ":" in spec else (spec, "", "train")
+    folder = Path(where).expanduser()
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return [_saved(folder, part)]
+    if path.is_dir():
+        return _files(spec, (p for p in path.iterdir() if p.suffix.lower() in READERS and p.name[0] != "."))
+    if has_magic(spec):
+        return _files(spec, Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if HUB.fullmatch(where) and path.suffix not in READERS:
+        return [_hub(where, part)]
+    close = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+    raise DataError(f"{spec}: there is no such file or folder" + (f'; did you mean "{close[0]}"?' if close else ""))
+
+
+def _files(spec: str, paths: Iterable[Path]) -> list[Table]:
+    files = sorted((path for path in paths if path.is_file()), key=_natural)
+    if not files:
+        raise DataError(f"{spec} holds no data; it takes files that end in {', '.join(READERS)}")
+    return [_file(path) for path in files]
+
+
+def _natural(path: Path) -> list[Any]:
+    """A key by which client_10 follows client_9."""
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", str(path))]
+
+
+def _file(path: Path) -> Table:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: what kind of file this is its name does not say; known are {', '.join(READERS)}")
+    return reader(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path} line {line}: not UTF-8 ({e.reason}); save the file as UTF-8") from e
+
+
+def _jsonl(path: Path) -> Table:
+    rows, lines = [], []
+    for n, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also cut at the likes of U+2028
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise DataError(f"{path} line {n}: not JSON ({e.msg} at column {e.colno})") from e
+            lines.append(n)
+    return _objects(Table(str(path), rows, lines))
+
+
+def _json(path: Path) -> Table:
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        return _jsonl(path)
+    try:
+        return _objects(Table(str(path), json.loads(text)))
+    except json.JSONDecodeError as e:
+        raise DataError(f"{path} line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from e
+
+
+def _objects(table: Table) -> Table:
+    for i, row in enumerate(table.rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{table.place(i)}: a {type(row).__name__}, and not an object with columns")
+    return table
+
+
+def _csv(path: Path) -> Table:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    records, lines, start = [], [], 1
+    try:
+        for fields in reader:
+            if fields:
+                records.append(fields)
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as e:
+        raise DataError(f"{path} line {start}: not CSV ({e})") from e
+    header = records[0] if records else []
+    if len(set(header)) < len(header):
+        raise DataError(f"{path} line 1: two columns have the same name: {', '.join(header)}")
+    for fields, line in zip(records, lines, strict=True):
+        if len(fields) != len(header):
+            raise DataError(f"{path} line {line}: {len(fields)} fields under a header of {len(header)}; quote commas")
+    return Table(str(path), [dict(zip(header, fields, strict=True)) for fields in records[1:]], lines[1:])
+
+
+def _parquet(path: Path) -> Table:
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    try:
+        return Table(str(path), Dataset(parquet.read_table(path)))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path} cannot be read as Parquet: {e}") from e
+
+
+def _saved(folder: Path, part: str) -> Table:
+    from datasets import load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{folder} cannot be read as a saved dataset: {e}") from e
+    if isinstance(found, dict) and part not in found:
+        raise DataError(f'{folder} has no split "{part}"; {nearest(part, found)}')
+    return Table(str(folder), found[part] if isinstance(found, dict) else found)
+
+
+def _hub(name: str, part: str) -> Table:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
+
+    try:
+        if not constants.HF_HUB_OFFLINE:  # asked first, because load_dataset tries again for half a minute
+            HfApi().dataset_info(name, timeout=10)
+        return Table(f"{name}:{part}", load_dataset(name, split=part))
+    except Exception as e:  # the network, the hub and the builder each have their own kinds
+        said = str(e).strip().partition("\n")[0]
+        raise DataError(f"{name} is no file or folder here, and could not be had as a hub id: {said}") from e
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

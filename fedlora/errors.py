@@ -6,6 +6,7 @@
     ├── ModelError        a model that cannot be loaded, or cannot wear the adapter that was asked for
     ├── StrategyError     a strategy that cannot be found or built, or that returned what no client can load
     ├── ClientFailed      one client could not do its job; the round goes on without it
+    ├── WireError         a message that is damaged, or not what it says it is
     ├── RoundFailed       too few clients answered
     └── CheckpointError   a run's state could not be written or read
 """
@@ -35,6 +36,10 @@ class StrategyError(FedloraError):
 
 
 class ClientFailed(FedloraError):
+    pass
+
+
+class WireError(FedloraError):
     pass
 
 

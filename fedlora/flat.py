@@ -35,21 +35,30 @@ def flatten(lora: LoRA, dtype: torch.dtype = torch.float32) -> Flat:
     manifest = json.dumps([[s, m, list(t.shape)] for s, m, t in items])
     vectors = [t.detach().reshape(-1).to("cpu", dtype) for _, _, t in items]
     vector = torch.cat(vectors) if vectors else torch.empty(0, dtype=dtype)
-    digest = sha256(f"{dtype}{manifest}".encode())
-    digest.update(vector.contiguous().view(torch.uint8).numpy().tobytes())
-    return Flat(vector, manifest, digest.hexdigest())
+    return Flat(vector, manifest, name_of(vector, manifest))
+
+
+def name_of(vector: Tensor, manifest: str) -> str:
+    """The name of a flat adapter: a hash of its type, its manifest and its bytes."""
+    digest = sha256(f"{vector.dtype}{manifest}".encode())
+    digest.update(vector.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count(manifest: str) -> int:
+    """How many numbers a manifest names."""
+    return sum(torch.Size(shape).numel() for _, _, shape in json.loads(manifest))
 
 
 def unflatten(vector: Tensor, manifest: str) -> LoRA:
     """The adapter that `flatten` made a vector of, in the vector's own type."""
+    entries = json.loads(manifest)
+    sizes = [torch.Size(shape).numel() for _, _, shape in entries]
+    if sum(sizes) != vector.numel():
+        raise ValueError(f"the manifest names {sum(sizes)} numbers, the vector has {vector.numel()}")
     sides: dict[str, dict[str, Tensor]] = {s: {} for s in SIDES}
-    at = 0
-    for side, module, shape in json.loads(manifest):
-        n = torch.Size(shape).numel()
-        sides[side][module] = vector[at : at + n].view(shape)
-        at += n
-    if at != vector.numel():
-        raise ValueError(f"manifest names {at} numbers, the vector has {vector.numel()}")
+    for (side, module, shape), piece in zip(entries, vector.split(sizes), strict=True):
+        sides[side][module] = piece.view(shape)
     return LoRA(**sides)
 
 

@@ -1,5 +1,7 @@
 """Which rows fall to which client: the partitioners of flwr-datasets, by short names.
 
+A partition is written as one of
+
     iid                even shares, at random
     dirichlet:ALPHA    every class is shared out by a draw from Dirichlet(ALPHA); a small ALPHA sets the clients apart
     labels:N           every client has exactly N classes
@@ -14,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from importlib import import_module
 from math import isfinite
 from random import Random
 from typing import Any
 
 from .errors import ConfigError, DataError, nearest
+from .seeds import derive
 
 Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
 Shares = list[list[int]]
@@ -70,11 +72,42 @@ def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> 
     return shares
 
 
-def hold(rows: int, share: float, seed: str) -> tuple[list[int], list[int]]:
-    """The rows that stay and those that are held out, in order; at least one is, where the share is above zero."""
-    out = min(rows, max(1, round(share * rows))) if share else 0
-    held = set(Random(seed).sample(range(rows), out))
-    return [i for i in range(rows) if i not in held], sorted(held)
+def hold_out(parts: Sequence[Rows], share: float, seed: int, purpose: str) -> tuple[list[Rows], list[Rows]]:
+    """Every part without a share of its rows, and these: none where the share is 0, else one or more but never all.
+
+    Raises `DataError` for a part of a single row.
+    """
+    kept, held = [], []
+    for n, rows in enumerate(parts):
+        if share and len(rows) < 2:
+            raise DataError(
+                f"{purpose} = {share:g} takes the one example of client {n}; "
+                f"ask for fewer clients, give it more examples, or set {purpose} = 0"
+            )
+        count = max(1, min(len(rows) - 1, round(share * len(rows)))) if share else 0
+        out = set(Random(derive(seed, purpose, n)).sample(range(len(rows)), count))
+        kept.append(take(rows, [i for i in range(len(rows)) if i not in out]))
+        held.append(take(rows, sorted(out)))
+    return kept, held
+
+
+def take(rows: Rows, which: Sequence[int]) -> Rows:
+    """Some of the rows, in the order asked for."""
+    dataset: Any = rows
+    some: Rows = dataset.select(which) if hasattr(rows, "select") else [rows[i] for i in which]
+    return some
+
+
+def pool(parts: Sequence[Rows]) -> Rows:
+    """All rows of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(hasattr(rows, "select") for rows in parts):
+        from datasets import concatenate_datasets
+
+        joined: Rows = concatenate_datasets(list(parts))
+        return joined
+    return [row for rows in parts for row in rows]
 
 
 def column(rows: Rows, name: str) -> list[Any]:
@@ -94,8 +127,8 @@ def _iid(draw: Draw) -> Shares:
 
 def _dirichlet(draw: Draw) -> Shares:
     alpha = _positive(draw, "dirichlet takes a number above 0, as in dirichlet:0.5")
-    options = {"num_partitions": draw.clients, "partition_by": "by", "alpha": alpha, "min_partition_size": 1}
-    return _shares(draw, "DirichletPartitioner", draw.classes(), **options, seed=draw.seed)
+    options: dict[str, Any] = {"alpha": alpha, "partition_by": "by", "min_partition_size": 1, "seed": draw.seed}
+    return _shares(draw, "DirichletPartitioner", draw.classes(), num_partitions=draw.clients, **options)
 
 
 def _labels(draw: Draw) -> Shares:
@@ -105,7 +138,7 @@ def _labels(draw: Draw) -> Shares:
     """
     if not draw.parameter.isdecimal() or int(draw.parameter) < 1:
         raise draw.wrong("labels takes the number of classes of a client, as in labels:2")
-    each, classes, rng = int(draw.parameter), draw.classes(), Random(f"{draw.seed}/labels")
+    each, classes, rng = int(draw.parameter), draw.classes(), Random(derive(draw.seed, "labels"))
     known = len(set(classes))
     if each > known:
         raise DataError(f'data.partition = "{draw.spec}": there are only {known} classes; ask for {known} or fewer')
@@ -128,7 +161,7 @@ def _labels(draw: Draw) -> Shares:
 
 
 def _deal(known: int, each: int, clients: int, rng: Random) -> Shares:
-    """Hands of `each` different classes; a new deck is opened when one is empty, so that all are held about as often."""
+    """Hands of `each` different classes, from one deck after another, so that all classes are held about as often."""
     hands: Shares = []
     deck: list[int] = []
     for _ in range(clients):
@@ -145,9 +178,9 @@ def _natural(draw: Draw) -> Shares:
     if not draw.parameter:
         raise draw.wrong("natural takes the column that says whose a row is, as in natural:user")
     owners = column(draw.rows, draw.parameter)
-    nobody = next((i for i, owner in enumerate(owners) if owner is None), None)
-    if nobody is not None:
-        raise DataError(f'data.partition = "{draw.spec}": row {nobody + 1} has no {draw.parameter}; give it one')
+    if None in owners:
+        few = f"{owners.count(None)} of {len(owners)} examples have no {draw.parameter}"
+        raise DataError(f'data.partition = "{draw.spec}": {few}; give them one, or leave them out')
     codes = _codes(owners)
     if draw.clients not in (0, len(set(codes))):
         raise ConfigError(
@@ -160,8 +193,8 @@ def _size(draw: Draw) -> Shares:
     if draw.parameter in SIZES:
         return _shares(draw, SIZES[draw.parameter], num_partitions=draw.clients)
     power = _positive(draw, f"size takes {', '.join(SIZES)} or a number above 0, as in size:1.5")
-    options = {"num_partitions": draw.clients, "partition_id_to_size_fn": lambda i: i**power}
-    return _shares(draw, "IdToSizeFncPartitioner", **options)
+    clients = draw.clients
+    return _shares(draw, "IdToSizeFncPartitioner", num_partitions=clients, partition_id_to_size_fn=lambda i: i**power)
 
 
 def _positive(draw: Draw, takes: str) -> float:
@@ -176,30 +209,32 @@ def _positive(draw: Draw, takes: str) -> float:
 
 def _codes(values: Sequence[Any]) -> list[int]:
     """The values as numbers from 0, in the order of their names, numbers before and among themselves by size."""
-    order = sorted(set(values), key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, str(v)))
-    code = {value: i for i, value in enumerate(order)}
-    return [code[value] for value in values]
+    names = [value if isinstance(value, int) else str(value) for value in values]
+    order = sorted(set(names), key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, v))
+    code = {name: i for i, name in enumerate(order)}
+    return [code[name] for name in names]
 
 
 def _shares(draw: Draw, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
     """What one of flwr-datasets' partitioners makes of the rows, which it is given shuffled by the seed."""
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    make = getattr(import_module("flwr_datasets.partitioner"), partitioner)(**options)
-    order = Random(f"{draw.seed}/partition").sample(range(len(draw.rows)), len(draw.rows))
-    columns = {"row": order, "by": [by[i] for i in order] if by else order}
-    make.dataset = import_module("datasets").Dataset.from_dict(columns)
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read at import
+    from datasets import Dataset
+    from flwr_datasets import partitioner as partitioners
+
+    make = getattr(partitioners, partitioner)(**options)
+    order = Random(derive(draw.seed, "partition")).sample(range(len(draw.rows)), len(draw.rows))
+    make.dataset = Dataset.from_dict({"row": order, "by": [by[i] for i in order] if by else order})
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it warns at every try, and draws a bar
             warnings.simplefilter("ignore")
             return [list(make.load_partition(i)["row"]) for i in range(make.num_partitions)]
     except ValueError as e:
         raise DataError(
-            f'data.partition = "{draw.spec}" leaves one of {draw.clients} clients without an example of '
-            f"{len(draw.rows)}; ask for fewer clients{REMEDY.get(partitioner, '')}"
+            f'data.partition = "{draw.spec}" leaves one of {draw.clients} clients with none of {len(draw.rows)} '
+            f"examples; ask for fewer clients, or for {'a larger alpha' if by else 'a gentler size, or iid'}"
         ) from e
 
 
-REMEDY = {"DirichletPartitioner": ", or for a larger number after dirichlet:", "ExponentialPartitioner": ", or for size:1"}
 SPECS: dict[str, Callable[[Draw], Shares]] = {
     "auto": _iid,
     "iid": _iid,

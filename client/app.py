@@ -1,0 +1,120 @@
+"""The Flower ClientApp: a worker behind three messages. Knows no algorithm."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fedlora.client.parts import PartStore
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora import config as configuration
+from fedlora import wire, worker
+from fedlora.config import Config
+from fedlora.errors import ClientFailed, FedloraError
+from fedlora.run import Setup, prepare
+from fedlora.store import Store
+from fedlora.strategy import Job
+from fedlora.worker import Site
+
+RAISED = 2  # Flower's code for an exception in a ClientApp
+log = logging.getLogger("fedlora")
+_ready: dict[str, Setup] = {}  # by config: a process loads the model once, and serves any client with it
+
+
+@dataclass(frozen=True, eq=False)
+class Desk:
+    """One client's place at this process's model."""
+
+    id: int
+    setup: Setup
+    store: Store  # what it keeps
+    parts: PartStore  # what it need not be sent again
+
+    @property
+    def site(self) -> Site:
+        """Its examples."""
+        return self.setup.sites[self.id]
+
+    def job(self, content: RecordDict) -> Job | wire.Lacks:
+        """The job of a message, or what is lacking for it."""
+        order = wire.read_order(content)
+        parts, lacks = self.parts.take(order)
+        return wire.Lacks(lacks) if lacks else order.job(parts)
+
+
+def build(config: Config | None = None, folder: Path | None = None) -> ClientApp:
+    """An app that serves any client of a run and keeps their files in `folder`.
+
+    Without a config it is read from Flower's run config; without a folder it is the node's `state-dir`.
+    """
+    app = ClientApp()
+    for register, work in ((app.query, describe), (app.train, train), (app.evaluate, evaluate)):
+        register()(partial(_serve, work, config, folder))
+    return app
+
+
+def describe(desk: Desk, content: RecordDict) -> RecordDict:
+    """Who this client is."""
+    return wire.pack_client(desk.site.client(desk.id, desk.setup.config.lora.rank))
+
+
+def train(desk: Desk, content: RecordDict) -> RecordDict:
+    """One round's work."""
+    job = desk.job(content)
+    if isinstance(job, wire.Lacks):
+        return wire.pack_lacks(job)
+    update, kept = worker.train(desk.setup.model, job, desk.id, desk.site.train, desk.store.before(job.round))
+    desk.store.keep(job.round, kept)
+    return wire.pack_update(update)
+
+
+def evaluate(desk: Desk, content: RecordDict) -> RecordDict:
+    """The model that this client would use, on its held-out examples."""
+    job = desk.job(content)
+    if isinstance(job, wire.Lacks):
+        return wire.pack_lacks(job)
+    kept = desk.store.before(job.round + 1)
+    return wire.pack_metrics(worker.evaluate(desk.setup.model, job, desk.site.heldout, kept))
+
+
+def _serve(
+    work: Callable[[Desk, RecordDict], RecordDict],
+    config: Config | None,
+    folder: Path | None,
+    message: Message,
+    context: Context,
+) -> Message:
+    """Do the work; what goes wrong in it is the reply, in a sentence that reaches the server's log."""
+    try:
+        return Message(work(_desk(config, folder, context), message.content), reply_to=message)
+    except Exception as e:
+        log.warning("%s failed", work.__name__, exc_info=True)
+        reason = str(e) if isinstance(e, FedloraError) else f"{type(e).__name__}: {e}"
+        return Message(Error(RAISED, reason), reply_to=message)
+
+
+def _desk(config: Config | None, folder: Path | None, context: Context) -> Desk:
+    if config is None:
+        config = configuration.build(dict(context.run_config))
+    if folder is None:
+        folder = Path(str(context.node_config.get("state-dir", "runs/clients"))) / str(context.run_id)
+    setup = _setup(config)
+    id = int(context.node_config.get("partition-id", -1))
+    if not 0 <= id < len(setup.sites):
+        raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
+    own = folder / str(id)
+    return Desk(id, setup, Store(own), PartStore(own))
+
+
+def _setup(config: Config) -> Setup:
+    key = repr(config)
+    if key not in _ready:
+        _ready.clear()
+        _ready[key] = prepare(config)
+    return _ready[key]
+
+
+app = build()

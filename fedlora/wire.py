@@ -1,0 +1,266 @@
+"""Jobs, updates and metrics as Flower records: a head of plain values, and at most one array.
+
+Flower's cost is per array, so a message carries one vector. A job is made of parts (see `flat`), each named by a hash
+of its content: the head names them all, and only those that the client lacks lie in the vector, one after another.
+Nothing is pickled; whatever does not fit its head or its hash raises `WireError`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+from torch import Tensor
+
+from .errors import WireError
+from .flat import Flat, count, flatten, name_of, unflatten
+from .lora import SIDES, LoRA
+from .metrics import Metrics
+from .strategy import Client, Job, Training, Update
+
+STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64"]
+CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
+T = TypeVar("T")
+
+
+@checked(frozen=True, config=STRICT)
+class JobHead:
+    """A Job but for the numbers in its parts."""
+
+    trains: str
+    shares: str
+    training: Training
+    seed: int
+    round: int
+    rounds: int
+    start: tuple[str, ...]  # names of parts
+    offset: tuple[str, ...]
+    sent: tuple[tuple[str, str], ...]  # (name, manifest) of what lies in the vector, in its order
+    dtype: Dtype
+
+
+@checked(frozen=True, config=STRICT)
+class UpdateHead:
+    examples: int
+    loss: float
+    manifest: str
+    dtype: Dtype
+
+
+@checked(frozen=True, config=STRICT)
+class MetricsHead:
+    examples: int
+    targets: int
+    loss: float
+    correct: int
+    classes: int  # the vector is the confusion, row by row; 0: there is none
+    dtype: Dtype = "int64"
+
+
+@checked(frozen=True, config=STRICT)
+class Lacks:
+    """The answer of a client whose parts are lost: it wants the job in full."""
+
+    lacks: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A job as it arrived: which parts it is made of, and those that came with it."""
+
+    head: JobHead
+    sent: Mapping[str, Flat]  # by name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All the parts that the job is made of."""
+        return (*self.head.start, *self.head.offset)
+
+    def job(self, parts: Mapping[str, LoRA]) -> Job:
+        """The job, of parts by their names."""
+        head, start = self.head, LoRA()
+        for name in head.start:
+            start = start.over(parts[name])
+        offset = tuple(parts[name] for name in head.offset)
+        return Job(start, head.trains, head.shares, offset, head.training, head.seed, head.round, head.rounds)
+
+
+class Packer:
+    """Packs the jobs of a round; what several clients lack is joined into a vector once."""
+
+    def __init__(self) -> None:
+        self._joined: dict[tuple[str, ...], ArrayRecord] = {}
+
+    def job(self, job: Job, parts: Mapping[str, Flat], missing: Mapping[str, Flat]) -> RecordDict:
+        """The job with those parts that its client lacks."""
+        sent = {flat.name: flat for flat in missing.values()}
+        head = JobHead(
+            trains=job.trains,
+            shares=job.shares,
+            training=job.training,
+            seed=job.seed,
+            round=job.round,
+            rounds=job.rounds,
+            start=tuple(flat.name for where, flat in parts.items() if not where.startswith("offset")),
+            offset=tuple(flat.name for where, flat in parts.items() if where.startswith("offset")),
+            sent=tuple((flat.name, flat.manifest) for flat in sent.values()),
+            dtype=_dtype_name(next(iter(sent.values())).vector if sent else torch.empty(0)),
+        )
+        if sent and tuple(sent) not in self._joined:
+            self._joined[tuple(sent)] = _array(torch.cat([flat.vector for flat in sent.values()]))
+        return _record(head, self._joined[tuple(sent)] if sent else None)
+
+
+def read_order(records: RecordDict) -> Order:
+    """The job that `Packer.job` packed. Raises `WireError`."""
+    head = _head(records, JobHead)
+    vector = _vector(records, head.dtype)
+    with _reading("a job"):
+        sizes = [count(manifest) for _, manifest in head.sent]
+        if sum(sizes) != vector.numel():
+            raise WireError(f"a job's parts are {sum(sizes)} numbers by their manifests; {vector.numel()} came")
+        ends = list(accumulate(sizes))
+        pieces = [vector[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        flats = [Flat(piece, manifest, name) for piece, (name, manifest) in zip(pieces, head.sent, strict=True)]
+    for flat in flats:
+        if name_of(flat.vector, flat.manifest) != flat.name:
+            raise WireError(f"part {flat.name[:12]} of a job is not what its hash says: it was damaged on its way")
+    return Order(head, {flat.name: flat for flat in flats})
+
+
+def pack_update(update: Update) -> RecordDict:
+    """An update; its numbers travel in the type they have."""
+    dtypes = {t.dtype for s in SIDES for t in update.lora.side(s).values()}
+    flat = flatten(update.lora, dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    head = UpdateHead(update.examples, update.loss, flat.manifest, _dtype_name(flat.vector))
+    return _record(head, _array(flat.vector))
+
+
+def read_update(records: RecordDict, job: Job) -> Update | Lacks:
+    """The answer to a job: an update of the shapes that the job asked for, or that parts are lacking.
+
+    Raises `WireError`: one client's nonsense must not reach `aggregate`, where it would end the run for all.
+    """
+    if _is_lacking(records):
+        return _head(records, Lacks)
+    head = _head(records, UpdateHead)
+    vector = _vector(records, head.dtype)
+    with _reading("an update"):
+        lora = unflatten(vector, head.manifest)
+    for s in SIDES:
+        asked = _shapes(job.start.side(s) if s in job.shares else {})
+        got = _shapes(lora.side(s))
+        if got != asked and not (s in job.shares and not job.start.side(s)):  # what has no start may have any shape
+            raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
+    return Update(lora, head.examples, head.loss)
+
+
+def pack_metrics(metrics: Metrics) -> RecordDict:
+    """Metrics; the confusion of a classifier is the array."""
+    table = metrics.confusion
+    head = MetricsHead(
+        examples=metrics.examples,
+        targets=metrics.targets,
+        loss=metrics.loss,
+        correct=metrics.correct,
+        classes=0 if table is None else len(table),
+    )
+    return _record(head, None if table is None else _array(table.flatten()))
+
+
+def read_metrics(records: RecordDict) -> Metrics | Lacks:
+    """The answer to a job that asked for an evaluation. Raises `WireError`."""
+    if _is_lacking(records):
+        return _head(records, Lacks)
+    head = _head(records, MetricsHead)
+    vector = _vector(records, head.dtype)
+    if vector.numel() != head.classes**2:
+        raise WireError(f"metrics over {head.classes} classes came with {vector.numel()} counts")
+    table = vector.view(head.classes, head.classes) if head.classes else None
+    return Metrics(head.examples, head.targets, head.loss, head.correct, table)
+
+
+def pack_lacks(lacks: Lacks) -> RecordDict:
+    """That parts are neither in the message nor with the client."""
+    return _record(lacks)
+
+
+def pack_client(client: Client) -> RecordDict:
+    """What a client says of itself."""
+    return _record(client)
+
+
+def read_client(records: RecordDict) -> Client:
+    """What `pack_client` packed. Raises `WireError`."""
+    return _head(records, Client)
+
+
+def _record(head: Any, array: ArrayRecord | None = None) -> RecordDict:
+    records = RecordDict({"head": ConfigRecord({"json": TypeAdapter(type(head)).dump_json(head).decode()})})
+    if array is not None:
+        records["array"] = array
+    return records
+
+
+def _head(records: RecordDict, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_json(_json(records))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "head"
+        raise WireError(f"a message is no {kind.__name__}: {place}: {first['msg']}") from e
+
+
+def _json(records: RecordDict) -> str:
+    head = records.config_records.get("head")
+    text = head.get("json") if head is not None else None
+    if not isinstance(text, str):
+        raise WireError(f"a message has no head; it has {', '.join(records) or 'nothing'}")
+    return text
+
+
+def _is_lacking(records: RecordDict) -> bool:
+    return _json(records).startswith('{"lacks"')
+
+
+def _array(vector: Tensor) -> ArrayRecord:
+    bits = vector.view(CARRIED.get(vector.dtype, vector.dtype))
+    return ArrayRecord({"vector": Array(bits.numpy())})  # numpy's own format, which `Array.numpy` reads without pickle
+
+
+def _vector(records: RecordDict, dtype: str) -> Tensor:
+    """The one array of a message in the type its head names; of no length where there is none."""
+    arrays = [a for record in records.array_records.values() for a in record.values()]
+    kind: torch.dtype = getattr(torch, dtype)
+    if not arrays:
+        return torch.empty(0, dtype=kind)
+    if len(arrays) > 1:
+        raise WireError(f"a message has {len(arrays)} arrays; it may have one")
+    with _reading("an array"):
+        bits = torch.from_numpy(arrays[0].numpy())
+    if bits.dim() != 1 or bits.dtype != CARRIED.get(kind, kind):
+        raise WireError(f"an array is {bits.dtype} of shape {tuple(bits.shape)}; its head says a vector of {dtype}")
+    return bits.view(kind)
+
+
+def _dtype_name(vector: Tensor) -> Any:
+    return str(vector.dtype).removeprefix("torch.")
+
+
+def _shapes(side: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{m} {tuple(t.shape)}" for m, t in sorted(side.items())) or "nothing"
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Whatever the libraries say of bytes that are not what they should be, as one sentence."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError, EOFError, OSError) as e:
+        raise WireError(f"{what} could not be read: {type(e).__name__}: {e}") from e

@@ -1,0 +1,199 @@
+"""Flower's simulation: many processes on Ray, driven through the same Grid that a deployment has.
+
+`run_simulation` is deprecated and has no successor that starts no daemon; this file alone knows it.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+from fedlora.base import device
+from fedlora.config import Config
+from fedlora.errors import ConfigError, RoundFailed
+from fedlora.rounds import Fleet
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+STORE = 512 * 2**20  # bytes of shared memory for messages on their way; Ray spills what is beyond to the disk
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: one machine, on the loopback interface
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answered: Callable[[int], None]) -> None:
+    """Give `serve` a fleet of `config.clients` simulated clients that keep their files in `folder`.
+
+    What `serve` raises comes out as it is, and so does Ctrl-C; then, as at the end, all processes are ended. Raises
+    `ConfigError` where Ray is not installed, `RoundFailed` where Flower's simulation broke down.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError('engine = "flower" needs Ray: pip install "fedlora[ray]"')
+    _quiet()
+    from fedlora.server.fleet import FlowerFleet
+
+    with _scratch() as scratch:
+        flower = Flower(config, folder.absolute(), scratch)
+        flower.start()
+        ended = False
+        try:
+            serve(FlowerFleet(flower.grid(), config.clients, answered, flower.broken))
+            ended = True
+        except KeyboardInterrupt:
+            flower.check()
+            raise
+        finally:
+            flower.end(at_once=not ended)
+
+
+class Flower(Thread):
+    """The simulation in a thread of its own, so that the rounds, and Ctrl-C with them, stay in the main one."""
+
+    def __init__(self, config: Config, folder: Path, scratch: Path) -> None:
+        super().__init__(name="flower", daemon=True)
+        self.broken = Event()
+        self._config, self._folder, self._scratch = config, folder, scratch
+        self._grids: Queue[Grid] = Queue()
+        self._served = Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Flower's whole life; what it raises is kept for the main thread."""
+        from flwr.simulation import run_simulation
+
+        try:
+            run_simulation(self._server(), self._client(), self._config.clients, backend_config=self._backend())
+        except BaseException as e:
+            self._error = e
+        finally:
+            self.broken.set()
+
+    def grid(self) -> "Grid":
+        """The Grid, as soon as there is one."""
+        while not self.broken.is_set():
+            try:
+                return self._grids.get(timeout=0.1)
+            except Empty:
+                continue
+        self.check()
+        raise RoundFailed("Flower's simulation ended before it began")
+
+    def check(self) -> None:
+        """Raise `RoundFailed` where Flower broke down."""
+        cause = self._error
+        while cause is not None and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if cause is not None:
+            raise RoundFailed(f"Flower's simulation broke down: {type(cause).__name__}: {cause}") from self._error
+
+    def end(self, at_once: bool) -> None:
+        """Let Flower and Ray end; clients that are still at work are given ten seconds, or none."""
+        self._served.set()
+        if not at_once:
+            self.join(10)
+        _flag(self._scratch).touch()
+        self.join()
+
+    def _lend(self, grid: "Grid") -> None:
+        self._grids.put(grid)
+        self._served.wait()
+
+    def _server(self) -> Any:
+        from fedlora.server.app import build
+
+        return build(self._lend)
+
+    def _client(self) -> Any:
+        from fedlora.client.app import build
+
+        app, flag = build(replace(self._config, threads=self._cpus()), self._folder), str(_flag(self._scratch))
+
+        @app.lifespan()
+        def watched(_: object) -> Iterator[None]:
+            _leave_on(flag)
+            yield
+
+        return app
+
+    def _backend(self) -> Any:
+        """What `run_simulation` is told of Ray."""
+        cpus, gpus = self._cpus(), 0
+        actors = max(1, min((os.cpu_count() or 1) // cpus, self._config.clients))
+        if device(self._config.model).type == "cuda":
+            import torch
+
+            gpus = torch.cuda.device_count()
+        share = min(1.0, int(1e4 * gpus / actors) / 1e4)  # Ray counts GPUs in ten-thousandths
+        return {
+            "init_args": {
+                "address": "local",
+                "num_cpus": cpus * actors,
+                "num_gpus": gpus,
+                "object_store_memory": STORE,
+                "include_dashboard": False,
+                "log_to_driver": False,
+                "logging_level": logging.CRITICAL,
+                "_temp_dir": str(self._scratch),
+            },
+            # An actor that dies, as of too little memory, fails its one client and is begun anew.
+            "client_resources": {"num_cpus": cpus, "num_gpus": share, "max_restarts": -1},
+        }
+
+    def _cpus(self) -> int:
+        """CPUs of an actor, and its threads."""
+        return min(self._config.threads or 1, os.cpu_count() or 1)
+
+
+def _quiet() -> None:
+    """Nothing is sent, nothing is said: to be called before Flower and Ray are imported, as they read it then."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
+    import flwr.supercore.logger  # noqa: F401  it sets its level when it is imported
+
+    logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for Ray's files, removed at the end; its name is short, as a socket's path has at most 107 bytes."""
+    base = tempfile.gettempdir()
+    path = Path(tempfile.mkdtemp(prefix="fedlora-", dir=base if len(base) < 24 else "/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flag(scratch: Path) -> Path:
+    return scratch / "end"
+
+
+@cache
+def _leave_on(flag: str) -> None:
+    """Let this process end itself once the flag is there: Ray would wait for the job it is at."""
+
+    def watch() -> None:
+        while not Path(flag).exists():
+            time.sleep(0.2)
+        os._exit(0)
+
+    Thread(target=watch, daemon=True).start()

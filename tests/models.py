@@ -1,0 +1,66 @@
+"""Real transformers, small and random, saved as anybody's would be."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from fedlora.data import Form
+
+WORDS = [f"w{i}" for i in range(60)]
+SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>"]
+TEXT = Form("text", ("text",))
+LABEL = Form("label", ("text", "label"), ("no", "maybe", "yes"))
+IMAGE = Form("image", ("image", "label"), ("no", "maybe", "yes"))
+FORMS = {"llama": TEXT, "gpt2": TEXT, "bert": LABEL, "llama-cls": LABEL, "vit": IMAGE}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token, with w0 ... w59."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+
+    inner = Tokenizer(WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    inner.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def make(kind: str, folder: Path) -> Path:
+    """Save a model of this kind with its processor; the folder can be given to --model."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    wide = small | {"intermediate_size": 40, "max_position_embeddings": 64}
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**wide, num_key_value_heads=1))
+    elif kind == "llama-cls":
+        model = LlamaForSequenceClassification(LlamaConfig(**wide, num_labels=3))
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=2, n_positions=64))
+    elif kind == "bert":
+        model = BertForSequenceClassification(BertConfig(**wide, num_labels=3))
+    else:
+        config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
+                           image_size=8, patch_size=4, num_labels=3)
+        model = ViTForImageClassification(config)
+    model.save_pretrained(folder)
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}) if kind == "vit" else tokenizer()
+    processor.save_pretrained(folder)
+    return folder
