@@ -64,7 +64,7 @@ def _load(config: ModelConfig, form: Form, source: str) -> tuple[nn.Module, Any,
     from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    revision = {"revision": config.revision} if config.revision else {}
+    revision = ({"revision": config.revision} if config.revision else {}) | _cached(source)
     kind = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **revision, **_quantized(config)}
     if form.labels:
@@ -84,6 +84,19 @@ def _load(config: ModelConfig, form: Form, source: str) -> tuple[nn.Module, Any,
     if new and not form.labels:
         raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(sorted(new))}")
     return net, processor, sorted(new)
+
+
+def _cached(source: str) -> dict[str, Any]:
+    """What to say where the hub cannot be reached: transformers would try again for most of a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        HfApi().model_info(source, timeout=10)
+    except Exception:  # the network, the hub and the server each have their own kinds; a cached copy still does
+        return {"local_files_only": True}
+    return {}
 
 
 def _quantized(config: ModelConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class LoRAConfig:
     alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
     rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
     dropout: Annotated[float, Ge(0), Lt(1), "of the adapter's input"] = 0.0
-    targets: Annotated[Names, "modules to adapt, by the end of their names; empty: PEFT's choice for the model"] = ()
+    targets: Annotated[Names, "modules to adapt, by the end of their names; empty: query and value; or all-linear"] = ()
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _found(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[
             spans.append((_shared(before, whole), _shared(after, whole)))
     got = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets: list[tuple[int, int]] = got["offset_mapping"]
-    learned = [any(a < end and b > start for start, end in spans) for a, b in offsets]
+    learned = [any(a < end and b > start for start, end in spans if start < end) for a, b in offsets]
     return list(got["input_ids"]), learned
 
 

@@ -1,5 +1,6 @@
 """A base model wearing one LoRA adapter: read its factors, write factors of any rank. The only file that knows PEFT."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -23,6 +24,7 @@ from .metrics import Metrics
 
 NAME = "default"  # PEFT's name of the one adapter
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
+USUAL = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",), ("Wqkv",), ("q", "v"))
 TASKS = {"label": TaskType.SEQ_CLS, "image": None}
 
 
@@ -210,24 +212,23 @@ def _wear(net: nn.Module, lora: LoRAConfig, form: Form, new: list[str]) -> PeftM
         task_type=TASKS.get(form.kind, TaskType.CAUSAL_LM),
         exclude_modules=heads,
     )
-    try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
         return get_peft_model(net, config)
-    except ValueError as e:
-        known = sorted({n.rsplit(".", 1)[-1] for n, m in net.named_modules() if _is_linear(m)})
-        raise ModelError(
-            f"no adapter for {type(net).__name__}: {str(e).splitlines()[0]}; set lora.targets, of {', '.join(known)}"
-        ) from e
 
 
-def _targets(net: nn.Module, targets: tuple[str, ...]) -> list[str] | str | None:
+def _targets(net: nn.Module, targets: tuple[str, ...]) -> list[str] | str:
+    """The modules that were asked for, each of which must be there; else the query and value projections."""
     if targets == ("all-linear",):
         return "all-linear"
     linear = [name for name, m in net.named_modules() if _is_linear(m)]
+    ends = {name.rsplit(".", 1)[-1] for name in linear}
+    if not targets:
+        return next((list(names) for names in USUAL if ends.issuperset(names)), "all-linear")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            ends = {name.rsplit(".", 1)[-1] for name in linear}
             raise ModelError(f'lora.targets: {type(net).__name__} has no module "{target}"; {nearest(target, ends)}')
-    return list(targets) or None
+    return list(targets)
 
 
 def _is_linear(module: nn.Module) -> bool:

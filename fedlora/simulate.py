@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def _quiet() -> None:
     """Our own warnings, and of the libraries only errors."""
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fedlora").setLevel(logging.INFO)
     transformers.utils.logging.set_verbosity_error()

@@ -6,16 +6,18 @@
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Event, Thread
+from queue import Queue
+from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from fedlora.base import device
@@ -34,6 +36,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: one machine, on the loopback interface
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # how long what is left of a killed run waits for the rest of it
 }
 
 
@@ -53,7 +56,9 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
         flower.start()
         ended = False
         try:
-            serve(FlowerFleet(flower.grid(), config.clients, answered, flower.broken))
+            fleet = FlowerFleet(flower.grid(), config.clients, answered, flower.broken)
+            with _terminable():
+                serve(fleet)
             ended = True
         except KeyboardInterrupt:
             flower.check()
@@ -85,12 +90,12 @@ class Flower(Thread):
             self.broken.set()
 
     def grid(self) -> "Grid":
-        """The Grid, as soon as there is one."""
-        while not self.broken.is_set():
-            try:
-                return self._grids.get(timeout=0.1)
-            except Empty:
-                continue
+        """The Grid, as soon as there is one and Ray runs."""
+        import ray
+
+        while not self.broken.wait(0.1):
+            if ray.is_initialized() and not self._grids.empty():
+                return self._grids.get()
         self.check()
         raise RoundFailed("Flower's simulation ended before it began")
 
@@ -108,7 +113,8 @@ class Flower(Thread):
         if not at_once:
             self.join(10)
         _flag(self._scratch).touch()
-        self.join()
+        with redirect_stdout(StringIO()):  # where Ray tells of processes that ended themselves
+            self.join()
 
     def _lend(self, grid: "Grid") -> None:
         self._grids.put(grid)
@@ -170,6 +176,20 @@ def _quiet() -> None:
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, or what it was made before; Ray, as it starts, makes it an abort."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before if callable(before) else signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

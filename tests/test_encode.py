@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import tokenizer
 from PIL import Image
-from transformers import BatchEncoding
 
 from fedlora.config import DataConfig
 from fedlora.data import Form, Rows, load
@@ -91,6 +90,27 @@ def test_a_chat_that_is_too_long_keeps_its_end(template: str) -> None:
     [(ids, labels)] = encode(CHAT, [{"messages": talk}], 8, "<s> " + template)
     assert ids == [BOS, 21, 22, 23, 9, 6, 7, EOS]
     assert labels == [-100] * 5 + [6, 7, EOS]
+
+
+def test_a_chat_that_does_not_open_with_a_token_of_its_own_keeps_nothing_of_its_beginning() -> None:
+    [(ids, _)] = encode(CHAT, [{"messages": [{"role": "user", "content": words(*range(20))}, TALK[1]]}], 8, PLAIN)
+    assert ids == [20, 21, 22, 23, 9, 6, 7, EOS]
+
+
+def test_the_first_token_alone_is_nothing_to_learn() -> None:
+    t = tokenizer()
+    t.bos_token = t.eos_token = None
+    assert len(Encoder(t, TEXT, 8)([{"text": "w1"}, {"text": "w1 w2"}])) == 1
+
+
+def test_a_newline_stands_between_prompt_and_response() -> None:
+    from transformers import AutoTokenizer
+
+    from fedlora.base import TINY
+
+    t = AutoTokenizer.from_pretrained(TINY)
+    [example] = Encoder(t, ANSWER, 32)([{"ask": "def f():", "answer": "return 1"}])
+    assert t.decode(example["input_ids"], skip_special_tokens=True) == "def f():\nreturn 1"
 
 
 def test_a_template_that_writes_a_turn_otherwise_once_it_is_old_still_masks_the_question() -> None:
@@ -193,9 +213,12 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | 
 
 
 def test_encoding_leaves_the_random_state_alone() -> None:
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    def states() -> str:
+        return repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+
+    before = states()
     encode(CHAT, [{"messages": TALK}], template=PLAIN)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert states() == before
 
 
 def test_sst2_is_encoded_row_by_row_by_a_real_encoder(real_data: Path, minilm: Path) -> None:
@@ -206,5 +229,5 @@ def test_sst2_is_encoded_row_by_row_by_a_real_encoder(real_data: Path, minilm: P
     t = AutoTokenizer.from_pretrained(minilm)
     examples = Encoder(t, federated.form, 128)(federated.clients[0])
     assert len(examples) == 872
-    assert isinstance(t("a"), BatchEncoding)
-    assert t.decode(examples[0]["input_ids"], skip_special_tokens=True).startswith("it ' s a charming")
+    first = str(t.decode(examples[0]["input_ids"], skip_special_tokens=True))
+    assert first.startswith("it ' s a charming")
