@@ -9,10 +9,13 @@ simulate: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest
 
+# mypy is shown the packages as a wheel lays them out: it cannot follow fedlora/__init__.py to the folders beside it.
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	rm -rf build/typed && mkdir -p build/typed && cp -r fedlora build/typed/
+	cp -r server client strategies simulations build/typed/fedlora/
+	cd build/typed && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fedlora
 
 # The exact versions that were run. A torch that is installed already is kept where it satisfies them.
 .venv/installed: pyproject.toml constraints.txt

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedlora.client.parts import PartStore
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora import config as configuration
 from fedlora import wire, worker
+from fedlora.client.parts import PartStore
 from fedlora.config import Config
 from fedlora.errors import ClientFailed, FedloraError
 from fedlora.run import Setup, prepare

@@ -101,7 +101,7 @@ def pair(text: str) -> tuple[str, str]:
     """`key=value` as a pair."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f'--option {text}: write it as key=value')
+        raise ConfigError(f"--option {text}: write it as key=value")
     return key.strip(), value.strip()
 
 
@@ -123,7 +123,7 @@ def dotted(words: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 1, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.path.insert(0, os.getcwd())  # where a user's own strategy lies
+    sys.path.insert(0, str(Path.cwd()))  # where a user's own strategy lies
     try:
         app()
     except FedloraError as e:

@@ -61,8 +61,13 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _load(config: ModelConfig, form: Form, source: str) -> tuple[nn.Module, Any, list[str]]:
-    from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     revision = ({"revision": config.revision} if config.revision else {}) | _cached(source)
     kind = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
@@ -110,14 +115,11 @@ def _quantized(config: ModelConfig) -> dict[str, Any]:
         raise ModelError(f"model.quantize = {config.quantize} needs bitsandbytes: pip install bitsandbytes") from e
     from transformers import BitsAndBytesConfig
 
-    if config.quantize == "8bit":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        compute = getattr(torch, config.dtype)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        )
-    return {"quantization_config": quantization, "device_map": {"": 0}}
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4["bnb_4bit_compute_dtype"] = getattr(torch, config.dtype)
+    quantization: Any = BitsAndBytesConfig  # untyped
+    chosen = quantization(**({"load_in_8bit": True} if config.quantize == "8bit" else nf4))
+    return {"quantization_config": chosen, "device_map": {"": 0}}
 
 
 def _pad(net: Any, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from inspect import getdoc, isabstract, signature
 from pkgutil import iter_modules
 from typing import Any, get_type_hints
 
-from . import strategies  # type: ignore[attr-defined]
+from . import strategies
 from .errors import StrategyError, nearest
 from .strategy import Strategy
 
@@ -46,6 +46,11 @@ class Entry:
         return ", ".join(f"{f.name}={f.default}" for f in fields(self.cls))
 
 
+def title(strategy: Strategy[Any]) -> str:
+    """How the paper of a strategy calls it."""
+    return Entry("", type(strategy)).title
+
+
 def catalogue() -> Iterator[Entry]:
     """Every strategy that has a name: the files of `strategies/`, then the entry points of what is installed."""
     for module in sorted(m.name for m in iter_modules(strategies.__path__)):
@@ -56,7 +61,7 @@ def catalogue() -> Iterator[Entry]:
 
 
 def find(spec: str) -> type[Strategy[Any]]:
-    """The class that `spec` names: `fedavg`, `FedIT`, `fedavg:FedAvg`, an entry point, `my_package.my_module:MyStrategy`."""
+    """The class that `spec` names: `fedavg`, `FedIT`, `fedavg:FedAvg`, an entry point, `my_package.module:Mine`."""
     module, colon, name = spec.partition(":")
     if not colon:
         return _by_name(spec)
@@ -108,14 +113,14 @@ def _by_name(name: str) -> type[Strategy[Any]]:
     def plain(word: str) -> str:
         return "".join(c for c in word.lower() if c.isalnum())
 
-    known = {}
+    known: dict[str, Entry] = {}
     for entry in catalogue():
         for alias in (entry.name, entry.cls.__name__, entry.title):
             known.setdefault(plain(alias), entry)
     if plain(name) in known:
         return known[plain(name)].cls
     names = {e.name for e in known.values()}
-    raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is named package.module:Class')
+    raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is package.module:Class')
 
 
 def _strategies_in(module: str) -> Iterator[type[Strategy[Any]]]:

@@ -1,4 +1,4 @@
-"""A run's state on disk: safetensors with its structure as JSON beside it, written whole or not at all, never pickled."""
+"""A run's state on disk: safetensors, its structure as JSON in the header; written whole or not at all, no pickle."""
 
 import json
 import os
@@ -27,7 +27,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the round's checkpoint, then drop those before the previous one. Raises `CheckpointError` on a full disk."""
+    """Write the round's checkpoint, then drop all but the last two. Raises `CheckpointError` on a full disk."""
     tensors: dict[str, Tensor] = {}
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record}, tensors)
     metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree)}
@@ -51,11 +51,11 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
+        with temporary.open("wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync(path.parent)
     except OSError as e:
         temporary.unlink(missing_ok=True)
@@ -110,7 +110,9 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return ["namedtuple", kind, [_pack(v, tensors) for v in value]]
     if isinstance(value, tuple | list):
         return [type(value).__name__, [_pack(v, tensors) for v in value]]
-    raise CheckpointError(f"a strategy's state holds a {kind}; it may hold LoRA, tensors, plain values and tuples of these")
+    raise CheckpointError(
+        f"a strategy's state holds a {kind}; it may hold LoRA, tensors, plain values, tuples of these"
+    )
 
 
 def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

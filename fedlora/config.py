@@ -49,9 +49,10 @@ class DataConfig:
 
     path: Annotated[str, "file, pattern (one file a client), datasets folder or hub id; empty: Python's library"] = ""
     eval: Annotated[str, "the same, for the global evaluation"] = ""
-    partition: Annotated[str, "auto, iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"] = "auto"
+    partition: Annotated[str, "iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"] = "auto"
     holdout: Annotated[float, Ge(0), Lt(1), "share of each client's examples kept for its own evaluation"] = 0.0
     eval_share: Annotated[float, Ge(0), Lt(1), "share of all examples kept for the global one, without data.eval"] = 0.1
+    eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
     limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
     text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()
     label: Annotated[str, "label column"] = ""
@@ -99,7 +100,7 @@ def settings(section: type = Config, prefix: str = "") -> Iterator[Setting]:
             yield from settings(hints[f.name], f"{prefix}{f.name}.")
         else:
             kind, *notes = get_args(hints[f.name])
-            default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+            default = {} if f.default is MISSING else f.default
             help = next(n for n in notes if isinstance(n, str))
             yield Setting(prefix + f.name, default, kind, help)
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
-from .catalogue import Entry
+from .catalogue import title
 from .folder import RunFolder
 from .metrics import headline
 from .run import Setup
@@ -44,7 +44,7 @@ class Screen:
         self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
         matrices = [*setup.start.A.values(), *setup.start.B.values(), *setup.start.H.values()]
         trained, of = sum(t.numel() for t in matrices), sum(p.numel() for p in model.net.parameters())
-        name = Entry(config.strategy, type(getattr(strategy, "inner", strategy))).title
+        name = title(getattr(strategy, "inner", strategy))
         self.say(
             f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "
             f"adapter of {trained:,} numbers on a model of {of:,}; engine {config.engine}, seed {config.seed}"

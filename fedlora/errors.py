@@ -1,14 +1,14 @@
 """What can go wrong, as a tree; the commands catch the root and print one sentence.
 
-    FedloraError
-    ├── ConfigError       an unknown key, a value of the wrong type, two settings that contradict each other
-    ├── DataError         a file, a line, a column or a split that cannot be used
-    ├── ModelError        a model that cannot be loaded, or cannot wear the adapter that was asked for
-    ├── StrategyError     a strategy that cannot be found or built, or that returned what no client can load
-    ├── ClientFailed      one client could not do its job; the round goes on without it
-    ├── WireError         a message that is damaged, or not what it says it is
-    ├── RoundFailed       too few clients answered
-    └── CheckpointError   a run's state could not be written or read
+FedloraError
+├── ConfigError       an unknown key, a value of the wrong type, two settings that contradict each other
+├── DataError         a file, a line, a column or a split that cannot be used
+├── ModelError        a model that cannot be loaded, or cannot wear the adapter that was asked for
+├── StrategyError     a strategy that cannot be found or built, or that returned what no client can load
+├── ClientFailed      one client could not do its job; the round goes on without it
+├── WireError         a message that is damaged, or not what it says it is
+├── RoundFailed       too few clients answered
+└── CheckpointError   a run's state could not be written or read
 """
 
 from collections.abc import Iterable

@@ -57,13 +57,13 @@ def unflatten(vector: Tensor, manifest: str) -> LoRA:
     if sum(sizes) != vector.numel():
         raise ValueError(f"the manifest names {sum(sizes)} numbers, the vector has {vector.numel()}")
     sides: dict[str, dict[str, Tensor]] = {s: {} for s in SIDES}
-    for (side, module, shape), piece in zip(entries, vector.split(sizes), strict=True):
+    for (side, module, shape), piece in zip(entries, torch.split(vector, sizes), strict=True):
         sides[side][module] = piece.view(shape)
     return LoRA(**sides)
 
 
 class Parts:
-    """The flat parts of jobs, each flattened once however many clients get it: `start` side by side, then the offset."""
+    """The flat parts of jobs, each flattened once however many clients get it: sides of `start`, then the offset."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

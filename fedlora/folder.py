@@ -26,7 +26,9 @@ class RunFolder:
     def create(self, settings: Config) -> None:
         """Make the folder with its resolved config; refuse one that holds another run."""
         if (self.path / "rounds.jsonl").exists() or (self.path / "config.toml").exists():
-            raise ConfigError(f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out")
+            raise ConfigError(
+                f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
+            )
         checkpoint.write(self.path / "config.toml", config.dumps(settings).encode())
 
     def config(self) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class RunFolder:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
-            with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as f:
+            with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
                 f.flush()
                 os.fsync(f.fileno())

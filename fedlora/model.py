@@ -39,7 +39,8 @@ class Model:
             self.net = _wear(net, lora, form, new)
         self.net.to(self.device)
         self.encoder = Encoder(self.processor, form, config.max_length)
-        self.adapted = {n.removeprefix(PREFIX): m for n, m in self.net.named_modules() if isinstance(m, LoraLayer)}
+        layers: dict[str, Any] = {n: m for n, m in self.net.named_modules() if isinstance(m, LoraLayer)}
+        self.adapted = {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
         self.heads = {
             f"{name.removeprefix(PREFIX)}.{key}": p
             for name, module in self.net.named_modules()
@@ -47,7 +48,7 @@ class Model:
             for key, p in module.modules_to_save[NAME].named_parameters()
         }
         self.scale = float(next(iter(self.adapted.values())).scaling[NAME])
-        # A weight in half precision, or quantised, would swallow small residuals: there they stay a branch of their own.
+        # A weight in half precision, or quantised, would swallow small residuals: there they stay a branch.
         self.folds = config.quantize == "none" and config.dtype == "float32"
         self._worn: tuple[LoRA, ...] = ()
         self._pretrained: dict[str, Tensor] = {}  # of what the offset is folded into
@@ -133,7 +134,7 @@ class Model:
         ranks = {m: a.shape[0] for m, a in lora.A.items()}
         rank = max(ranks.values())
         odd = {m: r for m, r in ranks.items() if r != rank}
-        was = self.net.peft_config[NAME]
+        was: Any = self.net.peft_config[NAME]
         shown = copy(was)
         shown.r, shown.lora_alpha, shown.use_rslora = rank, self.scale * rank, False
         shown.rank_pattern, shown.alpha_pattern = odd, {m: self.scale * r for m, r in odd.items()}
@@ -146,7 +147,7 @@ class Model:
 
     def open(self, folder: Path) -> LoRA:
         """The adapter that `save` wrote, read for this model; its scale must be the model's."""
-        shown = LoraConfig.from_pretrained(str(folder))
+        shown: Any = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
         found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "H": {}}
         for key, t in tensors.items():
@@ -182,7 +183,7 @@ class Model:
         self._worn = parts
 
     @torch.no_grad()
-    def _fold(self, name: str, layer: LoraLayer, a: Tensor | None, b: Tensor | None) -> None:
+    def _fold(self, name: str, layer: Any, a: Tensor | None, b: Tensor | None) -> None:
         """Set the weight to W + s B A, always from the pretrained W, so that nothing accumulates."""
         weight = layer.get_base_layer().weight
         pretrained = self._pretrained.setdefault(name, weight.detach().clone())
@@ -204,7 +205,7 @@ def _wear(net: nn.Module, lora: LoRAConfig, form: Form, new: list[str]) -> PeftM
     heads = sorted({*_heads(net), *new}) if form.labels else None
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is well for PEFT, and said to be an int
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=_targets(net, lora.targets),
@@ -265,5 +266,3 @@ def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]
     ordered = sorted(examples, key=lambda e: len(e["input_ids"]) if "input_ids" in e else 0)
     for i in range(0, len(ordered), size):
         yield list(ordered[i : i + size])
-
-

@@ -168,7 +168,8 @@ def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> None:
         want = f"A (r, {like.A[m].shape[1]}) and B ({like.B[m].shape[0]}, r)"
         if (b.shape[0], a.shape[1]) != (like.B[m].shape[0], like.A[m].shape[1]) or b.shape[1] != a.shape[0]:
             raise StrategyError(
-                f"round {t + 1}: strategy {name} returned A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; it takes {want}"
+                f"round {t + 1}: strategy {name} returned A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; "
+                f"it takes {want}"
             )
     for m, h in like.H.items():
         got = adapter.H.get(m)

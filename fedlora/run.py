@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,9 @@ class Setup:
 
     @cached_property
     def evaluation(self) -> list[dict[str, torch.Tensor]]:
-        return self.model.encoder(self._evaluation)
+        examples = self.model.encoder(self._evaluation)
+        limit = self.config.data.eval_limit or len(examples)
+        return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
 
     def evaluate(self, lora: LoRA) -> Metrics:
         """The global model on the global held-out set."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configuration
+from .config import Config
 from .console import Screen
 from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
@@ -26,7 +27,7 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         folder = RunFolder(resume)
         config = configuration.build(folder.config(), given)
     else:
-        config = configuration.build(configuration.read(file) if file else {}, given)
+        config = _settings(configuration.read(file) if file else {}, given)
         load(config.strategy, **config.option)  # a misspelt one is told before a model is loaded
         folder = RunFolder(out or _fresh(config.strategy))
     screen.say(f"run directory {folder.path}; loading model and data")
@@ -62,7 +63,17 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for name, values in result.items():
-        print(f"{name + ':':9}" + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        print(f"{name + ':':9}{', '.join(shown)}")
+
+
+def _settings(file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The file's settings under those of the command line; with no model and no data, both over the embedded run's."""
+    from . import simulations
+
+    embedded = not any(layer.get(key) for layer in (file, given) for key in ("model.path", "data.path"))
+    under = configuration.read(Path(simulations.__file__ or "").parent / "stdlib.toml") if embedded else {}
+    return configuration.build(under, file, given)
 
 
 def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable[[Fleet], None]) -> None:
@@ -87,10 +98,11 @@ def _fresh(strategy: str) -> Path:
 
 def _quiet() -> None:
     """Our own warnings, and of the libraries only errors."""
-    import transformers
+    from transformers.utils import logging as noise
 
+    said: Any = noise  # untyped
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fedlora").setLevel(logging.INFO)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    said.set_verbosity_error()
+    said.disable_progress_bar()

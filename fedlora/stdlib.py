@@ -6,8 +6,8 @@ library.  One rule keeps them apart:
 * the single-file modules (``Lib/*.py``) are for pre-training;
 * the packages (``asyncio``, ``email``, ``xml``, ...) are the federated data, never seen in pre-training.
 
-Tests, generated tables, demonstrations and anything that ``sys.stdlib_module_names`` does not name are left out.  A Python whose
-distributor has removed some packages (``tkinter``, ``idlelib``, ``distutils``, ...) has less text, in the same order.
+Left out are tests, generated tables, demonstrations and anything that ``sys.stdlib_module_names`` does not name.  A
+Python whose distributor removed some packages (``tkinter``, ``idlelib``, ``distutils``, ...) has less text.
 """
 
 import sys

@@ -91,7 +91,7 @@ class Strategy(ABC, Generic[State]):
 
     @abstractmethod
     def adapter(self, state: State) -> LoRA:
-        """What the run delivers: everything to add to the pretrained weights, as one adapter of any rank, and the head."""
+        """What the run delivers: all to add to the pretrained weights, as one adapter of any rank, and the head."""
 
 
 def load(spec: str, **options: Any) -> Strategy[Any]:

@@ -58,9 +58,7 @@ def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) ->
     return model.metrics(examples)
 
 
-def _descend(
-    model: Model, parameters: list[nn.Parameter], job: Job, client: int, examples: Sequence[Example]
-) -> float:
+def _descend(model: Model, parameters: list[nn.Parameter], job: Job, client: int, examples: Sequence[Example]) -> float:
     """All of a round's optimizer steps; the mean loss over the targets seen."""
     training = job.training
     start = [p.detach().clone() for p in parameters]

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlora.server.fleet import FlowerFleet
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -11,6 +10,7 @@ from fedlora import config as configuration
 from fedlora.console import Screen
 from fedlora.folder import RunFolder
 from fedlora.run import drive, prepare
+from fedlora.server.fleet import FlowerFleet
 
 
 def build(serve: Callable[[Grid], None]) -> ServerApp:

@@ -21,6 +21,7 @@ from fedlora.strategy import Client, Job, Update
 TRIES = 3  # how often a node is asked who it is
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
+Read = Callable[[RecordDict, Job], T | wire.Lacks]
 
 
 class FlowerFleet:
@@ -67,22 +68,13 @@ class FlowerFleet:
 
     def train(self, jobs: Mapping[int, Job]) -> Mapping[int, Update | Failure]:
         """Run every job on its client's node."""
-        return self._carry(MessageType.TRAIN, jobs, self._update)
+        return self._carry(MessageType.TRAIN, jobs, wire.read_update)
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
-        return self._carry(MessageType.EVALUATE, jobs, lambda i, job, content: wire.read_metrics(content))
+        return self._carry(MessageType.EVALUATE, jobs, lambda content, _: wire.read_metrics(content))
 
-    def _update(self, client: int, job: Job, content: RecordDict) -> Update | wire.Lacks:
-        answer = wire.read_update(content, job)
-        if isinstance(answer, Update):
-            self.traffic.receive(answer)
-            self._answered(client)
-        return answer
-
-    def _carry(
-        self, kind: str, jobs: Mapping[int, Job], read: Callable[[int, Job, RecordDict], T | wire.Lacks]
-    ) -> dict[int, T | Failure]:
+    def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T]) -> dict[int, T | Failure]:
         """A message a job, and its answer; a client that lost its parts is sent its job again, once, in full."""
         parts, packer, again = Parts(), wire.Packer(), set[int]()
 
@@ -93,28 +85,22 @@ class FlowerFleet:
         answers: dict[int, T | Failure] = {}
         waiting = self._push(kind, {i: letter(i) for i in jobs})
         for i, reply in self._replies(waiting):
-            answer = self._open(i, jobs[i], reply, read)
-            if not isinstance(answer, wire.Lacks):
-                answers[i] = answer
-            elif i in again:
-                answers[i] = Failure(f"it still lacks {len(answer.lacks)} parts of a job that was sent in full")
-            else:
+            answer = _open(reply, jobs[i], read)
+            if isinstance(answer, wire.Lacks) and i not in again:
                 again.add(i)
                 self.traffic.held.pop(i, None)
                 waiting |= self._push(kind, {i: letter(i)})
+                continue
+            if isinstance(answer, wire.Lacks):
+                answer = Failure(f"it still lacks {len(answer.lacks)} parts of a job that was sent in full")
+            answers[i] = answer
+            if isinstance(answer, Update):
+                self.traffic.receive(answer)
+            if kind == MessageType.TRAIN:
+                self._answered(i)
         late = Failure(f"no answer after {self._deadline:g} s")
         lost = Failure("its job could not be sent")
         return {i: answers.get(i, late if i in waiting.values() else lost) for i in jobs}
-
-    def _open(
-        self, i: int, job: Job, reply: Message, read: Callable[[int, Job, RecordDict], T | wire.Lacks]
-    ) -> T | wire.Lacks | Failure:
-        if reply.has_error():
-            return Failure(reason(reply.error))
-        try:
-            return read(i, job, reply.content)
-        except WireError as e:
-            return Failure(str(e))
 
     def _push(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[str, int]:
         """Send; which message went to which client."""
@@ -136,10 +122,11 @@ class FlowerFleet:
     def _ask(self, nodes: set[int]) -> None:
         """Ask nodes who they are."""
         some = [n for n in sorted(nodes) if self._tries[n] < TRIES]
-        messages = [Message(RecordDict(), n, MessageType.QUERY) for n in some]
-        sent = set(self._grid.push_messages(messages)) if messages else set()
-        self._asked |= {m.metadata.message_id: n for n, m in zip(some, messages, strict=True)}
-        self._asked = {k: n for k, n in self._asked.items() if k in sent or n not in some}
+        if some:
+            messages = [Message(RecordDict(), n, MessageType.QUERY) for n in some]
+            sent = set(self._grid.push_messages(messages))
+            asked = {m.metadata.message_id: n for m, n in zip(messages, some, strict=True)}
+            self._asked |= {id: n for id, n in asked.items() if id in sent}
 
     def _know(self, node: int, reply: Message) -> None:
         """Take down who a node is, or why it cannot say."""
@@ -172,6 +159,15 @@ class Pause:
         self._now = self._shortest if some else min(2 * self._now, self._longest)
         if self._stop.wait(self._now):
             raise KeyboardInterrupt
+
+
+def _open(reply: Message, job: Job, read: Read[T]) -> T | wire.Lacks | Failure:
+    if reply.has_error():
+        return Failure(reason(reply.error))
+    try:
+        return read(reply.content, job)
+    except WireError as e:
+        return Failure(str(e))
 
 
 def reason(error: Error) -> str:

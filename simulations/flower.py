@@ -110,10 +110,10 @@ class Flower(Thread):
     def end(self, at_once: bool) -> None:
         """Let Flower and Ray end; clients that are still at work are given ten seconds, or none."""
         self._served.set()
-        if not at_once:
-            self.join(10)
-        _flag(self._scratch).touch()
         with redirect_stdout(StringIO()):  # where Ray tells of processes that ended themselves
+            if not at_once:
+                self.join(10)
+            _flag(self._scratch).touch()
             self.join()
 
     def _lend(self, grid: "Grid") -> None:
@@ -157,8 +157,8 @@ class Flower(Thread):
                 "logging_level": logging.CRITICAL,
                 "_temp_dir": str(self._scratch),
             },
-            # An actor that dies, as of too little memory, fails its one client and is begun anew.
-            "client_resources": {"num_cpus": cpus, "num_gpus": share, "max_restarts": -1},
+            # An actor that dies, as of too little memory, is begun anew, and its job once more.
+            "client_resources": {"num_cpus": cpus, "num_gpus": share, "max_restarts": -1, "max_task_retries": 1},
         }
 
     def _cpus(self) -> int:

@@ -1,4 +1,4 @@
-"""One client after another in this process, over one resident base: the reference every other fleet is tested against."""
+"""One client after another in this process, over one resident base: the reference that other fleets answer to."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,12 @@ from fedlora.worker import Site
 
 class Serial:
     def __init__(
-        self, model: Model, sites: Sequence[Site], rank: int, folder: Path, answered: Callable[[int], None] = lambda _: None
+        self,
+        model: Model,
+        sites: Sequence[Site],
+        rank: int,
+        folder: Path,
+        answered: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.traffic = Traffic()
         self._model, self._sites, self._rank, self._answered = model, sites, rank, answered
@@ -30,8 +35,9 @@ class Serial:
         parts = Parts()
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
+            before = self._stores[i].before(job.round)
             try:
-                update, kept = worker.train(self._model, job, i, self._sites[i].train, self._stores[i].before(job.round))
+                update, kept = worker.train(self._model, job, i, self._sites[i].train, before)
             except ClientFailed as e:
                 answers[i] = Failure(str(e))
             else:

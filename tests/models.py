@@ -57,8 +57,15 @@ def make(kind: str, folder: Path) -> Path:
     elif kind == "bert":
         model = BertForSequenceClassification(BertConfig(**wide, num_labels=3))
     else:
-        config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
-                           image_size=8, patch_size=4, num_labels=3)
+        config = ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=40,
+            image_size=8,
+            patch_size=4,
+            num_labels=3,
+        )
         model = ViTForImageClassification(config)
     model.save_pretrained(folder)
     processor = ViTImageProcessor(size={"height": 8, "width": 8}) if kind == "vit" else tokenizer()

@@ -59,7 +59,7 @@ def test_a_file_that_is_not_toml_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_a_section_where_a_value_belongs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[seed]\nx = 1")
-    with pytest.raises(ConfigError, match='unknown key "seed.x"'):
+    with pytest.raises(ConfigError, match=r'unknown key "seed\.x"'):
         build(read(tmp_path / "bad.toml"))
 
 

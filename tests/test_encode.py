@@ -7,13 +7,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from models import tokenizer
 from PIL import Image
 
 from fedlora.config import DataConfig
 from fedlora.data import Form, Rows, load
 from fedlora.encode import Encoder
 from fedlora.errors import DataError
+from models import tokenizer
 
 BOS, EOS, FIRST = 2, 3, 4  # <s>, </s>, w0
 TEXT, ANSWER, CHAT = Form("text", ("text",)), Form("response", ("ask", "answer")), Form("chat", ("messages",))

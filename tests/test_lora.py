@@ -46,8 +46,13 @@ def test_contrast_has_rank_k_minus_one_times_r(clients: int, rank: int) -> None:
 
 def test_contrast_keeps_its_digits_when_clients_hardly_differ() -> None:
     base = factors(0)
-    near = [LoRA({m: a + 1e-4 * factors(i).A[m] for m, a in base.A.items()},
-                 {m: b + 1e-4 * factors(i).B[m] for m, b in base.B.items()}) for i in (1, 2, 3)]
+    near = [
+        LoRA(
+            {m: a + 1e-4 * factors(i).A[m] for m, a in base.A.items()},
+            {m: b + 1e-4 * factors(i).B[m] for m, b in base.B.items()},
+        )
+        for i in (1, 2, 3)
+    ]
     exact = delta(contrast(near, [1, 1, 1]))
     single = [LoRA({m: a.float() for m, a in x.A.items()}, {m: b.float() for m, b in x.B.items()}) for x in near]
     for m, d in delta(contrast(single, [1, 1, 1])).items():

@@ -50,7 +50,8 @@ def run(fleet: Few, plan: Plan, past: Past | None = None, strategy: Any = FedAvg
 
 def test_weights_are_examples_or_uniform() -> None:
     by_examples, uniform = (
-        run(Few(2), Plan(1, 2, policy=Policy(weights=w)))[0] for w in ("examples", "uniform")  # type: ignore[arg-type]
+        run(Few(2), Plan(1, 2, policy=Policy(weights=w)))[0]
+        for w in ("examples", "uniform")  # type: ignore[arg-type]
     )
     assert by_examples.train_loss == pytest.approx(2 / 3) and uniform.train_loss == pytest.approx(1 / 2)
     assert_close(by_examples.state.A["q"], fresh().A["q"] + 2 / 3)

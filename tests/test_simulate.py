@@ -20,7 +20,8 @@ from fedlora.__main__ import main
 from tests.models import make
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--train.batch_size", "4", "--train.lr", "0.01", "--lora.rank", "3", "--model.max_length", "16", "--threads", "1"]
+SMALL = ["--train.batch_size", "4", "--train.lr", "0.01", "--lora.rank", "3", "--model.max_length", "16"]
+SMALL += ["--threads", "1"]
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class Pulled(Strategy[LoRA]):
 def test_a_strategy_of_ones_own_runs_by_dotted_path(given: list[str], tmp_path: Path) -> None:
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab" / "mine.py").write_text(MINE)
-    done = fedlora("simulate", *given, "--strategy", "my_lab.mine:Pulled", "--option", "pull=1", "--out", "run", cwd=tmp_path)
+    mine = ["--strategy", "my_lab.mine:Pulled", "--option", "pull=1"]
+    done = fedlora("simulate", *given, *mine, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     delivered = adapter(tmp_path / "run")
     assert all(not t.any() for name, t in delivered.items() if "lora_B" in name)
@@ -202,7 +204,8 @@ def test_a_strategy_can_come_by_entry_point(given: list[str], tmp_path: Path) ->
     (tmp_path / "mine-1.0.dist-info" / "entry_points.txt").write_text("[fedlora.strategies]\npulled = mine:Pulled\n")
     listed = fedlora("strategies", cwd=tmp_path).stdout
     assert "pulled" in listed and "pull=0.0" in listed and "FedEx-LoRA" in listed
-    assert fedlora("simulate", *given, "--strategy", "pulled", "--rounds", "1", "--out", "run", cwd=tmp_path).returncode == 0
+    once = [*given, "--strategy", "pulled", "--rounds", "1", "--out", "run"]
+    assert fedlora("simulate", *once, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(

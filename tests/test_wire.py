@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import factors
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import wire
 from fedlora.errors import WireError
-from fedlora.flat import Parts, Traffic
+from fedlora.flat import Parts, Traffic, unflatten
 from fedlora.lora import SIDES, LoRA
 from fedlora.metrics import Metrics
 from fedlora.strategy import Client, Job, Training, Update
+from tests.conftest import factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,7 +35,7 @@ def send(job: Job, traffic: Traffic | None = None, dtype: torch.dtype = torch.fl
 
 def receive(order: wire.Order) -> Job:
     """The job where all its parts came with it."""
-    return order.job({n: wire.unflatten(f.vector, f.manifest) for n, f in order.sent.items()})
+    return order.job({n: unflatten(f.vector, f.manifest) for n, f in order.sent.items()})
 
 
 def arrays(records: RecordDict) -> list[Array]:
@@ -81,7 +81,8 @@ def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
     back = wire.read_metrics(wire.pack_metrics(Metrics(4, 9, loss, 3, table)))
     assert isinstance(back, Metrics)
     assert (back.examples, back.targets, back.loss, back.correct) == (4, 9, loss, 3)
-    assert (back.confusion is None) if table is None else torch.equal(back.confusion, table)
+    assert (back.confusion is None) == (table is None)
+    assert table is None or torch.equal(back.confusion, table)  # type: ignore[arg-type]
 
 
 def test_a_client_comes_back() -> None:
@@ -103,7 +104,7 @@ def test_only_parts_that_the_client_lacks_travel() -> None:
     before = traffic.down
     records = send(second, traffic)
     order = wire.read_order(records)
-    sent = [wire.unflatten(f.vector, f.manifest) for f in order.sent.values()]
+    sent = [unflatten(f.vector, f.manifest) for f in order.sent.values()]
     assert [(list(x.A) != [], list(x.B) != []) for x in sent] == [(False, True), (True, True)]  # B, and `new`
     assert arrays(records)[0].numpy().nbytes == traffic.down - before
     assert len(order.names) == 5

@@ -1,0 +1,141 @@
+"""The fleet on Flower's Grid: order, deadlines, lost parts, nodes that cannot say who they are."""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from uuid import uuid4
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora import wire
+from fedlora.client.parts import PartStore
+from fedlora.errors import RoundFailed
+from fedlora.rounds import Failure
+from fedlora.server.fleet import FlowerFleet, reason
+from fedlora.strategy import Client, Job, Update
+from tests.conftest import factors
+
+
+class Threads(Grid):
+    """Flower's Grid over ClientApps in threads of this process: quick, and as slow or broken as a test wants."""
+
+    def __init__(self, *apps: ClientApp) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self._apps = {100 + i: app for i, app in enumerate(apps)}
+        self._pool, self._replies = ThreadPoolExecutor(8), dict[str, Future[Message]]()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._apps)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for m in messages:
+            m.metadata.__dict__["_message_id"] = str(uuid4())
+            self._replies[m.metadata.message_id] = self._pool.submit(self._run, m)
+        return [m.metadata.message_id for m in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i).result() for i in message_ids if i in self._replies and self._replies[i].done()]
+
+    def _run(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        context = Context(1, node, {"partition-id": node - 100}, RecordDict(), {})
+        try:
+            return self._apps[node](message, context)
+        except Exception as e:
+            return Message(Error(2, f"{type(e)}:<'{e}'>"), reply_to=message)
+
+    set_run = run = create_message = get_nodes = send_and_receive = lambda *_, **__: None  # type: ignore[assignment]
+
+
+def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | None = None) -> ClientApp:
+    """An app that answers a job with the job's own start."""
+    app = ClientApp()
+
+    @app.query()
+    def describe(message: Message, context: Context) -> Message:
+        id = int(context.node_config["partition-id"]) if say is None else say
+        return Message(wire.pack_client(Client(id, 10, 4)), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        before(int(context.node_config["partition-id"]))
+        order = wire.read_order(message.content)
+        parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
+        if lacks:
+            return Message(wire.pack_lacks(wire.Lacks(lacks)), reply_to=message)
+        return Message(wire.pack_update(Update(order.job(parts).start, 1, 0.5)), reply_to=message)
+
+    return app
+
+
+def jobs(n: int) -> dict[int, Job]:
+    return {i: Job(factors(i, dtype=torch.float32)) for i in reversed(range(n))}
+
+
+def test_the_fleet_answers_in_the_order_of_the_jobs_whoever_is_first(tmp_path: Path) -> None:
+    told: list[int] = []
+    slow = echo(tmp_path, lambda i: time.sleep(0.3 if i == 2 else 0))
+    fleet = FlowerFleet(Threads(slow, slow, slow), 3, told.append)
+    assert [c.id for c in fleet.clients()] == [0, 1, 2]
+    assert list(fleet.train(jobs(3))) == [2, 1, 0] and told[-1] == 2
+
+
+def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
+    slow = echo(tmp_path, lambda i: time.sleep(1.5 if i == 0 else 0))
+    fleet = FlowerFleet(Threads(slow, slow), 2, deadline=0.5)
+    fleet.clients()
+    answers = fleet.train(jobs(2))
+    assert answers[0] == Failure("no answer after 0.5 s") and isinstance(answers[1], Update)
+
+
+def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
+    stop, slow = Event(), echo(tmp_path, lambda _: time.sleep(2))
+    fleet = FlowerFleet(Threads(slow), 1, stop=stop)
+    fleet.clients()
+    ThreadPoolExecutor().submit(lambda: (time.sleep(0.3), stop.set()))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fleet.train(jobs(1))
+    assert time.monotonic() - began < 1
+
+
+def test_too_few_who_can_say_who_they_are_end_the_run_with_their_reason(tmp_path: Path) -> None:
+    with pytest.raises(RoundFailed, match="1 of 2 clients cannot say who they are: ValueError: No query function"):
+        FlowerFleet(Threads(ClientApp(), echo(tmp_path)), 2).clients()
+    with pytest.raises(RoundFailed, match="two nodes have partition-id 7"):
+        FlowerFleet(Threads(echo(tmp_path, say=7), echo(tmp_path, say=7)), 2).clients()
+
+
+def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tmp_path: Path) -> None:
+    app, asked = echo(tmp_path), list[int]()
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        asked.append(len(wire.read_order(message.content).sent))
+        return Message(wire.pack_lacks(wire.Lacks(("x",))), reply_to=message)
+
+    fleet = FlowerFleet(Threads(app), 1)
+    fleet.clients()
+    fleet.train(jobs(1))
+    assert fleet.evaluate(jobs(1))[0] == Failure("it still lacks 1 parts of a job that was sent in full")
+    assert asked == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("client 1: the loss is nan", "client 1: the loss is nan"),
+        ("<class 'a.b.ActorDiedError'>:<'The actor died.\n\tclass_name: X'>", "ActorDiedError: The actor died."),
+        ("<class 'x.E'>:<'ray::A.run()\nTraceback (most recent call last):\n  File y\nz.E: boom'>", "z.E: boom"),
+        ("Node Unavailable — it did not report", "Node Unavailable — it did not report"),
+    ],
+)
+def test_an_error_reply_is_one_readable_line(said: str, line: str) -> None:
+    assert reason(Error(2, said)) == line
