@@ -173,15 +173,15 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {e.strerror}; give --config a TOML file") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not TOML: {e}") from e
+    return dotted_keys(tree)
 
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
 
-    return dict(walk(tree, ""))
+def dotted_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def dumps(config: Config) -> str:

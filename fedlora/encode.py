@@ -20,6 +20,11 @@ IMAGES = 64  # images that are held in memory as they were before they were scal
 MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")  # in a chat template
 
 
+def length(example: Example) -> int:
+    """Tokens of an example; images are all alike."""
+    return len(example["input_ids"]) if "input_ids" in example else 0
+
+
 @dataclass(frozen=True, eq=False)
 class Encoder:
     """Rows of one form as examples for one model."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import base
 from .config import LoRAConfig, ModelConfig
 from .data import Form
-from .encode import Encoder, Example
+from .encode import Encoder, Example, length
 from .errors import ModelError, StrategyError, nearest
 from .lora import LoRA, Side, join
 from .metrics import Metrics
@@ -263,6 +263,6 @@ def _fitting(letter: str, name: str, p: Tensor, given: Side) -> Tensor:
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
     """Batches of like lengths, so that little is padding."""
-    ordered = sorted(examples, key=lambda e: len(e["input_ids"]) if "input_ids" in e else 0)
+    ordered = sorted(examples, key=length)
     for i in range(0, len(ordered), size):
         yield list(ordered[i : i + size])

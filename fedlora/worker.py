@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .base import seeded
 from .data import Rows
-from .encode import Encoder, Example
+from .encode import Encoder, Example, length
 from .errors import ClientFailed
 from .lora import SIDES, LoRA
 from .metrics import Metrics
@@ -63,6 +63,7 @@ def _descend(model: Model, parameters: list[nn.Parameter], job: Job, client: int
     training = job.training
     start = [p.detach().clone() for p in parameters]
     optimizer = _optimizer(training, parameters)
+    optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
     model.net.train()
     total, targets = 0.0, 0
     steps = count_steps(training, len(examples))
@@ -93,6 +94,7 @@ def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[floa
     """Leave in `.grad` the gradient of the mean loss over the whole chunk's targets; return loss sum and targets."""
     n = max(model.targets(chunk), 1)
     total = 0.0
+    chunk = sorted(chunk, key=length)  # like lengths together: the sum is the same, with less padding
     for i in range(0, len(chunk), batch_size):
         loss: Tensor = model.loss(model.encoder.collate(chunk[i : i + batch_size]))
         (loss / n).backward()  # type: ignore[no-untyped-call]

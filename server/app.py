@@ -35,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     folder.create(setup.config)
     screen = Screen()
     try:
-        drive(setup, FlowerFleet(grid, setup.config.clients, screen.answered), folder, screen)
+        fleet = FlowerFleet(grid, setup.config.clients, screen.answered, deadline=setup.config.server.deadline)
+        drive(setup, fleet, folder, screen)
     finally:
         screen.close()

@@ -56,7 +56,7 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
         flower.start()
         ended = False
         try:
-            fleet = FlowerFleet(flower.grid(), config.clients, answered, flower.broken)
+            fleet = FlowerFleet(flower.grid(), config.clients, answered, flower.broken, config.server.deadline)
             with _terminable():
                 serve(fleet)
             ended = True

@@ -48,8 +48,10 @@ class Serial:
         return answers
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
-        return {
-            i: worker.evaluate(self._model, job, self._sites[i].heldout, self._stores[i].before(job.round + 1))
-            for i, job in jobs.items()
-            if self._sites[i].heldout
-        }
+        parts = Parts()
+        answers = {}
+        for i, job in jobs.items():
+            self.traffic.send(i, parts.of(job))
+            kept = self._stores[i].before(job.round + 1)
+            answers[i] = worker.evaluate(self._model, job, self._sites[i].heldout, kept)
+        return answers

@@ -1,11 +1,12 @@
 """One config, the same keys everywhere."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from fedlora.__main__ import dotted, pair
-from fedlora.config import build, dumps, flatten, read, settings
+from fedlora.config import build, dotted_keys, dumps, flatten, read, settings
 from fedlora.errors import ConfigError
 
 
@@ -79,3 +80,10 @@ def test_every_setting_says_what_it_means() -> None:
     every = list(settings())
     assert all(s.help for s in every)
     assert {s.key for s in every} == {*flatten(build()), "option"}
+
+
+def test_flowers_run_config_has_the_same_keys_and_defaults() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    declared = dotted_keys(project["tool"]["flwr"]["app"]["config"])
+    assert set(declared) == {s.key for s in settings()}
+    assert build(declared) == build()
