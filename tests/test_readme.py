@@ -1,0 +1,65 @@
+"""What the README says is so."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedlora import config as configuration
+from fedlora.__main__ import dotted
+from fedlora.catalogue import catalogue
+from tests.test_simulate import fedlora
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RUNS = sorted((ROOT / "simulations").glob("*.toml"))
+SHORT = {"model": "model.path", "data": "data.path", "eval-data": "data.eval", "partition": "data.partition"}
+
+
+def commands() -> list[str]:
+    """Every line of the README's shell blocks that starts fedlora."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("fedlora simulate")]
+
+
+def test_the_strategy_it_shows_runs_as_it_says(tmp_path: Path) -> None:
+    """With the README's own command, in fewer rounds; and `most` does what its docstring says."""
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    command = next(c for c in commands() if "my_lab" in c)
+    assert block is not None
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "clipped.py").write_text(block[1])
+    words = [*shlex.split(command)[1:], "--rounds", "1", "--train.steps", "1", "--cohort", "2", "--out", "run"]
+    done = fedlora(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "rounds.jsonl").read_text())["answered"] == 2
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_options_it_names_exist(command: str) -> None:
+    words = shlex.split(command, comments=True)[2:]
+    given = dotted([w for w in words if w])
+    keys = {SHORT.get(k, k): v for k, v in given.items() if k not in ("config", "out", "resume", "option")}
+    configuration.build(keys)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda p: p.stem)
+def test_the_runs_that_were_kept_are_valid(run: Path) -> None:
+    assert run.read_text().startswith("# fedlora simulate ")
+    configuration.build(configuration.read(run))
+
+
+def test_every_strategy_is_in_its_table() -> None:
+    for entry in catalogue():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{entry.name}`"))
+        assert entry.title in row and entry.paper in row
+        assert ("yes" if entry.cls.exact else "no") in row
+
+
+def test_the_keys_of_a_round_are_all_named() -> None:
+    from fedlora.rounds import Round
+
+    record = Round(1, None, (), {}, None, None, None, 0, 0, 0.0).record()
+    assert all(f"`{key}`" in README for key in record)
