@@ -62,7 +62,7 @@ def _descend(model: Model, parameters: list[nn.Parameter], job: Job, client: int
     """All of a round's optimizer steps; the mean loss over the targets seen."""
     training = job.training
     start = [p.detach().clone() for p in parameters]
-    optimizer = _optimizer(training, parameters)
+    optimizer = _optimizer(training, model, parameters)
     optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
     model.net.train()
     total, targets = 0.0, 0
@@ -70,7 +70,7 @@ def _descend(model: Model, parameters: list[nn.Parameter], job: Job, client: int
     chunks = _chunks(len(examples), training, job, client)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = training.lr * factor(training, (job.round + (step + 1) / steps) / job.rounds)
+            group["lr"] = group["full_lr"] * factor(training, (job.round + (step + 1) / steps) / job.rounds)
         chunk = [examples[i] for i in next(chunks)]
         loss, n = _gradient(model, chunk, training.batch_size)
         if not isfinite(loss):
@@ -102,11 +102,16 @@ def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[floa
     return total, n
 
 
-def _optimizer(training: Training, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(training: Training, model: Model, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adapter and head as two groups, each with the learning rate it has where the schedule's factor is one."""
+    heads = {id(p) for p in model.heads.values()}
+    adapter = {"params": [p for p in parameters if id(p) not in heads], "full_lr": training.lr}
+    head = {"params": [p for p in parameters if id(p) in heads], "full_lr": training.head_lr or training.lr}
+    groups = [group for group in (adapter, head) if group["params"]]
+    decay = training.weight_decay
     if training.optimizer == "sgd":
-        decay = training.weight_decay
-        return torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
+        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, weight_decay=decay)
+    return torch.optim.AdamW(groups, lr=training.lr, weight_decay=decay)
 
 
 def count_steps(training: Training, n: int) -> int:

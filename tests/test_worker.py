@@ -132,6 +132,21 @@ def test_a_loss_that_is_no_number_is_the_clients_failure(model: Model, start: Lo
         moved(model, Job(broken, training=FAST))
 
 
+def test_a_head_can_have_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    model = Model(ModelConfig(path=str(make("bert", tmp_path))), LoRAConfig(rank=3), LABEL, seed=1)
+    start = model.read()
+    rows = model.encoder([{"text": f"w{i} w{i + 1}", "label": ("no", "maybe", "yes")[i % 3]} for i in range(9)])
+
+    def steps(head_lr: float) -> tuple[float, float]:
+        training = replace(FAST, lr=1e-3, head_lr=head_lr, batch_size=9)
+        update, _ = worker.train(model, Job(start, training=training), 0, rows, LoRA())
+        moved = [(update.lora.side(s)[m] - t).abs().max() for s in "BH" for m, t in start.side(s).items()]
+        return float(max(moved[: len(start.B)])), float(max(moved[len(start.B) :]))
+
+    assert steps(0.0) == pytest.approx((1e-3, 1e-3), rel=0.01)  # AdamW's first step is as long as the rate
+    assert steps(0.1) == pytest.approx((1e-3, 0.1), rel=0.01)
+
+
 def test_a_heads_update_is_shared_with_the_adapter(tmp_path: Path) -> None:
     model = Model(ModelConfig(path=str(make("bert", tmp_path))), LoRAConfig(rank=3), LABEL, seed=1)
     start = model.read()
