@@ -123,7 +123,7 @@ def dotted(words: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 1, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.path.insert(0, str(Path.cwd()))  # where a user's own strategy lies
+    sys.path.append(str(Path.cwd()))  # where a user's own strategy lies; last, so that it hides no library
     try:
         app()
     except FedloraError as e:

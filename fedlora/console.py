@@ -43,7 +43,7 @@ class Screen:
         config, model = setup.config, setup.model
         self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
         matrices = [*setup.start.A.values(), *setup.start.B.values(), *setup.start.H.values()]
-        trained, of = sum(t.numel() for t in matrices), sum(p.numel() for p in model.net.parameters())
+        trained, of = sum(t.numel() for t in matrices), model.size
         name = title(getattr(strategy, "inner", strategy))
         self.say(
             f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "

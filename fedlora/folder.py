@@ -23,9 +23,9 @@ class RunFolder:
         self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
         self.adapter = path / "adapter"
 
-    def create(self, settings: Config) -> None:
-        """Make the folder with its resolved config; refuse one that holds another run."""
-        if (self.path / "rounds.jsonl").exists() or (self.path / "config.toml").exists():
+    def create(self, settings: Config, again: bool = False) -> None:
+        """Make the folder with its resolved config; refuse one that holds another run, unless it goes on."""
+        if not again and ((self.path / "rounds.jsonl").exists() or (self.path / "config.toml").exists()):
             raise ConfigError(
                 f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
             )

@@ -37,7 +37,8 @@ class Model:
         net, self.processor, new = base.load(config, form, seed)
         with base.seeded(seed):
             self.net = _wear(net, lora, form, new)
-        self.net.to(self.device)
+        if config.quantize == "none":  # a quantised base is where it belongs already
+            self.net.to(self.device)
         self.encoder = Encoder(self.processor, form, config.max_length)
         layers: dict[str, Any] = {n: m for n, m in self.net.named_modules() if isinstance(m, LoraLayer)}
         self.adapted = {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
@@ -54,6 +55,12 @@ class Model:
         self._pretrained: dict[str, Tensor] = {}  # of what the offset is folded into
         self._branch: dict[str, tuple[Tensor, Tensor]] = {}
         _check_rank(lora.rank, self.adapted)
+
+    @property
+    def size(self) -> int:
+        """Numbers in the base model, without the adapter and without the second copy that PEFT makes of a head."""
+        worn = [*self._matrices("A"), *self._matrices("B"), *self.heads.items()]
+        return sum(p.numel() for p in self.net.parameters()) - sum(p.numel() for _, p in worn)
 
     def read(self) -> LoRA:
         """The adapter it wears, on the CPU: A (r, d_in), B (d_out, r), head."""

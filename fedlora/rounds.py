@@ -113,7 +113,6 @@ def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Pas
     answered = first > 0
     for t in range(first, plan.rounds):
         if stalled(losses, plan.policy.patience):
-            log.info("stopped early: no lower loss in %d evaluations", plan.policy.patience)
             return
         began, up, down = time.monotonic(), fleet.traffic.up, fleet.traffic.down
         cohort = sample(fleet.clients(), plan.cohort, plan.seed, t)

@@ -31,11 +31,11 @@ class Setup:
     model: Model
     start: LoRA  # the adapter as PEFT made it
     sites: tuple[Site, ...]
-    _evaluation: data.Rows
+    evaluation_rows: data.Rows
 
     @cached_property
     def evaluation(self) -> list[dict[str, torch.Tensor]]:
-        examples = self.model.encoder(self._evaluation)
+        examples = self.model.encoder(self.evaluation_rows)
         limit = self.config.data.eval_limit or len(examples)
         return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
 
@@ -79,7 +79,7 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
         seed=config.seed,
         training=config.train,
         policy=config.server,
-        evaluate=setup.evaluate if len(setup._evaluation) else None,
+        evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
         evaluate_clients=config.data.holdout > 0,
     )
     before = records[0].get("before", {}) if records else _before(setup, plan)

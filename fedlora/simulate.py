@@ -18,6 +18,8 @@ from .rounds import Fleet
 from .run import Setup, drive, prepare
 from .strategy import load
 
+FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what --resume may change
+
 
 def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resume: Path | None) -> None:
     """Run, or go on with, a federation on this machine."""
@@ -25,15 +27,14 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
     screen = Screen()
     if resume:
         folder = RunFolder(resume)
-        config = configuration.build(folder.config(), given)
+        config = _resumed(folder, given)
     else:
         config = _settings(configuration.read(file) if file else {}, given)
         load(config.strategy, **config.option)  # a misspelt one is told before a model is loaded
         folder = RunFolder(out or _fresh(config.strategy))
     screen.say(f"run directory {folder.path}; loading model and data")
     setup = prepare(config)
-    if not resume:
-        folder.create(setup.config)
+    folder.create(setup.config, again=resume is not None)
     try:
         _with_fleet(setup, folder, screen, lambda fleet: drive(setup, fleet, folder, screen))
     except KeyboardInterrupt:
@@ -65,6 +66,14 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     for name, values in result.items():
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         print(f"{name + ':':9}{', '.join(shown)}")
+
+
+def _resumed(folder: RunFolder, given: Mapping[str, Any]) -> Config:
+    """The run's own settings; what its finished rounds do not rest on may be changed."""
+    fixed = sorted(key for key in given if key not in FREE and not key.startswith("server."))
+    if fixed:
+        raise ConfigError(f"{fixed[0]} cannot change in a run that is resumed; {', '.join(FREE)} and server.* can")
+    return configuration.build(folder.config(), given)
 
 
 def _settings(file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:

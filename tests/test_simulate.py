@@ -154,6 +154,7 @@ def test_a_finished_run_can_be_given_more_rounds(whole: tuple[Path, str], tmp_pa
     shutil.copytree(whole[0], tmp_path / "more")
     assert fedlora("simulate", "--resume", tmp_path / "more", "--rounds", "5").returncode == 0
     assert [r["round"] for r in records(tmp_path / "more")] == [1, 2, 3, 4, 5]
+    assert "rounds = 5" in (tmp_path / "more" / "config.toml").read_text()
 
 
 def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(given: list[str], tmp_path: Path) -> None:
@@ -222,7 +223,6 @@ def test_a_strategy_can_come_by_entry_point(given: list[str], tmp_path: Path) ->
         (["--model", "no-such/model"], "no-such/model"),
         (["--engine", "stacked"], "not in this version"),
         (["--train.lr", "1e30", "--train.clip", "0"], "train.lr"),
-        (["--resume", "nowhere"], "nowhere is no run directory"),
     ],
 )
 def test_a_mistake_is_one_sentence(given: list[str], words: list[str], says: str, tmp_path: Path) -> None:
@@ -230,6 +230,13 @@ def test_a_mistake_is_one_sentence(given: list[str], words: list[str], says: str
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and says in "\n".join(errors), done.stderr
     assert len(errors) == 1 and "Traceback" not in done.stderr
+
+
+def test_a_resumed_run_keeps_the_settings_its_rounds_rest_on(whole: tuple[Path, str], tmp_path: Path) -> None:
+    done = fedlora("simulate", "--resume", whole[0], "--train.lr", "1")
+    assert done.returncode == 1 and "train.lr cannot change in a run that is resumed" in done.stderr
+    done = fedlora("simulate", "--resume", tmp_path)
+    assert done.returncode == 1 and f"{tmp_path} is no run directory" in done.stderr
 
 
 def test_a_broken_line_is_named_with_its_number(given: list[str], site: Path, tmp_path: Path) -> None:
