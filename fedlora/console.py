@@ -14,17 +14,17 @@ from .metrics import headline
 from .run import Setup
 from .strategy import Strategy
 
-COLUMNS = (
-    ("round", 9),
-    ("clients", 8),
-    ("train loss", 11),
-    ("evaluation", 18),
-    ("worst client", 13),
-    ("up", 9),
-    ("down", 9),
-    ("seconds", 8),
-    ("left", 8),
-)
+WIDTHS = {
+    "round": 9,
+    "clients": 8,
+    "train loss": 11,
+    "evaluation": 18,
+    "worst client": 13,
+    "up": 9,
+    "down": 9,
+    "seconds": 8,
+    "left": 8,
+}
 
 
 class Screen:
@@ -38,6 +38,7 @@ class Screen:
         self._seconds: list[float] = []
         self._began = time.monotonic()
         self._status: Status | None = None
+        self._columns: list[str] = []
 
     def started(self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int) -> None:
         config, model = setup.config, setup.model
@@ -53,7 +54,8 @@ class Screen:
             self.say("before training: " + ", ".join(f"{k} {v:.4g}" for k, v in before.items()))
         if done:
             self.say(f"resumed after round {done} of {config.rounds}")
-        self.say("".join(name.rjust(width) for name, width in COLUMNS))
+        self._columns = [name for name in WIDTHS if name != "worst client" or config.data.holdout]
+        self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
         if self._console.is_terminal:
             self._status = Status("", console=self._console)
             self._status.start()
@@ -68,18 +70,18 @@ class Screen:
         self._seconds.append(record["seconds"])
         left = median(self._seconds[-5:]) * (self._rounds - self._number)
         loss = "skipped" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
-        cells = (
-            f"{record['round']}/{self._rounds}",
-            f"{record['answered']}/{record['clients']}",
-            loss,
-            metric(record["eval"]),
-            f"{record['eval_clients']['worst']:.4g}" if record["eval_clients"] else "",
-            size(record["bytes_up"]),
-            size(record["bytes_down"]),
-            f"{record['seconds']:.1f}",
-            f"{left:.0f} s",
-        )
-        self.say("".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
+        cells = {
+            "round": f"{record['round']}/{self._rounds}",
+            "clients": f"{record['answered']}/{record['clients']}",
+            "train loss": loss,
+            "evaluation": metric(record["eval"]),
+            "worst client": f"{record['eval_clients']['worst']:.4g}" if record["eval_clients"] else "",
+            "up": size(record["bytes_up"]),
+            "down": size(record["bytes_down"]),
+            "seconds": f"{record['seconds']:.1f}",
+            "left": f"{left:.0f} s",
+        }
+        self.say("".join(cells[name].rjust(WIDTHS[name]) for name in self._columns))
         self._wait()
 
     def finished(self, folder: RunFolder, stopped: bool) -> None:

@@ -13,7 +13,16 @@ NUMBERS = 2 * 6 * 8 * (384 + 384) + 384 * 2 + 2  # r = 8 on query and value of s
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "fedex_lora"])
 def test_sst2s_six_clients_train_minilm(strategy: str, real_data: Path, minilm: Path, tmp_path: Path) -> None:
     run = Path(__file__).parent.parent / "simulations" / "sst2.toml"
-    words = ["--config", run, "--model", minilm, "--data", real_data / "sst2" / "client_*.jsonl", "--strategy", strategy]
+    words = [
+        "--config",
+        run,
+        "--model",
+        minilm,
+        "--data",
+        real_data / "sst2" / "client_*.jsonl",
+        "--strategy",
+        strategy,
+    ]
     words += ["--eval-data", real_data / "sst2" / "val.jsonl", "--data.eval_limit", "32", "--data.limit", "64"]
     done = fedlora("simulate", *words, "--rounds", "1", "--train.steps", "1", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
