@@ -30,7 +30,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """A run of its own, from Flower's run config, into `runs/flower-<run id>`."""
-    setup = prepare(configuration.build(dict(context.run_config)))
+    setup = prepare(configuration.build(dict(context.run_config), {"engine": "flower"}))
     folder = RunFolder(Path("runs") / f"flower-{context.run_id}")
     folder.create(setup.config)
     screen = Screen()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import fedlora
 from fedlora.__main__ import dotted, pair
 from fedlora.config import build, dotted_keys, dumps, flatten, read, settings
 from fedlora.errors import ConfigError
@@ -87,3 +88,4 @@ def test_flowers_run_config_has_the_same_keys_and_defaults() -> None:
     declared = dotted_keys(project["tool"]["flwr"]["app"]["config"])
     assert set(declared) == {s.key for s in settings()}
     assert build(declared) == build()
+    assert project["project"]["version"] == fedlora.__version__  # Flower wants it written out
