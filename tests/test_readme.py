@@ -42,7 +42,7 @@ def test_the_options_it_names_exist(command: str) -> None:
     words = shlex.split(command, comments=True)[2:]
     given = dotted([w for w in words if w])
     keys = {SHORT.get(k, k): v for k, v in given.items() if k not in ("config", "out", "resume", "option")}
-    configuration.build(keys)
+    assert given and configuration.build(keys).rounds
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda p: p.stem)
