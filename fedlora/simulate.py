@@ -23,7 +23,6 @@ FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # wha
 
 def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resume: Path | None) -> None:
     """Run, or go on with, a federation on this machine."""
-    _quiet()
     screen = Screen()
     if resume:
         folder = RunFolder(resume)
@@ -33,6 +32,7 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         load(config.strategy, **config.option)  # a misspelt one is told before a model is loaded
         folder = RunFolder(out or _fresh(config.strategy))
     screen.say(f"run directory {folder.path}; loading model and data")
+    _quiet()
     setup = prepare(config)
     folder.create(setup.config, again=resume is not None)
     try:
@@ -47,9 +47,10 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
 
 def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Print how good the delivered adapter is, beside the base model it started from."""
-    _quiet()
     folder = RunFolder(path)
-    setup = prepare(configuration.build(folder.config(), given))
+    config = configuration.build(folder.config(), given)
+    _quiet()
+    setup = prepare(config)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{path} has no adapter yet; finish the run with fedlora simulate --resume {path}")
     adapter = setup.model.open(folder.adapter)
