@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from . import data
 from .config import Config
 from .data import Form
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
 from .lora import LoRA
 from .metrics import Metrics
@@ -93,9 +94,19 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
             show.round(record)
     finally:
         if folder.records():
-            setup.model.save(strategy.adapter(state), folder.adapter)
+            _deliver(setup.model, strategy.adapter(state), folder)
         folder.close()
     show.finished(folder, stopped=len(folder.records()) < config.rounds)
+
+
+def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
+    try:
+        model.save(adapter, folder.adapter)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "
+            f"make room, then go on with fedlora simulate --resume {folder.path}"
+        ) from e
 
 
 def strategy_of(config: Config, start: LoRA) -> Strategy[Any]:
