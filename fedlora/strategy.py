@@ -4,13 +4,13 @@ A strategy never runs on a client: all that a client must do is data in a `Job`,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from .lora import SIDES, LoRA
+from .lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,13 @@ class Job:
     """Server to client: one round's work, complete in itself."""
 
     start: LoRA  # where local training starts
-    trains: str = SIDES  # the sides that are trained
-    shares: str = SIDES  # the sides that are sent back; what is trained and not sent the client keeps for next time
+    trains: str = "ABH"  # the sides that are trained
+    shares: str = "ABH"  # the sides that are sent back; what is trained and not sent the client keeps for next time
     offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights (absolute, not since last time)
+    sketch: Mapping[str, Sequence[int]] = field(default_factory=dict)  # train only these rows of A and columns of B
+    gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; the loop sets it for a sketch
+    resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
+    example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
     training: Training = field(default_factory=Training)
     seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
     round: int = 0  # from 0
@@ -59,7 +63,7 @@ class Job:
 class Update:
     """Client to server: what one job came to."""
 
-    lora: LoRA  # the shared sides, trained
+    lora: LoRA  # the shared sides, trained; of a job that resumes, A and B hold the change of the product
     examples: int
     loss: float  # mean over the round's training
 
@@ -77,6 +81,10 @@ class Strategy(ABC, Generic[State]):
     exact: ClassVar[bool] = False  # is the new model the weighted mean of the clients' models, W + s B A?
     mixed_ranks: ClassVar[bool] = False  # may clients have different ranks?
     sums_only: ClassVar[bool] = False  # does `aggregate` need no more than weighted sums of the updates?
+    continues: ClassVar[bool] = False  # is a client alone followed factor by factor: no re-start, no change of basis?
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)  # the adapters it has a meaning for: of lora, dora, vera
+    up: ClassVar[str] = ""  # numbers a client sends a round and module, in r, d_in, d_out and K clients of ranks R in all
+    down: ClassVar[str] = ""  # numbers it is sent, once it holds what stays the same
 
     @abstractmethod
     def init(self, lora: LoRA) -> State:
@@ -93,6 +101,19 @@ class Strategy(ABC, Generic[State]):
     @abstractmethod
     def adapter(self, state: State) -> LoRA:
         """What the run delivers: all to add to the pretrained weights, as one adapter of any rank, and the head."""
+
+    def notes(self, state: State) -> Mapping[str, float]:
+        """Figures of its own for the round's line in `rounds.jsonl`."""
+        return {}
+
+
+DECLARED = ("exact", "mixed_ranks", "sums_only", "continues", "kinds", "up", "down")
+
+
+def declare(wrapper: Strategy[Any], inner: Strategy[Any], **other: Any) -> None:
+    """Let a strategy that wraps another declare what that one does, but for what is given: for its `__post_init__`."""
+    for name in DECLARED:
+        object.__setattr__(wrapper, name, other.get(name, getattr(inner, name)))
 
 
 def load(spec: str, **options: Any) -> Strategy[Any]:

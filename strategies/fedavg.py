@@ -17,6 +17,9 @@ from fedlora.strategy import Client, Job, Strategy
 @dataclass(frozen=True)
 class FedAvg(Strategy[LoRA]):
     sums_only = True
+    continues = True
+    kinds = ("lora", "dora", "vera")
+    up = down = "r * (d_in + d_out)"
 
     def init(self, lora: LoRA) -> LoRA:
         return lora

@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fedlora.lora import LoRA, average, compact, contrast, join
+from fedlora.lora import LoRA, average, contrast, join, settle
 from fedlora.strategy import Client, Job, Strategy
 
 
 class State(NamedTuple):
     lora: LoRA
-    residuals: tuple[LoRA, ...]  # one a round, until together they pass full rank and become one
+    residuals: tuple[LoRA, ...]  # one a round, until together they outgrow a dense one
 
 
 @dataclass(frozen=True)
 class FedEx(Strategy[State]):
     exact = True
+    continues = True
+    up = "r * (d_in + d_out)"
+    down = "K * r * (d_in + d_out)"
 
     def init(self, lora: LoRA) -> State:
         return State(lora, ())
@@ -32,16 +35,8 @@ class FedEx(Strategy[State]):
         return Job(start=state.lora, offset=state.residuals)
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        residuals = fold((*state.residuals, contrast(updates, weights)))
+        residuals = settle((*state.residuals, contrast(updates, weights)))
         return State(average(updates, weights), residuals)
 
     def adapter(self, state: State) -> LoRA:
         return join(*state.residuals, state.lora).over(state.lora)
-
-
-def fold(parts: tuple[LoRA, ...]) -> tuple[LoRA, ...]:
-    """The parts as they are while each is new to the clients and cheap; as one once their ranks pass full rank."""
-    parts = tuple(p for p in parts if p.A)
-    whole = join(*parts)
-    small = compact(whole)
-    return parts if all(small.A[m] is whole.A[m] for m in whole.A) else (small,)

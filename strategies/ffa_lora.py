@@ -18,6 +18,9 @@ from fedlora.strategy import Client, Job, Strategy
 class FFALoRA(Strategy[LoRA]):
     exact = True
     sums_only = True
+    continues = True
+    kinds = ("lora", "dora", "vera")
+    up = down = "r * d_out"
 
     def init(self, lora: LoRA) -> LoRA:
         return lora

@@ -1,11 +1,11 @@
 """Head: round any strategy, whether a classifier's head is trained by all, by each client for itself, or by none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedlora.lora import LoRA
-from fedlora.strategy import Client, Job, Strategy
+from fedlora.strategy import Client, Job, Strategy, declare
 
 
 @dataclass(frozen=True)
@@ -13,17 +13,8 @@ class Head(Strategy[Any]):
     inner: Strategy[Any]
     policy: Literal["local", "frozen"]
 
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return self.inner.exact
-
-    @property
-    def mixed_ranks(self) -> bool:  # type: ignore[override]
-        return self.inner.mixed_ranks
-
-    @property
-    def sums_only(self) -> bool:  # type: ignore[override]
-        return self.inner.sums_only
+    def __post_init__(self) -> None:
+        declare(self, self.inner)
 
     def init(self, lora: LoRA) -> Any:
         return self.inner.init(lora)
@@ -39,3 +30,6 @@ class Head(Strategy[Any]):
 
     def adapter(self, state: Any) -> LoRA:
         return self.inner.adapter(state)
+
+    def notes(self, state: Any) -> Mapping[str, float]:
+        return self.inner.notes(state)
