@@ -97,6 +97,31 @@ def evaluate(
     evaluate(folder, given, json)
 
 
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(help="Names, package.module:Class, file.py; none: all.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the strategy, key=value; repeatable.")] = None,
+) -> None:
+    """Verify what strategies declare: the contract, on random factors and on real small models."""
+    from .checks.report import check
+
+    if not check(names or (), dict(map(pair, option or ()))):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run directory.")],
+    form: Annotated[str, typer.Option("--as", help="adapter, merged or per-client.")] = "adapter",
+    max_rank: Annotated[int, typer.Option(min=0, help="Largest rank of the adapter; 0: what it needs.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; default DIR/export-<form>.")] = None,
+) -> None:
+    """Write what a run trained as a PEFT adapter, a merged model or an adapter a client; verified by its logits."""
+    from .export import export
+
+    export(folder, form, max_rank, out)
+
+
 def pair(text: str) -> tuple[str, str]:
     """`key=value` as a pair."""
     key, equals, value = text.partition("=")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import getdoc, isabstract, signature
@@ -11,7 +12,7 @@ from typing import Any, get_type_hints
 
 from . import strategies
 from .errors import StrategyError, nearest
-from .strategy import Strategy
+from .strategy import Client, Strategy
 
 GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
 
@@ -38,6 +39,22 @@ class Entry:
         """The first address in the docstring."""
         return next((word.rstrip(".,)") for word in self.doc.split() if word.startswith("https://")), "")
 
+    @cached_property
+    def default(self) -> Strategy[Any]:
+        """The strategy with the options it has by default."""
+        return build(self.cls, {})
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What clients train and what they send in the first round, by the letters of the sides."""
+        import torch
+
+        from .lora import LoRA
+
+        start = LoRA({"m": torch.eye(2, 3)}, {"m": torch.zeros(4, 2)}, {"head": torch.zeros(1)})
+        job = self.default.client_init(self.default.init(start), Client(id=0, examples=1, rank=2))
+        return job.trains, job.shares
+
     @property
     def options(self) -> str:
         """The strategy's own options, as `name=default`."""
@@ -47,7 +64,9 @@ class Entry:
 
 
 def title(strategy: Strategy[Any]) -> str:
-    """How the paper of a strategy calls it."""
+    """How the paper of a strategy calls it, whatever is wrapped round it."""
+    while inner := getattr(strategy, "inner", None):
+        strategy = inner
     return Entry("", type(strategy)).title
 
 
@@ -97,6 +116,12 @@ def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]
         return cls(**values)
     except (TypeError, ValueError) as e:
         raise StrategyError(f"strategy {cls.__name__} cannot be built: {e}") from e
+
+
+def foreign(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:
+    """A strategy of Flower's own; where Flower is known is not for the core to import."""
+    made: Strategy[Any] = import_module(f"{__package__}.server.flower_strategy").load(spec, options)
+    return made
 
 
 def _typed(where: str, value: Any, kind: Any) -> Any:

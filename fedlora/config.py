@@ -38,9 +38,28 @@ class LoRAConfig:
 
     rank: Annotated[int, Ge(1), "r"] = 8
     alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
+    ranks: Annotated[str, "of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"] = ""
     rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
     dropout: Annotated[float, Ge(0), Lt(1), "of the adapter's input"] = 0.0
     targets: Annotated[Names, "modules to adapt, by the end of their names; empty: query and value; or all-linear"] = ()
+
+
+@dataclass(frozen=True)
+class AggregateConfig:
+    """What goes round the strategy on the server."""
+
+    optimizer: Annotated[Literal["none", "momentum", "adam", "yogi", "adagrad"], "of the aggregated step"] = "none"
+    lr: Annotated[float, Gt(0), "of that optimizer"] = 1.0
+    beta1: Annotated[float, Ge(0), Lt(1), "decay of its first moment"] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), "decay of its second moment"] = 0.99
+    tau: Annotated[float, Gt(0), "added to the root of its second moment"] = 1e-3
+    robust: Annotated[
+        Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound"], "against clients that lie"
+    ] = "none"
+    trim: Annotated[float, Ge(0), Lt(0.5), "share of values trimmed_mean drops at either end"] = 0.1
+    byzantine: Annotated[int, Ge(0), "clients that krum and multi_krum expect to lie"] = 1
+    bound: Annotated[float, Ge(0), "largest norm of a client's step with norm_bound"] = 1.0
+    offset_rank: Annotated[int, Ge(0), "cap on the offset's rank; 0: none, but 256 on a quantised base"] = 0
 
 
 @dataclass(frozen=True)
@@ -74,12 +93,14 @@ class Config:
     cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2"] = 0
     seed: Annotated[int, Ge(0), "of every random draw"] = 0
     engine: Annotated[Literal["auto", "serial", "stacked", "flower"], "where clients run"] = "auto"
+    exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
     threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: Training = field(default_factory=Training)
     server: Policy = field(default_factory=Policy)
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
 
 
 @dataclass(frozen=True)

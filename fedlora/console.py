@@ -20,11 +20,13 @@ WIDTHS = {
     "train loss": 11,
     "evaluation": 18,
     "worst client": 13,
+    "off the mean": 13,
     "up": 9,
     "down": 9,
     "seconds": 8,
     "left": 8,
 }
+EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well below what a strategy drops
 
 
 class Screen:
@@ -39,13 +41,14 @@ class Screen:
         self._began = time.monotonic()
         self._status: Status | None = None
         self._columns: list[str] = []
+        self._measures = False
 
     def started(self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int) -> None:
         config, model = setup.config, setup.model
         self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
         matrices = [*setup.start.A.values(), *setup.start.B.values(), *setup.start.H.values()]
         trained, of = sum(t.numel() for t in matrices), model.size
-        name = title(getattr(strategy, "inner", strategy))
+        name = title(strategy)
         self.say(
             f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "
             f"adapter of {trained:,} numbers on a model of {of:,}; engine {config.engine}, seed {config.seed}"
@@ -54,7 +57,9 @@ class Screen:
             self.say("before training: " + ", ".join(f"{k} {v:.4g}" for k, v in before.items()))
         if done:
             self.say(f"resumed after round {done} of {config.rounds}")
-        self._columns = [name for name in WIDTHS if name != "worst client" or config.data.holdout]
+        self._measures = config.exactness
+        shown = {"worst client": config.data.holdout > 0, "off the mean": config.exactness}
+        self._columns = [name for name in WIDTHS if shown.get(name, True)]
         self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
         if self._console.is_terminal:
             self._status = Status("", console=self._console)
@@ -76,6 +81,7 @@ class Screen:
             "train loss": loss,
             "evaluation": metric(record["eval"]),
             "worst client": f"{record['eval_clients']['worst']:.4g}" if record["eval_clients"] else "",
+            "off the mean": f"{record['exactness']:.1e}" if "exactness" in record else "-",
             "up": size(record["bytes_up"]),
             "down": size(record["bytes_down"]),
             "seconds": f"{record['seconds']:.1f}",
@@ -100,6 +106,8 @@ class Screen:
                 f"per client on its own held-out examples: {clients['metric']} mean {clients['mean']:.4g}, "
                 f"worst {clients['worst']:.4g} (client {clients['worst_client']}), std {clients['std']:.3g}"
             )
+        if self._measures:
+            self.say(closeness([r["exactness"] for r in records if "exactness" in r]))
         self.say(f"adapter: {folder.adapter}")
         self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
         self.say(f"curves: tensorboard --logdir {folder.path}")
@@ -119,6 +127,19 @@ class Screen:
                 self._status.update("writing the adapter")
             else:
                 self._status.update(f"round {self._number + 1}: {self._answers} of {self._cohort} clients answered")
+
+
+def closeness(distances: list[float]) -> str:
+    """What the exactness meter read over a run, in words."""
+    if not distances:
+        return "exactness: not defined, as clients keep a factor for themselves and have no common model"
+    most, last = max(distances), distances[-1]
+    if most < EXACT:
+        return f"exactness: every round's model was the weighted mean of the clients' models (within {most:.0e} of it)"
+    return (
+        "exactness: the model was not the weighted mean of the clients' models: "
+        f"{last:.2%} off it in the last round, {most:.2%} at most"
+    )
 
 
 def metric(values: Mapping[str, float] | None) -> str:

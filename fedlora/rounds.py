@@ -11,19 +11,16 @@ import torch
 from annotated_types import Ge, Gt, Le
 
 from .errors import RoundFailed, StrategyError
+from .exactness import distance
 from .flat import Traffic
+from .gather import Answers, Failure, Gathered, Sum, gather
 from .lora import LoRA
 from .metrics import Metrics, spread
+from .sketch import narrow
 from .strategy import Client, Job, Strategy, Training, Update
 
+__all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
 log = logging.getLogger("fedlora")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a client has no update this round."""
-
-    reason: str
 
 
 class Fleet(Protocol):
@@ -34,8 +31,8 @@ class Fleet(Protocol):
     def clients(self) -> Sequence[Client]:
         """The clients that may be asked, known by their ids."""
 
-    def train(self, jobs: Mapping[int, Job]) -> Mapping[int, Update | Failure]:
-        """Run every job; a client that failed is missing from the answer, or has a `Failure`."""
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        """Run every job, handing over each answer as it comes; a client that failed has a `Failure`, or is missing."""
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job, with what its client keeps, on that client's held-out examples."""
@@ -76,6 +73,8 @@ class Round:
     bytes_up: int
     bytes_down: int
     seconds: float
+    notes: Mapping[str, float] = field(default_factory=dict)  # the strategy's own figures
+    exactness: float | None = None  # relative distance from the mean of the clients' models; none: not measured
 
     def record(self) -> dict[str, Any]:
         """The round's line in `rounds.jsonl`."""
@@ -90,6 +89,8 @@ class Round:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": round(self.seconds, 3),
+            **({"notes": dict(self.notes)} if self.notes else {}),
+            **({"exactness": self.exactness} if self.exactness is not None else {}),
         }
 
 
@@ -104,6 +105,7 @@ class Plan:
     policy: Policy = field(default_factory=Policy)
     evaluate: Callable[[LoRA], Metrics] | None = None  # the global model on the global held-out set
     evaluate_clients: bool = False
+    exactness: Mapping[str, float] | None = None  # module -> s, to measure it; all of a round's updates are then held
 
 
 def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Past | None = None) -> Iterator[Round]:
@@ -117,22 +119,24 @@ def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Pas
         began, up, down = time.monotonic(), fleet.traffic.up, fleet.traffic.down
         cohort = sample(fleet.clients(), plan.cohort, plan.seed, t)
         jobs = {c.id: _job(strategy, state, c, plan, t) for c in cohort}
-        updates, failed = split(jobs, fleet.train(jobs))
-        enough = len(updates) >= max(1, plan.policy.quorum * len(cohort))
+        answers = fleet.train({i: narrow(job) for i, job in jobs.items()})
+        got = gather(jobs, answers, _weigh(plan.policy), strategy.sums_only, plan.exactness is not None)
+        enough = got.answered >= max(1, plan.policy.quorum * len(cohort))
         if not enough and plan.policy.below_quorum == "stop":
-            raise RoundFailed(_too_few(t, len(updates), failed, plan))
-        loss = None
+            raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
+        exactness = None
         if enough:
             answered = True
-            weights = [float(u.examples) if plan.policy.weights == "examples" else 1.0 for u in updates.values()]
-            state = strategy.aggregate(state, [u.lora for u in updates.values()], weights)
-            check(strategy, state, lora, t)
-            loss = sum(w * u.loss for w, u in zip(weights, updates.values(), strict=True)) / sum(weights)
+            state = strategy.aggregate(state, got.updates, got.weights)
+            adapter = check(strategy, state, lora, t)
+            exactness = distance(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
         values, clients = _evaluate(strategy, state, fleet, plan, t)
         if values:
             losses.append(values["loss"])
         spent = fleet.traffic.up - up, fleet.traffic.down - down, time.monotonic() - began
-        yield Round(t + 1, state, tuple(jobs), failed, loss, values, clients, *spent)
+        loss = got.loss if enough else None
+        notes = strategy.notes(state)
+        yield Round(t + 1, state, tuple(jobs), got.failed, loss, values, clients, *spent, notes, exactness)
     if not answered:
         raise RoundFailed(f"no client answered in any of {plan.rounds} rounds; see the reasons above")
 
@@ -158,8 +162,8 @@ def stalled(losses: Sequence[float], patience: int) -> bool:
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> None:
-    """Refuse a state whose adapter no client could load, naming the matrix."""
+def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
+    """The adapter of a state; refused where no client could load it, naming the matrix."""
     name, adapter = type(strategy).__name__, strategy.adapter(state)
     for m in like.A:
         a, b = adapter.A.get(m), adapter.B.get(m)
@@ -180,6 +184,11 @@ def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> None:
         for m, x in side.items():
             if not bool(torch.isfinite(x).all()):
                 raise StrategyError(f"round {t + 1}: the new adapter is not finite at {m}; a lower train.lr may help")
+    return adapter
+
+
+def _weigh(policy: Policy) -> Callable[[Update], float]:
+    return (lambda update: float(update.examples)) if policy.weights == "examples" else (lambda _: 1.0)
 
 
 def _job(strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int) -> Job:

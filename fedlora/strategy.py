@@ -83,7 +83,7 @@ class Strategy(ABC, Generic[State]):
     sums_only: ClassVar[bool] = False  # does `aggregate` need no more than weighted sums of the updates?
     continues: ClassVar[bool] = False  # is a client alone followed factor by factor: no re-start, no change of basis?
     kinds: ClassVar[tuple[str, ...]] = ("lora",)  # the adapters it has a meaning for: of lora, dora, vera
-    up: ClassVar[str] = ""  # numbers a client sends a round and module, in r, d_in, d_out and K clients of ranks R in all
+    up: ClassVar[str] = ""  # numbers a client sends a round and module, as `fedlora strategies` explains it
     down: ClassVar[str] = ""  # numbers it is sent, once it holds what stays the same
 
     @abstractmethod
@@ -119,12 +119,13 @@ def declare(wrapper: Strategy[Any], inner: Strategy[Any], **other: Any) -> None:
 def load(spec: str, **options: Any) -> Strategy[Any]:
     """Build the strategy that `spec` names, with its options.
 
-    `spec` is the name of a built-in or of an entry point (`fedlora strategies` lists them), or `package.module:Class`.
+    `spec` is the name of a built-in or of an entry point (`fedlora strategies` lists them), `package.module:Class`, or
+    `flwr:Class` for a strategy of Flower's own, which then aggregates the factors.
     Raises `StrategyError` where there is none of that name, or it has no such option.
 
     >>> load("fedavg")
     FedAvg()
     """
-    from .catalogue import build, find
+    from .catalogue import build, find, foreign
 
-    return build(find(spec), options)
+    return foreign(spec, options) if spec.startswith("flwr:") else build(find(spec), options)

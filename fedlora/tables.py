@@ -8,19 +8,51 @@ from rich.table import Table
 from .catalogue import catalogue
 from .config import settings as every_setting
 
+LEGEND = """
+exact: the new model is the weighted mean of the clients' models. ranks: may those of clients differ. sums: the server
+needs no single update, so its memory does not grow with the clients. Sides: A, B, R (a core), H (the head). up, down:
+numbers a client sends and is sent a round and adapted module, of rank r and shape d_out x d_in, with K clients of ranks
+R in all, q the rank of the newest offset, t the round from 0; the head comes on top; what a client holds is not sent.
+Round any of them: aggregate.optimizer, aggregate.robust (fedlora settings). Of Flower's own: flwr:FedAdam and others."""
+COLUMNS = "name", "strategy", "exact", "ranks", "sums", "trains", "sends", "kinds", "up", "down", "options", "paper"
+
 
 def strategies() -> None:
     """Print the catalogue."""
-    table = Table("name", "title", "exact", "mixed ranks", "sums only", "options", "paper", box=None, pad_edge=False)
+    columns = (
+        "name",
+        "strategy",
+        "exact",
+        "ranks",
+        "sums",
+        "trains",
+        "sends",
+        "kinds",
+        "up",
+        "down",
+        "options",
+        "paper",
+    )
+    table = Table(*columns, box=None, pad_edge=False)
     for entry in catalogue():
-        cls = entry.cls
-        marks = ("yes" if flag else "no" for flag in (cls.exact, cls.mixed_ranks, cls.sums_only))
-        table.add_row(entry.name, entry.title, *marks, entry.options or "none", entry.paper)
+        made, (trains, sends) = entry.default, entry.sides
+        table.add_row(
+            entry.name,
+            entry.title,
+            "yes" if made.exact else "no",
+            "mixed" if made.mixed_ranks else "alike",
+            "yes" if made.sums_only else "no",
+            trains,
+            sends,
+            " ".join(made.kinds),
+            made.up or "?",
+            made.down or "?",
+            entry.options or "none",
+            entry.paper,
+        )
     console = _console()
     console.print(table)
-    console.print(
-        "exact: the new model is the weighted mean of the clients' models; sums only: the server needs no single update"
-    )
+    console.print(LEGEND)
 
 
 def settings() -> None:
@@ -41,4 +73,4 @@ def _kind(kind: Any) -> str:
 def _console() -> Console:
     """As wide as the terminal, or as wide as needed where there is none."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    return console if console.is_terminal else Console(highlight=False, width=260)

@@ -26,6 +26,7 @@ from .strategy import Client, Job, Training, Update
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64"]
 CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
+PLAIN = ("trains", "shares", "gain", "resumes", "example_clip", "training", "seed", "round", "rounds")  # of a Job
 T = TypeVar("T")
 
 
@@ -35,6 +36,9 @@ class JobHead:
 
     trains: str
     shares: str
+    gain: dict[str, float]
+    resumes: bool
+    example_clip: float
     training: Training
     seed: int
     round: int
@@ -88,7 +92,7 @@ class Order:
         for name in head.start:
             start = start.over(parts[name])
         offset = tuple(parts[name] for name in head.offset)
-        return Job(start, head.trains, head.shares, offset, head.training, head.seed, head.round, head.rounds)
+        return Job(start=start, offset=offset, **{name: getattr(head, name) for name in PLAIN})
 
 
 class Packer:
@@ -101,12 +105,7 @@ class Packer:
         """The job with those parts that its client lacks."""
         sent = {flat.name: flat for flat in missing.values()}
         head = JobHead(
-            trains=job.trains,
-            shares=job.shares,
-            training=job.training,
-            seed=job.seed,
-            round=job.round,
-            rounds=job.rounds,
+            **{name: getattr(job, name) for name in PLAIN},
             start=tuple(flat.name for where, flat in parts.items() if not where.startswith("offset")),
             offset=tuple(flat.name for where, flat in parts.items() if where.startswith("offset")),
             sent=tuple((flat.name, flat.manifest) for flat in sent.values()),
@@ -153,10 +152,11 @@ def read_update(records: RecordDict, job: Job) -> Update | Lacks:
     vector = _vector(records, head.dtype)
     with _reading("an update"):
         lora = unflatten(vector, head.manifest)
+    free = {"A": 0, "B": 1} if job.resumes else {}  # the rank: a client that goes on from its own sends a change
     for s in SIDES:
-        asked = _shapes(job.start.side(s) if s in job.shares else {})
-        got = _shapes(lora.side(s))
-        if got != asked and not (s in job.shares and not job.start.side(s)):  # what has no start may have any shape
+        asked = _shapes(job.start.side(s) if s in job.shares else {}, free.get(s))
+        got = _shapes(lora.side(s), free.get(s))
+        if got != asked:
             raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
     return Update(lora, head.examples, head.loss)
 
@@ -253,8 +253,10 @@ def _dtype_name(vector: Tensor) -> Any:
     return str(vector.dtype).removeprefix("torch.")
 
 
-def _shapes(side: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{m} {tuple(t.shape)}" for m, t in sorted(side.items())) or "nothing"
+def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> str:
+    """The shapes in words, without the dimension that is free."""
+    shown = {m: tuple(n for i, n in enumerate(t.shape) if i != free) for m, t in side.items()}
+    return ", ".join(f"{m} {shape}" for m, shape in sorted(shown.items())) or "nothing"
 
 
 @contextmanager

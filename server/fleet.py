@@ -15,7 +15,7 @@ from fedlora import wire
 from fedlora.errors import RoundFailed, WireError
 from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
-from fedlora.rounds import Failure
+from fedlora.rounds import Answers, Failure
 from fedlora.strategy import Client, Job, Update
 
 TRIES = 3  # how often a node is asked who it is
@@ -66,15 +66,15 @@ class FlowerFleet:
                 raise RoundFailed(f"{len(lost)} of {len(online)} clients cannot say who they are: {why}")
             pause(bool(replies))
 
-    def train(self, jobs: Mapping[int, Job]) -> Mapping[int, Update | Failure]:
-        """Run every job on its client's node."""
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        """Run every job on its client's node, handing over each answer as it arrives."""
         return self._carry(MessageType.TRAIN, jobs, wire.read_update)
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
-        return self._carry(MessageType.EVALUATE, jobs, lambda content, _: wire.read_metrics(content))
+        return dict(self._carry(MessageType.EVALUATE, jobs, lambda content, _: wire.read_metrics(content)))
 
-    def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T]) -> dict[int, T | Failure]:
+    def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T]) -> Iterator[tuple[int, T | Failure]]:
         """A message a job, and its answer; a client that lost its parts is sent its job again, once, in full."""
         parts, packer, again = Parts(), wire.Packer(), set[int]()
 
@@ -82,7 +82,7 @@ class FlowerFleet:
             whole = parts.of(jobs[i])
             return packer.job(jobs[i], whole, self.traffic.send(i, whole))
 
-        answers: dict[int, T | Failure] = {}
+        done = set[int]()
         waiting = self._push(kind, {i: letter(i) for i in jobs})
         for i, reply in self._replies(waiting):
             answer = _open(reply, jobs[i], read)
@@ -93,14 +93,15 @@ class FlowerFleet:
                 continue
             if isinstance(answer, wire.Lacks):
                 answer = Failure(f"it still lacks {len(answer.lacks)} parts of a job that was sent in full")
-            answers[i] = answer
+            done.add(i)
             if isinstance(answer, Update):
                 self.traffic.receive(answer)
             if kind == MessageType.TRAIN:
                 self._answered(i)
+            yield i, answer
         late = Failure(f"no answer after {self._deadline:g} s")
         lost = Failure("its job could not be sent")
-        return {i: answers.get(i, late if i in waiting.values() else lost) for i in jobs}
+        yield from ((i, late if i in waiting.values() else lost) for i in jobs if i not in done)
 
     def _push(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[str, int]:
         """Send; which message went to which client."""

@@ -116,10 +116,10 @@ def ray(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     def serve(fleet: Fleet) -> None:
         play(setup, fleet, seen)
         job = Job(setup.start, training=replace(setup.config.train, steps=1), round=9)
-        fleet.train({2: job})
+        dict(fleet.train({2: job}))
         rmtree(folder / "2")
         before = fleet.traffic.down
-        again = fleet.train({2: job})
+        again = dict(fleet.train({2: job}))
         seen.resent = (isinstance(again[2], Update), fleet.traffic.down - before)
         raise ENOUGH
 

@@ -12,7 +12,7 @@ from fedlora.errors import RoundFailed, StrategyError
 from fedlora.flat import Traffic
 from fedlora.lora import LoRA
 from fedlora.metrics import Metrics
-from fedlora.rounds import Failure, Past, Plan, Policy, Round, fit, sample, stalled
+from fedlora.rounds import Answers, Failure, Past, Plan, Policy, Round, fit, sample, stalled
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategy import Client, Job, Update, load
 from tests.conftest import factors, fresh
@@ -30,9 +30,9 @@ class Few:
     def clients(self) -> Sequence[Client]:
         return [Client(i, examples=i + 1, rank=4) for i in range(self.size)]
 
-    def train(self, jobs: Mapping[int, Job]) -> Mapping[int, Update | Failure]:
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
         self.jobs += jobs.values()
-        return {i: self._one(i, job) for i, job in jobs.items()}
+        yield from ((i, self._one(i, job)) for i, job in jobs.items())
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         return {i: Metrics(1, 10, 10.0 * (i + 1), 5) for i in jobs}

@@ -55,7 +55,10 @@ def test_a_job_comes_back_as_it_was(
 ) -> None:
     offset = tuple(factors(7 + i, rank + i, dtype).only("AB") for i in range(offsets))
     training = Training(optimizer="sgd", lr=lr, prox=0.1)
-    job = Job(factors(1, rank, dtype).only(sides), "BH", "B", offset, training, *place)
+    seed, round, rounds = place
+    plain = {"trains": "BH", "shares": "B", "gain": {"q": 2.5}, "resumes": True, "example_clip": 0.5}
+    start = factors(1, rank, dtype).only(sides)
+    job = Job(start, offset=offset, training=training, seed=seed, round=round, rounds=rounds, **plain)  # type: ignore[arg-type]
     records = send(job, dtype=dtype)
     back = receive(wire.read_order(records))
     assert equal(back.start, job.start)

@@ -1,0 +1,56 @@
+"""The strategy that a config names, with all that goes round it, refused where the combination has no meaning."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .catalogue import catalogue, title
+from .config import Config
+from .errors import StrategyError
+from .lora import LoRA
+from .strategies.anchored import Anchored
+from .strategies.capped import Capped
+from .strategies.head import Head
+from .strategies.robust import Robust
+from .strategies.server_optimizer import ServerOptimizer
+from .strategy import Strategy, load
+
+QUANTIZED_CAP = 256  # rank of the offset's side adapter on a quantised base, where nothing can be folded away
+KINDS = {
+    "dora": "DoRA normalises the columns of W + s B A, so the mean of products and what is added to the base are not "
+    "the mean of the models",
+    "vera": "VeRA trains two vectors a module beside fixed factors, so there are no products to stack or decompose",
+}
+
+
+def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[Any]:
+    """The strategy in its wrappers, from the inside out; `start` is the adapter as the model has it.
+
+    Raises `StrategyError` for an adapter kind, mixed ranks or a wrapper that the strategy has no meaning for.
+    """
+    strategy = load(config.strategy, **config.option)
+    _accepts(strategy, config.lora.kind, ranks)
+    if any(bool(b.any()) for b in start.B.values()) and config.lora.kind != "vera":
+        strategy = Anchored(strategy)
+    cap = config.aggregate.offset_rank or (QUANTIZED_CAP if config.model.quantize != "none" else 0)
+    if cap and config.lora.kind == "lora":
+        strategy = Capped(strategy, cap)
+    if start.H and config.model.head != "shared":
+        strategy = Head(strategy, config.model.head)
+    chosen = config.aggregate
+    if chosen.optimizer != "none":
+        strategy = ServerOptimizer(strategy, chosen.optimizer, chosen.lr, chosen.beta1, chosen.beta2, chosen.tau)
+    if chosen.robust != "none":
+        strategy = Robust(strategy, chosen.robust, chosen.trim, chosen.byzantine, chosen.bound)
+    return strategy
+
+
+def _accepts(strategy: Strategy[Any], kind: str, ranks: Sequence[int]) -> None:
+    if kind not in strategy.kinds:
+        others = ", ".join(sorted(e.name for e in catalogue() if kind in e.cls.kinds))
+        raise StrategyError(f"{title(strategy)} cannot train lora.kind = {kind}: {KINDS[kind]}; it works with {others}")
+    if len(set(ranks)) > 1 and not strategy.mixed_ranks:
+        others = ", ".join(sorted(e.name for e in catalogue() if e.cls.mixed_ranks is True))
+        raise StrategyError(
+            f"{title(strategy)} needs clients of one rank, and lora.ranks gives {min(ranks)} to {max(ranks)}; "
+            f"mixed ranks work with {others}"
+        )

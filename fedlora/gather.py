@@ -1,0 +1,95 @@
+"""Updates as they arrive: summed where a strategy needs no more than sums, kept where it needs each."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .lora import SIDES, LoRA
+from .sketch import widen
+from .strategy import Job, Update
+
+log = logging.getLogger("fedlora")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client has no update this round."""
+
+    reason: str
+
+
+Answers = Iterable[tuple[int, Update | Failure]]
+
+
+class Sum:
+    """A weighted sum of adapters, as large as one of them however many there are.
+
+    It runs in float64, so that the order in which clients answer leaves no trace in the float32 mean.
+    """
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._totals: dict[tuple[str, str], tuple[Tensor, torch.dtype]] = {}
+
+    def add(self, lora: LoRA, weight: float) -> None:
+        """Take in one adapter; all must have the same matrices."""
+        self.weight += weight
+        for s in SIDES:
+            for m, t in lora.side(s).items():
+                if (s, m) not in self._totals:
+                    self._totals[s, m] = (torch.zeros(t.shape, dtype=torch.float64), t.dtype)
+                self._totals[s, m][0].add_(t, alpha=weight)
+
+    def mean(self) -> LoRA:
+        """The weighted mean, in float32 or wider."""
+        sides: dict[str, dict[str, Tensor]] = {s: {} for s in SIDES}
+        for (s, m), (total, dtype) in self._totals.items():
+            sides[s][m] = (total / self.weight).to(torch.promote_types(dtype, torch.float32))
+        return LoRA(**sides)
+
+
+@dataclass
+class Gathered:
+    """What a round's clients sent back, ready for `aggregate`."""
+
+    updates: list[LoRA] = field(default_factory=list)  # of each client in the order of the jobs, or the one mean of all
+    weights: list[float] = field(default_factory=list)
+    each: dict[int, tuple[LoRA, float]] = field(
+        default_factory=dict
+    )  # client -> update and weight, where they are kept
+    answered: int = 0
+    failed: dict[int, str] = field(default_factory=dict)  # client -> reason
+    loss: float | None = None  # mean over clients by weight
+
+
+def gather(
+    jobs: Mapping[int, Job], answers: Answers, weigh: Callable[[Update], float], sums: bool, keep: bool
+) -> Gathered:
+    """Take in the answers to these jobs; with `sums` and not `keep`, no update outlives its turn."""
+    got, total, loss = Gathered(), Sum(), 0.0
+    arrived: set[int] = set()
+    for i, answer in answers:
+        arrived.add(i)
+        if isinstance(answer, Failure):
+            got.failed[i] = answer.reason
+            continue
+        lora, weight = widen(jobs[i], answer.lora), weigh(answer)
+        got.answered += 1
+        loss += weight * answer.loss
+        total.weight += 0 if sums else weight
+        if sums:
+            total.add(lora, weight)
+        if keep or not sums:
+            got.each[i] = lora, weight
+    got.failed |= {i: "no answer" for i in jobs if i not in arrived}
+    for i, reason in got.failed.items():
+        log.warning("client %d failed: %s", i, reason)
+    if got.answered:
+        got.loss = loss / total.weight
+        got.each = {i: got.each[i] for i in jobs if i in got.each}
+        got.updates = [total.mean()] if sums else [lora for lora, _ in got.each.values()]
+        got.weights = [total.weight] if sums else [weight for _, weight in got.each.values()]
+    return got
