@@ -28,7 +28,7 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     Raises `StrategyError` for an adapter kind, mixed ranks or a wrapper that the strategy has no meaning for.
     """
     strategy = load(config.strategy, **config.option)
-    _accepts(strategy, config.lora.kind, ranks)
+    accepts(strategy, config.lora.kind, ranks)
     if any(bool(b.any()) for b in start.B.values()) and config.lora.kind != "vera":
         strategy = Anchored(strategy)
     cap = config.aggregate.offset_rank or (QUANTIZED_CAP if config.model.quantize != "none" else 0)
@@ -44,7 +44,8 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     return strategy
 
 
-def _accepts(strategy: Strategy[Any], kind: str, ranks: Sequence[int]) -> None:
+def accepts(strategy: Strategy[Any], kind: str, ranks: Sequence[int] = ()) -> None:
+    """Raise `StrategyError` where the strategy has no meaning for this kind of adapter, or for ranks that differ."""
     if kind not in strategy.kinds:
         others = ", ".join(sorted(e.name for e in catalogue() if kind in e.cls.kinds))
         raise StrategyError(f"{title(strategy)} cannot train lora.kind = {kind}: {KINDS[kind]}; it works with {others}")

@@ -34,14 +34,59 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The adapter that every client trains."""
+    """The adapter that every client trains; a contradiction in it is a `ConfigError` where it is built."""
 
+    kind: Annotated[
+        Literal["lora", "dora", "vera"], "dora: magnitudes too; vera: two vectors a module, A, B shared"
+    ] = "lora"
     rank: Annotated[int, Ge(1), "r"] = 8
     alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
-    ranks: Annotated[str, "of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"] = ""
+    ranks: Annotated[
+        str, "of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"
+    ] = ""
     rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
     dropout: Annotated[float, Ge(0), Lt(1), "of the adapter's input"] = 0.0
     targets: Annotated[Names, "modules to adapt, by the end of their names; empty: query and value; or all-linear"] = ()
+    init: Annotated[
+        Literal["kaiming", "gaussian", "orthonormal", "pissa", "olora", "eva"],
+        "of A, with B = 0; of both with pissa and olora, whose start is taken off again",
+    ] = "kaiming"
+    init_data: Annotated[str, "file of public examples, in the columns of the run's, that init = eva looks at"] = ""
+    rank_pattern: Annotated[str, "other ranks by the end of a module's name: v_proj=4,layers.0.q_proj=16"] = ""
+    alpha_pattern: Annotated[str, "other alphas, written alike; the longest name that fits a module counts"] = ""
+
+    def __post_init__(self) -> None:
+        for key, value in self.pattern("rank_pattern").items():
+            if value != int(value):
+                raise ConfigError(f'lora.rank_pattern = "{self.rank_pattern}": {key}={value:g} is no whole number')
+        self.pattern("alpha_pattern")
+        if self.init == "eva" and not self.init_data:
+            raise ConfigError(
+                "lora.init = eva takes A from the inputs of public examples; set lora.init_data to a file"
+            )
+        if self.kind == "dora" and self.init in ("pissa", "olora"):
+            raise ConfigError(
+                f"lora.init = {self.init} needs an offset, which dora's magnitudes would scale; choose another init"
+            )
+        if self.kind == "vera" and (self.init != "kaiming" or self.rslora or self.rank_pattern or self.alpha_pattern):
+            raise ConfigError(
+                "lora.kind = vera has A and B of its own, one rank and no alpha; leave lora.init, lora.rslora, "
+                "lora.rank_pattern and lora.alpha_pattern out"
+            )
+
+    def pattern(self, key: Literal["rank_pattern", "alpha_pattern"]) -> dict[str, float]:
+        """Numbers by module name, or end of one; raises `ConfigError` for what is not written NAME=NUMBER,..."""
+        text: str = getattr(self, key)
+        found = {}
+        for word in filter(None, (w.strip() for w in text.split(","))):
+            name, _, value = (part.strip() for part in word.partition("="))
+            try:
+                found[name] = float(value)
+            except ValueError:
+                found[name] = 0.0
+            if not name or not 0 < found[name] < float("inf"):
+                raise ConfigError(f'lora.{key} = "{text}": "{word}" is no NAME=NUMBER, as in v_proj=4')
+        return found
 
 
 @dataclass(frozen=True)

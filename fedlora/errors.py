@@ -8,7 +8,8 @@ FedloraError
 ├── ClientFailed      one client could not do its job; the round goes on without it
 ├── WireError         a message that is damaged, or not what it says it is
 ├── RoundFailed       too few clients answered
-└── CheckpointError   a run's state could not be written or read
+├── CheckpointError   a run's state could not be written or read
+└── ExportError       what was exported, loaded afresh, is not the run's model, or could not be written
 """
 
 from collections.abc import Iterable
@@ -48,6 +49,10 @@ class RoundFailed(FedloraError):
 
 
 class CheckpointError(FedloraError):
+    pass
+
+
+class ExportError(FedloraError):
     pass
 
 

@@ -92,11 +92,11 @@ class RunFolder:
 
     def _chart(self, record: Mapping[str, Any]) -> None:
         step = record["round"]
-        for name in ("train_loss", "answered", "bytes_up", "bytes_down", "seconds"):
-            if record[name] is not None:
+        for name in ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness"):
+            if record.get(name) is not None:
                 self._events.add_scalar(name, record[name], step)
-        for group in ("eval", "eval_clients"):
-            for name, value in (record[group] or {}).items():
+        for group in ("eval", "eval_clients", "notes"):
+            for name, value in (record.get(group) or {}).items():
                 if isinstance(value, int | float):
                     self._events.add_scalar(f"{group}/{name}", value, step)
         if record.get("before"):

@@ -7,10 +7,15 @@ factors' own type, small cores (R, R) in float64, and nothing of size (d_out, d_
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from hashlib import sha256
+from operator import add
 
 import torch
 from torch import Tensor
+
+from .svd import svd as svd
+from .svd import wide as wide
 
 Side = Mapping[str, Tensor]  # module name -> one matrix
 SIDES = "ABRDH"
@@ -24,7 +29,9 @@ class LoRA:
     B: Side = field(default_factory=dict)  # (d_out, r)
     H: Side = field(default_factory=dict)  # whatever else is trained, as a classifier's head
     R: Side = field(default_factory=dict)  # (r, r), a core: where there is one, the product is B R A
-    D: Side = field(default_factory=dict)  # (d_out, d_in), added to the product: only in an offset that has outgrown factors
+    D: Side = field(
+        default_factory=dict
+    )  # (d_out, d_in), added to the product: only in an offset that has outgrown factors
 
     def side(self, name: str) -> Side:
         """One side by its letter."""
@@ -43,11 +50,6 @@ class LoRA:
         return any(self.side(s) for s in SIDES)
 
 
-def wide(t: Tensor) -> Tensor:
-    """The tensor in float32, or in its own type where that is wider."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 def shares(weights: Sequence[float]) -> list[float]:
     """Weights made to sum to one."""
     total = float(sum(weights))
@@ -58,10 +60,13 @@ def average(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     """Weighted mean, matrix by matrix, in float32 or wider."""
     p = shares(weights)
 
-    def mean(sides: list[Side]) -> Side:
-        return {m: _sum([c * wide(side[m]) for c, side in zip(p, sides, strict=True)]) for m in sides[0]}
+    def mean(terms: list[Tensor]) -> Tensor:
+        total = p[0] * wide(terms[0])
+        for c, term in zip(p[1:], terms[1:], strict=True):
+            total.add_(term, alpha=c)  # in place, so that a client costs a reading and no writing
+        return total
 
-    return LoRA(**{s: mean([x.side(s) for x in loras]) for s in SIDES})
+    return LoRA(**{s: {m: mean([x.side(s)[m] for x in loras]) for m in loras[0].side(s)} for s in SIDES})
 
 
 def scale(lora: LoRA, c: float) -> LoRA:
@@ -75,31 +80,37 @@ def scale(lora: LoRA, c: float) -> LoRA:
     )
 
 
+def modules(*loras: LoRA) -> list[str]:
+    """The modules that any of them has a product for."""
+    return list(dict.fromkeys(m for x in loras for m in (*x.A, *x.D) if m in x.B or m in x.D))
+
+
 def factored(lora: LoRA) -> LoRA:
     """The same product in two factors: a core goes into B, a dense matrix stands beside an identity."""
-    A, B = dict(lora.A), dict(lora.B)
-    for m, core in lora.R.items():
-        B[m] = wide(B[m]) @ wide(core)
-    for m, d in lora.D.items():
-        eye = torch.eye(min(d.shape), dtype=d.dtype)
-        b, a = (d, eye) if d.shape[1] <= d.shape[0] else (eye, d)
-        A[m], B[m] = (torch.cat([A[m], a]), torch.cat([B[m], b], 1)) if m in A else (a, b)
-    return LoRA(A, B, lora.H)
+    pairs = {m: _pair(lora, m) for m in modules(lora)}
+    A, B = ({m: pair[i] for m, pair in pairs.items()} for i in (1, 0))
+    return LoRA({**lora.A, **A}, {**lora.B, **B}, lora.H)
 
 
 def join(*loras: LoRA) -> LoRA:
     """The adapter whose product is the sum of the products; its rank is the sum of the ranks. Heads are dropped."""
-    some = [factored(x) for x in loras]
-    modules = dict.fromkeys(m for x in some for m in x.A)
-    return LoRA(
-        A={m: torch.cat([x.A[m] for x in some if m in x.A]) for m in modules},
-        B={m: torch.cat([x.B[m] for x in some if m in x.B], 1) for m in modules},
-    )
+    A, B = {}, {}
+    for m in modules(*loras):
+        B[m], A[m] = _beside([_pair(x, m) for x in loras if m in x.A or m in x.D])
+    return LoRA(A, B)
 
 
 def stack(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
-    """The adapter whose product is exactly the weighted mean of the products (FLoRA, arXiv 2409.05976)."""
-    return join(*[scale(x, p) for x, p in zip(loras, shares(weights), strict=True)])
+    """The adapter whose product is exactly the weighted mean of the products (FLoRA, arXiv 2409.05976).
+
+    The square root of a client's weight goes to each of its factors, which keeps them of like size.
+    """
+    A, B = {}, {}
+    some = [(p**0.5, x) for p, x in zip(shares(weights), loras, strict=True)]
+    for m in modules(*loras):
+        pairs = [(root, _pair(x, m)) for root, x in some if m in x.A or m in x.D]
+        B[m], A[m] = _beside([(root * wide(b), root * wide(a)) for root, (b, a) in pairs])
+    return LoRA(A, B)
 
 
 def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
@@ -116,41 +127,32 @@ def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
         return LoRA()
     mixing = (e[kept].sqrt() * Q[:, kept]).T  # (K - 1, K)
 
-    def mix(side: str, m: str) -> Tensor:
-        own = torch.stack([wide(x.side(side)[m]) for x in loras])  # (K, ...)
-        own -= torch.tensordot(p.to(own), own, 1)
-        return torch.tensordot(mixing.to(own), own, 1)  # (K - 1, ...)
+    def mix(own: Tensor) -> Tensor:
+        """The clients' matrices (..., K, n), each less their mean, as K - 1 mixtures (..., K - 1, n)."""
+        own -= (p.to(own) @ own).unsqueeze(-2)
+        return mixing.to(own) @ own
 
     return LoRA(
-        A={m: mix("A", m).flatten(0, 1) for m in loras[0].A},
-        B={m: mix("B", m).transpose(0, 1).flatten(1) for m in loras[0].B},
+        A={m: mix(torch.stack([wide(x.A[m]).flatten() for x in loras])).view(-1, a.shape[1]) for m, a in loras[0].A.items()},
+        B={m: mix(torch.stack([wide(x.B[m]) for x in loras], 1)).flatten(1) for m in loras[0].B},
     )
-
-
-def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition of B A from two thin QRs and a core in float64: (d_out, k), (k,), (k, d_in)."""
-    qb, rb = torch.linalg.qr(wide(B))
-    qa, ra = torch.linalg.qr(wide(A).T)
-    u, s, vh = torch.linalg.svd(rb.double() @ ra.double().T, full_matrices=False)
-    return qb @ u.to(qb.dtype), s.to(qb.dtype), vh.to(qa.dtype) @ qa.T
 
 
 def truncate(lora: LoRA, rank: int) -> LoRA:
     """The best rank-`rank` approximation of the product (Eckart-Young), each factor with half of the singular values."""
     A, B = {}, {}
-    lora = factored(lora)
-    for m in lora.A:
-        u, s, vh = svd(lora.B[m], lora.A[m])
-        root = s[:rank].sqrt()
-        B[m], A[m] = u[:, :rank] * root, root[:, None] * vh[:rank]
+    for m in modules(lora):
+        u, s, vh = svd(*_pair(lora, m), rank)
+        root = s.sqrt()
+        B[m], A[m] = u * root, root[:, None] * vh
     return LoRA(A, B)
 
 
 def compact(lora: LoRA) -> LoRA:
     """The same product in two factors, with no module's rank above its smaller dimension; other modules are left."""
-    lora = factored(lora)
     A, B = dict(lora.A), dict(lora.B)
-    for m in lora.A:
+    for m in modules(lora):
+        B[m], A[m] = _pair(lora, m)
         full = min(B[m].shape[0], A[m].shape[1])
         if A[m].shape[0] > full:
             small = truncate(LoRA({m: A[m]}, {m: B[m]}), full)
@@ -165,10 +167,8 @@ def principal(lora: LoRA, rank: int) -> LoRA:
     a row of A that is largest in absolute value is positive.
     """
     A, B = {}, {}
-    lora = factored(lora)
-    for m in lora.A:
-        u, s, vh = svd(lora.B[m], lora.A[m])
-        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    for m in modules(lora):
+        u, s, vh = svd(*_pair(lora, m), rank)
         sign = torch.where(vh.gather(1, vh.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0).to(vh.dtype)  # (rank, 1)
         B[m], A[m] = u * s * sign.T, sign * vh
     return LoRA(A, B)
@@ -210,10 +210,9 @@ def settle(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
     shapes = {m: next((p.B[m].shape[0], p.A[m].shape[1]) for p in factors if m in p.A) for m in modules}
     if held <= sum(d_out * d_in for d_out, d_in in shapes.values()):
         return some
-    whole: dict[str, Tensor] = {}
-    for part in some:
-        whole |= {m: whole[m] + d if m in whole else d for m, d in delta(part).items()}
-    return (LoRA(D=whole),)
+    return (
+        LoRA(D={m: reduce(add, (_dense(p, m) for p in some if m in p.A or m in p.D)) for m in modules(*some)}),
+    )
 
 
 def norm(lora: LoRA) -> float:
@@ -223,29 +222,44 @@ def norm(lora: LoRA) -> float:
         rb, ra = (torch.linalg.qr(x.double(), mode="r")[1] for x in (b, a.T))
         return float((rb @ ra.T).square().sum())
 
-    lora = factored(lora)
-    return float(sum(one(lora.B[m], a) for m, a in lora.A.items())) ** 0.5
+    return sum(one(*_pair(lora, m)) for m in modules(lora)) ** 0.5
 
 
 def inner(x: LoRA, y: LoRA) -> float:
     """Frobenius inner product of the two products, summed over modules: tr((B_x A_x)^T B_y A_y)."""
-    x, y = factored(x), factored(y)
 
-    def one(m: str) -> float:
-        return float(((wide(x.B[m]).T @ wide(y.B[m])) * (wide(x.A[m]) @ wide(y.A[m]).T)).double().sum())
+    def one(bx: Tensor, ax: Tensor, by: Tensor, ay: Tensor) -> float:
+        return float(((wide(bx).T @ wide(by)) * (wide(ax) @ wide(ay).T)).double().sum())
 
-    return sum(one(m) for m in x.A if m in y.A)
+    both = set(modules(x)) & set(modules(y))
+    return sum(one(*_pair(x, m), *_pair(y, m)) for m in modules(x) if m in both)
 
 
 def delta(lora: LoRA) -> Side:
     """The product for every module: (d_out, d_in). For tests, small models and offsets that are smaller so."""
-    low = factored(LoRA(lora.A, lora.B, R=lora.R))
-    product = {m: wide(low.B[m]) @ wide(low.A[m]) for m in low.A}
-    return product | {m: d + product[m] if m in product else d for m, d in lora.D.items()}
+    return {m: _dense(lora, m) for m in modules(lora)}
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+def _dense(lora: LoRA, m: str) -> Tensor:
+    if m not in lora.A:
+        return lora.D[m]
+    b, a = _pair(LoRA(lora.A, lora.B, R=lora.R), m)
+    product = wide(b) @ wide(a)
+    return lora.D[m] + product if m in lora.D else product
+
+
+def _pair(lora: LoRA, m: str) -> tuple[Tensor, Tensor]:
+    """Two factors of one module's product: (d_out, k), (k, d_in)."""
+    pairs = []
+    if m in lora.A:
+        pairs.append((wide(lora.B[m]) @ wide(lora.R[m]) if m in lora.R else lora.B[m], lora.A[m]))
+    if m in lora.D:
+        d = lora.D[m]
+        eye = torch.eye(min(d.shape), dtype=d.dtype)
+        pairs.append((d, eye) if d.shape[1] <= d.shape[0] else (eye, d))
+    return _beside(pairs)
+
+
+def _beside(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One pair of factors whose product is the sum of the products."""
+    return pairs[0] if len(pairs) == 1 else (torch.cat([b for b, _ in pairs], 1), torch.cat([a for _, a in pairs]))

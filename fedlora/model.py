@@ -1,97 +1,137 @@
-"""A base model wearing one LoRA adapter: read its factors, write factors of any rank. The only file that knows PEFT."""
+"""A base model wearing one adapter: read its factors, write factors of any rank. Only this and wear.py know PEFT."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftConfig
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import base
+from . import base, wear
 from .config import LoRAConfig, ModelConfig
-from .data import Form
+from .data import Form, Rows
 from .encode import Encoder, Example, length
 from .errors import ModelError, StrategyError, nearest
-from .lora import LoRA, Side, join
+from .lora import LoRA, Side, compact
 from .metrics import Metrics
+from .partition import take
+from .wear import NAME, PREFIX
 
-NAME = "default"  # PEFT's name of the one adapter
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
-USUAL = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",), ("Wqkv",), ("q", "v"))
-TASKS = {"label": TaskType.SEQ_CLS, "image": None}
+REFUSALS = {
+    "dora": "takes no offset: its magnitudes are those of W + s B A, and would scale what else is added to W",
+    "vera": "takes no offset, core or gain: a client trains two vectors a module, beside A and B that are fixed",
+}
+LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": "B"}
 
 
 class Model:
     """One resident base; adapters are swapped in and out of it."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig, form: Form, seed: int) -> None:
-        self.form = form
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, form: Form, seed: int, public: Rows = ()) -> None:
+        """`public` are the rows of `lora.init_data`, of the run's form; only `lora.init = eva` looks at them.
+
+        Raises `ModelError` where the base cannot be had, or cannot wear the adapter.
+        """
+        self.form, self.kind = form, lora.kind
         self.device = base.device(config)
         net, self.processor, new = base.load(config, form, seed)
-        with base.seeded(seed):
-            self.net = _wear(net, lora, form, new)
+        self.net = wear.wear(net, lora, form, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
         self.encoder = Encoder(self.processor, form, config.max_length)
-        layers: dict[str, Any] = {n: m for n, m in self.net.named_modules() if isinstance(m, LoraLayer)}
-        self.adapted = {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+        self.adapted = wear.layers(self.net)
+        self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
         self.heads = {
             f"{name.removeprefix(PREFIX)}.{key}": p
             for name, module in self.net.named_modules()
             if isinstance(module, ModulesToSaveWrapper)
             for key, p in module.modules_to_save[NAME].named_parameters()
         }
-        self.scale = float(next(iter(self.adapted.values())).scaling[NAME])
-        # A weight in half precision, or quantised, would swallow small residuals: there they stay a branch.
-        self.folds = config.quantize == "none" and config.dtype == "float32"
-        self._worn: tuple[LoRA, ...] = ()
-        self._pretrained: dict[str, Tensor] = {}  # of what the offset is folded into
-        self._branch: dict[str, tuple[Tensor, Tensor]] = {}
-        _check_rank(lora.rank, self.adapted)
+        self.extras = {  # DoRA's magnitudes, which are trained with the head
+            f"{m}.lora_magnitude_vector": layer.lora_magnitude_vector[NAME].weight
+            for m, layer in self.adapted.items()
+            if self.kind == "dora"
+        }
+        self._sides: dict[str, dict[str, nn.Parameter]] = {
+            "A": wear.side("A", self.adapted),
+            "B": wear.side("B", self.adapted),
+            "R": {},
+            "H": {**self.heads, **self.extras},
+        }
+        # A weight in half precision, or quantised, would swallow small residuals: there they stay beside it.
+        folds = config.quantize == "none" and config.dtype == "float32"
+        self.offset = wear.Offset(self.adapted, self.scales, folds)
+        self._hooks: list[Any] = []  # of the cores
+        if lora.init == "eva":
+            examples = self.encoder(take(public, range(min(wear.INPUTS, len(public)))))
+            self.net.eval()
+            wear.eva(self.adapted, (self.logits(self.encoder.collate([e])) for e in examples))
 
     @property
     def size(self) -> int:
         """Numbers in the base model, without the adapter and without the second copy that PEFT makes of a head."""
-        worn = [*self._matrices("A"), *self._matrices("B"), *self.heads.items()]
-        return sum(p.numel() for p in self.net.parameters()) - sum(p.numel() for _, p in worn)
+        worn = sum(p.numel() for side in self._sides.values() for p in side.values())
+        return sum(p.numel() for p in self.net.parameters()) - worn
+
+    def memory(self, rank: int, batch_size: int = 16) -> int:
+        """Bytes that training at this rank takes, estimated.
+
+        These are the base as it is; weight, gradient and the two moments of Adam in float32 of the adapter and head;
+        and the activations of a batch of the longest examples: 17 numbers of the base's type a token, layer and hidden
+        unit (the 34 bytes of Korthikanti et al., https://arxiv.org/abs/2205.05198, without attention scores), and two
+        in float32 a token and word of a language model. The copy of weights that an offset is folded into is not in it.
+        """
+        shape: Any = self.net.config
+        worn = {id(p) for side in self._sides.values() for p in side.values()}
+        held = [t for t in (*self.net.parameters(), *self.net.buffers()) if id(t) not in worn]
+        sizes = [(layer.in_features, layer.out_features) for layer in self.adapted.values()]
+        trained = sum(rank + d_out if self.kind == "vera" else rank * (d_in + d_out) for d_in, d_out in sizes)
+        trained += sum(p.numel() for p in self._sides["H"].values())
+        tokens = batch_size * (_patches(shape) if self.form.kind == "image" else self.encoder.max_length)
+        width = getattr(shape, "hidden_size", 0) * getattr(shape, "num_hidden_layers", 0)
+        scores = 0 if self.form.labels else 8 * shape.vocab_size
+        kept = tokens * (17 * width * self.net.dtype.itemsize + scores)
+        return int(sum(t.numel() * t.element_size() for t in held) + 16 * trained + kept)
 
     def read(self) -> LoRA:
-        """The adapter it wears, on the CPU: A (r, d_in), B (d_out, r), head."""
+        """The adapter it wears, on the CPU: A (r, d_in), B (d_out, r), core (r, r) where there is one, head."""
+        return LoRA(
+            **{s: {m: p.detach().to("cpu", copy=True) for m, p in own.items()} for s, own in self._sides.items()}
+        )
 
-        def side(pairs: Iterable[tuple[str, Tensor]]) -> Side:
-            return {name: p.detach().to("cpu", copy=True) for name, p in pairs}
+    def write(
+        self, lora: LoRA, offset: tuple[LoRA, ...] = (), gain: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Wear this adapter, over the pretrained weights plus the offset, with module m's s times gain[m].
 
-        return LoRA(side(self._matrices("A")), side(self._matrices("B")), side(self.heads.items()))
-
-    def write(self, lora: LoRA, offset: tuple[LoRA, ...] = ()) -> None:
-        """Wear this adapter, over the pretrained weights plus the offset. A side it has not stays as it is."""
-        for letter, parameters in (("A", self._matrices("A")), ("B", self._matrices("B")), ("H", self.heads.items())):
+        Of A, B and H, a side that it has not stays as it is; cores and gains hold until the next write. Raises
+        `StrategyError` for what this model, or this kind of adapter, cannot wear.
+        """
+        if lora.D:
+            offset = (*offset, LoRA(D=lora.D))
+        if (self.kind != "lora" and any(offset)) or (self.kind == "vera" and (lora.R or gain)):
+            raise StrategyError(f"lora.kind = {self.kind} {REFUSALS[self.kind]}; choose lora.kind = lora")
+        for letter in "ABH":
             given = lora.side(letter)
-            for name, p in parameters if given else ():
-                p.data = _fitting(letter, name, p, given).to(p.device, p.dtype, copy=True)
-        for name, layer in self.adapted.items():
-            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            if a.shape[0] != b.shape[1]:
-                raise StrategyError(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} have different ranks")
-        self._wear_offset(offset)
+            for name, p in self._sides[letter].items() if given else ():
+                p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
+        if self.kind != "vera":
+            self._wear_factors(lora.R, gain)
+        self.offset.wear(offset)
 
     def trains(self, sides: str) -> list[nn.Parameter]:
         """Let gradients reach these sides alone; their parameters, in a fixed order."""
-        parameters = {
-            "A": [p for _, p in self._matrices("A")],
-            "B": [p for _, p in self._matrices("B")],
-            "H": list(self.heads.values()),
-        }
         for p in self.net.parameters():
             p.requires_grad_(False)
-        chosen = [p for side, ps in parameters.items() if side in sides for p in ps]
+            p.grad = None
+        chosen = [p for side in self._sides if side in sides for p in self._sides[side].values()]
         for p in chosen:
             p.requires_grad_(True)
         return chosen
@@ -136,16 +176,19 @@ class Model:
         return total
 
     def save(self, lora: LoRA, folder: Path) -> None:
-        """Write the adapter as PEFT does, at whatever rank it has, so that its scale is exactly the run's."""
-        self.write(lora)
-        ranks = {m: a.shape[0] for m, a in lora.A.items()}
-        rank = max(ranks.values())
-        odd = {m: r for m, r in ranks.items() if r != rank}
+        """Write the adapter as PEFT does, at whatever rank it has, so that every module's s is exactly the run's."""
         was: Any = self.net.peft_config[NAME]
         shown = copy(was)
-        shown.r, shown.lora_alpha, shown.use_rslora = rank, self.scale * rank, False
-        shown.rank_pattern, shown.alpha_pattern = odd, {m: self.scale * r for m, r in odd.items()}
         shown.inference_mode = True
+        if self.kind != "vera":
+            lora = compact(lora)
+            ranks = {m: a.shape[0] for m, a in lora.A.items()}
+            alphas = {m: self.scales[m] * r for m, r in ranks.items()}
+            shown.r, shown.lora_alpha, shown.use_rslora = max(ranks.values()), max(alphas.values()), False
+            shown.rank_pattern = wear.exactly({m: r for m, r in ranks.items() if r != shown.r})
+            shown.alpha_pattern = wear.exactly({m: alpha for m, alpha in alphas.items() if alpha != shown.lora_alpha})
+            shown.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
+        self.write(lora)
         self.net.peft_config[NAME] = shown
         try:
             self.net.save_pretrained(str(folder))
@@ -153,119 +196,82 @@ class Model:
             self.net.peft_config[NAME] = was
 
     def open(self, folder: Path) -> LoRA:
-        """The adapter that `save` wrote, read for this model; its scale must be the model's."""
-        shown: Any = LoraConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
+        """The adapter that `save` wrote, read for this model: with its s, and for VeRA over its own A and B."""
+        shown: Any = PeftConfig.from_pretrained(str(folder))
+        kind = "dora" if getattr(shown, "use_dora", False) else shown.peft_type.value.lower()
+        if kind != self.kind:
+            raise ModelError(f"{folder} holds a {kind} adapter; open it with lora.kind = {kind}")
         found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "H": {}}
-        for key, t in tensors.items():
-            name, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-            found[letter if dot else "H"][name if dot else key.removeprefix(PREFIX)] = t
-        for name, a in found["A"].items():
-            r, alpha = shown.rank_pattern.get(name, shown.r), shown.alpha_pattern.get(name, shown.lora_alpha)
-            s = alpha / r**0.5 if shown.use_rslora else alpha / r
-            found["B"][name] = found["B"][name] * (s / self.scale)
-            if a.shape[0] != r:
-                raise ModelError(f"{folder}: {name} has rank {a.shape[0]}, its configuration says {r}")
+        for key, t in load_file(folder / "adapter_model.safetensors").items():
+            name = key.removeprefix(PREFIX)
+            module, _, end = name.removesuffix(".weight").rpartition(".")
+            letter = LETTERS.get(end, "H")
+            found[letter][name if letter == "H" else module] = t
+        if kind != "vera":
+            self._rescale(shown, found, folder)
+            return LoRA(**found)
+        for key in ("vera_A", "vera_B"):
+            if not torch.equal(found["H"].pop(f"base_model.{key}"), getattr(self.net.base_model, key)[NAME].cpu()):
+                raise ModelError(
+                    f"{folder}: its {key} is of another seed, and its vectors mean nothing over this model's"
+                )
         return LoRA(**found)
 
-    def _matrices(self, letter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    def _rescale(self, shown: Any, found: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """B for this model's s, where the configuration says another."""
+        for name, a in found["A"].items():
+            if name not in self.scales:
+                raise ModelError(f"{folder}: this model has no module {name} to adapt; {nearest(name, self.scales)}")
+            r = shown.rank_pattern.get(get_pattern_key(shown.rank_pattern, name), shown.r)
+            alpha = shown.alpha_pattern.get(get_pattern_key(shown.alpha_pattern, name), shown.lora_alpha)
+            s = alpha / r**0.5 if shown.use_rslora else alpha / r
+            found["B"][name] = found["B"][name] * (s / self.scales[name])
+            if a.shape[0] != r:
+                raise ModelError(f"{folder}: {name} has rank {a.shape[0]}, its configuration says {r}")
+
+    def _wear_factors(self, cores: Side, gain: Mapping[str, float]) -> None:
+        """What is around A and B: the scale of their product, and the core between them."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._sides["R"] = {}
         for name, layer in self.adapted.items():
-            yield name, (layer.lora_A if letter == "A" else layer.lora_B)[NAME].weight
+            a, b = layer.lora_A[NAME], layer.lora_B[NAME].weight
+            if a.weight.shape[0] != b.shape[1]:
+                raise StrategyError(f"{name}: A {tuple(a.weight.shape)} and B {tuple(b.shape)} have different ranks")
+            layer.scaling[NAME] = self.scales[name] * gain.get(name, 1.0)
+            layer.lora_R = None
+            if name in cores:
+                layer.lora_R = _core(name, cores[name], a.weight)
+                self._sides["R"][name] = layer.lora_R.weight
+                self._hooks.append(a.register_forward_hook(lambda _m, _x, y, core=layer.lora_R: core(y)))
 
-    def _wear_offset(self, parts: tuple[LoRA, ...]) -> None:
-        if len(parts) == len(self._worn) and all(x is y for x, y in zip(parts, self._worn, strict=True)):
-            return
-        whole = join(*parts)
-        for name, layer in self.adapted.items():
-            a, b = whole.A.get(name), whole.B.get(name)
-            if self.folds:
-                self._fold(name, layer, a, b)
-            elif a is not None and b is not None:
-                if name not in self._branch:
-                    layer.register_forward_hook(self._add_branch(name))
-                self._branch[name] = (a.to(self.device), b.to(self.device))
-            elif name in self._branch:
-                a, b = self._branch[name]
-                self._branch[name] = (a[:0], b[:, :0])
-        self._worn = parts
-
-    @torch.no_grad()
-    def _fold(self, name: str, layer: Any, a: Tensor | None, b: Tensor | None) -> None:
-        """Set the weight to W + s B A, always from the pretrained W, so that nothing accumulates."""
-        weight = layer.get_base_layer().weight
-        pretrained = self._pretrained.setdefault(name, weight.detach().clone())
-        weight.copy_(pretrained)
-        if a is not None and b is not None:
-            product = b.to(weight) @ a.to(weight)  # (d_out, d_in)
-            weight.add_(product.T if layer.fan_in_fan_out else product, alpha=self.scale)
-
-    def _add_branch(self, name: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            a, b = self._branch[name]
-            return output + (self.scale * F.linear(F.linear(inputs[0].to(a.dtype), a), b)).to(output.dtype)
-
-        return add
+    def _fitting(self, letter: str, name: str, given: Side) -> Tensor:
+        """The given matrix, refused where the module cannot wear it; the rank is free, but for VeRA."""
+        p = self._sides[letter][name]
+        fixed = (
+            slice(None) if self.kind == "vera" else {"A": slice(1, None), "B": slice(0, 1), "H": slice(None)}[letter]
+        )
+        if name not in given or given[name].dim() != p.dim() or given[name].shape[fixed] != p.shape[fixed]:
+            got = tuple(given[name].shape) if name in given else "nothing"
+            free = "" if letter == "H" or self.kind == "vera" else ", of any rank"
+            raise StrategyError(f"{letter} of {name}: got {got}, the model takes {tuple(p.shape)}{free}")
+        return given[name]
 
 
-def _wear(net: nn.Module, lora: LoRAConfig, form: Form, new: list[str]) -> PeftModel:
-    """The model with a fresh adapter, and its head, where it has one, as a part to train."""
-    heads = sorted({*_heads(net), *new}) if form.labels else None
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is well for PEFT, and said to be an int
-        use_rslora=lora.rslora,
-        lora_dropout=lora.dropout,
-        target_modules=_targets(net, lora.targets),
-        modules_to_save=heads,
-        task_type=TASKS.get(form.kind, TaskType.CAUSAL_LM),
-        exclude_modules=heads,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
-        return get_peft_model(net, config)
+def _core(name: str, given: Tensor, a: Tensor) -> nn.Linear:
+    """A layer for the core, refused where it is not as wide as A is high."""
+    r = a.shape[0]
+    if given.shape != (r, r):
+        raise StrategyError(f"R of {name}: got {tuple(given.shape)}, with this A the model takes {(r, r)}")
+    core = nn.Linear(r, r, bias=False, device="meta")  # elsewhere it would draw from the run's generator
+    core.weight = nn.Parameter(given.to(a.device, a.dtype, copy=True))
+    return core
 
 
-def _targets(net: nn.Module, targets: tuple[str, ...]) -> list[str] | str:
-    """The modules that were asked for, each of which must be there; else the query and value projections."""
-    if targets == ("all-linear",):
-        return "all-linear"
-    linear = [name for name, m in net.named_modules() if _is_linear(m)]
-    ends = {name.rsplit(".", 1)[-1] for name in linear}
-    if not targets:
-        return next((list(names) for names in USUAL if ends.issuperset(names)), "all-linear")
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            raise ModelError(f'lora.targets: {type(net).__name__} has no module "{target}"; {nearest(target, ends)}')
-    return list(targets)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _heads(net: nn.Module) -> list[str]:
-    """What a classifier has beside its backbone."""
-    prefix = getattr(net, "base_model_prefix", "")
-    return [name for name, m in net.named_children() if name != prefix and any(True for _ in m.parameters())]
-
-
-def _check_rank(rank: int, adapted: dict[str, Any]) -> None:
-    for name, layer in adapted.items():
-        if rank > min(layer.in_features, layer.out_features):
-            raise ModelError(
-                f"lora.rank = {rank} is above the smaller dimension of {name} "
-                f"({layer.out_features} x {layer.in_features}); choose a rank of at most "
-                f"{min(min(x.in_features, x.out_features) for x in adapted.values())}"
-            )
-
-
-def _fitting(letter: str, name: str, p: Tensor, given: Side) -> Tensor:
-    """The given matrix, refused where the module cannot wear it; the rank is free."""
-    fixed = {"A": slice(1, None), "B": slice(0, 1), "H": slice(None)}[letter]
-    if name not in given or given[name].dim() != p.dim() or given[name].shape[fixed] != p.shape[fixed]:
-        got = tuple(given[name].shape) if name in given else "nothing"
-        raise StrategyError(f"{letter} of {name}: got {got}, the model takes {tuple(p.shape)}, of any rank")
-    return given[name]
+def _patches(shape: Any) -> int:
+    """Of an image, as a vision transformer cuts it up; 1 where it does not."""
+    side, patch = getattr(shape, "image_size", 1), getattr(shape, "patch_size", 1)
+    return int((side // patch) ** 2) if isinstance(side, int) and isinstance(patch, int) else 1
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:

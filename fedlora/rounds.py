@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from annotated_types import Ge, Gt, Le
+from torch import Tensor
 
 from .errors import RoundFailed, StrategyError
 from .exactness import distance
 from .flat import Traffic
-from .gather import Answers, Failure, Gathered, Sum, gather
+from .gather import Answers, Failure, Sum, gather
 from .lora import LoRA
 from .metrics import Metrics, spread
 from .sketch import narrow
@@ -169,8 +170,9 @@ def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
         a, b = adapter.A.get(m), adapter.B.get(m)
         if a is None or b is None:
             raise StrategyError(f"round {t + 1}: strategy {name} returned no {'A' if a is None else 'B'} for {m}")
-        want = f"A (r, {like.A[m].shape[1]}) and B ({like.B[m].shape[0]}, r)"
-        if (b.shape[0], a.shape[1]) != (like.B[m].shape[0], like.A[m].shape[1]) or b.shape[1] != a.shape[0]:
+        if not _fits(a, b, like.A[m], like.B[m]):
+            d_in, d_out = like.A[m].shape[-1], like.B[m].shape[0]
+            want = f"A (r, {d_in}) and B ({d_out}, r)" if a.dim() > 1 else f"A ({d_in},) and B ({d_out},)"
             raise StrategyError(
                 f"round {t + 1}: strategy {name} returned A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; "
                 f"it takes {want}"
@@ -185,6 +187,17 @@ def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
             if not bool(torch.isfinite(x).all()):
                 raise StrategyError(f"round {t + 1}: the new adapter is not finite at {m}; a lower train.lr may help")
     return adapter
+
+
+def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
+    """Are these two factors of one rank, or two vectors (VeRA), for a module of this shape?"""
+    if like_a.dim() == 1:
+        return a.shape == like_a.shape and b.shape == like_b.shape
+    return a.dim() == b.dim() == 2 and (b.shape[0], a.shape[1], a.shape[0]) == (
+        like_b.shape[0],
+        like_a.shape[1],
+        b.shape[1],
+    )
 
 
 def _weigh(policy: Policy) -> Callable[[Update], float]:

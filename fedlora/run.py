@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import data
+from .compose import compose
 from .config import Config
 from .data import Form
 from .errors import CheckpointError, ConfigError
@@ -18,9 +19,9 @@ from .folder import RunFolder
 from .lora import LoRA
 from .metrics import Metrics
 from .model import Model
+from .ranks import ranks
 from .rounds import Fleet, Plan, fit
-from .strategies.head import Head
-from .strategy import Strategy, load
+from .strategy import Strategy
 from .worker import Site
 
 
@@ -32,6 +33,7 @@ class Setup:
     model: Model
     start: LoRA  # the adapter as PEFT made it
     sites: tuple[Site, ...]
+    ranks: tuple[int, ...]  # of each client
     evaluation_rows: data.Rows
 
     @cached_property
@@ -65,13 +67,14 @@ def prepare(config: Config) -> Setup:
     model = Model(config.model, config.lora, federated.form, config.seed)
     heldout = federated.heldout or ((),) * len(federated.clients)
     sites = tuple(Site(model.encoder, rows, held) for rows, held in zip(federated.clients, heldout, strict=True))
-    return Setup(config, model, model.read(), sites, federated.evaluation)
+    their = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, model.memory)
+    return Setup(config, model, model.read(), sites, tuple(their), federated.evaluation)
 
 
 def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
     """Run the rounds that are left, keeping each; then write the adapter."""
     config = setup.config
-    strategy = strategy_of(config, setup.start)
+    strategy = compose(config, setup.start, setup.ranks)
     past = folder.past()
     records = folder.records()
     plan = Plan(
@@ -82,9 +85,10 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
         policy=config.server,
         evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
         evaluate_clients=config.data.holdout > 0,
+        exactness=_measured(setup) if config.exactness else None,
     )
-    before = records[0].get("before", {}) if records else _before(setup, plan)
     state = past.state if past else strategy.init(setup.start)
+    before = records[0].get("before", {}) if records else _before(plan, strategy.adapter(state))
     show.started(setup, strategy, before, past.rounds if past else 0)
     try:
         for done in fit(strategy, fleet, setup.start, plan, past):
@@ -109,16 +113,18 @@ def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
         ) from e
 
 
-def strategy_of(config: Config, start: LoRA) -> Strategy[Any]:
-    """The strategy the config names, wrapped where the head is not for all to train."""
-    strategy = load(config.strategy, **config.option)
-    if start.H and config.model.head != "shared":
-        return Head(strategy, config.model.head)
-    return strategy
+def _measured(setup: Setup) -> Mapping[str, float]:
+    """Every module's s, for the exactness meter."""
+    if setup.config.lora.kind != "lora":
+        raise ConfigError(
+            f"exactness is not defined for lora.kind = {setup.config.lora.kind}: its model is no sum of weights and "
+            "a product; leave exactness out"
+        )
+    return setup.model.scales
 
 
-def _before(setup: Setup, plan: Plan) -> dict[str, float]:
-    return plan.evaluate(setup.start).values() if plan.evaluate else {}
+def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:
+    return plan.evaluate(adapter).values() if plan.evaluate else {}
 
 
 def _absolute(config: Config) -> Config:

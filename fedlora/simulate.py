@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configuration
+from .compose import accepts, compose
 from .config import Config
 from .console import Screen
 from .errors import CheckpointError, ConfigError
@@ -29,7 +30,7 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         config = _resumed(folder, given)
     else:
         config = _settings(configuration.read(file) if file else {}, given)
-        load(config.strategy, **config.option)  # a misspelt one is told before a model is loaded
+        accepts(load(config.strategy, **config.option), config.lora.kind)  # told before a model is loaded
         folder = RunFolder(out or _fresh(config.strategy))
     screen.say(f"run directory {folder.path}; loading model and data")
     _quiet()
@@ -56,7 +57,9 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     adapter = setup.model.open(folder.adapter)
     if not setup.evaluation:
         raise ConfigError("there is nothing to evaluate on: give --eval-data")
-    result: dict[str, Any] = {"before": setup.evaluate(setup.start).values(), "after": setup.evaluate(adapter).values()}
+    strategy = compose(setup.config, setup.start, setup.ranks)
+    first = strategy.adapter(strategy.init(setup.start))
+    result: dict[str, Any] = {"before": setup.evaluate(first).values(), "after": setup.evaluate(adapter).values()}
     setup.model.write(adapter)
     clients = {i: setup.model.metrics(site.heldout) for i, site in enumerate(setup.sites) if len(site.heldout)}
     if clients:
@@ -94,7 +97,7 @@ def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable
     else:
         from .simulations.serial import Serial
 
-        serve(Serial(setup.model, setup.sites, setup.config.lora.rank, folder.clients, screen.answered))
+        serve(Serial(setup.model, setup.sites, setup.ranks, folder.clients, screen.answered))
 
 
 def _fresh(strategy: str) -> Path:

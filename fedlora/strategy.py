@@ -29,6 +29,7 @@ class Training:
     optimizer: Annotated[Literal["adamw", "sgd"], "made anew every round"] = "adamw"
     lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
     head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
+    lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
     momentum: Annotated[float, Ge(0), Lt(1), "of sgd"] = 0.0
     weight_decay: Annotated[float, Ge(0), "decoupled with adamw, L2 with sgd"] = 0.0
     epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0

@@ -13,7 +13,7 @@ exact: the new model is the weighted mean of the clients' models. ranks: may tho
 needs no single update, so its memory does not grow with the clients. Sides: A, B, R (a core), H (the head). up, down:
 numbers a client sends and is sent a round and adapted module, of rank r and shape d_out x d_in, with K clients of ranks
 R in all, q the rank of the newest offset, t the round from 0; the head comes on top; what a client holds is not sent.
-Round any of them: aggregate.optimizer, aggregate.robust (fedlora settings). Of Flower's own: flwr:FedAdam and others."""
+Round any of them: aggregate.optimizer, aggregate.robust (fedlora settings); Flower's own: flwr:FedAdam and others."""
 COLUMNS = "name", "strategy", "exact", "ranks", "sums", "trains", "sends", "kinds", "up", "down", "options", "paper"
 
 

@@ -1,6 +1,7 @@
 """A client's side of a round: a Job and some examples in, an Update out. Knows no algorithm."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, cos, isfinite, pi
 
@@ -11,58 +12,79 @@ from .base import seeded
 from .data import Rows
 from .encode import Encoder, Example, length
 from .errors import ClientFailed
-from .lora import SIDES, LoRA
+from .lora import SIDES, LoRA, join, scale, wide
 from .metrics import Metrics
 from .model import Model
 from .seeds import derive
 from .strategy import Client, Job, Training, Update
 
 
+@dataclass(frozen=True, eq=False)
 class Site:
     """One client's examples, encoded when they are first needed."""
 
-    def __init__(self, encoder: Encoder, train: Rows, heldout: Rows) -> None:
-        self._encoder, self._train, self._heldout = encoder, train, heldout
+    encoder: Encoder
+    train_rows: Rows
+    heldout_rows: Rows = ()
 
     @cached_property
     def train(self) -> list[Example]:
-        return self._encoder(self._train)
+        return self.encoder(self.train_rows)
 
     @cached_property
     def heldout(self) -> list[Example]:
-        return self._encoder(self._heldout)
+        return self.encoder(self.heldout_rows)
 
     def client(self, id: int, rank: int) -> Client:
         """What the server is told of this client."""
-        return Client(id, len(self._train), rank)
+        return Client(id, len(self.train_rows), rank)
 
 
 def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> tuple[Update, LoRA]:
     """Train what the job names; return what it shares, and what stays with the client.
 
+    Of a job that resumes, A and B of the update hold the change of the product: [A'; A] and [B', -B].
     Raises `ClientFailed` where the loss is no longer a number.
     """
-    keeps = "".join(s for s in SIDES if s in job.trains and s not in job.shares)
-    model.write(kept.only(keeps).over(job.start), job.offset)
-    parameters = model.trains(job.trains)
+    taken = _wear(model, job, kept)
+    sides = {side: model.trains(side) for side in job.trains}
+    model.trains(job.trains)
     with seeded(derive(job.seed, "dropout", client, job.round)):
-        loss = _descend(model, parameters, job, client, examples)
+        loss = _descend(model, sides, job, client, examples)
     lora = model.read()
-    return Update(lora.only(job.shares), len(examples), loss), lora.only(keeps)
+    shared = lora.only(job.shares)
+    change = join(shared.only("AB"), taken) if taken else LoRA()
+    return Update(change.over(shared), len(examples), loss), lora.only(_keeps(job))
 
 
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
     """The model that this client would use: what it keeps over what the job brings."""
-    keeps = "".join(s for s in SIDES if s in job.trains and s not in job.shares)
-    model.write(kept.only(keeps).over(job.start), job.offset)
+    _wear(model, job, kept)
     return model.metrics(examples)
 
 
-def _descend(model: Model, parameters: list[nn.Parameter], job: Job, client: int, examples: Sequence[Example]) -> float:
+def _wear(model: Model, job: Job, kept: LoRA) -> LoRA:
+    """Put the client where it starts; of a job that resumes, return what this takes off the weights, -B A."""
+    start = kept.only(_keeps(job)).over(job.start)
+    moved = job.resumes and any(bool(b.any()) for b in start.B.values())
+    taken = scale(start.only("AB"), -1) if moved else LoRA()
+    model.write(start, (*job.offset, taken) if taken else job.offset, job.gain)
+    return taken
+
+
+def _keeps(job: Job) -> str:
+    """The sides that stay with the client."""
+    own = set(job.trains) - set(job.shares) | set("AB" if job.resumes else "")
+    return "".join(s for s in SIDES if s in own)
+
+
+def _descend(
+    model: Model, sides: Mapping[str, list[nn.Parameter]], job: Job, client: int, examples: Sequence[Example]
+) -> float:
     """All of a round's optimizer steps; the mean loss over the targets seen."""
-    training = job.training
+    training, parameters = job.training, [p for side in sides.values() for p in side]
     start = [p.detach().clone() for p in parameters]
-    optimizer = _optimizer(training, model, parameters)
+    optimizer = _optimizer(training, model, sides)
     optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
     model.net.train()
     total, targets = 0.0, 0
@@ -72,17 +94,17 @@ def _descend(model: Model, parameters: list[nn.Parameter], job: Job, client: int
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor(training, (job.round + (step + 1) / steps) / job.rounds)
         chunk = [examples[i] for i in next(chunks)]
-        loss, n = _gradient(model, chunk, training.batch_size)
+        if job.example_clip:
+            loss, n = _clipped_gradients(model, parameters, chunk, job.example_clip)
+        else:
+            loss, n = _gradient(model, chunk, training.batch_size)
         if not isfinite(loss):
             raise ClientFailed(
                 f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
                 f"a train.lr below {training.lr:g} may help"
             )
-        if training.prox:
-            for p, p0 in zip(parameters, start, strict=True):
-                if p.grad is not None:
-                    p.grad.add_(p.detach() - p0, alpha=training.prox)
-        if training.clip:
+        _attract(parameters, start, training.prox)
+        if training.clip and not job.example_clip:
             nn.utils.clip_grad_norm_(parameters, training.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -102,16 +124,48 @@ def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[floa
     return total, n
 
 
-def _optimizer(training: Training, model: Model, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adapter and head as two groups, each with the learning rate it has where the schedule's factor is one."""
-    heads = {id(p) for p in model.heads.values()}
-    adapter = {"params": [p for p in parameters if id(p) not in heads], "full_lr": training.lr}
-    head = {"params": [p for p in parameters if id(p) in heads], "full_lr": training.head_lr or training.lr}
-    groups = [group for group in (adapter, head) if group["params"]]
-    decay = training.weight_decay
+def _clipped_gradients(
+    model: Model, parameters: Sequence[nn.Parameter], chunk: list[Example], largest: float
+) -> tuple[float, int]:
+    """Leave in `.grad` the mean over examples of their gradients, none longer than `largest` over all parameters.
+
+    An example's loss is the mean over its own targets: divided by all the chunk's, one example's gradient would depend
+    on the lengths of the others. Returns loss sum and targets of the chunk.
+    """
+    means = [torch.zeros_like(wide(p)) for p in parameters]
+    total, targets = 0.0, 0
+    for example in chunk:  # one at a time: the reference that faster ways answer to
+        n = max(model.targets([example]), 1)
+        loss: Tensor = model.loss(model.encoder.collate([example]))
+        grads = [wide(g) for g in torch.autograd.grad(loss / n, parameters, materialize_grads=True)]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        for mean, g in zip(means, grads, strict=True):
+            mean.add_(g * (largest / norm.clamp(min=largest)) / len(chunk))
+        total, targets = total + float(loss.detach()), targets + n
+    for p, mean in zip(parameters, means, strict=True):
+        p.grad = mean.to(p.dtype)
+    return total, targets
+
+
+def _attract(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+    """Add the gradient of FedProx's mu/2 times the squared distance to the start."""
+    for p, p0 in zip(parameters, start, strict=True) if mu else ():
+        if p.grad is not None:
+            p.grad.add_(p.detach() - p0, alpha=mu)
+
+
+def _optimizer(training: Training, model: Model, sides: Mapping[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """A group for each learning rate there is, as it is where the schedule's factor is one."""
+    heads = {id(p) for p in model.heads.values()}  # side H may hold other things too
+    groups: dict[float, list[nn.Parameter]] = {}
+    for side, parameters in sides.items():
+        for p in parameters:
+            rate = training.lr * (training.lora_plus if side == "B" else 1)
+            groups.setdefault((training.head_lr or rate) if id(p) in heads else rate, []).append(p)
+    each = [{"params": ps, "full_lr": rate} for rate, ps in groups.items()]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, weight_decay=decay)
-    return torch.optim.AdamW(groups, lr=training.lr, weight_decay=decay)
+        return torch.optim.SGD(each, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(each, lr=training.lr, weight_decay=training.weight_decay)
 
 
 def count_steps(training: Training, n: int) -> int:

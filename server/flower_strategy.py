@@ -1,0 +1,185 @@
+"""Flower: the factors aggregated by a strategy of Flower's own, as `flwr:FedAdam`.
+
+Beutel et al., Flower: A Friendly Federated Learning Research Framework (2020), https://arxiv.org/abs/2007.14390
+
+    x = A, B and head as one vector,   x <- aggregate_train(x_1, ..., x_K)
+
+Factors are averaged, so FedIT's error stays. Flower's objects remember between rounds; here each round makes a new one
+and what it remembers is state, so that a run resumes. Vectors are float64: Krum's distances and Adam's second moments
+have few digits left of float32.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from threading import get_ident
+from typing import Any, NamedTuple, cast, get_type_hints
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.serverapp import Grid, strategy
+from flwr.serverapp.strategy import FedAvg
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora.errors import StrategyError, nearest
+from fedlora.flat import flatten, unflatten
+from fedlora.lora import SIDES, LoRA
+from fedlora.strategy import Client, Job, Strategy
+
+WRAPS = "it goes round another strategy, which a name cannot say; take privacy from this program's own settings"
+TREES = "it joins decision trees, and an adapter has none; take flwr:FedAvg"
+REFUSED = {
+    "FedProx": "its proximal term is the clients' part; take flwr:FedAvg with train.prox",
+    "QFedAvg": "it weighs clients by their training loss, which a strategy here is not told; take flwr:FedAvg",
+    "FedXgbBagging": TREES,
+    "FedXgbCyclic": TREES,
+    "DifferentialPrivacyClientSideAdaptiveClipping": WRAPS,
+    "DifferentialPrivacyClientSideFixedClipping": WRAPS,
+    "DifferentialPrivacyServerSideAdaptiveClipping": WRAPS,
+    "DifferentialPrivacyServerSideFixedClipping": WRAPS,
+}
+OFFERED: dict[str, type[FedAvg]] = {
+    name: cls
+    for name, cls in vars(strategy).items()
+    if isinstance(cls, type) and issubclass(cls, FedAvg) and name not in REFUSED
+}
+OF_MEANS = ("FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad")  # need the weighted mean alone
+WITHOUT_STEP = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")  # of one client they make that client
+MEMORY = ("m_t", "v_t", "momentum_vector")  # the attributes in which Flower's objects keep arrays between rounds
+
+
+class State(NamedTuple):
+    lora: LoRA
+    round: int  # finished; Flower counts from 1
+    memory: dict[str, Any]  # attribute of Flower's object -> tensors
+
+
+@dataclass(frozen=True)
+class Flower(Strategy[State]):
+    name: str  # of a class of flwr.serverapp.strategy
+    options: tuple[tuple[str, int | float], ...] = ()
+
+    kinds = ("lora", "dora", "vera")
+    up = down = "r * (d_in + d_out)"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sums_only", self.name in OF_MEANS)
+        object.__setattr__(self, "continues", self.name in WITHOUT_STEP)
+
+    def init(self, lora: LoRA) -> State:
+        return State(lora, 0, {})
+
+    def client_init(self, state: State, client: Client) -> Job:
+        return Job(start=state.lora)
+
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        start = flatten(state.lora, torch.float64)
+        flats = [flatten(u.over(state.lora), torch.float64) for u in updates]  # `over`: in the order of the start
+        # Flower breaks Krum's ties by order; ordered by content, no order of clients changes what comes out
+        each = sorted(zip(flats, weights, strict=True), key=lambda pair: (pair[0].name, pair[1]))
+        with quiet():
+            flower = build(self.name, dict(self.options))
+            flower.configure_train(state.round + 1, arrays(start.vector), ConfigRecord(), cast(Grid, None))
+            for attribute, value in state.memory.items():
+                setattr(flower, attribute, to_numpy(value))
+            result, _ = flower.aggregate_train(state.round + 1, [reply(f.vector, w) for f, w in each])
+        if result is None:
+            raise StrategyError(
+                f"round {state.round + 1}: flwr:{self.name} made nothing of the updates of {len(updates)} clients: "
+                "ask a larger cohort, or lower its num_malicious_nodes"
+            )
+        vector = torch.tensor(next(iter(result.values())).numpy())
+        memory = {a: to_torch(vars(flower)[a]) for a in MEMORY if vars(flower).get(a) is not None}
+        return State(typed(unflatten(vector, start.manifest), state.lora), state.round + 1, memory)
+
+    def adapter(self, state: State) -> LoRA:
+        return state.lora
+
+
+def load(name: str, options: Mapping[str, Any]) -> Flower:
+    """The strategy that Flower calls by this name.
+
+    Raises `StrategyError` where it has none, it means nothing here, or it has no such option or value.
+    """
+    if name in REFUSED:
+        raise StrategyError(f"flwr:{name} is not for adapters here: {REFUSED[name]}")
+    if name not in OFFERED:
+        raise StrategyError(f'Flower has no strategy "{name}" for here; {nearest(name, OFFERED)}')
+    known, values = options_of(OFFERED[name]), {}
+    for option, value in options.items():
+        if option not in known:
+            raise StrategyError(f'strategy flwr:{name} has no option "{option}"; {nearest(option, known)}')
+        try:
+            values[option] = TypeAdapter(known[option]).validate_python(value)
+        except ValidationError as e:
+            raise StrategyError(f"option {option} of strategy flwr:{name} = {value!r}: {e.errors()[0]['msg']}") from e
+    try:
+        with quiet():
+            build(name, values)
+    except ValueError as e:
+        raise StrategyError(f"strategy flwr:{name} cannot be built: {e}") from e
+    return Flower(name, tuple(sorted(values.items())))
+
+
+def options_of(cls: type[FedAvg]) -> dict[str, type]:
+    """The numbers that its rule takes; who is asked, and how clients train, is set elsewhere."""
+    own = signature(cls).parameters.keys() - signature(FedAvg).parameters.keys() - {"eta_l"}  # the clients' rate
+    return {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in own and kind in (int, float)}
+
+
+def build(name: str, options: Mapping[str, int | float]) -> FedAvg:
+    """Flower's object; with a fraction of 0 `configure_train` notes where the round starts, and asks nobody."""
+    return OFFERED[name](fraction_train=0.0, **cast(dict[str, Any], options))
+
+
+def arrays(vector: torch.Tensor) -> ArrayRecord:
+    return ArrayRecord({"x": Array(vector.numpy())})
+
+
+def reply(vector: torch.Tensor, weight: float) -> Message:
+    """A client's reply that crossed no network."""
+    content = RecordDict({"arrays": arrays(vector), "metrics": MetricRecord({"num-examples": float(weight)})})
+    metadata = Metadata(0, "", 0, 0, "", "", 0.0, 0.0, MessageType.TRAIN)
+    # without metadata a Message asks the process which task of Flower's it is, and here it may be none
+    return Message(content=content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+
+
+def to_torch(value: Any) -> Any:
+    """Arrays in dicts and lists as tensors in dicts and tuples, which a checkpoint can hold."""
+    if isinstance(value, dict):
+        return {k: to_torch(v) for k, v in value.items()}
+    return tuple(to_torch(v) for v in value) if isinstance(value, list | tuple) else torch.tensor(value)
+
+
+def to_numpy(value: Any) -> Any:
+    """What `to_torch` was given, as copies."""
+    if isinstance(value, dict):
+        return {k: to_numpy(v) for k, v in value.items()}
+    return [to_numpy(v) for v in value] if isinstance(value, list | tuple) else np.array(value)
+
+
+def typed(lora: LoRA, like: LoRA) -> LoRA:
+    """Every matrix in the type that it has in `like`, or in float32 where that is wider."""
+
+    def one(t: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return t.to(torch.promote_types(there.dtype, torch.float32))
+
+    return LoRA(**{s: {m: one(t, like.side(s)[m]) for m, t in lora.side(s).items()} for s in SIDES})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of Flower's log of this thread: it tells of messages and nodes, and there are none."""
+    logger, here = logging.getLogger("flwr"), get_ident()
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(elsewhere)

@@ -1,0 +1,72 @@
+"""Capped offset: round any strategy, clients wear the offset as one side adapter of limited rank.
+
+Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (NeurIPS 2023), https://arxiv.org/abs/2305.14314, whose
+quantised weights an offset cannot be added to: below half a step it would be rounded away.
+
+    offset <- U_q S_q V_q^T,   U S V^T = the offset of the strategy   (Eckart-Young: none of rank q is nearer)
+
+The strategy keeps its whole offset on the server and each round's is truncated anew, so that what was dropped once
+can come back, and losses do not add up. Where nothing is dropped, what was exact is exact; `dropped` says how much is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from fedlora.errors import StrategyError
+from fedlora.lora import LoRA, join, svd
+from fedlora.strategy import Client, Job, Strategy, declare
+
+ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank; the offset is everybody's
+
+
+class State(NamedTuple):
+    inner: Any
+    part: LoRA
+    dropped: float  # share of the offset's squared Frobenius norm
+
+
+@dataclass(frozen=True)
+class Capped(Strategy[State]):
+    inner: Strategy[Any]
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise StrategyError(f"an offset of rank {self.rank} holds nothing; give a rank of 1 or more")
+        declare(self, self.inner, exact=False, down="")  # down: the strategy's own has its whole offset in it
+
+    def init(self, lora: LoRA) -> State:
+        return self._capped(self.inner.init(lora))
+
+    def client_init(self, state: State, client: Client) -> Job:
+        return replace(self.inner.client_init(state.inner, client), offset=(state.part,) if state.part else ())
+
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        return self._capped(self.inner.aggregate(state.inner, updates, weights))
+
+    def adapter(self, state: State) -> LoRA:
+        job = self.inner.client_init(state.inner, ANYONE)
+        # a client that resumes wears the offset less the product it goes on from: the offset is the whole model
+        start = LoRA() if job.resumes and state.part else job.start
+        return join(state.part, start).over(self.inner.adapter(state.inner).only("H"))
+
+    def notes(self, state: State) -> Mapping[str, float]:
+        rank = max((a.shape[0] for a in state.part.A.values()), default=0)
+        return {**self.inner.notes(state.inner), "offset_rank": rank, "dropped": state.dropped}
+
+    def _capped(self, inner: Any) -> State:
+        part, dropped = capped(join(*self.inner.client_init(inner, ANYONE).offset), self.rank)
+        return State(inner, part, dropped)
+
+
+def capped(whole: LoRA, rank: int) -> tuple[LoRA, float]:
+    """The product's nearest of that rank, and the share of its squared Frobenius norm that is lost in all."""
+    A, B, kept, lost = {}, {}, 0.0, 0.0
+    for m in whole.A:
+        u, s, vh = svd(whole.B[m], whole.A[m])  # (d_out, k), (k,), (k, d_in)
+        root = s[:rank].sqrt()
+        B[m], A[m] = u[:, :rank] * root, root[:, None] * vh[:rank]
+        kept += float(s[:rank].double().square().sum())
+        lost += float(s[rank:].double().square().sum())
+    return LoRA(A, B), lost / (kept + lost) if lost else 0.0

@@ -1,0 +1,61 @@
+"""FlexLoRA: the mean of the products, by singular values: every client gets its leading directions at its own rank.
+
+Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources
+(NeurIPS 2024), https://arxiv.org/abs/2402.11505
+
+    U S V^T = sum_i p_i B_i A_i,   B_i <- U[:, :r_i] S[:r_i],   A_i <- V[:, :r_i]^T
+
+W stays as it is, so what lies beyond the largest rank is lost, and what lies beyond a client's own rank is missing from
+the product it sends back. Factors change their basis every round. A mean of too low a rank is filled up with rows of
+the first A and columns of zeros, so that no rank shrinks for good.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fedlora.lora import LoRA, average, inner, leading, principal, stack, wide
+from fedlora.strategy import Client, Job, Strategy
+
+
+class State(NamedTuple):
+    lora: LoRA  # at the largest rank; after the first round A A^T = I but for rows that fill up
+    first: LoRA  # the A of the start
+    dropped: float  # share of the last mean's squared singular values beyond the largest rank
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Strategy[State]):
+    mixed_ranks = True
+    up = down = "r * (d_in + d_out)"
+
+    def init(self, lora: LoRA) -> State:
+        return State(lora, lora.only("A"), 0.0)
+
+    def client_init(self, state: State, client: Client) -> Job:
+        return Job(start=leading(state.lora, client.rank))
+
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        mean = stack(updates, weights)
+        lora = filled(principal(mean, max(a.shape[0] for a in state.first.A.values())), state.first)
+        energy, kept = inner(mean, mean), inner(lora, lora)
+        head = average([u.only("H") for u in updates], weights)
+        return State(head.over(lora), state.first, max(0.0, 1 - kept / energy) if energy else 0.0)
+
+    def adapter(self, state: State) -> LoRA:
+        return state.lora
+
+    def notes(self, state: State) -> dict[str, float]:
+        return {"dropped_energy": state.dropped}
+
+
+def filled(lora: LoRA, first: LoRA) -> LoRA:
+    """The leading directions at exactly the ranks of `first`: its rows and zero columns stand where there are fewer."""
+    A, B = {}, {}
+    for m, fresh in first.A.items():
+        r, k = fresh.shape[0], lora.A[m].shape[0]
+        A[m] = torch.cat([lora.A[m][:r], wide(fresh[k:])])  # (r, d_in)
+        B[m] = torch.nn.functional.pad(lora.B[m][:, :r], (0, max(0, r - k)))  # (d_out, r)
+    return LoRA(A, B)

@@ -1,0 +1,71 @@
+"""FLoRIST: FLoRA's stack, cut in every module to the smallest rank that keeps a given share of its energy.
+
+Ramesh and Dass, FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of Large
+Language Models (MLSys 2026), https://arxiv.org/abs/2506.09199
+
+    U S V^T = sum_i p_i B_i A_i,   p = min { k : sum_{j<=k} S_j^2 >= tau sum_j S_j^2 },
+    W <- W + s U_p S_p V_p^T,   A anew, B <- 0
+
+The decomposition is of the stacked factors, through a core of their rank. What is cut is lost for good: the factors
+start anew, so no later round carries it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fedlora.lora import LoRA, average, join, leading, redraw, settle, stack, svd
+from fedlora.strategy import Client, Job, Strategy, declare
+
+
+class State(NamedTuple):
+    lora: LoRA  # where the next round starts, at the largest rank; B is zero but in a first start that has it otherwise
+    parts: tuple[LoRA, ...]  # one a round, until together they outgrow a dense one
+    round: int
+    kept: float  # mean rank over the modules of the last round's part
+    dropped: float  # share of the last round's squared singular values that was cut
+
+
+@dataclass(frozen=True)
+class FLoRIST(Strategy[State]):
+    energy: float = 0.9  # tau, the share of the sum of squared singular values that is kept; 1 cuts nothing
+
+    mixed_ranks = True
+    up = "r * (d_in + d_out)"
+    down = "r * d_in + q * (d_in + d_out)"  # B = 0 the client holds already
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy = {self.energy:g} is no share of the energy; take one above 0 and up to 1")
+        declare(self, self, exact=self.energy == 1)
+
+    def init(self, lora: LoRA) -> State:
+        return State(lora, (), 0, 0.0, 0.0)
+
+    def client_init(self, state: State, client: Client) -> Job:
+        return Job(start=leading(state.lora, client.rank), offset=state.parts)
+
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        part, kept, dropped = threshold(stack(updates, weights), self.energy)
+        head = average([u.only("H") for u in updates], weights)
+        start = head.over(redraw(state.lora, f"flora/{state.round}"))  # with tau = 1 the run is FLoRA's, bit for bit
+        return State(start, settle((*state.parts, part)), state.round + 1, kept, dropped)
+
+    def adapter(self, state: State) -> LoRA:
+        return join(*(state.parts or (state.lora,))).over(state.lora)
+
+    def notes(self, state: State) -> dict[str, float]:
+        return {"kept_rank": state.kept, "dropped_energy": state.dropped}
+
+
+def threshold(stacked: LoRA, tau: float) -> tuple[LoRA, float, float]:
+    """The product with only its leading share tau of energy in each module, the mean rank kept, and the share cut."""
+    A, B, cut, whole = {}, {}, 0.0, 0.0
+    for m in stacked.A:
+        U, S, Vt = svd(stacked.B[m], stacked.A[m])  # (d_out, k), (k,), (k, d_in)
+        tail = S.double().square().flip(0).cumsum(0).flip(0)  # (k,), the energy from each singular value on
+        p = max(1, int((tail > (1 - tau) * tail[0]).sum()))
+        root = S[:p].sqrt()
+        B[m], A[m] = U[:, :p] * root, root[:, None] * Vt[:p]
+        cut, whole = cut + float(tail[p : p + 1].sum()), whole + float(tail[0])
+    return LoRA(A, B), sum(a.shape[0] for a in A.values()) / len(A), cut / whole if whole else 0.0

@@ -1,0 +1,59 @@
+"""HetLoRA: clients of different ranks hold the leading rows of one A and columns of one B; means are over zeros too.
+
+Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models (EMNLP 2024),
+https://arxiv.org/abs/2401.06432
+
+    A_i <- A[:r_i],   B_i <- B[:, :r_i];   then with zeros up to the largest rank
+    A <- sum_i w_i A_i,   B <- sum_i w_i B_i,   w_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F
+
+The mean of the factors is as inexact as FedIT's, and directions that few clients hold are pulled towards zero. Rows
+that no client of the round holds stay as they were: zeroed in A and B alike, no gradient could ever move them again.
+The paper's self-pruning of ranks is not offered: a client's rank is its own for the whole run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import pad
+
+from fedlora.lora import LoRA, average, leading, norm, wide
+from fedlora.strategy import Client, Job, Strategy, declare
+
+
+@dataclass(frozen=True)
+class HetLoRA(Strategy[LoRA]):
+    weighting: Literal["norm", "examples"] = "norm"  # of the factors; the head's is by the run's weights
+
+    mixed_ranks = True
+    continues = True
+    up = down = "r * (d_in + d_out)"
+
+    def __post_init__(self) -> None:
+        declare(self, self, sums_only=self.weighting == "examples")
+
+    def init(self, lora: LoRA) -> LoRA:
+        return lora
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(start=leading(state, client.rank))
+
+    def aggregate(self, state: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
+        norms = [norm(u.only("AB")) for u in updates] if self.weighting == "norm" else []
+        w = norms if any(norms) else weights  # nobody has a product yet
+        ranks = {m: max(u.A[m].shape[0] for u in updates) for m in state.A}
+        mean = average([padded(u, ranks) for u in updates], w)
+        A = {m: torch.cat([mean.A[m], wide(a[ranks[m] :])]) for m, a in state.A.items()}
+        B = {m: torch.cat([mean.B[m], wide(b[:, ranks[m] :])], 1) for m, b in state.B.items()}
+        return LoRA(A, B, average([u.only("H") for u in updates], weights).H)
+
+    def adapter(self, state: LoRA) -> LoRA:
+        return state
+
+
+def padded(lora: LoRA, ranks: dict[str, int]) -> LoRA:
+    """The factors with zeros up to these ranks, (rank, d_in) and (d_out, rank); the product is the same."""
+    A = {m: pad(a, (0, 0, 0, ranks[m] - a.shape[0])) for m, a in lora.A.items()}
+    B = {m: pad(b, (0, ranks[m] - b.shape[1])) for m, b in lora.B.items()}
+    return LoRA(A, B)

@@ -1,0 +1,133 @@
+"""Robust aggregation: round any strategy, a few clients that send what they like do not carry the model off.
+
+Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates (ICML 2018),
+https://arxiv.org/abs/1803.01498 (median, trimmed mean)
+Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent (NeurIPS 2017),
+https://arxiv.org/abs/1703.02757 (Krum, Multi-Krum)
+Sun et al., Can You Really Backdoor Federated Learning? (2019), https://arxiv.org/abs/1911.07963 (norm bound)
+
+    median         the middle of the n clients, coordinate by coordinate
+    trimmed_mean   the mean but for the ceil(trim n) lowest and as many highest, never past the median
+    krum           the update i with the least sum of |x_i - x_j|^2 over its n - f - 2 nearest j;   f = byzantine
+    multi_krum     the mean of the n - f updates that Krum likes best
+    norm_bound     x + (x_i - x) min(1, bound / |x_i - x|);   x: where the round started
+
+A client's word on how many examples it has is not taken: all weigh the same, but for norm_bound, which leaves the
+weights to server.weights. Honest clients with unlike data look like attackers: all rules but norm_bound lose some.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf, isfinite
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import StrategyError
+from fedlora.lora import SIDES, LoRA, average
+from fedlora.strategy import Client, Job, Strategy, declare
+
+ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
+
+
+@dataclass(frozen=True)
+class Robust(Strategy[Any]):
+    inner: Strategy[Any]
+    rule: Literal["median", "trimmed_mean", "krum", "multi_krum", "norm_bound"]
+    trim: float = 0.1
+    byzantine: int = 1
+    bound: float = 0.0
+
+    def __post_init__(self) -> None:
+        if reason := self._refusal():
+            raise StrategyError(f"{self.rule} cannot go round {type(self.inner).__name__}: {reason}")
+        if not 0 <= self.trim < 0.5 or self.byzantine < 0 or (self.rule == "norm_bound" and not self.bound > 0):
+            raise StrategyError(
+                f"{self.rule} with trim = {self.trim}, byzantine = {self.byzantine}, bound = {self.bound}: "
+                "trim must lie in [0, 0.5), byzantine be 0 or more, and norm_bound needs a bound above 0"
+            )
+        declare(self, self.inner, exact=False, sums_only=False, continues=False)
+
+    def init(self, lora: LoRA) -> Any:
+        state = self.inner.init(lora)
+        if self.inner.client_init(state, ANYONE).resumes:
+            raise StrategyError(
+                f"{self.rule} cannot go round {type(self.inner).__name__}: its clients go on from factors of their "
+                "own, so that their updates have no coordinates in common; take fedavg"
+            )
+        return state
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        return self.inner.client_init(state, client)
+
+    def aggregate(self, state: Any, updates: Sequence[LoRA], weights: Sequence[float]) -> Any:
+        n = len(updates)
+        if self.rule == "norm_bound":
+            x = self.inner.client_init(state, ANYONE).start
+            return self.inner.aggregate(state, [bounded(u, x, self.bound) for u in updates], weights)
+        if self.rule in ("krum", "multi_krum"):
+            best = ranking(updates, self.byzantine)[: 1 if self.rule == "krum" else n - self.byzantine]
+            return self.inner.aggregate(state, [updates[i] for i in best], [1.0] * len(best))
+        middle = (n - 1) // 2
+        k = middle if self.rule == "median" else min(middle, ceil(self.trim * n - 1e-9))  # 0.1 * 30 is above 3
+        return self.inner.aggregate(state, [centre(updates, k)], [1.0])
+
+    def adapter(self, state: Any) -> LoRA:
+        return self.inner.adapter(state)
+
+    def notes(self, state: Any) -> Mapping[str, float]:
+        return self.inner.notes(state)
+
+    def _refusal(self) -> str:
+        if self.rule != "norm_bound" and self.inner.mixed_ranks:
+            return "clients of mixed ranks have no coordinates in common; take norm_bound, or fedavg"
+        if self.rule in ("median", "trimmed_mean") and not self.inner.sums_only:
+            return "it needs the product of every single client, which a mean has not; take krum, or fedavg"
+        return ""
+
+
+def centre(updates: Sequence[LoRA], k: int) -> LoRA:
+    """Mean without the k lowest and the k highest of every coordinate; what is not a number counts as highest."""
+
+    def one(matrices: list[Tensor]) -> Tensor:
+        ordered = torch.stack(matrices).double().sort(dim=0).values[k : len(matrices) - k]
+        return ordered.mean(0).to(torch.promote_types(matrices[0].dtype, torch.float32))
+
+    first = updates[0]
+    return LoRA(**{s: {m: one([u.side(s)[m] for u in updates]) for m in first.side(s)} for s in SIDES})
+
+
+def ranking(updates: Sequence[LoRA], f: int) -> list[int]:
+    """The updates from Krum's best to its worst. Raises `StrategyError` below 2 f + 3 of them."""
+    n = len(updates)
+    if n < 2 * f + 3:
+        raise StrategyError(
+            f"Krum needs 2 * {f} + 3 = {2 * f + 3} updates to outvote byzantine = {f} clients, and {n} came: "
+            "ask a larger cohort, or set a smaller byzantine"
+        )
+    d2 = torch.zeros(n, n, dtype=torch.float64)
+    for s in SIDES:
+        for m in updates[0].side(s):
+            x = torch.stack([u.side(s)[m].double().flatten() for u in updates])  # (n, numel)
+            # of differences, not of x x^T: beside one very long update that has no digits left for the others
+            d2 += torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    near = d2.nan_to_num(nan=inf, posinf=inf).fill_diagonal_(0).sort(dim=1).values  # (n, n), 0 to itself first
+    scores, rows = near[:, : n - f - 1].sum(1).tolist(), near.tolist()
+    return sorted(range(n), key=lambda i: (scores[i], rows[i]))  # each other's nearest tie on scores where f = 0, n = 3
+
+
+def bounded(update: LoRA, start: LoRA, bound: float) -> LoRA:
+    """The update with its step from the start no longer than `bound`; no step where it is not finite."""
+    x = LoRA(**{s: {m: start.side(s)[m] for m in update.side(s)} for s in SIDES})
+    pairs = [(t, x.side(s)[m]) for s in SIDES for m, t in update.side(s).items()]
+    if any(t.shape != there.shape for t, there in pairs):
+        raise StrategyError(
+            "norm_bound measures a step from where the round started, and an update has another shape than that: "
+            "give all clients lora.rank, or take a strategy without mixed ranks, as fedavg"
+        )
+    size = sum(float((t.double() - there.double()).square().sum()) for t, there in pairs) ** 0.5
+    if not isfinite(size):
+        return x
+    c = min(1.0, bound / size) if size else 1.0
+    return average([update, x], [c, 1 - c])

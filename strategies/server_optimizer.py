@@ -1,0 +1,99 @@
+"""FedOpt: round any strategy, the server steps by an optimiser whose gradient is what the clients' mean moved.
+
+Reddi et al., Adaptive Federated Optimization (ICLR 2021), https://arxiv.org/abs/2003.00295
+Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification (2019),
+https://arxiv.org/abs/1909.06335 (momentum)
+
+    D = sum_i p_i (x_i - x)                                  x: where the round started, x_i: client i's update
+    momentum   m <- b1 m + D,             step = lr m
+    the others m <- b1 m + (1 - b1) D,    step = lr m / (sqrt(v) + tau),   v from tau^2
+    adagrad    v <- v + D^2
+    adam       v <- b2 v + (1 - b2) D^2
+    yogi       v <- v - (1 - b2) D^2 sign(v - D^2)
+
+Every update is shifted by step - D before the strategy sees it: their mean has moved by the step, and what clients
+differ by (FedEx's residual) stays. With adam, yogi and adagrad a coordinate moves by about lr a round: 1e-3 to 1e-1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import StrategyError
+from fedlora.lora import SIDES, LoRA, average, wide
+from fedlora.strategy import Client, Job, Strategy, declare
+
+ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
+
+
+class State(NamedTuple):
+    inner: Any
+    m: LoRA  # first moments, of the sides that have been shared so far
+    v: LoRA  # second moments; none with momentum
+
+
+@dataclass(frozen=True)
+class ServerOptimizer(Strategy[State]):
+    inner: Strategy[Any]
+    kind: Literal["momentum", "adam", "yogi", "adagrad"]
+    lr: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.inner.continues:
+            raise StrategyError(
+                f"a server optimiser has no meaning round {type(self.inner).__name__}, which starts anew or changes "
+                "basis every round, so that no coordinate is the same in two: take fedavg, ffa_lora or fedex_lora"
+            )
+        declare(self, self.inner, exact=False, continues=False)
+
+    def init(self, lora: LoRA) -> State:
+        state = self.inner.init(lora)
+        low, full = (self.inner.client_init(state, Client(0, 1, rank)).start for rank in (1, ANYONE.rank))
+        if any(a.shape != full.A[m].shape for m, a in low.A.items()):
+            raise StrategyError(
+                f"{type(self.inner).__name__} sends clients of low rank less than the whole adapter, so that their "
+                "updates have no common step for a server optimiser: give all clients lora.rank, or take fslora"
+            )
+        return State(state, LoRA(), LoRA())
+
+    def client_init(self, state: State, client: Client) -> Job:
+        return self.inner.client_init(state.inner, client)
+
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        x = self.inner.client_init(state.inner, ANYONE).start
+        D = each(torch.sub, average(updates, weights), x)
+        m, v = self._moments(D, state.m.over(each(torch.zeros_like, D)), state.v)
+        step = each(lambda m, v: self.lr * m / (v.sqrt() + self.tau), m, v) if v else each(lambda m: self.lr * m, m)
+        shift = each(torch.sub, step, D)
+        shifted = [each(torch.add, u, shift) for u in updates]
+        return State(self.inner.aggregate(state.inner, shifted, weights), m.over(state.m), v.over(state.v))
+
+    def adapter(self, state: State) -> LoRA:
+        return self.inner.adapter(state.inner)
+
+    def notes(self, state: State) -> Mapping[str, float]:
+        return self.inner.notes(state.inner)
+
+    def _moments(self, D: LoRA, m: LoRA, v: LoRA) -> tuple[LoRA, LoRA]:
+        """The moments of the sides that D has, from those so far."""
+        b1, b2 = self.beta1, self.beta2
+        if self.kind == "momentum":
+            return each(lambda d, m: b1 * m + d, D, m), LoRA()
+        v = v.over(each(lambda d: torch.full_like(d, self.tau**2), D))
+        second: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "adagrad": lambda d, v: v + d**2,
+            "adam": lambda d, v: b2 * v + (1 - b2) * d**2,
+            "yogi": lambda d, v: v - (1 - b2) * d**2 * torch.sign(v - d**2),
+        }
+        return each(lambda d, m: b1 * m + (1 - b1) * d, D, m), each(second[self.kind], D, v)
+
+
+def each(f: Callable[..., Tensor], first: LoRA, *others: LoRA) -> LoRA:
+    """f of every matrix of the first and of those in its place in the others, in float32 or wider."""
+    return LoRA(**{s: {m: f(*(wide(x.side(s)[m]) for x in (first, *others))) for m in first.side(s)} for s in SIDES})
