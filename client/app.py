@@ -58,7 +58,7 @@ def build(config: Config | None = None, folder: Path | None = None) -> ClientApp
 
 def describe(desk: Desk, content: RecordDict) -> RecordDict:
     """Who this client is."""
-    return wire.pack_client(desk.site.client(desk.id, desk.setup.config.lora.rank))
+    return wire.pack_client(desk.site.client(desk.id, desk.setup.ranks[desk.id]))
 
 
 def train(desk: Desk, content: RecordDict) -> RecordDict:

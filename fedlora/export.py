@@ -148,11 +148,13 @@ def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
     last = checkpoint.latest(folder.checkpoints)
     if last is None:
         raise CheckpointError(f"{folder.checkpoints} has no round that can be read; the run has to be made again")
-    if form != "per-client":
-        return [Worn("", strategy.adapter(last.state))]
     clients = [site.client(i, rank) for i, (site, rank) in enumerate(zip(setup.sites, setup.ranks, strict=True))]
     jobs = {client.id: strategy.client_init(last.state, client) for client in clients}
-    if not any(_keeps(job) for job in jobs.values()):
+    own = _keeps(jobs[0])
+    if form != "per-client":
+        note = f"{own} stays with the clients: this is where a new one starts; --as per-client has each one's model"
+        return [Worn("", strategy.adapter(last.state), note=note if own else "")]
+    if not own:
         raise ConfigError(f"with {setup.config.strategy} all clients have the same model; use --as adapter")
     kept = {i: Store(folder.clients / str(i)).before(last.round) for i in jobs}
     if not any(kept.values()):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import sha256
+from math import sqrt
 from operator import add
 
 import torch
@@ -29,9 +30,7 @@ class LoRA:
     B: Side = field(default_factory=dict)  # (d_out, r)
     H: Side = field(default_factory=dict)  # whatever else is trained, as a classifier's head
     R: Side = field(default_factory=dict)  # (r, r), a core: where there is one, the product is B R A
-    D: Side = field(
-        default_factory=dict
-    )  # (d_out, d_in), added to the product: only in an offset that has outgrown factors
+    D: Side = field(default_factory=dict)  # (d_out, d_in), added: only in an offset that has outgrown factors
 
     def side(self, name: str) -> Side:
         """One side by its letter."""
@@ -87,9 +86,10 @@ def modules(*loras: LoRA) -> list[str]:
 
 def factored(lora: LoRA) -> LoRA:
     """The same product in two factors: a core goes into B, a dense matrix stands beside an identity."""
-    pairs = {m: _pair(lora, m) for m in modules(lora)}
-    A, B = ({m: pair[i] for m, pair in pairs.items()} for i in (1, 0))
-    return LoRA({**lora.A, **A}, {**lora.B, **B}, lora.H)
+    A, B = dict(lora.A), dict(lora.B)
+    for m in modules(lora):
+        B[m], A[m] = _pair(lora, m)
+    return LoRA(A, B, lora.H)
 
 
 def join(*loras: LoRA) -> LoRA:
@@ -128,18 +128,19 @@ def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     mixing = (e[kept].sqrt() * Q[:, kept]).T  # (K - 1, K)
 
     def mix(own: Tensor) -> Tensor:
-        """The clients' matrices (..., K, n), each less their mean, as K - 1 mixtures (..., K - 1, n)."""
-        own -= (p.to(own) @ own).unsqueeze(-2)
-        return mixing.to(own) @ own
+        """The clients' matrices (..., K, n), each less their mean, in K - 1 mixtures (..., K - 1, n)."""
+        own -= torch.matmul(p.to(own), own).unsqueeze(-2)
+        return torch.matmul(mixing.to(own), own)
 
-    return LoRA(
-        A={m: mix(torch.stack([wide(x.A[m]).flatten() for x in loras])).view(-1, a.shape[1]) for m, a in loras[0].A.items()},
-        B={m: mix(torch.stack([wide(x.B[m]) for x in loras], 1)).flatten(1) for m in loras[0].B},
-    )
+    A, B = {}, {}
+    for m, a in loras[0].A.items():
+        A[m] = mix(torch.stack([wide(x.A[m]) for x in loras]).flatten(1)).view(-1, a.shape[1])  # ((K - 1) r, d_in)
+        B[m] = mix(torch.stack([wide(x.B[m]) for x in loras], 1)).flatten(1)  # (d_out, (K - 1) r)
+    return LoRA(A, B)
 
 
 def truncate(lora: LoRA, rank: int) -> LoRA:
-    """The best rank-`rank` approximation of the product (Eckart-Young), each factor with half of the singular values."""
+    """The best rank-`rank` approximation of the product (Eckart-Young), with sqrt(S) in each factor."""
     A, B = {}, {}
     for m in modules(lora):
         u, s, vh = svd(*_pair(lora, m), rank)
@@ -189,7 +190,7 @@ def leading(lora: LoRA, rank: int) -> LoRA:
 
 
 def redraw(lora: LoRA, seed: str) -> LoRA:
-    """A start of the same shape: A drawn anew as PEFT draws it, uniform within 1/sqrt(d_in), and B zero; the head is kept."""
+    """A start of the same shape: A anew as PEFT draws it, uniform within 1/sqrt(d_in), B zero; the head is kept."""
     A = {}
     for m, a in lora.A.items():
         generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"{seed}/{m}".encode()).digest()[:8]) >> 1)
@@ -206,23 +207,20 @@ def settle(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
     some = tuple(p for p in parts if p.A or p.D)
     factors = [p for p in some if not p.D]
     held = sum(t.numel() for p in factors for s in "AB" for t in p.side(s).values())
-    modules = dict.fromkeys(m for p in factors for m in p.A)
-    shapes = {m: next((p.B[m].shape[0], p.A[m].shape[1]) for p in factors if m in p.A) for m in modules}
+    shapes = {m: (p.B[m].shape[0], a.shape[1]) for p in factors for m, a in p.A.items()}
     if held <= sum(d_out * d_in for d_out, d_in in shapes.values()):
         return some
-    return (
-        LoRA(D={m: reduce(add, (_dense(p, m) for p in some if m in p.A or m in p.D)) for m in modules(*some)}),
-    )
+    return (LoRA(D={m: reduce(add, (_dense(p, m) for p in some if m in p.A or m in p.D)) for m in modules(*some)}),)
 
 
 def norm(lora: LoRA) -> float:
-    """Frobenius norm of the product over all modules, from two thin QRs, so that small differences keep their digits."""
+    """Frobenius norm of the product over all modules; by thin QRs, so that small differences keep their digits."""
 
     def one(b: Tensor, a: Tensor) -> float:
         rb, ra = (torch.linalg.qr(x.double(), mode="r")[1] for x in (b, a.T))
         return float((rb @ ra.T).square().sum())
 
-    return sum(one(*_pair(lora, m)) for m in modules(lora)) ** 0.5
+    return sqrt(sum(one(*_pair(lora, m)) for m in modules(lora)))
 
 
 def inner(x: LoRA, y: LoRA) -> float:

@@ -1,7 +1,9 @@
-"""The singular value decomposition of a product of two thin factors, which is never built."""
+"""Singular values of a product of two thin factors, which is never built."""
 
 import torch
 from torch import Tensor
+
+Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def wide(t: Tensor) -> Tensor:
@@ -9,67 +11,74 @@ def wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def svd(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def svd(B: Tensor, A: Tensor, rank: int | None = None) -> Triplets:
     """The `rank` largest singular values of B A, or all, with their vectors: (d_out, k), (k,), (k, d_in).
 
-    Few of many come from a block Krylov iteration where it converges within few steps, as it does on what training
-    leaves; otherwise from two thin QRs and a core in float64. Both are right to rounding in the factors' own type.
+    A few of many come from a block Krylov iteration where that converges in a few steps, as on what training leaves;
+    all others from two thin QRs and a core in float64. Either is right to rounding in the wider of float32 and the
+    factors' own type.
     """
     B, A = wide(B), wide(A)
     most = min(*B.shape, A.shape[1])
     rank = most if rank is None else min(rank, most)
-    found = _krylov(B, A, rank, most // (8 * rank)) if rank else None
-    return found or _through_core(B, A, rank)
+    steps = most // (8 * rank) if rank else 0  # the basis stays below a quarter of the core: beyond, that is quicker
+    return (_krylov(B, A, rank, steps) if steps else None) or _through_core(B, A, rank)
 
 
-def _krylov(B: Tensor, A: Tensor, rank: int, steps: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Leading triplets of M = B A from a basis Q that grows by residuals, or None where that is not the quick way.
+def _krylov(B: Tensor, A: Tensor, rank: int, steps: int) -> Triplets | None:
+    """Leading triplets of M = B A from a basis Q that grows by residuals; None where they do not converge.
 
-    Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition
-    (NeurIPS 2015), https://arxiv.org/abs/1504.05477. Accepted is what is proved: with E = M M^T U - U S^2, column by
-    column, the product lies within |E_i / (S_i - S_rank+1)| of the best one, to first order.
+    After Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
+    Decomposition (NeurIPS 2015), https://arxiv.org/abs/1504.05477. With E = M M^T U - U S^2 the product is, to first
+    order, off the best one by |E_i| / (S_i - S_rank+1) for every i; it is taken when that is rounding.
     """
-    tolerance = 32 * torch.finfo(B.dtype).eps
-    probe = torch.randn(A.shape[1], 2 * rank, generator=torch.Generator().manual_seed(0))
-    E = B @ (A @ probe.to(A))  # (d_out, l), l = 2 rank
-    Q, P = E[:, :0], A[:0]
+    tolerance, width = 32 * torch.finfo(B.dtype).eps, 2 * rank
+    probe = torch.randn(A.shape[1], width, generator=torch.Generator().manual_seed(0))
+    E = B @ (A @ probe.to(A))  # (d_out, width)
+    Q, P = E[:, :0], A[:0]  # (d_out, k), Q^T M (k, d_in)
     for _ in range(steps):
-        for _ in range(2):  # the first pass leaves rounding errors, the second none
+        for _ in range(2):  # once leaves rounding errors, twice none
             E = torch.linalg.qr(E - Q @ (Q.T @ E))[0]
-        Q, P = torch.cat([Q, E], 1), torch.cat([P, (E.T @ B) @ A])  # (d_out, k), (k, d_in) = Q^T M
-        core = P.double() @ P.double().T
-        squares, W = (x.flip(-1)[..., : 2 * rank] for x in torch.linalg.eigh(core))
-        S = squares.clamp_min(0).sqrt()
-        U, T = Q @ W.to(Q), P.T @ W.to(P)  # (d_out, l), (d_in, l) = M^T U
+        Q, P = torch.cat([Q, E], 1), torch.cat([P, (E.T @ B) @ A])
+        squares, W = _leading_squares(P.double(), width)  # (width,), (k, width)
+        S, U, T = squares.sqrt(), Q @ W.to(Q), P.T @ W.to(P)  # T = M^T U
         E = B @ (A @ T) - U * squares.to(U)
-        size = E.double().norm(dim=0)
-        error = size[:rank] / (S[:rank] - S[rank] - size[rank] / S[rank])
-        if bool((error >= 0).all()) and float(error.norm()) <= tolerance * float(S[:rank].norm()):
+        off = E.double().norm(dim=0)
+        error = off[:rank] / (S[:rank] - (squares[rank] + off[rank]).sqrt())
+        if bool((error >= 0).all()) and error.norm() <= tolerance * S[:rank].norm():
             V, s, w = torch.linalg.svd(T[:, :rank], full_matrices=False)
             return U[:, :rank] @ w.T, s, V.T
         if S[-1] > 0.8 * S[rank - 1]:
-            return None  # too flat to tell the leading from the rest by so few steps
+            return None  # the spectrum is too flat for so few steps to tell the leading from the rest
     return None
 
 
-def _through_core(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading triplets of B A = Q_B (T_B T_A^T) Q_A^T, the Qs kept as reflections and applied to what is wanted only."""
+def _through_core(B: Tensor, A: Tensor, rank: int) -> Triplets:
+    """Leading triplets of B A = Q_B (T_B T_A^T) Q_A^T, with each Q left as reflections of the few vectors wanted."""
     (hb, tb), (ha, ta) = (torch.geqrf(x) for x in (B, A.T))
-    core = hb[: len(tb)].triu().double() @ ha[: len(ta)].triu().double().T  # (k_B, k_A)
-    u, s, vh = _svd(core, rank, B.dtype == torch.float32)
+    core = hb[: len(tb)].triu().double() @ ha[: len(ta)].triu().double().T  # (at most R, at most R)
+    u, s, v = _of_core(core, rank, squared=B.dtype == torch.float32 and 0 < 4 * rank <= len(core))
 
-    def apply(h: Tensor, tau: Tensor, x: Tensor) -> Tensor:
+    def turn(h: Tensor, tau: Tensor, x: Tensor) -> Tensor:
         return torch.ormqr(h[:, : len(tau)], tau, torch.nn.functional.pad(x.to(h), (0, 0, 0, len(h) - len(x))))
 
-    return apply(hb, tb, u), s.to(B.dtype), apply(ha, ta, vh.T).T
+    return turn(hb, tb, u), s.to(B), turn(ha, ta, v).T
 
 
-def _svd(core: Tensor, rank: int, single: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading triplets of a core in float64; `single` where its digits beyond float32's mean nothing."""
-    if single and 4 * rank <= len(core):
-        squares, u = (x.flip(-1)[..., :rank] for x in torch.linalg.eigh(core @ core.T))
-        if squares[-1] > 1e-8 * squares[0]:  # squaring halves the digits, and these have enough left
-            s = squares.sqrt()
-            return u, s, (core.T @ u / s).T
+def _of_core(core: Tensor, rank: int, squared: bool) -> Triplets:
+    """Leading triplets U, S, V (vectors in columns) of a core in float64.
+
+    By its square where asked: that halves the digits, and those which float32 factors had are among the half kept.
+    """
+    if squared:
+        squares, u = _leading_squares(core, rank)
+        if squares[-1] > 1e-8 * squares[0]:
+            return u, squares.sqrt(), core.T @ u / squares.sqrt()
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    return u[:, :rank], s[:rank], vh[:rank]
+    return u[:, :rank], s[:rank], vh[:rank].T
+
+
+def _leading_squares(X: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest squared singular values of X, with their left vectors in columns, by the small Gram matrix."""
+    squares, u = torch.linalg.eigh(X @ X.T)
+    return squares.flip(0)[:k].clamp_min(0), u.flip(1)[:, :k]

@@ -47,7 +47,14 @@ OFFERED: dict[str, type[FedAvg]] = {
     if isinstance(cls, type) and issubclass(cls, FedAvg) and name not in REFUSED
 }
 OF_MEANS = ("FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad")  # need the weighted mean alone
-WITHOUT_STEP = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum")  # of one client they make that client
+WITHOUT_STEP = (
+    "FedAvg",
+    "FedMedian",
+    "FedTrimmedAvg",
+    "Krum",
+    "MultiKrum",
+    "Bulyan",
+)  # what all send is what comes out
 MEMORY = ("m_t", "v_t", "momentum_vector")  # the attributes in which Flower's objects keep arrays between rounds
 
 
@@ -108,7 +115,7 @@ def load(name: str, options: Mapping[str, Any]) -> Flower:
         raise StrategyError(f"flwr:{name} is not for adapters here: {REFUSED[name]}")
     if name not in OFFERED:
         raise StrategyError(f'Flower has no strategy "{name}" for here; {nearest(name, OFFERED)}')
-    known, values = options_of(OFFERED[name]), {}
+    known, values = options_of(OFFERED[name]), dict[str, int | float]()
     for option, value in options.items():
         if option not in known:
             raise StrategyError(f'strategy flwr:{name} has no option "{option}"; {nearest(option, known)}')

@@ -8,9 +8,9 @@ from fedlora.errors import ClientFailed
 from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
 from fedlora.model import Model
-from fedlora.rounds import Failure
+from fedlora.rounds import Answers, Failure
 from fedlora.store import Store
-from fedlora.strategy import Client, Job, Update
+from fedlora.strategy import Client, Job
 from fedlora.worker import Site
 
 
@@ -19,19 +19,18 @@ class Serial:
         self,
         model: Model,
         sites: Sequence[Site],
-        rank: int,
+        ranks: Sequence[int],
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.traffic = Traffic()
-        self._model, self._sites, self._rank, self._answered = model, sites, rank, answered
+        self._model, self._sites, self._ranks, self._answered = model, sites, ranks, answered
         self._stores = [Store(folder / str(i)) for i in range(len(sites))]
 
     def clients(self) -> Sequence[Client]:
-        return [site.client(i, self._rank) for i, site in enumerate(self._sites)]
+        return [site.client(i, rank) for i, (site, rank) in enumerate(zip(self._sites, self._ranks, strict=True))]
 
-    def train(self, jobs: Mapping[int, Job]) -> Mapping[int, Update | Failure]:
-        answers: dict[int, Update | Failure] = {}
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
         parts = Parts()
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
@@ -39,13 +38,13 @@ class Serial:
             try:
                 update, kept = worker.train(self._model, job, i, self._sites[i].train, before)
             except ClientFailed as e:
-                answers[i] = Failure(str(e))
+                self._answered(i)
+                yield i, Failure(str(e))
             else:
                 self._stores[i].keep(job.round, kept)
                 self.traffic.receive(update)
-                answers[i] = update
-            self._answered(i)
-        return answers
+                self._answered(i)
+                yield i, update
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         parts = Parts()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fedlora.errors import StrategyError
-from fedlora.lora import LoRA, join, svd
+from fedlora.lora import LoRA, join, norm, truncate
 from fedlora.strategy import Client, Job, Strategy, declare
 
 ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank; the offset is everybody's
@@ -56,17 +56,6 @@ class Capped(Strategy[State]):
         return {**self.inner.notes(state.inner), "offset_rank": rank, "dropped": state.dropped}
 
     def _capped(self, inner: Any) -> State:
-        part, dropped = capped(join(*self.inner.client_init(inner, ANYONE).offset), self.rank)
-        return State(inner, part, dropped)
-
-
-def capped(whole: LoRA, rank: int) -> tuple[LoRA, float]:
-    """The product's nearest of that rank, and the share of its squared Frobenius norm that is lost in all."""
-    A, B, kept, lost = {}, {}, 0.0, 0.0
-    for m in whole.A:
-        u, s, vh = svd(whole.B[m], whole.A[m])  # (d_out, k), (k,), (k, d_in)
-        root = s[:rank].sqrt()
-        B[m], A[m] = u[:, :rank] * root, root[:, None] * vh[:rank]
-        kept += float(s[:rank].double().square().sum())
-        lost += float(s[rank:].double().square().sum())
-    return LoRA(A, B), lost / (kept + lost) if lost else 0.0
+        whole = join(*self.inner.client_init(inner, ANYONE).offset)
+        part, size = truncate(whole, self.rank), norm(whole)
+        return State(inner, part, max(0.0, 1 - (norm(part) / size) ** 2) if size else 0.0)

@@ -1,14 +1,14 @@
-"""DP-LoRA: FedIT over clients that clip the gradient of every example, as a privacy that counts examples needs.
+"""DP-LoRA: FedIT with every example's gradient clipped, the half of DP-SGD that bounds what one example can do.
 
 Liu et al., Differentially Private Low-Rank Adaptation of Large Language Model Using Federated Learning (2023),
 https://arxiv.org/abs/2312.17493
 
     g_j <- g_j min(1, C / |g_j|),   step along sum_j g_j / b,   then   A <- sum_i p_i A_i,   B <- sum_i p_i B_i
 
-g_j is one example's gradient over all that is trained, A, B and head together: |g_j| <= C bounds what an example can
-do. The paper clips the gradients of whole batches, those of A and of B apart, which does not. It weighs clients alike:
-server.weights = uniform. WITHOUT NOISE THIS IS NOT PRIVATE; the run's privacy settings, which this version does not
-have yet, are to add it. `trains = B` is DP-FFA-LoRA: exact, and the noise of A and B is not multiplied.
+g_j is one example's gradient over all that is trained, A, B and head together. The paper clips the gradients of whole
+batches, those of A and of B apart: there one example can move a step by 2 C in each, however large the batch. It
+weighs clients alike: server.weights = uniform. WITHOUT NOISE THIS IS NOT PRIVATE: noise is switched on by the run's
+privacy settings, which this version does not have yet. trains = B is DP-FFA-LoRA: exact, and no noise is squared.
 """
 
 from collections.abc import Sequence

@@ -63,11 +63,11 @@ class FedRot(Strategy[State]):
 def rotation(M: Tensor, soft: float) -> Tensor:
     """The rotation R (r, r) that makes tr(R^T M) largest, or the share `soft` of the way to it.
 
-    Directions of which M says nothing, being zero to its own rounding, stay as they are.
+    Directions of which M says nothing, being zero to near its rounding, stay as they are, not where noise turns them.
     """
     unit = torch.eye(len(M), dtype=torch.float64)
-    slack = torch.finfo(M.dtype).eps * float(M.norm()) or 1.0
-    R = _nearest(M.double() + slack * unit)
+    silence = 1e3 * torch.finfo(M.dtype).eps * float(M.norm()) or 1.0
+    R = _nearest(M.double() + silence * unit)
     return _nearest((1 - soft) * unit + soft * R).to(M)
 
 

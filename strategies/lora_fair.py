@@ -5,10 +5,10 @@ https://arxiv.org/abs/2411.14961
 
     A <- sum_i p_i A_i,   B <- B' + dB,   B' = sum_i p_i B_i,   W* = sum_i p_i B_i A_i
     least_squares:  dB = argmin |W* - (B' + dB) A|^2 + lam |dB|^2
-    cosine:         dB by gradient descent on 1 - cos(W*, (B' + dB) A) + lam |dB|^2, then scaled to the norm of W*
+    cosine:         dB by gradient descent on 1 - cos(W*, (B' + dB) A) + lam |dB|^2 / |B' A|^2, then B' + dB rescaled
 
 Only what lies in the rows of A is won back, at lam = 0 the projection of FedEx's residual on them; the rest is lost.
-The paper has the cosine, which is blind to the norm, with |dB| unsquared, which at its own lam can hold dB at zero.
+The paper has the cosine, which is blind to the norm, with a plain |dB|, which at its own lam can hold dB at zero.
 """
 
 from collections.abc import Sequence

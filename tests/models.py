@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from fedlora.data import Form
+from fedlora.lora import LoRA
+from fedlora.model import Model
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>"]
@@ -71,3 +73,48 @@ def make(kind: str, folder: Path) -> Path:
     processor = ViTImageProcessor(size={"height": 8, "width": 8}) if kind == "vit" else tokenizer()
     processor.save_pretrained(folder)
     return folder
+
+
+def batch(kind: str) -> dict[str, torch.Tensor]:
+    """Something for a model of this kind to look at."""
+    g = torch.Generator().manual_seed(5)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(4, 3, 8, 8, generator=g), "labels": torch.tensor([0, 1, 2, 0])}
+    ids = torch.randint(4, 64, (4, 12), generator=g)
+    labels = torch.tensor([0, 1, 2, 0]) if FORMS[kind].labels else ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@torch.no_grad()
+def logits(model: Model, kind: str) -> torch.Tensor:
+    """What the model, as it is worn, says of that batch."""
+    model.net.eval()
+    return model.logits(batch(kind))[0]
+
+
+@torch.no_grad()
+def plain_logits(net: torch.nn.Module, kind: str) -> torch.Tensor:
+    """The same of a model that has nothing to do with us."""
+    scores = net.eval()(**{k: v for k, v in batch(kind).items() if k != "labels"}).logits
+    return scores if FORMS[kind].labels else scores[:, :-1].flatten(0, 1)
+
+
+@torch.no_grad()
+def computed(layer: torch.nn.Module) -> torch.Tensor:
+    """The matrix that a linear layer multiplies by, whatever is inside it: (d_out, d_in)."""
+    layer.eval()
+    width = int(getattr(layer, "in_features", 0) or layer.nx)
+    out: torch.Tensor = layer(torch.eye(width)) - layer(torch.zeros(1, width))
+    return out.T
+
+
+def stirred(model: Model, seed: int, rank: int = 3) -> LoRA:
+    """A random adapter that fits the model, at any rank; of VeRA, at its own."""
+    g = torch.Generator().manual_seed(seed)
+    like = model.read()
+    vera = model.kind == "vera"
+    return LoRA(
+        {m: torch.randn(a.shape if vera else (rank, a.shape[1]), generator=g) for m, a in like.A.items()},
+        {m: 0.1 * torch.randn(b.shape if vera else (b.shape[0], rank), generator=g) for m, b in like.B.items()},
+        {m: h + 0.1 * torch.randn(h.shape, generator=g) for m, h in like.H.items()},
+    )

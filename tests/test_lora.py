@@ -4,29 +4,96 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.lora import LoRA, average, compact, contrast, delta, inner, join, scale, stack, truncate
-from tests.conftest import factors
+from fedlora.lora import (
+    LoRA,
+    average,
+    compact,
+    contrast,
+    delta,
+    factored,
+    inner,
+    join,
+    leading,
+    norm,
+    orthonormal,
+    principal,
+    redraw,
+    scale,
+    settle,
+    stack,
+    truncate,
+)
+from tests.conftest import SHAPES, factors
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
-def dense(loras: list[LoRA], weights: list[float]) -> dict[str, torch.Tensor]:
-    products = [delta(x) for x in loras]
-    return {m: sum(w * p[m] for w, p in zip(weights, products, strict=True)) / sum(weights) for m in products[0]}
+def sided(seed: int, rank: int, sides: str) -> LoRA:
+    """A random adapter; with R in `sides` it has a core, with D a dense matrix in two of its three modules."""
+    g = torch.Generator().manual_seed(seed + 100)
+    made = factors(seed, rank)
+    R = {m: torch.randn(rank, rank, generator=g, dtype=torch.float64) for m in SHAPES}
+    D = {m: torch.randn(SHAPES[m], generator=g, dtype=torch.float64) for m in ("q", "v")}
+    return LoRA(made.A, made.B, made.H, R if "R" in sides else {}, D if "D" in sides else {})
 
 
-@given(WEIGHTS, st.integers(1, 6))
-def test_stack_is_the_weighted_mean_of_products(weights: list[float], rank: int) -> None:
-    loras = [factors(i, rank) for i in range(len(weights))]
-    assert_close(delta(stack(loras, weights)), dense(loras, weights))
+ANY = st.builds(sided, st.integers(0, 9), st.integers(1, 7), st.sampled_from(["", "R", "D", "RD"]))
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-def test_stack_takes_mixed_ranks(ranks: list[int]) -> None:
-    loras = [factors(i, r) for i, r in enumerate(ranks)]
-    weights = [float(r) for r in ranks]
+def written_out(x: LoRA) -> dict[str, Tensor]:
+    """The product without `delta`, which is under test too."""
+    low = {m: x.B[m] @ (x.R[m] @ a if m in x.R else a) for m, a in x.A.items()}
+    return {m: p + x.D[m] if m in x.D else p for m, p in low.items()}
+
+
+def total(loras: list[LoRA], weights: list[float]) -> dict[str, Tensor]:
+    products = [written_out(x) for x in loras]
+    return {m: torch.stack([w * p[m] for w, p in zip(weights, products, strict=True)]).sum(0) for m in products[0]}
+
+
+def dense(loras: list[LoRA], weights: list[float]) -> dict[str, Tensor]:
+    return total(loras, [w / sum(weights) for w in weights])
+
+
+@given(ANY)
+def test_delta_is_b_r_a_and_d(x: LoRA) -> None:
+    assert_close(delta(x), written_out(x))
+
+
+@given(ANY)
+def test_factored_keeps_the_product_and_the_head(x: LoRA) -> None:
+    two = factored(x)
+    assert not two.R and not two.D and two.H is x.H
+    assert_close({m: two.B[m] @ two.A[m] for m in two.A}, written_out(x))
+
+
+def test_a_dense_matrix_alone_is_factored_beside_the_smaller_identity() -> None:
+    D = factors(1).B["q"] @ factors(1).A["q"]  # (8, 6)
+    assert factored(LoRA(D={"q": D})).A["q"].shape == (6, 6)
+    assert factored(LoRA(D={"q": D.T})).B["q"].shape == (6, 6)
+    assert_close(delta(factored(LoRA(D={"q": D.T}))), {"q": D.T})
+
+
+@given(st.lists(ANY, min_size=1, max_size=4))
+def test_join_adds_products_and_ranks(some: list[LoRA]) -> None:
+    both = join(*some)
+    assert both.A["q"].shape[0] == sum(factored(x).A["q"].shape[0] for x in some)
+    assert_close(delta(both), total(some, [1.0] * len(some)))
+    assert not both.H
+
+
+def test_join_takes_parts_that_know_different_modules() -> None:
+    x, y = factors(1, 2), factors(2, 3)
+    part = join(LoRA({"q": x.A["q"]}, {"q": x.B["q"]}), y)
+    assert part.A["q"].shape[0] == 5 and part.A["v"].shape[0] == 3
+
+
+@given(st.lists(st.tuples(ANY, st.floats(0.01, 100)), min_size=1, max_size=5))
+def test_stack_is_the_weighted_mean_of_products_of_any_ranks(some: list[tuple[LoRA, float]]) -> None:
+    loras, weights = [x for x, _ in some], [w for _, w in some]
     assert_close(delta(stack(loras, weights)), dense(loras, weights))
 
 
@@ -34,8 +101,7 @@ def test_stack_takes_mixed_ranks(ranks: list[int]) -> None:
 def test_contrast_is_what_averaging_factors_loses(weights: list[float]) -> None:
     loras = [factors(i) for i in range(len(weights))]
     residual, mean = contrast(loras, weights), average(loras, weights)
-    got = delta(join(mean, residual)) if residual else delta(mean)
-    assert_close(got, dense(loras, weights))
+    assert_close(delta(join(mean, residual)), dense(loras, weights))
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
@@ -44,41 +110,22 @@ def test_contrast_has_rank_k_minus_one_times_r(clients: int, rank: int) -> None:
     assert all(a.shape[0] == (clients - 1) * rank for a in residual.A.values())
 
 
-def test_contrast_keeps_its_digits_when_clients_hardly_differ() -> None:
-    base = factors(0)
-    near = [
-        LoRA(
-            {m: a + 1e-4 * factors(i).A[m] for m, a in base.A.items()},
-            {m: b + 1e-4 * factors(i).B[m] for m, b in base.B.items()},
-        )
-        for i in (1, 2, 3)
-    ]
-    exact = delta(contrast(near, [1, 1, 1]))
-    single = [LoRA({m: a.float() for m, a in x.A.items()}, {m: b.float() for m, b in x.B.items()}) for x in near]
-    for m, d in delta(contrast(single, [1, 1, 1])).items():
-        assert (d - exact[m]).norm() < 0.02 * exact[m].norm()  # the difference of two products would be all noise
+def test_clients_that_agree_leave_no_residual() -> None:
+    same = factors(1)
+    assert norm(contrast([same, same, same], [1, 2, 3])) < 1e-12 * norm(same)
 
 
-@given(st.floats(-3, 3))
-def test_scale_scales_the_product(c: float) -> None:
-    assert_close(delta(scale(factors(1), c)), {m: c * d for m, d in delta(factors(1)).items()})
-
-
-def test_join_adds_products_and_ranks() -> None:
-    x, y = factors(1, 2), factors(2, 3)
-    both = join(x, y)
-    assert both.A["q"].shape[0] == 5
-    assert_close(delta(both), {m: delta(x)[m] + delta(y)[m] for m in x.A})
+@given(ANY, st.floats(-3, 3))
+def test_scale_scales_the_product(x: LoRA, c: float) -> None:
+    assert_close(delta(scale(x, c)), {m: c * d for m, d in written_out(x).items()})
 
 
 @settings(max_examples=20)
-@given(st.integers(1, 6))
-def test_truncate_loses_what_eckart_and_young_say(rank: int) -> None:
-    lora = factors(3, rank=6)
-    for m, d in delta(lora).items():
-        s = torch.linalg.svdvals(d)
-        lost = (d - delta(truncate(lora, rank))[m]).norm()
-        assert lost == pytest.approx(float(s[rank:].norm()), abs=1e-9)
+@given(ANY, st.integers(1, 6))
+def test_truncate_loses_what_eckart_and_young_say(x: LoRA, rank: int) -> None:
+    for m, d in written_out(x).items():
+        lost = (d - delta(truncate(x, rank))[m]).norm()
+        assert lost == pytest.approx(float(torch.linalg.svdvals(d)[rank:].norm()), abs=1e-9)
 
 
 def test_truncations_are_nested() -> None:
@@ -86,10 +133,90 @@ def test_truncations_are_nested() -> None:
     assert_close(truncate(truncate(lora, 4), 2).B["q"].abs(), truncate(lora, 2).B["q"].abs())
 
 
-def test_compact_caps_the_rank_and_keeps_the_product() -> None:
-    big = join(*[factors(i) for i in range(5)])  # rank 20, dimensions of 5 to 8
-    small = compact(big)
+@given(ANY)
+def test_principal_has_orthonormal_rows_and_falling_orthogonal_columns(x: LoRA) -> None:
+    p = principal(x, 4)
+    for m, a in p.A.items():
+        assert_close(a @ a.T, torch.eye(len(a), dtype=a.dtype))
+        squares = p.B[m].T @ p.B[m]
+        assert_close(squares, torch.diag(squares.diag()), atol=1e-9, rtol=0)
+        assert bool((squares.diag().diff() <= 1e-12).all())
+        assert bool((a.gather(1, a.abs().argmax(1, keepdim=True)) > 0).all())
+
+
+@given(ANY, st.integers(1, 5))
+def test_the_first_rows_of_principal_are_the_best_of_their_rank(x: LoRA, rank: int) -> None:
+    assert_close(delta(leading(principal(x, 5), rank)), delta(truncate(x, rank)))
+
+
+def test_principal_does_not_depend_on_the_signs_it_is_given() -> None:
+    x = factors(1)
+    flipped = LoRA({m: -a for m, a in x.A.items()}, {m: -b for m, b in x.B.items()})
+    assert_close(principal(x, 3).A, principal(flipped, 3).A)
+
+
+@given(st.integers(0, 9), st.integers(1, 5))
+def test_orthonormal_keeps_the_product_and_the_rows_span(seed: int, rank: int) -> None:
+    x = factors(seed, rank)
+    y = orthonormal(x)
+    assert_close(delta(y), delta(x))
+    assert y.H is x.H
+    for m, a in y.A.items():
+        assert_close(a @ a.T, torch.eye(rank, dtype=a.dtype))
+        assert_close(x.A[m] @ a.T @ a, x.A[m])
+
+
+@given(st.integers(0, 9), st.integers(1, 4))
+def test_leading_is_the_product_of_the_first_rows_and_columns(seed: int, rank: int) -> None:
+    x = factors(seed, 4)
+    got = leading(x, rank)
+    assert_close(delta(got), {m: x.B[m][:, :rank] @ x.A[m][:rank] for m in x.A})
+    assert got.H is x.H
+
+
+@given(st.text(max_size=8), st.integers(1, 5))
+def test_redraw_is_peft_s_start_and_the_same_for_the_same_seed(seed: str, rank: int) -> None:
+    x = factors(1, rank)
+    once, again, other = redraw(x, seed), redraw(x, seed), redraw(x, seed + "!")
+    for m, a in once.A.items():
+        assert torch.equal(a, again.A[m]) and not torch.equal(a, other.A[m])
+        assert a.shape == x.A[m].shape and bool((a.abs() <= a.shape[1] ** -0.5).all())
+        assert not once.B[m].any() and once.B[m].shape == x.B[m].shape
+    assert once.H is x.H
+    assert not torch.equal(once.A["q"], once.A["v"])  # of one shape, and still drawn apart
+
+
+def test_redraw_has_the_variance_of_a_uniform_draw() -> None:
+    a = redraw(LoRA({"q": torch.zeros(64, 400)}, {"q": torch.zeros(10, 64)}), "x").A["q"]
+    assert float(a.var()) == pytest.approx(1 / 3 / 400, rel=0.03)
+
+
+@given(st.lists(ANY, min_size=1, max_size=6))
+def test_settled_parts_add_up_to_the_same(some: list[LoRA]) -> None:
+    parts = settle([x.only("ABRD") for x in some])
+    want = total(some, [1.0] * len(some))
+    assert_close({m: torch.stack([delta(p)[m] for p in parts]).sum(0) for m in want}, want)
+
+
+def test_parts_stay_what_they_are_until_a_dense_one_is_smaller() -> None:
+    parts = [factors(i, 1).only("AB") for i in range(6)]  # 39 numbers each; the three matrices have 126
+    assert all(kept is part for kept, part in zip(settle(parts[:3]), parts, strict=False))
+    (whole,) = settle(parts[:4])
+    assert not whole.A and {m: tuple(d.shape) for m, d in whole.D.items()} == SHAPES
+
+
+def test_a_dense_part_is_not_counted_against_the_factors_that_came_after() -> None:
+    (whole,) = settle([factors(i, 1).only("AB") for i in range(4)])
+    kept = settle((whole, factors(5, 1).only("AB"), LoRA()))
+    assert len(kept) == 2 and kept[0] is whole
+
+
+@given(ANY)
+def test_compact_caps_the_rank_and_keeps_the_product(x: LoRA) -> None:
+    big = join(x, factors(11, 4), factors(12, 4))  # dimensions of 5 to 8
+    small = compact(big.over(x.only("H")))
     assert {m: a.shape[0] for m, a in small.A.items()} == {"q": 6, "v": 5, "out": 6}
+    assert small.H is not None and set(small.H) == set(x.H)
     assert_close(delta(small), delta(big))
 
 
@@ -98,17 +225,32 @@ def test_compact_leaves_low_ranks_alone() -> None:
     assert compact(lora).A["q"] is lora.A["q"]
 
 
-def test_inner_is_the_frobenius_product_of_the_deltas() -> None:
-    x, y = factors(1, 2), factors(2, 5)
-    assert inner(x, y) == pytest.approx(sum(float((delta(x)[m] * delta(y)[m]).sum()) for m in x.A))
+@given(ANY)
+def test_norm_is_that_of_the_dense_products(x: LoRA) -> None:
+    assert norm(x) == pytest.approx(sum(float(d.square().sum()) for d in written_out(x).values()) ** 0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
-    loras = [factors(i, dtype=dtype) for i in range(8)]
-    mean = average(loras, [1.0] * 8).A["q"]
-    assert mean.dtype == torch.float32
-    assert_close(mean, torch.stack([x.A["q"].float() for x in loras]).mean(0))
+@given(ANY, ANY)
+def test_inner_is_the_frobenius_product_of_the_deltas(x: LoRA, y: LoRA) -> None:
+    dx, dy = written_out(x), written_out(y)
+    assert inner(x, y) == pytest.approx(sum(float((dx[m] * dy[m]).sum()) for m in dx), abs=1e-9)
+
+
+def test_inner_counts_only_the_modules_that_both_have() -> None:
+    x, y = factors(1), factors(2)
+    some = LoRA({"q": y.A["q"]}, {"q": y.B["q"]})
+    assert inner(x, some) == pytest.approx(float((delta(x)["q"] * delta(y)["q"]).sum()))
+
+
+@given(WEIGHTS)
+def test_average_is_the_weighted_mean_and_leaves_its_arguments_alone(weights: list[float]) -> None:
+    loras = [factors(i) for i in range(len(weights))]
+    mean = average(loras, weights)
+    for s in "ABH":
+        for m, t in mean.side(s).items():
+            terms = [w * x.side(s)[m] for w, x in zip(weights, loras, strict=True)]
+            assert_close(t, torch.stack(terms).sum(0) / sum(weights))
+    assert_close(loras[0].A, factors(0).A, rtol=0, atol=0)
 
 
 def test_a_side_that_is_not_there_stays_away() -> None:

@@ -14,9 +14,9 @@ from fedlora import base
 from fedlora.config import LoRAConfig, ModelConfig
 from fedlora.data import Form
 from fedlora.errors import ModelError, StrategyError
-from fedlora.lora import LoRA, join
+from fedlora.lora import LoRA, delta, join
 from fedlora.model import Model
-from tests.models import FORMS, make
+from tests.models import FORMS, batch, computed, logits, make, plain_logits, stirred
 
 Maker = Callable[..., Model]
 
@@ -34,30 +34,17 @@ def build(folders: dict[str, Path]) -> Maker:
     return one
 
 
-def batch(kind: str) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(5)
-    if kind == "vit":
-        return {"pixel_values": torch.randn(4, 3, 8, 8, generator=g), "labels": torch.tensor([0, 1, 2, 0])}
-    ids = torch.randint(4, 64, (4, 12), generator=g)
-    labels = torch.tensor([0, 1, 2, 0]) if FORMS[kind].labels else ids
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def logits(model: Model, kind: str) -> torch.Tensor:
-    model.net.eval()
-    with torch.no_grad():
-        return model.logits(batch(kind))[0]
-
-
-def stirred(model: Model, seed: int, rank: int = 3) -> LoRA:
-    """A random adapter that fits the model, at any rank."""
+def cored(model: Model, seed: int, rank: int = 3) -> LoRA:
+    """A random adapter with a core in every module."""
     g = torch.Generator().manual_seed(seed)
-    like = model.read()
-    return LoRA(
-        {m: torch.randn(rank, a.shape[1], generator=g) for m, a in like.A.items()},
-        {m: 0.1 * torch.randn(b.shape[0], rank, generator=g) for m, b in like.B.items()},
-        {m: h + 0.1 * torch.randn(h.shape, generator=g) for m, h in like.H.items()},
-    )
+    return LoRA(R={m: 0.5 * torch.randn(rank, rank, generator=g) for m in model.adapted}).over(stirred(model, seed, rank))
+
+
+def dense(model: Model, seed: int) -> LoRA:
+    """A random dense matrix for every module."""
+    g = torch.Generator().manual_seed(seed)
+    layers = model.adapted.items()
+    return LoRA(D={m: 0.1 * torch.randn(x.out_features, x.in_features, generator=g) for m, x in layers})
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -80,9 +67,79 @@ def test_an_offset_is_the_same_in_the_weights_and_beside_them(build: Maker, kind
     assert_close(logits(model, kind), wanted, rtol=1e-4, atol=1e-5)
     model.write(start, ())
     assert not torch.allclose(logits(model, kind), wanted, atol=1e-3)
-    model.folds = False
+    model.offset.folds = False
     model.write(start, parts)
     assert_close(logits(model, kind), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("folds", [True, False], ids=["folded", "beside"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_a_module_computes_the_dense_formula(build: Maker, kind: str, folds: bool) -> None:
+    """W + s (g B R A + an offset with factors, a core and a dense matrix) where s = alpha / r and g is a gain."""
+    model = build(kind, alpha=5.0)
+    pretrained = {m: computed(layer) for m, layer in model.adapted.items()}
+    model.offset.folds = folds
+    worn, parts = cored(model, 1, rank=2), (cored(model, 2, rank=4), dense(model, 3), cored(model, 4, rank=1))
+    first, *others = model.adapted
+    model.write(worn, parts, {first: 1.5})
+    for m in (first, *others):
+        offset = sum(delta(part)[m] for part in parts)
+        wanted = pretrained[m] + 5 / 3 * ((1.5 if m == first else 1.0) * delta(worn)[m] + offset)
+        assert_close(computed(model.adapted[m]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gain_and_a_core_hold_for_one_write(build: Maker) -> None:
+    model = build("bert")
+    worn = stirred(model, 1)
+    model.write(worn)
+    before = logits(model, "bert")
+    model.write(cored(model, 2), (), dict.fromkeys(model.adapted, 2.0))
+    assert not torch.allclose(logits(model, "bert"), before, atol=1e-3)
+    model.write(worn)
+    assert torch.equal(logits(model, "bert"), before) and not model.read().R
+
+
+def test_a_core_is_trained_and_read(build: Maker) -> None:
+    model = build("llama")
+    worn = cored(model, 1)
+    model.write(worn)
+    assert_close(vars(model.read()), vars(worn), rtol=0, atol=0)
+    trained = model.trains("R")
+    model.loss(batch("llama")).backward()
+    assert len(trained) == len(worn.R) and all(p.grad is not None and p.grad.any() for p in trained)
+    assert {id(p) for p in model.net.parameters() if p.grad is not None} == {id(p) for p in trained}
+
+
+def test_wearing_a_core_draws_nothing(build: Maker) -> None:
+    model = build("llama")
+    before = torch.random.get_rng_state()
+    model.write(cored(model, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_adapter_with_a_dense_side_is_worn_whole(build: Maker) -> None:
+    model = build("gpt2")
+    worn, side = stirred(model, 1), dense(model, 2)
+    model.write(join(worn, side).over(worn))
+    wanted = logits(model, "gpt2")
+    model.write(side.over(worn))
+    assert_close(logits(model, "gpt2"), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_cores_and_dense_sides_are_delivered_as_factors_of_at_most_full_rank(
+    build: Maker, folders: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    model = build(kind, alpha=5.0)
+    trained = dense(model, 2).over(cored(model, 1, rank=7))
+    model.save(trained, tmp_path)
+    model.write(trained)
+    bare, *_ = base.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
+    loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
+    assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
+    layers = model.adapted.values()
+    full = [min(layer.in_features, layer.out_features) for layer in layers]
+    assert [a.shape[0] for a in model.open(tmp_path).A.values()] == full
 
 
 def test_taking_an_offset_off_leaves_the_pretrained_weights(build: Maker) -> None:
@@ -104,12 +161,8 @@ def test_the_delivered_adapter_gives_the_trained_logits(
     model.save(trained, tmp_path)
     model.write(trained)
     bare, *_ = base.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
-    loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path)).eval()
-    inputs = {k: v for k, v in batch(kind).items() if k != "labels"}
-    with torch.no_grad():
-        got = loaded(**inputs).logits
-    wanted = logits(model, kind)
-    assert_close(got if FORMS[kind].labels else got[:, :-1].flatten(0, 1), wanted, rtol=1e-5, atol=1e-5)
+    loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
+    assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -141,8 +194,8 @@ def test_gradients_reach_the_trained_sides_alone(build: Maker, kind: str) -> Non
 
 
 def test_alpha_and_rank_make_the_scale(build: Maker) -> None:
-    assert build("llama", alpha=6.0).scale == pytest.approx(2.0)
-    assert build("llama", alpha=6.0, rslora=True).scale == pytest.approx(6 / 3**0.5)
+    for model, s in (build("llama", alpha=6.0), 2.0), (build("llama", alpha=6.0, rslora=True), 6 / 3**0.5):
+        assert model.scales == pytest.approx(dict.fromkeys(model.adapted, s))
 
 
 def test_the_same_seed_makes_the_same_adapter_and_head(build: Maker) -> None:
@@ -162,7 +215,7 @@ def test_a_half_precision_base_keeps_its_adapter_and_offset_in_float32(folders: 
     before = logits(model, "llama")
     model.write(start, (small,))
     weights = [layer.get_base_layer().weight for layer in model.adapted.values()]
-    assert not model.folds and {w.dtype for w in weights} == {torch.bfloat16}
+    assert not model.offset.folds and {w.dtype for w in weights} == {torch.bfloat16}
     assert not torch.allclose(logits(model, "llama"), before, atol=1e-3)
 
 
@@ -201,3 +254,5 @@ def test_matrices_of_the_wrong_shape_are_refused_by_name(build: Maker) -> None:
         model.write(LoRA(good.A, good.B | {first: good.B[first][:-1]}))
     with pytest.raises(StrategyError, match="have different ranks"):
         model.write(LoRA(good.A, good.B | {first: good.B[first][:, :-1]}))
+    with pytest.raises(StrategyError, match=f"R of {first}: got .2, 2., with this A the model takes .3, 3."):
+        model.write(LoRA(good.A, good.B, R={first: torch.eye(2)}))

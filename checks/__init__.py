@@ -1,0 +1,1 @@
+"""The contract: what a strategy declares, and what every strategy must do, verified for anybody's."""

@@ -1,0 +1,298 @@
+"""Every strategy on SST-2's six label-skewed clients with MiniLM, each at a learning rate of its own.
+
+    python -m fedlora.simulations.sst2_all --model MINILM --data sst2 --out sst2.json
+
+MINILM is as in banking77.toml; sst2 is a folder with client_*.jsonl and val.jsonl. A client holds out a twentieth of
+its examples. On one half of these a short run with each rate of the grid is judged, by the mean of the clients'
+accuracies, each with the model that it would use. The best rate is measured in a longer run: on val.jsonl after every
+round, and at the end by the clients on the other half. A run that is in the file of results is not done again.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedlora import config as configuration
+from fedlora.catalogue import catalogue
+from fedlora.compose import compose
+from fedlora.config import Config, LoRAConfig
+from fedlora.console import size
+from fedlora.errors import ConfigError, FedloraError, nearest
+from fedlora.metrics import spread
+from fedlora.partition import take
+from fedlora.ranks import ranks
+from fedlora.rounds import Plan, fit, split
+from fedlora.run import Setup, prepare
+from fedlora.simulations.serial import Serial
+from fedlora.worker import Site
+
+GRID = (2e-3, 5e-3, 1.5e-2)
+SHORT, LONG = 3, 6  # rounds of a run of the grid, and of the one that is measured
+OWN = 100  # examples at most in each half of what a client holds out
+SETTINGS: Mapping[str, Any] = {"data.holdout": 0.05, "train.batch_size": 8, "train.accumulate": 2, "train.steps": 8}
+SMOKE: Mapping[str, Any] = {"rounds": 2, "train.steps": 1, "data.limit": 400, "data.eval_limit": 32}
+TOML = Path(__file__).parent / "sst2.toml"
+Results = dict[str, dict[str, dict[str, Any]]]  # variant -> run -> what came of it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of the table: a strategy, and what it is run with beside sst2.toml."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = GRID
+
+    @property
+    def strategy(self) -> str:
+        return self.name.partition(":")[0]
+
+
+BESIDE = (
+    Variant("ffa_lora:orthonormal", {"option.orthonormal": True}),
+    Variant("fedex_lora:rank=8", {"option.rank": 8}),
+    Variant("fedex_lora:reinit", {"option.assignment": "reinit"}),
+    Variant("fedex_lora:keep", {"option.assignment": "keep"}),
+    Variant("fed_sb:r=64", {"lora.rank": 64, "lora.alpha": 128.0}),  # s as it is for rank 8
+    Variant("fedsa_lora:rslora", {"lora.rslora": True}),
+    Variant("fedsa_lora:vera", {"lora.kind": "vera", "lora.rank": 256}, (5e-3, 2e-2, 8e-2)),
+    *(
+        Variant(f"{name}:mixed", {"lora.ranks": "2,4,4,8,8,8"})
+        for name in ("flora", "flexlora", "hetlora", "fslora", "florist")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all runs have in common."""
+
+    model: str
+    data: str
+    threads: int
+    smoke: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a variant: of the grid, or the one that is measured."""
+
+    variant: Variant
+    lr: float
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        return "final" if self.final else f"{self.lr:g}"
+
+
+def variants(only: Sequence[str]) -> list[Variant]:
+    """The catalogue as it is, then the variants of interest; of these those that are named, or whose strategy is."""
+    plain = [Variant(name) for name in dict.fromkeys(entry.name for entry in catalogue())]
+    known = [*plain, *(v for v in BESIDE if v.strategy in {p.name for p in plain})]
+    names = {v.name for v in known}
+    for name in only:
+        if name not in names:
+            raise ConfigError(f'--only: there is no "{name}"; {nearest(name, names)}')
+    return [v for v in known if not only or v.name in only or v.strategy in only]
+
+
+def ready(chosen: Sequence[Variant], results: Results) -> Iterator[Run]:
+    """The runs that are not done, in order; a measured one when all of its grid are."""
+    for variant in chosen:
+        done = results.get(variant.name, {})
+        missing = [run for lr in variant.rates if (run := Run(variant, lr)).name not in done]
+        yield from missing
+        rate = best_rate(done)
+        if not missing and rate and "final" not in done:
+            yield Run(variant, rate, final=True)
+
+
+def best_rate(done: Mapping[str, Mapping[str, Any]]) -> float:
+    """The rate with the highest mean of the clients' accuracies, the lowest of several; 0 where all have failed."""
+    judged = {run["lr"]: run["own"]["mean"] for name, run in done.items() if name != "final" and "own" in run}
+    return max(sorted(judged), key=lambda lr: judged[lr], default=0.0)
+
+
+def measure(place: Place, run: Run) -> dict[str, Any]:
+    """Do one run in this process."""
+    began = time.monotonic()
+    config = _config(place, run)
+    setup = _setup(place, replace(config.lora, ranks=""))
+    sites = _sites(place, run.final)
+    theirs = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, setup.model.memory)
+    strategy = compose(config, setup.start, theirs)
+    plan = Plan(
+        rounds=config.rounds,
+        cohort=config.cohort,
+        seed=config.seed,
+        training=config.train,
+        policy=config.server,
+        evaluate=setup.evaluate if run.final else None,
+        exactness=setup.model.scales if run.final and config.lora.kind == "lora" else None,
+    )
+    with TemporaryDirectory() as folder:
+        fleet = Serial(setup.model, sites, theirs, Path(folder))
+        rounds = list(fit(strategy, fleet, setup.start, plan))
+        # Not by the plan: an evaluation of clients in every round would be counted as traffic of the training.
+        last = rounds[-1].state
+        jobs = {c.id: replace(strategy.client_init(last, c), round=config.rounds - 1) for c in fleet.clients()}
+        own = spread(split(jobs, fleet.evaluate(jobs))[0])
+    personal = any(set(job.trains) - set(job.shares) for job in jobs.values())
+    records = [done.record() for done in rounds]
+    seconds = round(time.monotonic() - began, 1)
+    return {"lr": run.lr, "own": own, "personal": personal, "rounds": records, "seconds": seconds}
+
+
+def _config(place: Place, run: Run | None = None) -> Config:
+    layers: list[Mapping[str, Any]] = [
+        configuration.read(TOML),
+        {"model.path": place.model, "threads": place.threads},
+        {"data.path": f"{place.data}/client_*.jsonl", "data.eval": f"{place.data}/val.jsonl"},
+        SETTINGS,
+    ]
+    if run:
+        rounds = LONG if run.final else SHORT
+        layers += [{"strategy": run.variant.strategy, "train.lr": run.lr, "rounds": rounds}, run.variant.settings]
+    return configuration.build(*layers, SMOKE if place.smoke else {})
+
+
+@cache
+def _setup(place: Place, lora: LoRAConfig) -> Setup:
+    """The model with this adapter: a process makes each once, and encodes the examples once for all."""
+    return prepare(replace(_config(place), lora=lora))
+
+
+@cache
+def _sites(place: Place, final: bool) -> tuple[Site, ...]:
+    """The clients with one half of what they hold out: that to choose a rate by, or that to measure on."""
+
+    def half(site: Site) -> Site:
+        return replace(site, heldout_rows=take(site.heldout_rows, range(int(final), len(site.heldout_rows), 2)[:OWN]))
+
+    return tuple(half(site) for site in _setup(place, _config(place).lora).sites)
+
+
+def run_all(place: Place, chosen: Sequence[Variant], out: Path, jobs: int) -> Results:
+    """Do every run that is not in the file, `jobs` at a time, and write the file after each."""
+    results = load(out, place)
+    running: dict[Future[dict[str, Any]], Run] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        while True:
+            waiting = (run for run in ready(chosen, results) if run not in running.values())
+            while len(running) < jobs and (run := next(waiting, None)):
+                running[pool.submit(measure, place, run)] = run
+            if not running:
+                return results
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                results.setdefault(run.variant.name, {})[run.name] = _result(future, run)
+                save(out, place, results)
+                print(_line(run, results), flush=True)
+
+
+def _result(future: Future[dict[str, Any]], run: Run) -> dict[str, Any]:
+    """What came of a run; its error where it failed, so that the others go on, and the next call tries it again."""
+    error = future.exception()
+    return {"lr": run.lr, "error": f"{type(error).__name__}: {error}"} if error else future.result()
+
+
+def load(out: Path, place: Place) -> Results:
+    """The results there are, without the runs that failed. Raises `ConfigError` for those of other settings."""
+    if not out.exists():
+        return {}
+    found = json.loads(out.read_text(encoding="utf-8"))
+    if found["settings"] != _settings(place):
+        raise ConfigError(f"{out} holds results of other settings; give --out another file, or remove it")
+    runs: Results = found["runs"]
+    return {name: {k: run for k, run in done.items() if "error" not in run} for name, done in runs.items()}
+
+
+def save(out: Path, place: Place, results: Results) -> None:
+    """Write the results, so that at any moment the file is whole."""
+    part = out.with_name(f".{out.name}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps({"settings": _settings(place), "runs": results}, indent=1) + "\n", encoding="utf-8")
+    part.replace(out)
+
+
+def _settings(place: Place) -> dict[str, Any]:
+    """What all results of a file were made with, wherever model and data lie."""
+    common = {"short": SHORT, "long": LONG, "own": OWN, **configuration.read(TOML), **SETTINGS}
+    return common | (SMOKE if place.smoke else {})
+
+
+def _line(run: Run, results: Results) -> str:
+    done = results[run.variant.name][run.name]
+    what = "measured" if run.final else "tried"
+    said = done.get("error") or f"clients' own accuracy {done['own']['mean']:.4f} in {done['seconds']:.0f} s"
+    return f"{run.variant.name} at {run.lr:g}, {what}: {said}"
+
+
+def table(chosen: Sequence[Variant], results: Results) -> str:
+    """The measured runs in Markdown; a rate at an end of its grid has a star, for a better one may lie beyond."""
+    head = "strategy", "rate", "val, last round", "val, best round", "clients' own", "distance", "up", "down", "seconds"
+    rows = [head, tuple("---" for _ in head)]
+    for variant in chosen:
+        done = results.get(variant.name, {}).get("final", {"error": "not run"})
+        rows.append((variant.name, done["error"], *[""] * 7) if "error" in done else _row(variant, done))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(variant: Variant, done: Mapping[str, Any]) -> tuple[str, ...]:
+    rounds = done["rounds"]
+    accuracy = [record["eval"]["accuracy"] for record in rounds]
+    best = max(range(len(rounds)), key=lambda t: accuracy[t])
+    distance = rounds[-1].get("exactness")
+    steady = rounds[1:] or rounds  # in the first round clients are sent what stays the same
+    up, down = (size(round(fmean(record[f"bytes_{way}"] for record in steady))) for way in ("up", "down"))
+    return (
+        variant.name,
+        f"{done['lr']:g}{'*' if done['lr'] in (min(variant.rates), max(variant.rates)) else ''}",
+        "" if done["personal"] else f"{100 * accuracy[-1]:.1f}",
+        "" if done["personal"] else f"{100 * accuracy[best]:.1f} ({best + 1})",
+        f"{100 * done['own']['mean']:.1f}",
+        "" if distance is None else f"{distance:.1e}",
+        up,
+        down,
+        f"{done['seconds']:.0f}",
+    )
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--data", type=Path, required=True, help="folder with client_*.jsonl and val.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="file of results, which is gone on with")
+    parser.add_argument(
+        "--only", default="", help="strategies, with all their variants, or variants; with commas between"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; each has its own model")
+    parser.add_argument("--smoke", action="store_true", help="see that everything runs: one step a round")
+    given = parser.parse_args()
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    place = Place(given.model, str(given.data.absolute()), threads, given.smoke)
+    try:
+        chosen = variants([name for name in given.only.split(",") if name])
+        if given.smoke:
+            chosen = [replace(v, rates=v.rates[:1]) for v in chosen]
+        results = run_all(place, chosen, given.out, given.jobs)
+    except FedloraError as e:
+        raise SystemExit(str(e)) from e
+    print(table(chosen, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Singular values of products of factors: the quick way against the thorough one, and that against the dense one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from fedlora.svd import _krylov, _through_core, svd
+
+D_OUT, D_IN, R = 160, 144, 128  # a rank of 2 or 4 of 128 goes the quick way
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=g, dtype=torch.float64))[0]
+
+
+def product(spectrum: Tensor, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Factors whose product has these singular values, mixed so that no factor shows them: (160, k), (k, 144)."""
+    k, mix = len(spectrum), torch.Generator().manual_seed(seed)
+    gauge = torch.eye(k, dtype=torch.float64) + 0.1 / k**0.5 * torch.randn(k, k, generator=mix, dtype=torch.float64)
+    B = orthonormal(D_OUT, k, seed + 1) * spectrum.sqrt() @ gauge
+    A = torch.linalg.solve(gauge, spectrum.sqrt()[:, None] * orthonormal(D_IN, k, seed + 2).T)
+    return B.to(dtype), A.to(dtype)
+
+
+def falling(by: float, n: int = R) -> Tensor:
+    return torch.tensor([by**i for i in range(n)], dtype=torch.float64)
+
+
+def dense(B: Tensor, A: Tensor) -> Tensor:
+    return B.double() @ A.double()
+
+
+def back(triplets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    u, s, vh = (x.double() for x in triplets)
+    return u * s @ vh
+
+
+def best(M: Tensor, rank: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(M, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+def loss(M: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> float:
+    return float((M - back(triplets)).norm())
+
+
+def assert_orthonormal(triplets: tuple[Tensor, Tensor, Tensor]) -> None:
+    u, s, vh = triplets
+    for gram in (u.T @ u, vh @ vh.T):
+        assert_close(gram, torch.eye(len(s), dtype=gram.dtype), atol=2e-5, rtol=0)
+
+
+def test_all_triplets_give_the_product_back() -> None:
+    B, A = product(falling(0.9), dtype=torch.float64)
+    u, s, vh = svd(B, A)
+    assert u.shape == (D_OUT, R) and s.shape == (R,) and vh.shape == (R, D_IN)
+    assert_close(back((u, s, vh)), dense(B, A), atol=1e-12, rtol=0)
+    assert_close(s, falling(0.9), atol=1e-12, rtol=0)
+
+
+def test_small_singular_values_keep_their_digits() -> None:
+    spectrum = falling(0.75)  # down to 1e-16
+    B = orthonormal(D_OUT, R, 1) * spectrum.sqrt()
+    A = spectrum.sqrt()[:, None] * orthonormal(D_IN, R, 2).T
+    s = svd(B, A)[1]
+    assert_close(s[:60], spectrum[:60], rtol=1e-7, atol=0)  # the sixtieth is 4e-8; its square, 2e-15, has two digits
+
+
+@pytest.mark.parametrize("shape", [(8, 20, 6), (6, 20, 8), (5, 3, 9), (4, 1, 4), (3, 3, 3)])
+def test_a_rank_above_a_dimension_or_below_is_all_there_is(shape: tuple[int, int, int]) -> None:
+    d_out, r, d_in = shape
+    B, A = torch.randn(d_out, r, dtype=torch.float64), torch.randn(r, d_in, dtype=torch.float64)
+    u, s, vh = svd(B, A)
+    assert len(s) == min(shape)
+    assert_close(back((u, s, vh)), B @ A)
+    assert_close(s, torch.linalg.svdvals(B @ A)[: len(s)])
+    assert_close(back(svd(B, A, 2)), best(B @ A, 2))
+
+
+def test_of_rank_zero_there_is_nothing() -> None:
+    u, s, vh = svd(*product(falling(0.9)), 0)
+    assert u.shape == (D_OUT, 0) and s.shape == (0,) and vh.shape == (0, D_IN)
+
+
+@settings(max_examples=25)
+@given(st.floats(0.3, 0.95), st.integers(1, 4), st.integers(0, 99))
+def test_the_leading_triplets_are_the_dense_ones(by: float, rank: int, seed: int) -> None:
+    B, A = product(falling(by), seed)
+    got, M = svd(B, A, rank), dense(B, A)
+    assert_orthonormal(got)
+    assert float((back(got) - best(M, rank)).norm()) < 1e-5 * float(M.norm())
+
+
+@settings(max_examples=25)
+@given(st.floats(0.3, 0.85), st.integers(1, 3), st.integers(0, 99))
+def test_the_quick_way_is_taken_on_falling_spectra_and_agrees_with_the_thorough_one(
+    by: float, rank: int, seed: int
+) -> None:
+    B, A = product(falling(by), seed)
+    quick, thorough = _krylov(B, A, rank, R // (8 * rank)), _through_core(B, A, rank)
+    assert quick is not None
+    assert_orthonormal(quick)
+    assert_close(quick[1], thorough[1], rtol=1e-5, atol=0)
+    assert float((back(quick) - back(thorough)).norm()) < 1e-5 * float(thorough[1].norm())
+
+
+@pytest.mark.parametrize("by", [0.97, 0.999, 1.0])
+def test_a_flat_spectrum_is_refused_by_the_quick_way_and_right_all_the_same(by: float) -> None:
+    B, A = product(falling(by))
+    assert _krylov(B, A, 4, 4) is None
+    got, M = svd(B, A, 4), dense(B, A)
+    assert_orthonormal(got)
+    assert loss(M, got) == pytest.approx(float((M - best(M, 4)).norm()), rel=1e-6)
+
+
+@settings(max_examples=20)
+@given(st.floats(0, 1e-2), st.sampled_from([0.5, 0.8]), st.integers(0, 99))
+def test_nearly_equal_singular_values_at_the_cut_lose_no_more_than_they_must(gap: float, by: float, seed: int) -> None:
+    spectrum = falling(by)
+    spectrum[4] = spectrum[3] * (1 - gap)
+    B, A = product(spectrum.sort(descending=True).values, seed)
+    got, M = svd(B, A, 4), dense(B, A)
+    assert_orthonormal(got)
+    assert loss(M, got) == pytest.approx(float((M - best(M, 4)).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("true", [0, 1, 3, 4, 5])
+def test_a_product_of_lower_rank_than_its_factors_is_no_trap(true: int, rank: int) -> None:
+    shared = torch.randn(true, D_IN, generator=torch.Generator().manual_seed(0))
+    mixing = torch.randn(R, true, generator=torch.Generator().manual_seed(1))
+    B, A = torch.randn(D_OUT, R, generator=torch.Generator().manual_seed(2)), mixing @ shared
+    got, M = svd(B, A, rank), dense(B, A)
+    assert_orthonormal(got)
+    assert bool(torch.isfinite(back(got)).all())
+    assert float((back(got) - best(M, rank)).norm()) <= 1e-5 * float(M.norm())
+
+
+def test_factors_of_many_clients_that_share_a_start_go_the_quick_way() -> None:
+    g = torch.Generator().manual_seed(0)
+    start = torch.rand(2, D_IN, generator=g) * 2 - 1
+    B = torch.cat([torch.randn(D_OUT, 2, generator=g) * 0.3 + orthonormal(D_OUT, 2, 5) for _ in range(64)], 1).float()
+    A = torch.cat([start + 0.1 * torch.randn(2, D_IN, generator=g) for _ in range(64)])
+    quick = _krylov(B, A, 2, 8)
+    assert quick is not None
+    assert float((back(quick) - best(dense(B, A), 2)).norm()) < 1e-5 * float(quick[1].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_decomposed_in_float32(dtype: torch.dtype) -> None:
+    B, A = product(falling(0.7), dtype=dtype)
+    got = svd(B, A, 2)
+    assert {x.dtype for x in got} == {torch.float32}
+    assert float((back(got) - best(dense(B, A), 2)).norm()) < 1e-5
+
+
+def test_float64_is_right_to_its_own_rounding() -> None:
+    B, A = product(falling(0.7), dtype=torch.float64)
+    assert float((back(svd(B, A, 2)) - best(B @ A, 2)).norm()) < 1e-12
+
+
+def test_the_same_factors_give_the_same_bits() -> None:
+    B, A = product(falling(0.7))
+    torch.manual_seed(1)
+    once = svd(B, A, 2)
+    torch.manual_seed(2)
+    assert all(torch.equal(x, y) for x, y in zip(once, svd(B, A, 2), strict=True))
