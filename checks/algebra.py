@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from fedlora import checkpoint
 from fedlora.checkpoint import Checkpoint
-from fedlora.checks.clients import RANK, TIGHT, Clients, added, fresh, mean, wears
+from fedlora.checks.clients import ANY, RANK, TIGHT, Clients, added, fresh, mean, moved, wears
 from fedlora.checks.moments import models, rounds, spread, trained
 from fedlora.checks.verdict import Skip, agree, apart, identical, leaves
 from fedlora.lora import SIDES, LoRA, delta
+from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.head import Head
 from fedlora.strategy import Job, Strategy
 
@@ -43,22 +44,22 @@ def check_scale_of_weights_changes_nothing(strategy: Some) -> None:
 
 def check_arguments_are_left_alone(strategy: Some) -> None:
     """No method changes what it is given, to the bit."""
-    start = fresh()
+    start, clients = fresh(), Clients(strategy)
     before: Any = deepcopy(start)
-    strategy.init(start)
+    state = strategy.init(start)
     assert identical(start, before), f"{strategy}: init changed the adapter it was given"
-    for now in rounds(strategy):
-        given = now.state, now.updates, now.weights
+    for t in range(3):
+        given = state, [w.update for w in clients.work(state, t)], clients.weights
         before = deepcopy(given)
         calls: dict[str, Callable[[], Any]] = {
-            "client_init": partial(now.clients.job, now.state, 0),
-            "adapter": partial(strategy.adapter, now.state),
-            "notes": partial(strategy.notes, now.state),
+            "client_init": partial(clients.job, state, 0),
+            "adapter": partial(strategy.adapter, state),
+            "notes": partial(strategy.notes, state),
             "aggregate": partial(strategy.aggregate, *given),
         }
         for name, call in calls.items():
-            call()
-            assert identical(given, before), f"{strategy}: {name} changed what it was given in round {now.t}"
+            state = call()
+            assert identical(given, before), f"{strategy}: {name} changed what it was given in round {t}"
 
 
 def check_nothing_is_remembered_but_the_state(strategy: Some) -> None:
@@ -157,7 +158,7 @@ def check_half_precision_is_summed_in_single(strategy: Some) -> None:
 
 def check_rank_may_be_a_dimension(strategy: Some) -> None:
     """Nothing takes A for B, or a matrix for its transpose, where the rank is a module's smaller dimension."""
-    for now in rounds(strategy, shapes=TIGHT):
+    for now in rounds(strategy, start=fresh(TIGHT)):
         shapes = {m: tuple(t.shape) for m, t in delta(strategy.adapter(now.after)).items()}
         assert shapes == TIGHT, f"{strategy}: at rank {RANK} it delivers {shapes} for modules of {dict(TIGHT)}"
         claim = f"at rank {RANK}, a dimension of each module,"
@@ -174,8 +175,26 @@ def check_rank_may_be_a_dimension(strategy: Some) -> None:
         )
 
 
+def check_a_start_that_is_not_zero_is_taken_off(strategy: Some) -> None:
+    """Anchored, as with PiSSA's start, it begins with the pretrained model, and keeps what it declares from there."""
+    anchored = Anchored(strategy)
+    nothing = {m: torch.zeros(shape) for m, shape in ANY.items()}
+    for now in rounds(anchored, start=moved(fresh(), "B", "start")):
+        if now.t == 0:
+            start, offset = wears(now.work[0].job, LoRA())
+            agree(
+                anchored, "it does not begin with the pretrained model", added(now.work[0].job, start, offset), nothing
+            )
+        claim = f"from a start that is not zero, round {now.t} misses the mean of the clients' models"
+        if strategy.exact:
+            agree(anchored, claim, models(now.clients, now.after), spread(now.ideal, len(now.work)))
+        claim = f"from a start that is not zero, round {now.t} delivers another model than clients start from"
+        if not _has_private_factors(now.work[0].job):
+            _agree_on_the_model(anchored, claim, anchored.adapter(now.after), now.clients.job(now.after, 0))
+
+
 def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: Some) -> None:
-    """Wrapped so that heads are local or frozen, no head is asked for, and the server's stays as it was."""
+    """Wrapped so that heads are local or frozen, no head is asked for, and the server's stays as it was, to the bit."""
     policies: tuple[Literal["local", "frozen"], ...] = ("local", "frozen")
     for policy in policies:
         wrapped = Head(strategy, policy)
@@ -184,8 +203,8 @@ def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: Some) -> None
             asked = f"trains {job.trains} and shares {job.shares}"
             assert "H" not in job.shares, f"{strategy}: with a {policy} head the job {asked}"
             assert policy == "local" or "H" not in job.trains, f"{strategy}: with a {policy} head the job {asked}"
-            claim = f"with a {policy} head the server's own changes"
-            agree(strategy, claim, wrapped.adapter(now.after).H, fresh().H)
+            same = identical(wrapped.adapter(now.after).only("H"), fresh().only("H"))
+            assert same, f"{strategy}: with a {policy} head the server's own changes in round {now.t}"
 
 
 def check_no_product_is_built_on_the_server(strategy: Some) -> None:
@@ -218,12 +237,17 @@ class _Largest(TorchFunctionMode):
 
 def _agree_on_the_model(strategy: Some, claim: str, adapter: LoRA, job: Job) -> None:
     """Hold a job, as one who keeps nothing yet gets it, against an adapter: the model, or what is shared of it."""
-    if set("ABR") & (set(job.trains) - set(job.shares)):
+    if _has_private_factors(job):
         for s in job.shares:
             agree(strategy, f"{claim} (side {s})", job.start.side(s), adapter.side(s))
         return
     start, offset = wears(job, LoRA())
     agree(strategy, claim, {**added(job, start, offset), **start.H}, {**delta(adapter), **adapter.H})
+
+
+def _has_private_factors(job: Job) -> bool:
+    """Has each client a model of its own?"""
+    return bool(set("ABR") & (set(job.trains) - set(job.shares)))
 
 
 def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:

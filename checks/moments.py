@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fedlora.checks.clients import ANY, RANK, Clients, Shapes, Work, fresh, mean, wears
+from fedlora.checks.clients import RANK, Clients, Work, fresh, mean, wears
 from fedlora.lora import LoRA, Side
 from fedlora.strategy import Strategy
 
@@ -34,10 +34,10 @@ class Moment(NamedTuple):
         return mean([{**w.model, **w.update.H} for w in self.work], self.weights)
 
 
-def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, shapes: Shapes = ANY) -> Iterator[Moment]:
-    """Three rounds in a row, so that a rule which alternates shows all it does."""
+def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, start: LoRA | None = None) -> Iterator[Moment]:
+    """Three rounds in a row, so that a rule which alternates shows all it does, from a fresh start or another."""
     clients = Clients(strategy, ranks)
-    state = strategy.init(fresh(shapes))
+    state = strategy.init(start or fresh())
     for t in range(3):
         work = clients.work(state, t)
         after = strategy.aggregate(state, [w.update for w in work], clients.weights)

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -170,7 +170,10 @@ def _keeps(job: Job) -> str:
 def _personal(client: int, job: Job, kept: LoRA) -> Worn:
     """The model that this client would use: what it keeps over what the job brings."""
     note = "" if kept else f"client {client} has not trained yet: its adapter is the start that it would have"
-    return Worn(f"client-{client}", kept.only(_keeps(job)).over(job.start), job.offset, note)
+    lora = kept.only(_keeps(job)).over(job.start)
+    if job.resumes:  # the offset is the model; the factors are no more than where training goes on from
+        lora = replace(lora, B={m: torch.zeros_like(b) for m, b in lora.B.items()})
+    return Worn(f"client-{client}", lora, job.offset, note)
 
 
 def _draft(model: Model, probe: Probe, worn: Worn, max_rank: int, place: Path) -> Draft:

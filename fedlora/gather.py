@@ -35,13 +35,14 @@ class Sum:
         self._totals: dict[tuple[str, str], tuple[Tensor, torch.dtype]] = {}
 
     def add(self, lora: LoRA, weight: float) -> None:
-        """Take in one adapter; all must have the same matrices."""
+        """Take in one adapter; one of lower rank than others counts as if zeros stood where it has nothing."""
         self.weight += weight
         for s in SIDES:
             for m, t in lora.side(s).items():
-                if (s, m) not in self._totals:
-                    self._totals[s, m] = (torch.zeros(t.shape, dtype=torch.float64), t.dtype)
-                self._totals[s, m][0].add_(t, alpha=weight)
+                total, dtype = self._totals.get((s, m), (torch.zeros(t.shape, dtype=torch.float64), t.dtype))
+                total = _grown(total, t.shape)
+                total[tuple(map(slice, t.shape))].add_(t, alpha=weight)
+                self._totals[s, m] = total, dtype
 
     def mean(self) -> LoRA:
         """The weighted mean, in float32 or wider."""
@@ -49,6 +50,16 @@ class Sum:
         for (s, m), (total, dtype) in self._totals.items():
             sides[s][m] = (total / self.weight).to(torch.promote_types(dtype, torch.float32))
         return LoRA(**sides)
+
+
+def _grown(total: Tensor, shape: torch.Size) -> Tensor:
+    """The sum with zeros up to this shape; itself where it is as large."""
+    whole = tuple(map(max, total.shape, shape))
+    if whole == tuple(total.shape):
+        return total
+    grown = torch.zeros(whole, dtype=total.dtype)
+    grown[tuple(map(slice, total.shape))] = total
+    return grown
 
 
 @dataclass

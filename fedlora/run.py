@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,10 +64,12 @@ def prepare(config: Config) -> Setup:
     config = _absolute(config)
     federated = data.load(config.data, config.model.task, config.clients, config.seed)
     config = _resolve(config, federated.form, len(federated.clients))
-    model = Model(config.model, config.lora, federated.form, config.seed)
+    public = data.public(config.lora.init_data, federated.form)
+    model = Model(config.model, config.lora, federated.form, config.seed, public)
     heldout = federated.heldout or ((),) * len(federated.clients)
     sites = tuple(Site(model.encoder, rows, held) for rows, held in zip(federated.clients, heldout, strict=True))
-    their = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, model.memory)
+    memory = partial(model.memory, batch_size=config.train.batch_size)
+    their = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, memory)
     return Setup(config, model, model.read(), sites, tuple(their), federated.evaluation)
 
 
@@ -134,7 +136,9 @@ def _absolute(config: Config) -> Config:
         return str(Path(path).expanduser().absolute()) if path and _on_disk(path) else path
 
     rows = replace(config.data, path=full(config.data.path), eval=full(config.data.eval))
-    return replace(config, data=rows, model=replace(config.model, path=full(config.model.path)))
+    model = replace(config.model, path=full(config.model.path))
+    lora = replace(config.lora, init_data=full(config.lora.init_data))
+    return replace(config, data=rows, model=model, lora=lora)
 
 
 def _on_disk(path: str) -> bool:

@@ -50,7 +50,7 @@ def wear(net: nn.Module, lora: LoRAConfig, form: Form, new: Sequence[str], seed:
         worn: PeftModel = get_peft_model(net, config)
     for module, weight, values in before:
         weight.data = values
-        module.weight = weight
+        module.weight = weight  # PEFT puts another in the place of a quantised one
     _settle(layers(worn), lora.init)
     return worn
 

@@ -228,8 +228,8 @@ def save(out: Path, place: Place, results: Results) -> None:
 
 def _settings(place: Place) -> dict[str, Any]:
     """What all results of a file were made with, wherever model and data lie."""
-    common = {"short": SHORT, "long": LONG, "own": OWN, **configuration.read(TOML), **SETTINGS}
-    return common | (SMOKE if place.smoke else {})
+    rounds = {"rounds of the grid": SHORT, "rounds": LONG, "own": OWN}
+    return {**configuration.read(TOML), **SETTINGS, **rounds, **(SMOKE if place.smoke else {})}
 
 
 def _line(run: Run, results: Results) -> str:
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="see that everything runs: one step a round")
     given = parser.parse_args()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     place = Place(given.model, str(given.data.absolute()), threads, given.smoke)
     try:

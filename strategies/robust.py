@@ -70,7 +70,7 @@ class Robust(Strategy[Any]):
             best = ranking(updates, self.byzantine)[: 1 if self.rule == "krum" else n - self.byzantine]
             return self.inner.aggregate(state, [updates[i] for i in best], [1.0] * len(best))
         middle = (n - 1) // 2
-        k = middle if self.rule == "median" else min(middle, ceil(self.trim * n - 1e-9))  # 0.1 * 30 is above 3
+        k = middle if self.rule == "median" else min(middle, ceil(self.trim * n - 1e-9))  # 0.07 * 100 is above 7
         return self.inner.aggregate(state, [centre(updates, k)], [1.0])
 
     def adapter(self, state: Any) -> LoRA:
@@ -110,7 +110,7 @@ def ranking(updates: Sequence[LoRA], f: int) -> list[int]:
     for s in SIDES:
         for m in updates[0].side(s):
             x = torch.stack([u.side(s)[m].double().flatten() for u in updates])  # (n, numel)
-            # of differences, not of x x^T: beside one very long update that has no digits left for the others
+            # of differences, not of x x^T, which has no digits left where updates differ by little
             d2 += torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     near = d2.nan_to_num(nan=inf, posinf=inf).fill_diagonal_(0).sort(dim=1).values  # (n, n), 0 to itself first
     scores, rows = near[:, : n - f - 1].sum(1).tolist(), near.tolist()

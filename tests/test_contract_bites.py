@@ -238,11 +238,12 @@ class CutsToOwnRank(FedAvg):
         return Job(start=leading(state, client.rank))
 
 
-class AsksForTheHead(Head):
-    """Says that heads are local, and has them sent."""
+class DecaysTheHead(FedAvg):
+    """The head shrinks on the server, whoever it belongs to."""
 
-    def client_init(self, state: Any, client: Client) -> Job:
-        return self.inner.client_init(state, client)
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        mean = average(updates, weights)
+        return LoRA(mean.A, mean.B, {m: 0.9 * h for m, h in mean.H.items()})
 
 
 class TruncatedSaysExact(FLoRIST):
@@ -272,3 +273,149 @@ class FFASaysInexact(FFALoRA):
 
 class FLoRASaysItContinues(FLoRA):
     continues = True
+
+
+BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
+    (TransposesTheResidual(), FedEx(), declarations.check_exact_is_as_declared),
+    (TransposesTheResidual(), FedEx(), training.check_real_training_is_exact_where_declared),
+    (WeighsTwice(), FedAvg(), declarations.check_sums_only_is_as_declared),
+    (TakesTheFirstOnly(), FedAvg(), algebra.check_order_of_clients_changes_nothing),
+    (TakesTheFirstOnly(), FedAvg(), algebra.check_equal_updates_do_what_one_does),
+    (MergesTheLastOnly(), FLoRA(), declarations.check_exact_is_as_declared),
+    (IgnoresTheWeights(), FedEx(), declarations.check_exact_is_as_declared),
+    (IgnoresTheWeights(), FedEx(), training.check_real_training_is_exact_where_declared),
+    (WeighsByTheScale(), FedAvg(), algebra.check_scale_of_weights_changes_nothing),
+    (TellsFactorsByShape(), FLoRA(), algebra.check_rank_may_be_a_dimension),
+    (SendsTheLastResidualOnly(), FedEx(), algebra.check_a_client_that_slept_is_right_after_one_job),
+    (SendsTheLastResidualOnly(), FedEx(), training.check_a_client_that_slept_wears_the_model),
+    (DeliversNoOffset(), FedEx(), algebra.check_what_is_delivered_is_what_clients_start_from),
+    (DeliversNoOffset(), FedEx(), training.check_an_exported_adapter_is_the_model_that_was_trained),
+    (NeverSketches(), FSLoRA(), training.check_numbers_sent_are_as_declared),
+    (NeverSketches(), FSLoRA(), declarations.check_mixed_ranks_are_as_declared),
+    (SketchesTwiceTheSame(), FSLoRA(), algebra.check_jobs_are_complete),
+    (SumsInHalf(), FedAvg(), algebra.check_half_precision_is_summed_in_single),
+    (KeepsHalf(), FedAvg(), algebra.check_half_precision_is_summed_in_single),
+    (AddsInPlace(), FedAvg(), algebra.check_arguments_are_left_alone),
+    (Interpolates(), FedAvg(), algebra.check_order_of_clients_changes_nothing),
+    (KeepsASet(), FedAvg(), algebra.check_state_survives_a_checkpoint),
+    (RemembersOutside(), FedAvg(), algebra.check_nothing_is_remembered_but_the_state),
+    (FoldsAlphaTwice(), FLoRA(), declarations.check_exact_is_as_declared),
+    (FoldsAlphaTwice(), FLoRA(), algebra.check_one_client_alone_is_followed),
+    (BuildsTheProduct(), FedEx(), algebra.check_no_product_is_built_on_the_server),
+    (BringsNoA(), FFALoRA(), algebra.check_jobs_are_complete),
+    (CutsToOwnRank(), HetLoRA(), declarations.check_mixed_ranks_are_as_declared),
+    (DecaysTheHead(), FedAvg(), algebra.check_a_head_that_is_not_shared_stays_with_its_owner),
+    (TruncatedSaysExact(), FLoRIST(), declarations.check_exact_is_as_declared),
+    (PaddedSaysExact(), HetLoRA(), declarations.check_exact_is_as_declared),
+    (FedExSaysSums(), FedEx(), declarations.check_sums_only_is_as_declared),
+    (FedExSaysLittleIsSent(), FedEx(), training.check_numbers_sent_are_as_declared),
+    (FedExSaysDora(), FedAvg(), training.check_it_works_with_the_kinds_it_declares),
+    (FFASaysInexact(), FFALoRA(), declarations.check_exact_is_as_declared),
+    (FLoRASaysItContinues(), FLoRA(), declarations.check_continues_is_as_declared),
+]
+
+
+@pytest.mark.parametrize(("broken", "sound", "check"), BITES, ids=lambda x: getattr(x, "__name__", type(x).__name__))
+def test_a_broken_strategy_fails_where_its_sound_twin_passes(
+    broken: Strategy[Any], sound: Strategy[Any], check: Check
+) -> None:
+    assert verify(check, sound).outcome == "passed"
+    failed = verify(check, broken)
+    assert failed.outcome == "failed" and failed.detail.startswith(str(broken))
+
+
+class Altered(Serial):
+    """A fleet whose clients do another job than the one they are given."""
+
+    def change(self, job: Job) -> Job:
+        raise NotImplementedError
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        return super().train({i: self.change(job) for i, job in jobs.items()})
+
+    def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        return super().evaluate({i: self.change(job) for i, job in jobs.items()})
+
+
+class ThawsA(Altered):
+    """The E2E baseline of FedEx-LoRA's release freezes A before PEFT wraps the model, and so not at all."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, trains="ABH")
+
+
+class NeverTrains(Altered):
+    """A learning rate that a schedule, made anew every round, never lets off the ground."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, training=replace(job.training, lr=1e-30))
+
+
+class TransposesTheOffset(Altered):
+    """The released FedEx-LoRA, on the client: right for Conv1D, wrong for Linear, silent where a module is square."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, offset=tuple(turned(part) for part in job.offset))
+
+
+class WearsTheLastPartOnly(Altered):
+    """The client takes an absolute offset for one since last time, and starts from the base every time."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, offset=job.offset[-1:])
+
+
+class TakesSTwice(Altered):
+    """alpha is in the configuration, and in the factors once more."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, gain={m: 2.0 for m in job.start.A})
+
+
+class ForgetsTheGain(Altered):
+    """A sketch of k of r directions without its factor r / k."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, gain={})
+
+
+class HandsOneAdapterAround(Serial):
+    """FedSA-LoRA's release trains one model object: B and head go from client to client."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._stores = [self._stores[0] for _ in self._stores]
+
+
+class SendsTheHead(Serial):
+    """A head that is the client's own is in its message all the same."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        for i, answer in super().train(jobs):
+            assert not isinstance(answer, Failure)
+            yield i, replace(answer, lora=answer.lora.over(self._model.read().only("H")))
+
+
+CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
+    (ThawsA, FFALoRA(), training.check_what_trains_moves_and_nothing_else),
+    (ThawsA, FFALoRA(), training.check_gradients_reach_what_trains_alone),
+    (NeverTrains, FedAvg(), training.check_what_trains_moves_and_nothing_else),
+    (TransposesTheOffset, FedEx(), training.check_a_model_is_its_weights_plus_s_times_the_product),
+    (WearsTheLastPartOnly, FedEx(), training.check_a_client_that_slept_wears_the_model),
+    (TakesSTwice, FedAvg(), training.check_a_model_is_its_weights_plus_s_times_the_product),
+    (TakesSTwice, FLoRA(), training.check_an_exported_adapter_is_the_model_that_was_trained),
+    (ForgetsTheGain, FSLoRA(), training.check_a_model_is_its_weights_plus_s_times_the_product),
+    (HandsOneAdapterAround, FedSALoRA(), training.check_what_a_client_keeps_is_its_own),
+    (HandsOneAdapterAround, FedAvg(), training.check_what_a_client_keeps_is_its_own),
+    (SendsTheHead, FedSALoRA(), training.check_messages_hold_what_is_shared_alone),
+    (SendsTheHead, Head(FedAvg(), "local"), training.check_messages_hold_what_is_shared_alone),
+]
+
+
+@pytest.mark.parametrize(("fleet", "strategy", "check"), CLIENTS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_broken_client_fails_where_a_sound_one_passes(
+    fleet: type[Serial], strategy: Strategy[Any], check: Any
+) -> None:
+    assert check(strategy) is None
+    with pytest.raises(AssertionError):
+        check(strategy, fleet)

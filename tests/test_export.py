@@ -1,7 +1,6 @@
 """`fedlora export`: what a stranger loads gives the logits of the run."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -34,49 +33,46 @@ from fedlora.simulate import simulate
 from fedlora.store import Store
 from tests.models import make
 
-Run = Callable[..., Path]
+Run = Callable[[str], Path]
 Said = pytest.CaptureFixture[str]
 SMALL = {"train.batch_size": 4, "train.lr": 0.02, "lora.rank": 3, "lora.alpha": 5.0, "model.max_length": 16}
 SMALL |= {"threads": 1, "clients": 4, "cohort": 2, "rounds": 2}
-RUNS: list[tuple[str, str, dict[str, Any]]] = [
-    ("llama", "fedavg", {}),
-    ("gpt2", "fedex_lora", {}),
-    ("bert", "fedex_lora", {}),
-    ("bert", "fedavg", {"lora__kind": "dora"}),
-    ("llama", "fedavg", {"lora__kind": "vera", "train__lr": 0.1}),
-    ("bert", "fedex_lora", {"lora__init": "pissa"}),
-    ("llama", "fedex_lora", {"lora__alpha_pattern": "q_proj=2", "lora__rank_pattern": "v_proj=2"}),
-    ("bert", "fed_sb", {"train__lr": 0.1}),
+RUNS = [
+    "llama fedavg data.eval= data.eval_share=0",  # nothing to evaluate on: a client's examples serve
+    "gpt2 fedex_lora",
+    "bert fedex_lora",
+    "bert fedavg lora.kind=dora",
+    "llama fedavg lora.kind=vera train.lr=0.1",
+    "bert fedex_lora lora.init=pissa",
+    "llama fedex_lora lora.alpha_pattern=q_proj=2 lora.rank_pattern=v_proj=2",
+    "bert fed_sb train.lr=0.1",
 ]
-PERSONAL: list[tuple[str, str, dict[str, Any]]] = [
-    ("llama", "fedsa_lora", {}),
-    ("bert", "fedsa_lora", {}),
-    ("bert", "fedsa_lora", {"lora__kind": "vera", "train__lr": 0.1}),
-    ("bert", "fedex_lora", {"model__head": "local"}),
-    ("bert", "fedex_lora", {"model__head": "local", "option__assignment": "keep"}),
-    ("bert", "flora", {"model__head": "local", "lora__ranks": "1,2,3,3"}),
+PERSONAL = [
+    "llama fedsa_lora",
+    "bert fedsa_lora rounds=1",
+    "bert fedsa_lora lora.kind=vera train.lr=0.1",
+    "bert fedex_lora model.head=local",
+    "bert fedex_lora model.head=local option.assignment=keep lora.init=pissa",
+    "bert flora model.head=local lora.ranks=1,2,3,3",
 ]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run of this tiny model and strategy, made once; not to be written to."""
+    """A finished run of a tiny model, a strategy and settings, made once; not to be written to."""
     site = tmp_path_factory.mktemp("site")
     for name, n in (("train.jsonl", 40), ("test.jsonl", 12)):
         rows = [{"text": f"w{i % 7} w{i % 5} w{i % 3}", "label": ("no", "maybe", "yes")[i % 3]} for i in range(n)]
         (site / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     @cache
-    def model(kind: str) -> str:
-        return str(make(kind, site / kind))
-
-    @cache
-    def one(kind: str, strategy: str, **more: Any) -> Path:
-        out = tmp_path_factory.mktemp("run") / "run"
-        files = {"model.path": model(kind), "model.task": "classify" if kind == "bert" else "lm"}
-        files |= {"data.path": str(site / "train.jsonl"), "data.eval": str(site / "test.jsonl")}
-        given = files | SMALL | {"strategy": strategy} | {key.replace("__", "."): v for key, v in more.items()}
-        simulate(None, given, out, None)
+    def one(words: str) -> Path:
+        kind, strategy, *more = words.split()
+        out, model = tmp_path_factory.mktemp("run") / "run", site / kind
+        files = {"model.path": str(model if model.exists() else make(kind, model)), "strategy": strategy}
+        files |= {"model.task": "classify" if kind == "bert" else "lm", "data.path": str(site / "train.jsonl")}
+        files |= {"data.eval": str(site / "test.jsonl")}
+        simulate(None, files | SMALL | dict(word.split("=", 1) for word in more), out, None)
         return out
 
     return one
@@ -86,8 +82,7 @@ def opened(path: Path) -> tuple[Setup, Any, Any]:
     """The run as it stands: its pieces, its strategy, and the state after its last round."""
     setup = prepare(configuration.build(RunFolder(path).config()))
     strategy = compose(setup.config, setup.start, setup.ranks)
-    last = checkpoint.latest(path / "checkpoint")
-    assert last
+    last: Any = checkpoint.latest(path / "checkpoint")
     return setup, strategy, last.state
 
 
@@ -97,14 +92,6 @@ def delivered(path: Path) -> tuple[Setup, LoRA]:
     lora = strategy.adapter(state)
     setup.model.write(lora)
     return setup, lora
-
-
-def worn_by(path: Path, client: int) -> tuple[Setup, torch.Tensor]:
-    """The logits of the model that a client is evaluated with: from its own disk and its next job."""
-    setup, strategy, state = opened(path)
-    job = strategy.client_init(state, setup.sites[client].client(client, setup.ranks[client]))
-    worker.evaluate(setup.model, job, setup.evaluation, Store(path / "checkpoint" / "clients" / str(client)).before(2))
-    return setup, logits(setup.model.net)
 
 
 @torch.no_grad()
@@ -134,12 +121,10 @@ def alike(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-@pytest.mark.parametrize(("kind", "strategy", "more"), RUNS)
-def test_a_stranger_gets_the_runs_logits(
-    run: Run, kind: str, strategy: str, more: dict[str, Any], form: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("words", RUNS)
+def test_a_stranger_gets_the_runs_logits(run: Run, words: str, form: str, tmp_path: Path) -> None:
     """From the adapter on a clean base, and from the merged model without PEFT."""
-    path, out = run(kind, strategy, **more), tmp_path / "out"
+    path, out = run(words), tmp_path / "out"
     export(path, form, out=out)
     setup, _ = delivered(path)
     wanted = logits(setup.model.net)
@@ -148,10 +133,11 @@ def test_a_stranger_gets_the_runs_logits(
     assert not torch.allclose(logits(bare), wanted, atol=1e-3)
 
 
-def test_a_merged_model_is_one_of_transformers_own(run: Run, tmp_path: Path) -> None:
-    """With the base's weights by name, its tokenizer and its labels, and nothing of PEFT's."""
-    path, out = run("bert", "fedavg"), tmp_path / "out"
-    export(path, "merged", out=out)
+def test_the_command_leaves_a_model_that_is_of_transformers_alone(run: Run, tmp_path: Path) -> None:
+    """With the base's weights by name, its tokenizer and its labels, nothing of PEFT's, and how to load it."""
+    path, out = run("bert fedavg"), tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(path), "--as", "merged", "--out", str(out)])
+    assert f'load it: transformers.BertForSequenceClassification.from_pretrained("{out}")' in done.stdout
     setup, net = opened(path)[0], whole(out)
     bare, processor, _ = base.load(setup.config.model, setup.model.form, seed=99)
     assert net.state_dict().keys() == bare.state_dict().keys() and not list(out.glob("adapter*"))
@@ -161,7 +147,7 @@ def test_a_merged_model_is_one_of_transformers_own(run: Run, tmp_path: Path) -> 
 
 def test_a_merged_model_keeps_the_type_of_its_base(run: Run, tmp_path: Path) -> None:
     """Its weights are rounded to that type, and the logits are the run's to no more digits."""
-    path = run("llama", "fedex_lora", model__dtype="bfloat16")
+    path = run("llama fedex_lora model.dtype=bfloat16")
     export(path, "merged", out=tmp_path / "out")
     net = whole(tmp_path / "out")
     assert {t.dtype for t in net.state_dict().values()} == {torch.bfloat16}
@@ -169,39 +155,36 @@ def test_a_merged_model_keeps_the_type_of_its_base(run: Run, tmp_path: Path) -> 
     assert 0 < float((logits(net) - wanted).abs().max() / wanted.abs().max()) < 0.05
 
 
-@pytest.mark.parametrize(("kind", "strategy", "more"), PERSONAL)
-def test_every_client_gets_its_own_model(
-    run: Run, kind: str, strategy: str, more: dict[str, Any], tmp_path: Path
-) -> None:
-    """What it keeps, over its job's start and offset; who has not trained has the start."""
-    path = run(kind, strategy, **more)
+@pytest.mark.parametrize("words", PERSONAL)
+def test_every_client_gets_its_own_model(run: Run, words: str, tmp_path: Path, capsys: Said) -> None:
+    """What it keeps, over its job's start and offset; who has not trained has the start, and is named."""
+    path = run(words)
+    capsys.readouterr()
     export(path, "per-client", out=tmp_path / "out")
+    named = re.findall(r"client (\d) has not trained yet", capsys.readouterr().out)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"client-{i}" for i in range(4)}
+    setup, strategy, state = opened(path)
     found = []
-    for i in range(4):
-        setup, wanted = worn_by(path, i)
-        alike(got := stranger(setup, tmp_path / "out" / f"client-{i}"), wanted)
-        found += [got] if (path / "checkpoint" / "clients" / str(i)).exists() else []
+    for i, site in enumerate(setup.sites):
+        kept = Store(path / "checkpoint" / "clients" / str(i)).before(2)
+        job = strategy.client_init(state, site.client(i, setup.ranks[i]))
+        worker.evaluate(setup.model, job, setup.evaluation, kept)
+        alike(got := stranger(setup, tmp_path / "out" / f"client-{i}"), logits(setup.model.net))
+        found += [got] if kept else []
+        assert bool(kept) == (str(i) not in named)
     assert len(found) > 1
     assert all(not torch.allclose(x, y, atol=1e-4) for i, x in enumerate(found) for y in found[:i])
 
 
-def test_a_client_that_never_trained_is_named(run: Run, tmp_path: Path, capsys: Said) -> None:
-    path = run("bert", "fedsa_lora", rounds=1)
-    export(path, "per-client", out=tmp_path / "out")
-    named = set(re.findall(r"client (\d) has not trained yet", capsys.readouterr().out))
-    assert len(named) == 2 and named == set("0123") - {p.name for p in (path / "checkpoint" / "clients").iterdir()}
-
-
 def test_an_adapter_that_is_no_clients_model_says_so(run: Run, tmp_path: Path, capsys: Said) -> None:
     for strategy, notes in (("fedsa_lora", ["BH stays with the clients"]), ("fedavg", [])):
-        export(run("bert", strategy), "adapter", 3, tmp_path / strategy)
+        export(run(f"bert {strategy}"), "adapter", 3, tmp_path / strategy)
         assert re.findall(r"\w+ stays with the clients|cut", capsys.readouterr().out) == notes
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_cut_adapter_is_off_by_what_eckart_and_young_say(run: Run, rank: int, tmp_path: Path, capsys: Said) -> None:
-    path = run("bert", "fedex_lora")
+    path = run("bert fedex_lora")
     export(path, "adapter", rank, tmp_path / "out")
     told, moved = (float(x) for x in re.findall(r"(?:error is|of a logit) (\S+)", capsys.readouterr().out))
     setup, lora = delivered(path)
@@ -217,7 +200,7 @@ def test_a_cut_adapter_is_off_by_what_eckart_and_young_say(run: Run, rank: int, 
 
 def test_no_modules_rank_is_above_its_smaller_dimension(run: Run, tmp_path: Path) -> None:
     """Llama's v has 12 rows; four rounds of three clients' residuals would have rank 45."""
-    export(run("llama", "fedex_lora", lora__rank=5, cohort=3, rounds=4), "adapter", out=tmp_path / "out")
+    export(run("llama fedex_lora lora.rank=5 cohort=3 rounds=4"), "adapter", out=tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for part, most in (("v_proj.lora_A", 12), ("q_proj.lora_A", 24)):
         assert {t.shape[0] for name, t in tensors.items() if part in name} == {most}
@@ -231,7 +214,7 @@ def probe_of(setup: Setup) -> Probe:
 @pytest.mark.parametrize(("kind", "part"), [("llama", "lora_A"), ("llama", "lora_B"), ("bert", "classifier.weight")])
 def test_an_export_that_is_not_the_model_is_refused(run: Run, kind: str, part: str, tmp_path: Path) -> None:
     """One of its matrices is off by a tenth."""
-    path, out = run(kind, "fedavg"), tmp_path / "out"
+    path, out = run(f"{kind} fedavg"), tmp_path / "out"
     export(path, "adapter", out=out)
     setup, _ = delivered(path)
     probe = probe_of(setup)
@@ -245,9 +228,8 @@ def test_an_export_that_is_not_the_model_is_refused(run: Run, kind: str, part: s
 
 
 def test_of_a_damaged_run_nothing_is_left(run: Run, tmp_path: Path) -> None:
-    path = shutil.copytree(run("bert", "fedavg"), tmp_path / "run")
-    last = checkpoint.latest(path / "checkpoint")
-    assert last
+    path = shutil.copytree(run("bert fedavg"), tmp_path / "run")
+    last: Any = checkpoint.latest(path / "checkpoint")
     broken = replace(last.state, H={name: h * float("nan") for name, h in last.state.H.items()})
     checkpoint.save(path / "checkpoint", replace(last, round=3, state=broken))
     with pytest.raises(ExportError, match="nan of their size"):
@@ -256,12 +238,12 @@ def test_of_a_damaged_run_nothing_is_left(run: Run, tmp_path: Path) -> None:
 
 
 def test_interrupted_it_leaves_nothing(run: Run, tmp_path: Path) -> None:
-    path = run("bert", "fedsa_lora")
+    path = run("bert fedsa_lora")
 
     def interrupt() -> None:
         while not list(tmp_path.glob(".out.*/client-1/*.safetensors")):
             time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
@@ -270,49 +252,34 @@ def test_interrupted_it_leaves_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_run_is_left_as_it_was(run: Run, tmp_path: Path) -> None:
-    path = shutil.copytree(run("bert", "fedsa_lora"), tmp_path / "run")
+    path = shutil.copytree(run("bert fedsa_lora"), tmp_path / "run")
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
     export(path, "per-client")
-    after = {p: p.read_bytes() for p in path.rglob("*") if p.is_file() and "export-per-client" not in p.parts}
-    assert before == after and (path / "export-per-client" / "client-0").is_dir()
-
-
-def test_with_nothing_to_evaluate_on_a_clients_examples_serve(run: Run, tmp_path: Path) -> None:
-    export(run("bert", "fedavg", data__eval="", data__eval_share=0.0), "adapter", out=tmp_path / "out")
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
-
-
-def test_the_command_says_where_it_is_and_how_to_load_it(run: Run, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        app, ["export", str(run("llama", "fedavg")), "--as", "merged", "--out", f"{tmp_path}/out"]
-    )
-    assert done.exit_code == 0 and f"merged: {tmp_path}/out" in done.stdout
-    assert f'transformers.LlamaForCausalLM.from_pretrained("{tmp_path}/out")' in done.stdout
+    shutil.rmtree(path / "export-per-client")
+    assert before == {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(
-    ("form", "rank", "more", "says"),
+    ("form", "rank", "kind", "says"),
     [
-        ("whole", 0, {}, "--as whole is no form"),
-        ("merged", 2, {}, "a merged model has no rank"),
-        ("adapter", 2, {"lora__kind": "vera"}, "lora.kind = vera has no product"),
-        ("per-client", 0, {}, "with fedavg all clients have the same model; use --as adapter"),
+        ("whole", 0, "lora", "--as whole is no form"),
+        ("merged", 2, "lora", "a merged model has no rank"),
+        ("adapter", 2, "vera", "lora.kind = vera has no product"),
+        ("per-client", 0, "lora", "with fedavg all clients have the same model; use --as adapter"),
     ],
 )
-def test_what_has_no_meaning_is_refused(
-    run: Run, form: str, rank: int, more: dict[str, Any], says: str, tmp_path: Path
-) -> None:
+def test_what_has_no_meaning_is_refused(run: Run, form: str, rank: int, kind: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
-        export(run("bert", "fedavg", **more), form, rank, tmp_path / "out")
+        export(run(f"bert fedavg lora.kind={kind}"), form, rank, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_there_is_not_written_to(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ConfigError, match="--out"):
-        export(run("bert", "fedavg"), "adapter", out=tmp_path)
+        export(run("bert fedavg"), "adapter", out=tmp_path)
     with pytest.raises(ExportError, match="could not be written"):
-        export(run("bert", "fedavg"), "adapter", out=tmp_path / "mine" / "out")
+        export(run("bert fedavg"), "adapter", out=tmp_path / "mine" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -320,7 +287,7 @@ def test_a_run_that_cannot_give_it_is_one_sentence(run: Run, tmp_path: Path) -> 
     """No run, no round, clients elsewhere, a quantised base."""
     with pytest.raises(ConfigError, match="no run directory"):
         export(tmp_path, "adapter")
-    path = shutil.copytree(run("bert", "fedsa_lora"), tmp_path / "run")
+    path = shutil.copytree(run("bert fedsa_lora"), tmp_path / "run")
     shutil.rmtree(path / "checkpoint" / "clients")
     with pytest.raises(ConfigError, match="clients' own machines"):
         export(path, "per-client")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from fedlora.gather import Failure, Sum, gather
@@ -44,6 +45,16 @@ def test_the_mean_is_the_average_in_float32_or_wider(dtype: torch.dtype) -> None
     want = average([u.lora for u in some.values()], [weigh(u) for u in some.values()])
     assert_close(total.mean().A, want.A)
     assert total.mean().A["q"].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@given(ranks=st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_ranks_that_differ_are_summed_as_if_zeros_stood_beside(ranks: list[int]) -> None:
+    total = Sum()
+    for i, r in enumerate(ranks):
+        total.add(factors(i, r), 1.0)
+    want = sum(pad(factors(i, r).A["q"], (0, 0, 0, max(ranks) - r)) for i, r in enumerate(ranks)) / len(ranks)
+    assert_close(total.mean().A["q"], want)
+    assert total.mean().B["q"].shape == (8, max(ranks))
 
 
 def test_with_sums_no_update_is_held() -> None:

@@ -225,6 +225,7 @@ def test_a_pattern_means_the_same_in_every_place(tmp_path: Path) -> None:
     [
         ("llama", {"rank_pattern": "v_prog=4"}, ModelError, 'no adapted module has the name "v_prog"; .*"v_proj"'),
         ("llama", {"alpha_pattern": "layers.2.v_proj=4"}, ModelError, 'did you mean "model.layers.1.self_attn.v_proj"'),
+        ("llama", {"rank_pattern": "self_attn=4"}, ModelError, 'no adapted module has the name "self_attn"'),
         ("llama", {"rank_pattern": "v_proj=13"}, ModelError, "rank_pattern = 13 .*v_proj .12 x 24.*at most 12"),
         ("llama", {"rank_pattern": "v_proj"}, ConfigError, '"v_proj" is no NAME=NUMBER'),
         ("llama", {"rank_pattern": "v_proj=2.5"}, ConfigError, "v_proj=2.5 is no whole number"),

@@ -37,7 +37,8 @@ def build(folders: dict[str, Path]) -> Maker:
 def cored(model: Model, seed: int, rank: int = 3) -> LoRA:
     """A random adapter with a core in every module."""
     g = torch.Generator().manual_seed(seed)
-    return LoRA(R={m: 0.5 * torch.randn(rank, rank, generator=g) for m in model.adapted}).over(stirred(model, seed, rank))
+    cores = {m: 0.5 * torch.randn(rank, rank, generator=g) for m in model.adapted}
+    return LoRA(R=cores).over(stirred(model, seed, rank))
 
 
 def dense(model: Model, seed: int) -> LoRA:

@@ -50,14 +50,13 @@ def local(job: Job, seed: int, steps: int = 3, lr: float = 0.01, clip: float = t
 
 def play(strategy: Any_, lora: LoRA, clients: Ranked, rounds: int = 3, **how: Any) -> tuple[Any, list[LoRA]]:
     """The state after some rounds of clients with a target of their own each, and what each keeps for the next."""
-    state, kept = strategy.init(lora), [LoRA()] * len(clients)
+    state, kept, weights = strategy.init(lora), [LoRA()] * len(clients), [w for _, w in clients]
     for _ in range(rounds):
         jobs = [strategy.client_init(state, Client(i, 1, r)) for i, (r, _) in enumerate(clients)]
         jobs = [replace(job, start=own.over(job.start)) for job, own in zip(jobs, kept, strict=True)]
         trained = [local(job, i, **how) for i, job in enumerate(jobs)]
         kept = [x.only("".join(set(j.trains) - set(j.shares))) for x, j in zip(trained, jobs, strict=True)]
-        updates = [x.only(j.shares) for x, j in zip(trained, jobs, strict=True)]
-        state = strategy.aggregate(state, updates, [w for _, w in clients])
+        state = strategy.aggregate(state, [x.only(j.shares) for x, j in zip(trained, jobs, strict=True)], weights)
     return state, kept
 
 
@@ -180,6 +179,7 @@ def resume(job: Job, own: LoRA, seed: int) -> tuple[LoRA, LoRA]:
 def test_clients_that_keep_their_factors_stay_exact_whoever_takes_part(start: LoRA) -> None:
     strategy, own = FedEx(assignment="keep"), {i: LoRA() for i in range(3)}
     state = strategy.init(start)
+    near(model(strategy, state), dict(delta(start)))
     for cohort in ([0, 1, 2], [0, 2], [1], [0, 1, 2]):
         jobs = {i: strategy.client_init(state, Client(i, 1, i + 2)) for i in cohort}
         before, weights = model(strategy, state), [i + 1.0 for i in cohort]
@@ -226,8 +226,7 @@ def test_florist_keeps_the_smallest_rank_with_enough_energy(energy: float, weigh
     for m, s in S.items():
         p, share = part.A[m].shape[0], s.cumsum(0) / s.sum()
         assert share[p - 1] >= energy - 1e-12 and (p == 1 or share[p - 2] < energy + 1e-12)
-    total, cut = (sum(float(x.sum()) for x in side) for side in (S.values(), lost))
-    assert dropped == pytest.approx(cut / total, abs=1e-12)
+    assert dropped == pytest.approx(float(sum(x.sum() for x in lost) / sum(s.sum() for s in S.values())), abs=1e-12)
     assert kept == pytest.approx(sum(a.shape[0] for a in part.A.values()) / len(SHAPES))
 
 
@@ -269,6 +268,7 @@ def test_hetlora_is_the_mean_of_factors_with_zeros(clients: Ranked) -> None:
     norms = [sum(float(d.square().sum()) for d in delta(u).values()) ** 0.5 for u in updates]
     for weighting, p in (("examples", shares(weights)), ("norm", shares(norms))):
         got = once(load("hetlora", weighting=weighting), updates, weights, 6)
+        assert_close(got.H, average([u.only("H") for u in updates], weights).H)
         for row in range(6):
             held = [x for x in zip(p, updates, strict=True) if row < x[1].A["q"].shape[0]] or [(1.0, fresh(6))]
             assert_close(got.A["q"][row], torch.stack([c * u.A["q"][row] for c, u in held]).sum(0))

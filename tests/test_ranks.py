@@ -1,13 +1,19 @@
 """Which client trains at which rank."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.config import build
 from fedlora.errors import ConfigError
 from fedlora.ranks import ranks
+from fedlora.run import prepare
+from fedlora.simulations.serial import Serial
+from tests.models import make
 
 SPECS = st.one_of(
     st.just(""),
@@ -89,6 +95,15 @@ def test_memory_is_not_asked_where_no_budget_is_given() -> None:
         raise AssertionError(rank)
 
     assert ranks("4,8", 8, 2, 0, unknown) == [4, 8]
+
+
+def test_the_server_is_told_every_clients_own_rank(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) for i in range(20)))
+    given = {"model.path": str(make("llama", tmp_path / "model")), "data.path": str(data), "data.partition": "iid"}
+    setup = prepare(build(given, {"clients": 5, "lora.rank": 4, "lora.ranks": "1,2,4"}))
+    fleet = Serial(setup.model, setup.sites, setup.ranks, tmp_path / "clients")
+    assert [client.rank for client in fleet.clients()] == [1, 2, 4, 1, 2]
 
 
 @pytest.mark.parametrize(

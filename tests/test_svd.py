@@ -1,5 +1,7 @@
 """Singular values of products of factors: the quick way against the thorough one, and that against the dense one."""
 
+from math import inf
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,8 @@ D_OUT, D_IN, R = 160, 144, 128  # a rank of 2 or 4 of 128 goes the quick way
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=g, dtype=torch.float64))[0]
+    q, _ = torch.linalg.qr(torch.randn(rows, columns, generator=g, dtype=torch.float64))
+    return torch.as_tensor(q)
 
 
 def product(spectrum: Tensor, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -36,12 +39,12 @@ def dense(B: Tensor, A: Tensor) -> Tensor:
 
 def back(triplets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     u, s, vh = (x.double() for x in triplets)
-    return u * s @ vh
+    return torch.matmul(u * s, vh)
 
 
 def best(M: Tensor, rank: int) -> Tensor:
     u, s, vh = torch.linalg.svd(M, full_matrices=False)
-    return u[:, :rank] * s[:rank] @ vh[:rank]
+    return torch.matmul(u[:, :rank] * s[:rank], vh[:rank])
 
 
 def loss(M: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -101,7 +104,7 @@ def test_the_quick_way_is_taken_on_falling_spectra_and_agrees_with_the_thorough_
     by: float, rank: int, seed: int
 ) -> None:
     B, A = product(falling(by), seed)
-    quick, thorough = _krylov(B, A, rank, R // (8 * rank)), _through_core(B, A, rank)
+    quick, thorough = _krylov(B, A, rank, inf, R // (8 * rank)), _through_core(B, A, rank)
     assert quick is not None
     assert_orthonormal(quick)
     assert_close(quick[1], thorough[1], rtol=1e-5, atol=0)
@@ -111,7 +114,7 @@ def test_the_quick_way_is_taken_on_falling_spectra_and_agrees_with_the_thorough_
 @pytest.mark.parametrize("by", [0.97, 0.999, 1.0])
 def test_a_flat_spectrum_is_refused_by_the_quick_way_and_right_all_the_same(by: float) -> None:
     B, A = product(falling(by))
-    assert _krylov(B, A, 4, 4) is None
+    assert _krylov(B, A, 4, inf, 4) is None
     got, M = svd(B, A, 4), dense(B, A)
     assert_orthonormal(got)
     assert loss(M, got) == pytest.approx(float((M - best(M, 4)).norm()), rel=1e-6)
@@ -145,9 +148,36 @@ def test_factors_of_many_clients_that_share_a_start_go_the_quick_way() -> None:
     start = torch.rand(2, D_IN, generator=g) * 2 - 1
     B = torch.cat([torch.randn(D_OUT, 2, generator=g) * 0.3 + orthonormal(D_OUT, 2, 5) for _ in range(64)], 1).float()
     A = torch.cat([start + 0.1 * torch.randn(2, D_IN, generator=g) for _ in range(64)])
-    quick = _krylov(B, A, 2, 8)
+    quick = _krylov(B, A, 2, inf, 8)
     assert quick is not None
     assert float((back(quick) - best(dense(B, A), 2)).norm()) < 1e-5 * float(quick[1].norm())
+
+
+@settings(max_examples=30)
+@given(st.floats(0.3, 1), st.floats(0.01, 0.999), st.sampled_from([torch.float32, torch.float64]))
+def test_with_an_energy_the_fewest_that_hold_it_are_kept(by: float, share: float, dtype: torch.dtype) -> None:
+    B, A = product(falling(by), dtype=dtype)
+    held = torch.linalg.svdvals(dense(B, A)).square().cumsum(0)
+    target = (share + 1e-6) * float(held[-1])  # a little off what may be equal
+    got = svd(B, A, energy=target)
+    assert len(got[1]) == int((held < target).sum()) + 1
+    assert_orthonormal(got)
+    assert loss(dense(B, A), got) == pytest.approx(
+        float((held[-1] - held[len(got[1]) - 1]).clamp_min(0).sqrt()), abs=1e-4
+    )
+
+
+def test_an_energy_that_few_hold_is_found_though_a_flat_tail_follows() -> None:
+    spectrum = torch.cat([falling(0.5, 3), torch.full((R - 3,), 0.01, dtype=torch.float64)])
+    B, A = product(spectrum)
+    quick = _krylov(B, A, 5, 0.97 * float(spectrum.square().sum()), 3)
+    assert quick is not None and len(quick[1]) == 3
+    assert float((back(quick) - best(dense(B, A), 3)).norm()) < 1e-5
+
+
+def test_an_energy_is_held_by_no_more_than_the_rank() -> None:
+    B, A = product(falling(0.9))
+    assert [len(svd(B, A, rank, energy)[1]) for rank, energy in ((3, 1e9), (3, 1.5), (100, 1e9))] == [3, 2, 100]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

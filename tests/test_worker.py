@@ -235,11 +235,11 @@ def test_every_examples_gradient_is_clipped_by_itself(model: Model, begun: LoRA)
 
 def test_no_example_changes_the_sum_by_more_than_the_clip(model: Model, begun: LoRA) -> None:
     """Examples are of different lengths: a mean over the batch's targets would let one change what the others weigh."""
-    every = examples()
-    for largest in (0.05, 0.5, 5.0):
-        whole = [10 * t for t in step(model, begun, every, largest)]
-        for i in range(10):
-            rest = [9 * t for t in step(model, begun, [*every[:i], *every[i + 1 :]], largest)]
+    every = examples(6)
+    for largest in (0.05, 5.0):
+        whole = [6 * t for t in step(model, begun, every, largest)]
+        for i in range(6):
+            rest = [5 * t for t in step(model, begun, [*every[:i], *every[i + 1 :]], largest)]
             assert size([x - y for x, y in zip(whole, rest, strict=True)]) <= 1.001 * largest
 
 

@@ -42,7 +42,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     r"median .* FedEx: .* product of every single client.* take krum": lambda: Robust(load("fedex_lora"), "median"),
     r"trimmed_mean .* FSLoRA: .* no coordinates in common": lambda: Robust(load("fslora"), "trimmed_mean"),
     r"krum .* FLoRA: .* no coordinates in common": lambda: Robust(load("flora"), "krum"),
-    r"2 \* 2 \+ 3 = 7 updates .* 4 came": lambda: robust("krum", [factors(s) for s in range(4)], byzantine=2),
+    r"2 \* 1 \+ 3 = 5 updates .* 4 came": lambda: robust("krum", [factors(s) for s in range(4)], byzantine=1),
     r"bound = 0.0: .* a bound above 0": lambda: robust("norm_bound", [factors(1)]),
     r"an update has another shape": lambda: robust("norm_bound", [factors(1, rank=2)], bound=1.0),
     r"factors of their own": lambda: Robust(load("fedex_lora", assignment="keep"), "norm_bound", bound=1).init(fresh()),
@@ -204,13 +204,12 @@ def robust(rule: Any, updates: Sequence[LoRA], **options: Any) -> LoRA:
 @pytest.mark.parametrize("far", [1e6, float("inf"), float("nan")])
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "multi_krum", "norm_bound"])
 def test_one_client_that_sends_what_it_likes_moves_the_model_no_further_than_the_others(rule: Any, far: float) -> None:
-    job = Job(factors(0))
-    updates = [*[moved(job, s) for s in range(4)], moved(job, 9, far)]
+    updates = [moved(Job(factors(0)), s, far if s == 0 else 1.0) for s in range(5)]
     plain, got = vector(average(updates, FIVE)), vector(robust(rule, updates, trim=0.2, bound=30.0))
     assert not plain.abs().max() < 1e5 and got.abs().max() < 12
 
 
-@pytest.mark.parametrize(("trim", "n", "k"), [(0.0, 5, 0), (0.1, 5, 1), (0.2, 5, 1), (0.1, 30, 3), (0.49, 4, 1)])
+@pytest.mark.parametrize(("trim", "n", "k"), [(0.0, 5, 0), (0.1, 5, 1), (0.2, 5, 1), (0.28, 25, 7), (0.49, 4, 1)])
 def test_tails_of_every_coordinate_are_left_out_of_an_unweighted_mean(trim: float, n: int, k: int) -> None:
     updates = [factors(s) for s in range(n)]
     for side in "ABH":
@@ -225,17 +224,18 @@ def test_the_median_is_the_middle_of_every_coordinate(n: int) -> None:
     assert_close(robust("median", updates).B["v"].numpy(), np.median([u.B["v"].numpy() for u in updates], axis=0))
 
 
-def test_krum_takes_the_update_that_the_paper_takes() -> None:
-    updates = [factors(s) for s in range(8)]
-    x = np.stack([vector(u).numpy() for u in updates])
-    scores = [sum(sorted(((x - x[i]) ** 2).sum(1))[1 : 8 - 2 - 2 + 1]) for i in range(8)]
-    assert same(robust("krum", updates, byzantine=2), updates[int(np.argmin(scores))])
+def test_krum_takes_the_update_that_the_paper_takes_however_far_from_zero_all_lie() -> None:
+    for first in range(20):
+        updates = [LoRA({m: 1e9 + a for m, a in factors(s).A.items()}) for s in range(first, first + 8)]
+        x = np.stack([vector(u).numpy() for u in updates])
+        scores = [sum(sorted(((x - x[i]) ** 2).sum(1))[1 : 8 - 2 - 2 + 1]) for i in range(8)]
+        assert same(robust("krum", updates, byzantine=2), updates[int(np.argmin(scores))])
 
 
 def test_multi_krum_is_the_unweighted_mean_of_all_but_the_byzantine() -> None:
     honest = [factors(s) for s in range(4)]
-    got = robust("multi_krum", [moved(Job(factors(0)), 9, 50.0), *honest])
-    assert_close(leaves(got), leaves(average(honest, [1.0] * 4)))
+    got = vector(robust("multi_krum", [moved(Job(factors(0)), 9, 50.0), *honest]))
+    assert_close(got, vector(average(honest, [1.0] * 4)))
 
 
 def test_krum_breaks_a_tie_alike_in_any_order() -> None:
