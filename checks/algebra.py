@@ -177,24 +177,24 @@ def check_rank_may_be_a_dimension(strategy: Some) -> None:
 
 def check_a_start_that_is_not_zero_is_taken_off(strategy: Some) -> None:
     """Anchored, as with PiSSA's start, it begins with the pretrained model, and keeps what it declares from there."""
-    anchored = Anchored(strategy)
+    anchored, about = Anchored(strategy), "anchored at a start that is not zero, it"
     nothing = {m: torch.zeros(shape) for m, shape in ANY.items()}
     for now in rounds(anchored, start=moved(fresh(), "B", "start")):
+        job = now.work[0].job
         if now.t == 0:
-            start, offset = wears(now.work[0].job, LoRA())
             agree(
-                anchored, "it does not begin with the pretrained model", added(now.work[0].job, start, offset), nothing
+                strategy, f"{about} does not begin with the pretrained model", added(job, *wears(job, LoRA())), nothing
             )
-        claim = f"from a start that is not zero, round {now.t} misses the mean of the clients' models"
         if strategy.exact:
-            agree(anchored, claim, models(now.clients, now.after), spread(now.ideal, len(now.work)))
-        claim = f"from a start that is not zero, round {now.t} delivers another model than clients start from"
-        if not _has_private_factors(now.work[0].job):
-            _agree_on_the_model(anchored, claim, anchored.adapter(now.after), now.clients.job(now.after, 0))
+            ideal = spread(now.ideal, len(now.work))
+            agree(strategy, f"{about} misses the mean in round {now.t}", models(now.clients, now.after), ideal)
+        if not _has_private_factors(job):
+            delivered, worn = anchored.adapter(now.after), now.clients.job(now.after, 0)
+            _agree_on_the_model(strategy, f"{about} delivers another model than is worn", delivered, worn)
 
 
 def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: Some) -> None:
-    """Wrapped so that heads are local or frozen, no head is asked for, and the server's stays as it was, to the bit."""
+    """Wrapped so that heads are local or frozen, no head is asked for, and the server's stays as it was."""
     policies: tuple[Literal["local", "frozen"], ...] = ("local", "frozen")
     for policy in policies:
         wrapped = Head(strategy, policy)
@@ -203,8 +203,8 @@ def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: Some) -> None
             asked = f"trains {job.trains} and shares {job.shares}"
             assert "H" not in job.shares, f"{strategy}: with a {policy} head the job {asked}"
             assert policy == "local" or "H" not in job.trains, f"{strategy}: with a {policy} head the job {asked}"
-            same = identical(wrapped.adapter(now.after).only("H"), fresh().only("H"))
-            assert same, f"{strategy}: with a {policy} head the server's own changes in round {now.t}"
+            claim = f"with a {policy} head the server's own changes in round {now.t}"
+            agree(strategy, claim, wrapped.adapter(now.after).H, fresh().H)
 
 
 def check_no_product_is_built_on_the_server(strategy: Some) -> None:

@@ -30,6 +30,11 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     strategy = load(config.strategy, **config.option)
     accepts(strategy, config.lora.kind, ranks)
     if any(bool(b.any()) for b in start.B.values()) and config.lora.kind != "vera":
+        if len(set(ranks)) > 1:
+            raise StrategyError(
+                f"lora.init = {config.lora.init} starts from a product that is not zero, of which clients of low rank "
+                "would lose a piece: with lora.ranks take kaiming, gaussian, orthonormal or eva"
+            )
         strategy = Anchored(strategy)
     cap = config.aggregate.offset_rank or (QUANTIZED_CAP if config.model.quantize != "none" else 0)
     if cap and config.lora.kind == "lora":

@@ -37,7 +37,7 @@ from fedlora.simulations.serial import Serial
 from fedlora.worker import Site
 
 GRID = (2e-3, 5e-3, 1.5e-2)
-SHORT, LONG = 3, 6  # rounds of a run of the grid, and of the one that is measured
+SHORT, LONG = 2, 6  # rounds of a run of the grid, and of the one that is measured
 OWN = 100  # examples at most in each half of what a client holds out
 SETTINGS: Mapping[str, Any] = {"data.holdout": 0.05, "train.batch_size": 8, "train.accumulate": 2, "train.steps": 8}
 SMOKE: Mapping[str, Any] = {"rounds": 2, "train.steps": 1, "data.limit": 400, "data.eval_limit": 32}

@@ -51,6 +51,11 @@ def test_a_start_that_is_not_zero_is_taken_off_the_base() -> None:
     assert made.client_init(state, Client(0, 1, 4)).offset
 
 
+def test_clients_of_low_rank_cannot_start_from_a_piece_of_a_product() -> None:
+    with pytest.raises(StrategyError, match=r"lora.init = pissa .* lose a piece"):
+        composed(start=factors(1), ranks=(2, 4), strategy="flora", lora__init="pissa")
+
+
 @pytest.mark.parametrize("name", ["fedex_lora", "flora", "florist", "flexlora"])
 @pytest.mark.parametrize("kind", ["dora", "vera"])
 def test_products_have_no_meaning_for_dora_and_vera(name: str, kind: str) -> None:

@@ -1,26 +1,22 @@
-"""The contract is worth what it catches: bugs that were published, or could be, each with the check that finds it.
+"""The contract is worth what it catches: every check finds a bug planted for it, and passes the sound twin."""
 
-A broken strategy is its sound twin with one method or declaration changed; the twin passes the same check.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from fedlora.checks import algebra, declarations, training
-from fedlora.checks.contract import Check, verify
-from fedlora.checks.report import check
-from fedlora.lora import SIDES, LoRA, average, contrast, delta, join, leading, scale, shares, stack
+from fedlora.checks.contract import CHECKS, Check, verify
+from fedlora.checks.report import check as report
+from fedlora.errors import StrategyError
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategies.fedex_lora import FedEx, State
+from fedlora.strategies.fedex_lora import FedEx
 from fedlora.strategies.fedsa_lora import FedSALoRA
 from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.flora import FLoRA
@@ -28,252 +24,40 @@ from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.head import Head
 from fedlora.strategies.hetlora import HetLoRA
-from fedlora.strategy import Client, Job, Strategy
-
-Updates = Sequence[LoRA]
-Weights = Sequence[float]
-
-
-def each(lora: LoRA, change: Any) -> LoRA:
-    """The adapter with every matrix changed."""
-    return LoRA(**{s: {m: change(t) for m, t in lora.side(s).items()} for s in SIDES})
-
-
-def turned(part: LoRA) -> LoRA:
-    """The transpose of every product that is square; the others as they are."""
-    dense = {m: d.T if d.shape[0] == d.shape[1] else d for m, d in delta(part).items()}
-    return LoRA(D=dense)
-
-
-class TransposesTheResidual(FedEx):
-    """The released FedEx-LoRA adds the transpose; with square modules nothing complains."""
-
-    def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
-        parts = (*state.parts, turned(contrast(updates, weights)))
-        return State(average(updates, weights), parts, state.round + 1)
-
-
-class WeighsTwice(FedAvg):
-    """A mean whose weights were in the terms already."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        p = shares(weights)
-        terms = [each(u, lambda t, c=c: c * t) for c, u in zip(p, updates, strict=True)]
-        return each(average(terms, weights), lambda t: len(p) * t)
-
-
-class TakesTheFirstOnly(FedAvg):
-    """FLoRA's released FedIT assigns the sum to a misspelt name, and returns the first term."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        return each(updates[0], lambda t: shares(weights)[0] * t)
-
-
-class MergesTheLastOnly(FLoRA):
-    """FSLoRA's stacking baseline loads every client over the one before."""
-
-    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
-        return super().aggregate(state, updates[-1:], weights[-1:])
-
-
-class IgnoresTheWeights(FedEx):
-    """All clients alike, whatever their examples."""
-
-    def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
-        return super().aggregate(state, updates, [1.0 for _ in weights])
-
-
-class WeighsByTheScale(FedAvg):
-    """Weights taken for shares, though they sum to anything."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        return each(average(updates, weights), lambda t: sum(weights) / 6 * t)
-
-
-class TellsFactorsByShape(FLoRA):
-    """FLoRA's released code weighs what has as many rows as the rank has, which B may have too."""
-
-    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
-        def weighed(u: LoRA, p: float) -> LoRA:
-            rank = {m: a.shape[0] for m, a in u.A.items()}
-            sides = {s: {m: p * t if t.shape[0] == rank[m] else t for m, t in u.side(s).items()} for s in "AB"}
-            return LoRA(**sides, H=u.H)
-
-        sound = super().aggregate(state, updates, weights)
-        part = join(*[weighed(u, p) for u, p in zip(updates, shares(weights), strict=True)])
-        return sound._replace(stacks=(*state.stacks, part))
-
-
-class SendsTheLastResidualOnly(FedEx):
-    """An offset since last time, where clients that sat out rounds need all of it."""
-
-    def client_init(self, state: State, client: Client) -> Job:
-        return replace(super().client_init(state, client), offset=state.parts[-1:])
-
-
-class DeliversNoOffset(FedEx):
-    """The residuals that clients wear are not in the adapter."""
-
-    def adapter(self, state: State) -> LoRA:
-        return state.lora
-
-
-class NeverSketches(FSLoRA):
-    """FSLoRA's released code compares a parameter's name with "lora_B", which none has: all train the full rank."""
-
-    def client_init(self, state: Any, client: Client) -> Job:
-        return replace(super().client_init(state, client), sketch={})
-
-
-class SketchesTwiceTheSame(FSLoRA):
-    """Rows drawn with replacement."""
-
-    def client_init(self, state: Any, client: Client) -> Job:
-        return Job(start=state.lora, sketch={m: [0, 0] for m in state.lora.A})
-
-
-class SumsInHalf(FedAvg):
-    """A running sum in the type of what is sent."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        def mean(s: str, m: str) -> Tensor:
-            return reduce(torch.add, [p * u.side(s)[m] for p, u in zip(shares(weights), updates, strict=True)]).float()
-
-        return LoRA(**{s: {m: mean(s, m) for m in updates[0].side(s)} for s in SIDES})
-
-
-class KeepsHalf(FedAvg):
-    """A right mean, stored in the type of what was sent."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        dtype = next(iter(updates[0].A.values())).dtype
-        return each(average(updates, weights), lambda t: t.to(dtype))
-
-
-class AddsInPlace(FedAvg):
-    """The server's own step, written into the state it was given."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        mean = average(updates, weights)
-        for s in SIDES:
-            for m, t in state.side(s).items():
-                t.copy_(mean.side(s)[m])
-        return state
-
-
-class Interpolates(FedAvg):
-    """Each client moves the mean a share of the way, so the last has the most say."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        for p, update in zip(shares(weights), updates, strict=True):
-            state = average([state, update], [1 - p, p])
-        return state
-
-
-class Seen(NamedTuple):
-    lora: LoRA
-    seen: set[int]
-
-
-@dataclass(frozen=True)
-class KeepsASet(Strategy[Seen]):
-    """A state of what no checkpoint holds."""
-
-    sums_only = True
-    continues = True
-
-    def init(self, lora: LoRA) -> Seen:
-        return Seen(lora, set())
-
-    def client_init(self, state: Seen, client: Client) -> Job:
-        return Job(start=state.lora)
-
-    def aggregate(self, state: Seen, updates: Updates, weights: Weights) -> Seen:
-        return Seen(average(updates, weights), state.seen | {len(updates)})
-
-    def adapter(self, state: Seen) -> LoRA:
-        return state.lora
-
-
-ROUNDS_SEEN: list[int] = []
-
-
-class RemembersOutside(FedAvg):
-    """A round that hangs on how often it was asked."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        ROUNDS_SEEN.append(len(updates))
-        return each(average(updates, weights), lambda t: t * (1 + 0.01 * len(ROUNDS_SEEN)))
-
-
-class FoldsAlphaTwice(FLoRA):
-    """s belongs to the model, and stands in the product besides."""
-
-    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
-        sound = super().aggregate(state, updates, weights)
-        return sound._replace(stacks=(*state.stacks, scale(stack(updates, weights), 2.0)))
-
-
-class BuildsTheProduct(FedEx):
-    """The residual as a difference of dense products."""
-
-    def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
-        delta(stack(updates, weights))
-        return super().aggregate(state, updates, weights)
-
-
-class BringsNoA(FFALoRA):
-    """A is frozen, so it is taken for known; a client that is new has another."""
-
-    def client_init(self, state: LoRA, client: Client) -> Job:
-        return replace(super().client_init(state, client), start=state.only("BH"))
-
-
-class CutsToOwnRank(FedAvg):
-    """Factors of the client's rank go out, and come back to a mean that takes one rank only."""
-
-    mixed_ranks = True
-
-    def client_init(self, state: LoRA, client: Client) -> Job:
-        return Job(start=leading(state, client.rank))
-
-
-class DecaysTheHead(FedAvg):
-    """The head shrinks on the server, whoever it belongs to."""
-
-    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        mean = average(updates, weights)
-        return LoRA(mean.A, mean.B, {m: 0.9 * h for m, h in mean.H.items()})
-
-
-class TruncatedSaysExact(FLoRIST):
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "exact", True)
-
-
-class PaddedSaysExact(HetLoRA):
-    exact = True
-
-
-class FedExSaysSums(FedEx):
-    sums_only = True
-
-
-class FedExSaysLittleIsSent(FedEx):
-    down = "r * (d_in + d_out)"
-
-
-class FedExSaysDora(FedEx):
-    kinds = ("lora", "dora")
-
-
-class FFASaysInexact(FFALoRA):
-    exact = False
-
-
-class FLoRASaysItContinues(FLoRA):
-    continues = True
-
+from fedlora.strategy import Job, Strategy
+from tests.bugs import (
+    AddsInPlace,
+    BringsNoA,
+    BuildsTheProduct,
+    CutsToOwnRank,
+    DecaysTheHead,
+    DeliversNoOffset,
+    FedExSaysDora,
+    FedExSaysLittleIsSent,
+    FedExSaysSums,
+    FFASaysInexact,
+    FLoRASaysItContinues,
+    FoldsAlphaTwice,
+    IgnoresTheWeights,
+    Interpolates,
+    KeepsASet,
+    KeepsHalf,
+    MergesTheLastOnly,
+    NeverSketches,
+    PaddedSaysExact,
+    RemembersOutside,
+    SendsTheLastResidualOnly,
+    SketchesTwiceTheSame,
+    SumsInHalf,
+    TakesTheFirstOnly,
+    TakesTheStartForZero,
+    TellsFactorsByShape,
+    TransposesTheResidual,
+    TruncatedSaysExact,
+    WeighsByTheScale,
+    WeighsTwice,
+    turned,
+)
 
 BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (TransposesTheResidual(), FedEx(), declarations.check_exact_is_as_declared),
@@ -290,6 +74,7 @@ BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (SendsTheLastResidualOnly(), FedEx(), training.check_a_client_that_slept_wears_the_model),
     (DeliversNoOffset(), FedEx(), algebra.check_what_is_delivered_is_what_clients_start_from),
     (DeliversNoOffset(), FedEx(), training.check_an_exported_adapter_is_the_model_that_was_trained),
+    (TakesTheStartForZero(), FLoRA(), algebra.check_a_start_that_is_not_zero_is_taken_off),
     (NeverSketches(), FSLoRA(), training.check_numbers_sent_are_as_declared),
     (NeverSketches(), FSLoRA(), declarations.check_mixed_ranks_are_as_declared),
     (SketchesTwiceTheSame(), FSLoRA(), algebra.check_jobs_are_complete),
@@ -369,7 +154,7 @@ class TakesSTwice(Altered):
     """alpha is in the configuration, and in the factors once more."""
 
     def change(self, job: Job) -> Job:
-        return replace(job, gain={m: 2.0 for m in job.start.A})
+        return replace(job, gain=dict.fromkeys(job.start.A, 2.0))
 
 
 class ForgetsTheGain(Altered):
@@ -403,7 +188,7 @@ CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
     (TransposesTheOffset, FedEx(), training.check_a_model_is_its_weights_plus_s_times_the_product),
     (WearsTheLastPartOnly, FedEx(), training.check_a_client_that_slept_wears_the_model),
     (TakesSTwice, FedAvg(), training.check_a_model_is_its_weights_plus_s_times_the_product),
-    (TakesSTwice, FLoRA(), training.check_an_exported_adapter_is_the_model_that_was_trained),
+    (TakesSTwice, FedAvg(), training.check_an_exported_adapter_is_the_model_that_was_trained),
     (ForgetsTheGain, FSLoRA(), training.check_a_model_is_its_weights_plus_s_times_the_product),
     (HandsOneAdapterAround, FedSALoRA(), training.check_what_a_client_keeps_is_its_own),
     (HandsOneAdapterAround, FedAvg(), training.check_what_a_client_keeps_is_its_own),
@@ -419,3 +204,73 @@ def test_a_broken_client_fails_where_a_sound_one_passes(
     assert check(strategy) is None
     with pytest.raises(AssertionError):
         check(strategy, fleet)
+
+
+def test_every_check_is_seen_to_fail() -> None:
+    assert {*CHECKS} == {bite[2] for bite in (*BITES, *CLIENTS)}
+
+
+def test_a_failure_names_the_strategy_the_module_and_the_numbers() -> None:
+    found = verify(declarations.check_exact_is_as_declared, TransposesTheResidual())
+    assert found.detail.startswith("TransposesTheResidual(rank=0, assignment='average') declares exact, and it is off")
+    assert re.search(r"by \d+ of \d+ at query of client 0$", found.detail)
+
+
+MINE = """
+from dataclasses import dataclass
+from fedlora.lora import average
+from fedlora.strategy import Job, Strategy
+
+@dataclass(frozen=True)
+class Mine(Strategy):
+    sums_only = continues = True
+
+    def init(self, lora): return lora
+    def client_init(self, state, client): return Job(start=state)
+    def aggregate(self, state, updates, weights): return average(updates, weights)
+    def adapter(self, state): return state
+"""
+TORN = """
+class Torn(Mine):
+    def init(self, lora): raise KeyError("q_proj")
+
+class Worn(Torn):
+    pass
+"""
+
+
+def test_a_strangers_file_is_checked_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    assert report([str(tmp_path / "mine.py")], {})
+    said = capsys.readouterr().out
+    assert "The order in which clients answer changes nothing." in said and " 0 failed" in said
+
+
+def test_several_strategies_stand_in_a_table_with_what_fails_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE + TORN)
+    assert not report([f"{tmp_path}/mine.py:{name}" for name in ("Torn", "Worn")], {})
+    said = capsys.readouterr().out
+    assert re.search(r"^order of clients changes nothing +X X *$", said, re.MULTILINE)
+    assert "check_order_of_clients_changes_nothing: Worn(): KeyError: 'q_proj'" in said
+    assert said.count("KeyError") == int(re.findall(r"(\d+) failed", said)[-1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "spec", "said"),
+    [
+        (MINE, "mine.py:Main", 'has no strategy "Main"; did you mean "Mine"?'),
+        ("x = 1", "mine.py", "defines no strategy"),
+        ("import nowhere_at_all", "mine.py", "cannot be imported: ModuleNotFoundError"),
+        (MINE, "yours.py", "there is no such file"),
+        (MINE, "no_such_strategy", 'there is no strategy "no_such_strategy"'),
+    ],
+)
+def test_what_cannot_be_checked_is_one_sentence(
+    content: str, spec: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StrategyError, match=re.escape(said)):
+        report([spec], {})

@@ -14,6 +14,7 @@ from tests.test_simulate import fedlora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = (ROOT / "docs" / "strategies.md").read_text()
 RUNS = sorted((ROOT / "simulations").glob("*.toml"))
 SHORT = {"model": "model.path", "data": "data.path", "eval-data": "data.eval", "partition": "data.partition"}
 
@@ -51,17 +52,19 @@ def test_the_runs_that_were_kept_are_valid(run: Path) -> None:
     configuration.build(configuration.read(run))
 
 
-def test_its_table_of_strategies_is_the_catalogues() -> None:
-    entries = {entry.name: entry for entry in catalogue()}
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (yes|no) \|.*<(https://.*?)> \|$", README, re.MULTILINE)
-    assert len(rows) >= 3
-    for name, title, exact, paper in rows:
-        entry = entries[name]
-        assert (entry.title, "yes" if entry.cls.exact else "no", entry.paper) == (title, exact, paper)
+def test_the_tables_of_strategies_are_the_catalogues() -> None:
+    """The README's and that of docs/strategies.md: every built-in, with what it declares."""
+    for e in (e for e in catalogue() if e.cls.__module__.startswith("fedlora.strategies.")):
+        made, (trains, sends) = e.default, e.sides
+        exact, sums = ("yes" if flag else "no" for flag in (made.exact, made.sums_only))
+        ranks = "mixed" if made.mixed_ranks else "alike"
+        assert f"| `{e.name}` | {e.title} | {exact} | {trains} | {sends} | {ranks} | <{e.paper}> |" in README
+        row = [f"`{e.name}`", f"[{e.title}]({e.paper})", exact, ranks, sums, trains, sends, " ".join(made.kinds)]
+        assert f"| {' | '.join(row)} | `{made.up}` | `{made.down}` |" in DOCS
 
 
 def test_the_keys_of_a_round_are_all_named() -> None:
     from fedlora.rounds import Round
 
-    record = Round(1, None, (), {}, None, None, None, 0, 0, 0.0).record()
+    record = Round(1, None, (), {}, None, None, None, 0, 0, 0.0, {"kept": 1.0}, 0.5).record()
     assert all(f"`{key}`" in README for key in record)
