@@ -31,13 +31,13 @@ def trained(g: torch.Generator, p: list[float], r: int) -> Module:
     strength = torch.arange(1, 257.0) ** -0.5
     U, V = torch.randn(D, 256, generator=g) * strength, strength[:, None] * torch.randn(256, D, generator=g)
 
-    def dA() -> Tensor:
+    def of_a() -> Tensor:
         return torch.randn(r, 256, generator=g) @ V
 
-    def dB() -> Tensor:
+    def of_b() -> Tensor:
         return U @ torch.randn(256, r, generator=g)
 
-    return _drifted(g, p, dA, dB)
+    return _drifted(g, p, of_a, of_b)
 
 
 def scattered(g: torch.Generator, p: list[float], r: int) -> Module:
@@ -51,13 +51,13 @@ def iid(g: torch.Generator, p: list[float], r: int) -> Module:
     return Module(p, A[0], A, B)
 
 
-def _drifted(g: torch.Generator, p: list[float], dA: Callable[[], Tensor], dB: Callable[[], Tensor]) -> Module:
+def _drifted(g: torch.Generator, p: list[float], of_a: Callable[[], Tensor], of_b: Callable[[], Tensor]) -> Module:
     """A as PEFT draws it, a small B, and for every client a drift of each."""
-    B0 = dB()
+    B0 = of_b()
     r = B0.shape[1]
     A0, B0 = (torch.rand(r, D, generator=g) * 2 - 1) / D**0.5, 0.1 * B0 / B0.norm()
-    A = [A0 + 0.25 * A0.norm() * a / a.norm() for a in (dA() for _ in p)]
-    B = [B0 + 1.1 * B0.norm() * b / b.norm() for b in (dB() for _ in p)]
+    A = [A0 + 0.25 * A0.norm() * a / a.norm() for a in (of_a() for _ in p)]
+    B = [B0 + 1.1 * B0.norm() * b / b.norm() for b in (of_b() for _ in p)]
     return Module(p, A0, A, B)
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedlora import checkpoint
 from fedlora.checkpoint import Checkpoint
-from fedlora.checks.clients import ANY, RANK, TIGHT, Clients, added, fresh, mean, moved, wears
+from fedlora.checks.clients import RANK, TIGHT, Clients, added, fresh, mean, moved, private, wears
 from fedlora.checks.moments import models, rounds, spread, trained
 from fedlora.checks.verdict import Skip, agree, apart, identical, leaves
 from fedlora.lora import SIDES, LoRA, delta
@@ -58,8 +58,9 @@ def check_arguments_are_left_alone(strategy: Some) -> None:
             "aggregate": partial(strategy.aggregate, *given),
         }
         for name, call in calls.items():
-            state = call()
+            call()
             assert identical(given, before), f"{strategy}: {name} changed what it was given in round {t}"
+        state = strategy.aggregate(*given)
 
 
 def check_nothing_is_remembered_but_the_state(strategy: Some) -> None:
@@ -161,36 +162,31 @@ def check_rank_may_be_a_dimension(strategy: Some) -> None:
     for now in rounds(strategy, start=fresh(TIGHT)):
         shapes = {m: tuple(t.shape) for m, t in delta(strategy.adapter(now.after)).items()}
         assert shapes == TIGHT, f"{strategy}: at rank {RANK} it delivers {shapes} for modules of {dict(TIGHT)}"
-        claim = f"at rank {RANK}, a dimension of each module,"
+        where = f"at rank {RANK}, a dimension of each module,"
         if strategy.exact:
             ideal = spread(now.ideal, len(now.work))
-            agree(strategy, f"{claim} it misses the mean of the models", models(now.clients, now.after), ideal)
-        one = strategy.aggregate(now.state, now.updates[:1], [1.0])
-        two = strategy.aggregate(now.state, now.updates[:1] * 2, [1.0, 1.0])
-        agree(
-            strategy,
-            f"{claim} a client that is there twice counts otherwise than once",
-            models(now.clients, two),
-            models(now.clients, one),
-        )
+            agree(strategy, f"{where} it misses the mean of the models", models(now.clients, now.after), ideal)
+        ends = (strategy.aggregate(now.state, now.updates[:1] * n, [1.0] * n) for n in (2, 1))
+        twice, once = (models(now.clients, end) for end in ends)
+        agree(strategy, f"{where} a client that is there twice counts otherwise than once", twice, once)
 
 
 def check_a_start_that_is_not_zero_is_taken_off(strategy: Some) -> None:
     """Anchored, as with PiSSA's start, it begins with the pretrained model, and keeps what it declares from there."""
-    anchored, about = Anchored(strategy), "anchored at a start that is not zero, it"
-    nothing = {m: torch.zeros(shape) for m, shape in ANY.items()}
-    for now in rounds(anchored, start=moved(fresh(), "B", "start")):
+    anchored, start = Anchored(strategy), moved(fresh(), "B", "start")
+    about, product = "anchored at a start that is not zero, it", delta(start)
+    for now in rounds(anchored, start=start):
         job = now.work[0].job
         if now.t == 0:
-            agree(
-                strategy, f"{about} does not begin with the pretrained model", added(job, *wears(job, LoRA())), nothing
-            )
+            worn = added(job, *wears(job, LoRA()))
+            shifted = {m: worn[m] + p for m, p in product.items()}  # rounding is relative to what cancels
+            agree(strategy, f"{about} does not begin with the pretrained model", shifted, product)
         if strategy.exact:
             ideal = spread(now.ideal, len(now.work))
             agree(strategy, f"{about} misses the mean in round {now.t}", models(now.clients, now.after), ideal)
-        if not _has_private_factors(job):
-            delivered, worn = anchored.adapter(now.after), now.clients.job(now.after, 0)
-            _agree_on_the_model(strategy, f"{about} delivers another model than is worn", delivered, worn)
+        if not _is_personal(job):
+            delivered, next_job = anchored.adapter(now.after), now.clients.job(now.after, 0)
+            _agree_on_the_model(strategy, f"{about} delivers another model than is worn", delivered, next_job)
 
 
 def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: Some) -> None:
@@ -237,7 +233,7 @@ class _Largest(TorchFunctionMode):
 
 def _agree_on_the_model(strategy: Some, claim: str, adapter: LoRA, job: Job) -> None:
     """Hold a job, as one who keeps nothing yet gets it, against an adapter: the model, or what is shared of it."""
-    if _has_private_factors(job):
+    if _is_personal(job):
         for s in job.shares:
             agree(strategy, f"{claim} (side {s})", job.start.side(s), adapter.side(s))
         return
@@ -245,9 +241,9 @@ def _agree_on_the_model(strategy: Some, claim: str, adapter: LoRA, job: Job) -> 
     agree(strategy, claim, {**added(job, start, offset), **start.H}, {**delta(adapter), **adapter.H})
 
 
-def _has_private_factors(job: Job) -> bool:
-    """Has each client a model of its own?"""
-    return bool(set("ABR") & (set(job.trains) - set(job.shares)))
+def _is_personal(job: Job) -> bool:
+    """Has each client a factor, and so a product, of its own?"""
+    return bool(set("ABR") & set(private(job)))
 
 
 def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:

@@ -55,7 +55,7 @@ class Clients:
     @property
     def weights(self) -> list[float]:
         """None alike; divided by their sum they are no binary fractions, so that no mean is exact by luck."""
-        return [5.0, 7.0, 13.0][: len(self.ranks)]
+        return [5.0, 7.0, 13.0, 6.0][: len(self.ranks)]
 
     def job(self, state: Any, i: int) -> Job:
         """The job of client i."""
@@ -75,17 +75,15 @@ class Clients:
         job = self.job(state, i)
         return added(job, *wears(job, self.kept.get(i, LoRA())))
 
-    def play(self, state: Any, rounds: int, first: int = 0) -> Any:
-        """The state after some rounds of all clients."""
-        for t in range(first, first + rounds):
-            state = self.strategy.aggregate(state, [w.update for w in self.work(state, t)], self.weights)
-        return state
+
+def private(job: Job) -> str:
+    """The sides that a client trains for itself alone."""
+    return "".join(s for s in SIDES if s in job.trains and s not in job.shares)
 
 
 def keeps(job: Job) -> str:
-    """The sides that stay with the client."""
-    private = (set(job.trains) - set(job.shares)) | (set("AB") if job.resumes else set())
-    return "".join(s for s in SIDES if s in private)
+    """The sides that stay with the client: those, and where it resumes its factors."""
+    return "".join(s for s in SIDES if s in private(job) or (job.resumes and s in "AB"))
 
 
 def wears(job: Job, kept: LoRA) -> tuple[LoRA, tuple[LoRA, ...]]:

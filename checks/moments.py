@@ -8,7 +8,7 @@ from fedlora.lora import LoRA, Side
 from fedlora.strategy import Strategy
 
 ALIKE = (RANK, RANK, RANK)
-MIXED = (1, 2, RANK)
+MIXED = tuple(range(1, RANK + 1))
 
 
 class Moment(NamedTuple):

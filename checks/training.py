@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora import reload, wire
-from fedlora.checks.clients import keeps, mean
+from fedlora.checks.clients import keeps, mean, private
 from fedlora.checks.lab import ALIKE, MIXED, PLAN, lab, model_of
 from fedlora.checks.tiny import KINDS, Fleets, World, world
 from fedlora.checks.verdict import Skip, agree, identical
@@ -106,7 +106,7 @@ def check_an_exported_adapter_is_the_model_that_was_trained(strategy: Some, flee
             stranger = {"the logits": where.of(reload.adapter(where.config, where.form, Path(folder)))}
             plain = {"the logits": _plain(where, delta(adapter), adapter.H)}
             agree(strategy, f"{kind}: the export is not what is delivered", stranger, plain)
-            if not _private(jobs[0]):
+            if not private(jobs[0]):
                 here.worn(0, jobs[0])
                 claim = f"{kind}: the export is not the model of the clients"
                 agree(strategy, claim, stranger, {"the logits": where.logits()})
@@ -138,8 +138,8 @@ def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = S
         state, jobs = here.after()
         adapter, job = strategy.adapter(state), jobs[2]
         worn = here.worn(2, job)
-        if private := _private(job):
-            for s in set(job.shares) - set(private):
+        if private(job):
+            for s in job.shares:
                 agree(strategy, f"a client that slept wears another {s}", worn.side(s), adapter.side(s))
             return
         got = where.logits()
@@ -177,11 +177,6 @@ def check_it_works_with_the_kinds_it_declares(strategy: Some, fleets: Fleets = S
                 before, (_, after) = here.worn(0, job), here.trained(0, job)
                 _has_moved(f"{strategy}: with {kind}, client 0 in round {t}", job, before, after)
     return None if kinds else Skip("it declares lora alone")
-
-
-def _private(job: Job) -> str:
-    """What a client trains for itself alone."""
-    return "".join(s for s in job.trains if s not in job.shares)
 
 
 def _has_moved(who: str, job: Job, before: LoRA, after: LoRA) -> None:

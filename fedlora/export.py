@@ -26,7 +26,7 @@ from .folder import RunFolder
 from .lora import LoRA, compact, join, norm, scale, truncate
 from .model import Model
 from .run import Setup, prepare
-from .simulate import _quiet
+from .simulate import quiet
 from .store import Store
 from .strategy import Job
 
@@ -85,10 +85,12 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
     """
     out = out or path / f"export-{form}"
     config = _checked(path, form, max_rank, out)
-    _quiet()
+    quiet()
+    setup = prepare(config)
     with _whole(out) as place:
-        probe, drafts = _write(RunFolder(path), config, form, max_rank, place)
-        gaps = [verify(probe, draft, form) for draft in drafts]  # the run's own model is out of memory by now
+        probe, drafts = _write(setup, RunFolder(path), form, max_rank, place)
+        del setup  # the base is loaded afresh now: memory may not have room for two
+        gaps = [verify(probe, draft, form) for draft in drafts]
     for draft in drafts:
         for note in draft.notes:
             print(note)
@@ -132,9 +134,8 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write(folder: RunFolder, config: Config, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
+def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
     """Every adapter of this form, with the logits of the model it stands for."""
-    setup = prepare(config)
     model = setup.model
     examples = setup.evaluation or next(site.train for site in setup.sites if site.train)
     batch = model.encoder.collate(examples[:EXAMPLES])

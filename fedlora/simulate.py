@@ -33,7 +33,7 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         accepts(load(config.strategy, **config.option), config.lora.kind)  # told before a model is loaded
         folder = RunFolder(out or _fresh(config.strategy))
     screen.say(f"run directory {folder.path}; loading model and data")
-    _quiet()
+    quiet()
     setup = prepare(config)
     folder.create(setup.config, again=resume is not None)
     try:
@@ -50,7 +50,7 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Print how good the delivered adapter is, beside the base model it started from."""
     folder = RunFolder(path)
     config = configuration.build(folder.config(), given)
-    _quiet()
+    quiet()
     setup = prepare(config)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{path} has no adapter yet; finish the run with fedlora simulate --resume {path}")
@@ -109,7 +109,7 @@ def _fresh(strategy: str) -> Path:
     return folder
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Our own warnings, and of the libraries only errors."""
     from transformers.utils import logging as noise
 
