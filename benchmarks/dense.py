@@ -13,7 +13,7 @@ from fedlora.strategies.lora_fair import LoRAFair
 
 
 def mean_of_products(x: Module) -> Tensor:
-    W = torch.zeros(D, D)
+    W = x.start.new_zeros(D, D)
     for p, a, b in zip(x.p, x.A, x.B, strict=True):
         W.addmm_(b, a, alpha=p)
     return W
@@ -70,8 +70,8 @@ def fair(x: Module, strategy: LoRAFair) -> LoRA:
     """min |W - (B + dB) A|^2 + lam |dB|^2, as least squares with rows added for the penalty."""
     A, B = mean(x.p, x.A), mean(x.p, x.B)
     r = len(A)
-    basis = torch.cat([A, strategy.lam**0.5 * torch.eye(r)], 1)  # (r, d + r)
-    missed = torch.cat([mean_of_products(x) - B @ A, torch.zeros(D, r)], 1)  # (d, d + r)
+    basis = torch.cat([A, strategy.lam**0.5 * torch.eye(r, dtype=A.dtype)], 1)  # (r, d + r)
+    missed = torch.cat([mean_of_products(x) - B @ A, A.new_zeros(D, r)], 1)  # (d, d + r)
     return LoRA({"": A}, {"": B + torch.linalg.lstsq(basis.T, missed.T).solution.T})
 
 

@@ -18,6 +18,10 @@ class Module:
     A: list[Tensor]  # (r, d)
     B: list[Tensor]  # (d, r)
 
+    def double(self) -> "Module":
+        """The same in float64."""
+        return Module(self.p, self.start.double(), [a.double() for a in self.A], [b.double() for b in self.B])
+
 
 Draw = Callable[[torch.Generator, list[float], int], Module]
 

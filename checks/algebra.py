@@ -42,6 +42,22 @@ def check_scale_of_weights_changes_nothing(strategy: Some) -> None:
         agree(strategy, claim, models(now.clients, other), models(now.clients, now.after))
 
 
+def check_twice_the_weight_counts_as_two_clients(strategy: Some) -> Skip | None:
+    """A client of twice the weight does what two clients do that send the same."""
+    for now in rounds(strategy):
+        ends = (
+            strategy.aggregate(now.state, now.updates, [2.0, 1.0, 1.0]),
+            strategy.aggregate(now.state, [now.updates[0], *now.updates], [1.0] * 4),
+            strategy.aggregate(now.state, now.updates, [1.0] * 3),
+        )
+        doubled, two, alike = (models(now.clients, end) for end in ends)
+        ignored = [m for m, t in doubled.items() if not apart({m: t}, {m: two[m]}).near]
+        if ignored and apart({m: doubled[m] for m in ignored}, {m: alike[m] for m in ignored}).near:
+            return Skip("it gives clients weights of its own")
+        agree(strategy, f"in round {now.t} a client of twice the weight does not count as two", doubled, two)
+    return None
+
+
 def check_arguments_are_left_alone(strategy: Some) -> None:
     """No method changes what it is given, to the bit."""
     start, clients = fresh(), Clients(strategy)
@@ -61,6 +77,12 @@ def check_arguments_are_left_alone(strategy: Some) -> None:
             call()
             assert identical(given, before), f"{strategy}: {name} changed what it was given in round {t}"
         state = strategy.aggregate(*given)
+
+
+def check_options_are_those_of_a_frozen_dataclass(strategy: Some) -> None:
+    """Its options are the fields of a frozen dataclass, so that a run which is resumed has the same strategy."""
+    made = getattr(type(strategy), "__dataclass_params__", None)
+    assert made is not None and made.frozen, f"{strategy}: {type(strategy).__name__} is no dataclass with frozen=True"
 
 
 def check_nothing_is_remembered_but_the_state(strategy: Some) -> None:

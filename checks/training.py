@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora import reload, wire
 from fedlora.checks.clients import keeps, mean, private
 from fedlora.checks.lab import ALIKE, MIXED, PLAN, lab, model_of
-from fedlora.checks.tiny import KINDS, Fleets, World, world
+from fedlora.checks.tiny import KINDS, RANK, Fleets, World, world
 from fedlora.checks.verdict import Skip, agree, identical
 from fedlora.lora import SIDES, LoRA, Side, delta
 from fedlora.rounds import sample
@@ -130,11 +130,12 @@ def check_what_a_client_keeps_is_its_own(strategy: Some, fleets: Fleets = Serial
 def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = Serial) -> None:
     """A client that was never asked before computes, from its first job alone, with the model that is delivered."""
     where = world("llama")
-    with lab(strategy, where, fleets) as here:
-        clients = here.fleet.clients()
-        awake = ({c.id for t in (0, 1) for c in sample(clients, 2, seed, t)} for seed in count())
-        seed = next(seed for seed, ids in enumerate(awake) if 2 not in ids)
-    with lab(strategy, where, fleets, plan=replace(PLAN, cohort=2, seed=seed)) as here:
+    clients = [site.client(i, RANK) for i, site in enumerate(where.sites)]
+
+    def sleeps(seed: int) -> bool:
+        return all(c.id != 2 for t in range(PLAN.rounds) for c in sample(clients, 2, seed, t))
+
+    with lab(strategy, where, fleets, plan=replace(PLAN, cohort=2, seed=next(filter(sleeps, count())))) as here:
         state, jobs = here.after()
         adapter, job = strategy.adapter(state), jobs[2]
         worn = here.worn(2, job)

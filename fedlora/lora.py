@@ -56,14 +56,15 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def average(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
-    """Weighted mean, matrix by matrix, in float32 or wider."""
+    """Weighted mean, matrix by matrix, in float32 or wider; of equal matrices it is that matrix to the last bit."""
     p = shares(weights)
 
     def mean(terms: list[Tensor]) -> Tensor:
-        total = p[0] * wide(terms[0])
+        so_far, seen = wide(terms[0]).clone(), p[0]
         for c, term in zip(p[1:], terms[1:], strict=True):
-            total.add_(term, alpha=c)  # in place, so that a client costs a reading and no writing
-        return total
+            seen += c
+            so_far.lerp_(wide(term), c / seen if seen else 0.0)  # so that what nobody trained keeps its bits
+        return so_far
 
     return LoRA(**{s: {m: mean([x.side(s)[m] for x in loras]) for m in loras[0].side(s)} for s in SIDES})
 

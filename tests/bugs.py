@@ -71,6 +71,13 @@ class IgnoresTheWeights(FedEx):
         return super().aggregate(state, updates, [1.0 for _ in weights])
 
 
+class SquaresTheWeights(FedAvg):
+    """p_i on the update, and on the sum again."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        return super().aggregate(state, updates, [w * w for w in weights])
+
+
 class WeighsByTheScale(FedAvg):
     """Weights taken for shares, though they sum to anything."""
 
@@ -190,15 +197,25 @@ class KeepsASet(Strategy[Seen]):
         return state.lora
 
 
-ROUNDS_SEEN: list[int] = []
+@dataclass
+class CountsOnItself(Strategy[LoRA]):
+    """A step that shrinks with the rounds, which are counted on the object: a resumed run starts from none."""
 
+    rounds: int = 0
+    sums_only = True
 
-class RemembersOutside(FedAvg):
-    """A round that hangs on how often it was asked."""
+    def init(self, lora: LoRA) -> LoRA:
+        return lora
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(start=state)
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        ROUNDS_SEEN.append(len(updates))
-        return each(average(updates, weights), lambda t: t * (1 + 0.01 * len(ROUNDS_SEEN)))
+        self.rounds += 1
+        return average([average(updates, weights), state], [1.0, 0.1 * self.rounds])
+
+    def adapter(self, state: LoRA) -> LoRA:
+        return state
 
 
 class FoldsAlphaTwice(FLoRA):

@@ -13,7 +13,13 @@ FOREIGN = {  # a runtime or a library of models -> the only files that know it
     "flwr": {"fedlora/wire.py", "server", "client", "simulations/flower.py"},
     "ray": {"simulations/flower.py"},
     "peft": {"fedlora/model.py", "fedlora/wear.py", "fedlora/reload.py"},
-    "transformers": {"fedlora/base.py", "fedlora/simulate.py", "simulations/pretrain.py", "fedlora/encode.py", "checks"},
+    "transformers": {
+        "fedlora/base.py",
+        "fedlora/simulate.py",
+        "simulations/pretrain.py",
+        "fedlora/encode.py",
+        "checks",
+    },
     "flwr_datasets": {"fedlora/partition.py"},
 }
 EDGE = {
