@@ -5,19 +5,21 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from . import config as configuration
 from .compose import accepts, compose
 from .config import Config
 from .console import Screen
 from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
-from .metrics import spread
-from .rounds import Fleet
+from .metrics import Metrics, spread
+from .rounds import Fleet, split
 from .run import Setup, drive, prepare
-from .strategy import load
+from .strategy import Strategy, load
 
 FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what --resume may change
 
@@ -60,8 +62,7 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     strategy = compose(setup.config, setup.start, setup.ranks)
     first = strategy.adapter(strategy.init(setup.start))
     result: dict[str, Any] = {"before": setup.evaluate(first).values(), "after": setup.evaluate(adapter).values()}
-    setup.model.write(adapter)
-    clients = {i: setup.model.metrics(site.heldout) for i, site in enumerate(setup.sites) if len(site.heldout)}
+    clients = _clients(setup, strategy, folder)
     if clients:
         result["clients"] = spread(clients)
     if as_json:
@@ -70,6 +71,19 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     for name, values in result.items():
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         print(f"{name + ':':9}{', '.join(shown)}")
+
+
+def _clients(setup: Setup, strategy: Strategy[Any], folder: RunFolder) -> Mapping[int, Metrics]:
+    """Each client's own model, with what it keeps, on its own held-out examples; none where it has none."""
+    from .simulations.serial import Serial
+
+    last = checkpoint.latest(folder.checkpoints)
+    if last is None or not any(len(site.heldout) for site in setup.sites):
+        return {}
+    fleet = Serial(setup.model, setup.sites, setup.ranks, folder.clients)
+    able = [c for c in fleet.clients() if len(setup.sites[c.id].heldout)]
+    jobs = {c.id: replace(strategy.client_init(last.state, c), round=last.round) for c in able}
+    return split(jobs, fleet.evaluate(jobs))[0]
 
 
 def _resumed(folder: RunFolder, given: Mapping[str, Any]) -> Config:
