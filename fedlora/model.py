@@ -1,4 +1,4 @@
-"""A base model wearing one adapter: read its factors, write factors of any rank. Only this and wear.py know PEFT."""
+"""A base model wearing one adapter: read its factors, write factors of any rank. Knows PEFT, as wear and reload do."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy

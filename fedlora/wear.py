@@ -1,4 +1,4 @@
-"""Putting an adapter on a base model, and an offset under it. Beside model.py the only file that knows PEFT.
+"""Putting an adapter on a base model, and an offset under it. Only this, model and reload know PEFT.
 
 Every kind has its A and B: LoRA and DoRA the matrices (r, d_in) and (d_out, r); VeRA, whose matrices are random, frozen
 and shared by all modules, the vectors d (r,) and b (d_out,) of diag(b) B diag(d) A (https://arxiv.org/abs/2310.11454).

@@ -12,8 +12,8 @@ from fedlora.simulations.sst2_all import GRID, Place, Variant, best_rate, load, 
 PLACE = Place("model", "data", 1, False)
 
 
-def tried(lr: float, mean: float) -> dict[str, Any]:
-    return {"lr": lr, "own": {"mean": mean}}
+def tried(lr: float, loss: float) -> dict[str, Any]:
+    return {"lr": lr, "own": {"loss": loss, "mean": 0.5}}
 
 
 def measured(lr: float, accuracy: list[float], personal: bool = False) -> dict[str, Any]:
@@ -33,14 +33,14 @@ def test_a_line_that_is_none_is_refused_with_the_nearest() -> None:
 
 def test_a_rate_is_measured_when_all_of_the_grid_is_tried() -> None:
     one = Variant("fedavg")
-    done = {f"{lr:g}": tried(lr, lr) for lr in GRID}
+    done = {f"{lr:g}": tried(lr, 1 / lr) for lr in GRID}
     assert [r.name for r in ready([one], {})] == [f"{lr:g}" for lr in GRID]
     assert [(r.name, r.lr) for r in ready([one], {"fedavg": done})] == [("final", max(GRID))]
     assert not list(ready([one], {"fedavg": done | {"final": measured(1.0, [0.5])}}))
 
 
 def test_the_best_rate_is_the_lowest_of_equals_and_none_where_all_failed() -> None:
-    assert best_rate({"a": tried(0.3, 0.8), "b": tried(0.1, 0.8), "c": tried(0.2, 0.7)}) == 0.1
+    assert best_rate({"a": tried(0.3, 0.6), "b": tried(0.1, 0.6), "c": tried(0.2, 0.7)}) == 0.1
     assert best_rate({"a": {"lr": 0.1, "error": "boom"}}) == 0.0
 
 
