@@ -120,7 +120,8 @@ def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]
 
 def foreign(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:
     """A strategy of Flower's own; where Flower is known is not for the core to import."""
-    made: Strategy[Any] = import_module(f"{__package__}.server.flower_strategy").load(spec.removeprefix("flwr:"), options)
+    flower = import_module(f"{__package__}.server.flower_strategy")
+    made: Strategy[Any] = flower.load(spec.removeprefix("flwr:"), options)
     return made
 
 

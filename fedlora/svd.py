@@ -68,10 +68,8 @@ def _through_core(B: Tensor, A: Tensor, rank: int, energy: float = inf) -> Tripl
     """Leading triplets of B A = Q_B (T_B T_A^T) Q_A^T, with each Q left as reflections of the few vectors wanted."""
     (hb, tb), (ha, ta) = (torch.geqrf(x) for x in (B, A.T))
     core = hb[: len(tb)].triu().double() @ ha[: len(ta)].triu().double().T  # (at most R, at most R)
-    few = energy < inf or 0 < 4 * rank <= len(core)
-    u, s, v = (_by_squares(core, rank, energy) if few and B.dtype == torch.float32 else None) or _whole(
-        core, rank, energy
-    )
+    single = B.dtype == torch.float32 and rank and (energy < inf or 4 * rank <= len(core))
+    u, s, v = (_by_squares(core, rank, energy) if single else None) or _whole(core, rank, energy)
 
     def turn(h: Tensor, tau: Tensor, x: Tensor) -> Tensor:
         return torch.ormqr(h[:, : len(tau)], tau, torch.nn.functional.pad(x.to(h), (0, 0, 0, len(h) - len(x))))
