@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import fsum
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def gather(
     jobs: Mapping[int, Job], answers: Answers, weigh: Callable[[Update], float], sums: bool, keep: bool
 ) -> Gathered:
     """Take in the answers to these jobs; with `sums` and not `keep`, no update outlives its turn."""
-    got, total, loss = Gathered(), Sum(), 0.0
+    got, total = Gathered(), Sum()
+    losses: list[float] = []
+    weights: list[float] = []
     arrived: set[int] = set()
     for i, answer in answers:
         arrived.add(i)
@@ -89,8 +92,8 @@ def gather(
             continue
         lora, weight = widen(jobs[i], answer.lora), weigh(answer)
         got.answered += 1
-        loss += weight * answer.loss
-        total.weight += 0 if sums else weight
+        losses.append(weight * answer.loss)
+        weights.append(weight)
         if sums:
             total.add(lora, weight)
         if keep or not sums:
@@ -99,7 +102,7 @@ def gather(
     for i, reason in got.failed.items():
         log.warning("client %d failed: %s", i, reason)
     if got.answered:
-        got.loss = loss / total.weight
+        got.loss = fsum(losses) / fsum(weights)  # whoever came first
         got.each = {i: got.each[i] for i in jobs if i in got.each}
         got.updates = [total.mean()] if sums else [lora for lora, _ in got.each.values()]
         got.weights = [total.weight] if sums else [weight for _, weight in got.each.values()]

@@ -104,7 +104,11 @@ def play(setup: Setup, fleet: Fleet, seen: Seen) -> None:
 @pytest.fixture(scope="module")
 def serial(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     seen = Seen()
-    play(setup, Serial(setup.model, setup.sites, setup.ranks, tmp_path_factory.mktemp("serial"), seen.answered.append), seen)
+    play(
+        setup,
+        Serial(setup.model, setup.sites, setup.ranks, tmp_path_factory.mktemp("serial"), seen.answered.append),
+        seen,
+    )
     return seen
 
 
