@@ -12,9 +12,10 @@ start anew, so no later round carries it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
-from fedlora.lora import LoRA, average, join, leading, redraw, settle, stack, svd
+from fedlora.lora import LoRA, average, inner, join, leading, redraw, settle, stack, svd
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
@@ -60,12 +61,13 @@ class FLoRIST(Strategy[State]):
 
 def threshold(stacked: LoRA, tau: float) -> tuple[LoRA, float, float]:
     """The product with only its leading share tau of energy in each module, the mean rank kept, and the share cut."""
-    A, B, cut, whole = {}, {}, 0.0, 0.0
+    A, B, held, whole = {}, {}, 0.0, 0.0
     for m in stacked.A:
-        U, S, Vt = svd(stacked.B[m], stacked.A[m])  # (d_out, k), (k,), (k, d_in)
-        tail = S.double().square().flip(0).cumsum(0).flip(0)  # (k,), the energy from each singular value on
-        p = max(1, int((tail > (1 - tau) * tail[0]).sum()))
-        root = S[:p].sqrt()
-        B[m], A[m] = U[:, :p] * root, root[:, None] * Vt[:p]
-        cut, whole = cut + float(tail[p : p + 1].sum()), whole + float(tail[0])
-    return LoRA(A, B), sum(a.shape[0] for a in A.values()) / len(A), cut / whole if whole else 0.0
+        one = LoRA({m: stacked.A[m]}, {m: stacked.B[m]})
+        energy = inner(one, one)
+        U, S, Vt = svd(one.B[m], one.A[m], energy=tau * energy if tau < 1 else inf)  # (d_out, p), (p,), (p, d_in)
+        root = S.sqrt()
+        B[m], A[m] = U * root, root[:, None] * Vt
+        held, whole = held + float(S.double().square().sum()), whole + energy
+    mean_rank = sum(a.shape[0] for a in A.values()) / len(A)
+    return LoRA(A, B), mean_rank, max(0.0, 1 - held / whole) if whole and tau < 1 else 0.0

@@ -13,12 +13,13 @@ The paper has the cosine, which is blind to the norm, with a plain |dB|, which a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedlora.lora import LoRA, average, norm, shares, stack, wide
+from fedlora.lora import LoRA, average, inner, shares, stack
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -82,13 +83,13 @@ class LoRAFair(Strategy[LoRA]):
 def _missed(m: str, mean: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> Tensor:
     """(W* - B' A) A^T = sum_i p_i (B_i - B') (A_i - A) A^T (d_out, r); means come off first, to keep the digits."""
     A, B = mean.A[m], mean.B[m]
-    terms = (
-        p * (wide(x.B[m]) - B).double() @ ((wide(x.A[m]) - A) @ A.T).double()
-        for p, x in zip(shares(weights), updates, strict=True)
-    )
-    return sum(terms, torch.zeros_like(B, dtype=torch.float64))
+    N = torch.zeros_like(B)
+    for p, x in zip(shares(weights), updates, strict=True):
+        N.addmm_(x.B[m] - B, (x.A[m] - A) @ A.T, alpha=p)
+    return N.double()
 
 
 def _size(m: str, updates: Sequence[LoRA], weights: Sequence[float]) -> float:
     """|W*|."""
-    return norm(stack([LoRA({m: x.A[m]}, {m: x.B[m]}) for x in updates], weights))
+    whole = stack([LoRA({m: x.A[m]}, {m: x.B[m]}) for x in updates], weights)
+    return sqrt(inner(whole, whole))
