@@ -136,7 +136,8 @@ def test_flower_says_nothing_of_it(flower: Flower, caplog: pytest.LogCaptureFixt
 
 def test_what_flower_says_elsewhere_is_heard_again(caplog: pytest.LogCaptureFixture) -> None:
     run(load("FedAvg", {}), 1)
-    logger = logging.getLogger("flwr")  # which a simulation in this process may have cut off
+    logger = logging.getLogger("flwr")  # which a simulation in this process may have cut off and silenced
+    caplog.set_level(logging.DEBUG, "flwr")
     logger.addHandler(caplog.handler)
     logger.critical("a node left")
     logger.removeHandler(caplog.handler)
