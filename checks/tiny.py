@@ -17,7 +17,7 @@ from fedlora.data import Form
 from fedlora.lora import LoRA
 from fedlora.model import Model
 from fedlora.rounds import Fleet
-from fedlora.worker import Site
+from fedlora.site import Site
 
 Kind = Literal["gpt2", "llama", "bert"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "bert")

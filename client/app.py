@@ -14,10 +14,10 @@ from fedlora import wire, worker
 from fedlora.client.parts import PartStore
 from fedlora.config import Config
 from fedlora.errors import ClientFailed, FedloraError
-from fedlora.run import Setup, prepare
+from fedlora.run import Setup, ledgers, prepare
+from fedlora.site import Desk
 from fedlora.store import Store
 from fedlora.strategy import Job
-from fedlora.worker import Site
 
 RAISED = 2  # Flower's code for an exception in a ClientApp
 log = logging.getLogger("fedlora")
@@ -25,18 +25,12 @@ _ready: dict[str, Setup] = {}  # by config: a process loads the model once, and 
 
 
 @dataclass(frozen=True, eq=False)
-class Desk:
+class Place:
     """One client's place at this process's model."""
 
-    id: int
     setup: Setup
-    store: Store  # what it keeps
+    desk: Desk
     parts: PartStore  # what it need not be sent again
-
-    @property
-    def site(self) -> Site:
-        """Its examples."""
-        return self.setup.sites[self.id]
 
     def job(self, content: RecordDict) -> Job | wire.Lacks:
         """The job of a message, or what is lacking for it."""
@@ -56,32 +50,31 @@ def build(config: Config | None = None, folder: Path | None = None) -> ClientApp
     return app
 
 
-def describe(desk: Desk, content: RecordDict) -> RecordDict:
+def describe(place: Place, content: RecordDict) -> RecordDict:
     """Who this client is."""
-    return wire.pack_client(desk.site.client(desk.id, desk.setup.ranks[desk.id]))
+    desk = place.desk
+    return wire.pack_client(desk.site.client(desk.id, place.setup.ranks[desk.id]))
 
 
-def train(desk: Desk, content: RecordDict) -> RecordDict:
+def train(place: Place, content: RecordDict) -> RecordDict:
     """One round's work."""
-    job = desk.job(content)
+    job = place.job(content)
     if isinstance(job, wire.Lacks):
         return wire.pack_lacks(job)
-    update, kept = worker.train(desk.setup.model, job, desk.id, desk.site.train, desk.store.before(job.round))
-    desk.store.keep(job.round, kept)
-    return wire.pack_update(update)
+    return wire.pack_update(place.desk.answer(place.setup.model, job))
 
 
-def evaluate(desk: Desk, content: RecordDict) -> RecordDict:
+def evaluate(place: Place, content: RecordDict) -> RecordDict:
     """The model that this client would use, on its held-out examples."""
-    job = desk.job(content)
+    job = place.job(content)
     if isinstance(job, wire.Lacks):
         return wire.pack_lacks(job)
-    kept = desk.store.before(job.round + 1)
-    return wire.pack_metrics(worker.evaluate(desk.setup.model, job, desk.site.heldout, kept))
+    kept = Store(place.desk.folder).before(job.round + 1)
+    return wire.pack_metrics(worker.evaluate(place.setup.model, job, place.desk.site.heldout, kept))
 
 
 def _serve(
-    work: Callable[[Desk, RecordDict], RecordDict],
+    work: Callable[[Place, RecordDict], RecordDict],
     config: Config | None,
     folder: Path | None,
     message: Message,
@@ -89,14 +82,14 @@ def _serve(
 ) -> Message:
     """Do the work; what goes wrong in it is the reply, in a sentence that reaches the server's log."""
     try:
-        return Message(work(_desk(config, folder, context), message.content), reply_to=message)
+        return Message(work(_place(config, folder, context), message.content), reply_to=message)
     except Exception as e:
         log.warning("%s failed", work.__name__, exc_info=True)
         reason = str(e) if isinstance(e, FedloraError) else f"{type(e).__name__}: {e}"
         return Message(Error(RAISED, reason), reply_to=message)
 
 
-def _desk(config: Config | None, folder: Path | None, context: Context) -> Desk:
+def _place(config: Config | None, folder: Path | None, context: Context) -> Place:
     if config is None:
         config = configuration.build(dict(context.run_config))
     if folder is None:
@@ -105,8 +98,8 @@ def _desk(config: Config | None, folder: Path | None, context: Context) -> Desk:
     id = int(context.node_config.get("partition-id", -1))
     if not 0 <= id < len(setup.sites):
         raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
-    own = folder / str(id)
-    return Desk(id, setup, Store(own), PartStore(own))
+    desk = Desk(id, setup.sites[id], folder / str(id), ledgers(setup.config), setup.config.dp.limit)
+    return Place(setup, desk, PartStore(desk.folder))
 
 
 def _setup(config: Config) -> Setup:

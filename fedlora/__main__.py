@@ -25,6 +25,7 @@ app = typer.Typer(
 DOTTED = {"allow_extra_args": True, "ignore_unknown_options": True}
 Text = str | None
 Number = int | None
+Real = float | None
 
 
 @app.command(context_settings=DOTTED)
@@ -42,6 +43,11 @@ def simulate(
     engine: Annotated[Text, typer.Option(help="auto, serial or flower.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
     seed: Annotated[Number, typer.Option(help="Of every random draw.")] = None,
+    dp_epsilon: Annotated[Real, typer.Option(help="Differential privacy: the budget of a client's records.")] = None,
+    dp_delta: Annotated[Real, typer.Option(help="Default 1e-5, or less for many records.")] = None,
+    dp_clip: Annotated[Real, typer.Option(help="Largest norm of a record's gradient.")] = None,
+    dp_noise: Annotated[Real, typer.Option(help="Noise over clip, instead of an epsilon.")] = None,
+    dp_level: Annotated[Text, typer.Option(help="What is hidden: record, or client.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<time>-<strategy>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
 ) -> None:
@@ -57,6 +63,11 @@ def simulate(
         "data.partition": partition,
         "engine": engine,
         "seed": seed,
+        "dp.epsilon": dp_epsilon,
+        "dp.delta": dp_delta,
+        "dp.clip": dp_clip,
+        "dp.noise": dp_noise,
+        "dp.level": dp_level,
     }
     given = {key: value for key, value in flags.items() if value is not None}
     given |= {f"option.{key}": value for key, value in map(pair, option or ())} | dotted(context.args)

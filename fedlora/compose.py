@@ -5,7 +5,7 @@ from typing import Any
 
 from .catalogue import catalogue, title
 from .config import Config
-from .errors import StrategyError
+from .errors import PrivacyError, StrategyError
 from .lora import LoRA
 from .strategies.anchored import Anchored
 from .strategies.capped import Capped
@@ -29,6 +29,8 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     """
     strategy = load(config.strategy, **config.option)
     accepts(strategy, config.lora.kind, ranks)
+    if config.dp.by_client:
+        hides_clients(strategy, config.aggregate.robust)
     if any(bool(b.any()) for b in start.B.values()) and config.lora.kind != "vera":
         if len(set(ranks)) > 1:
             raise StrategyError(
@@ -47,6 +49,22 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     if chosen.robust != "none":
         strategy = Robust(strategy, chosen.robust, chosen.trim, chosen.byzantine, chosen.bound)
     return strategy
+
+
+def hides_clients(strategy: Strategy[Any], robust: str = "none") -> None:
+    """Raise `PrivacyError` where noise on a clipped sum of updates would not make the strategy's step private."""
+    others = ", ".join(sorted(e.name for e in catalogue() if e.cls.sums_only))
+    remedy = f"take dp.level = record, which is sound for every strategy, or one of {others}"
+    if not strategy.sums_only:
+        raise PrivacyError(
+            f"{title(strategy)} needs each client's own update or product, and dp.level = client lets the server use "
+            f"no more than a noised sum of updates; {remedy}"
+        )
+    if robust != "none":
+        raise PrivacyError(
+            f"aggregate.robust = {robust} needs each client's own update, and dp.level = client lets the server use no "
+            "more than a noised sum, where every update is clipped anyway; leave it out"
+        )
 
 
 def accepts(strategy: Strategy[Any], kind: str, ranks: Sequence[int] = ()) -> None:

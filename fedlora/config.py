@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from annotated_types import Ge, Gt, Lt
 
 from .errors import ConfigError, nearest
-from .rounds import Policy
+from .plan import Policy
+from .privacy import PrivacyConfig
 from .strategy import Training
 
 Names = tuple[str, ...]
@@ -145,6 +146,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: Training = field(default_factory=Training)
     server: Policy = field(default_factory=Policy)
+    dp: PrivacyConfig = field(default_factory=PrivacyConfig)
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
 
 

@@ -1,7 +1,7 @@
 """Rows to tensors: what the model sees, and on which tokens it is to learn."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -41,15 +41,17 @@ class Encoder:
         tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a scalar.
         Raises `DataError` for rows that cannot be encoded, or where not one has something to learn.
         """
-        if not len(rows):
-            return []
-        examples = list(KINDS[self.form.kind](self, rows))
-        if not examples:
+        return [example for one in self.by_row(rows) for example in one]
+
+    def by_row(self, rows: Rows) -> list[list[Example]]:
+        """The same, and which row each example is of."""
+        every = [list(one) for one in KINDS[self.form.kind](self, rows)] if len(rows) else []
+        if len(rows) and not any(every):
             raise DataError(
                 f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
                 "raise model.max_length, or look whether they are empty"
             )
-        return examples
+        return every
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A batch, padded on the right to its longest example."""
@@ -63,21 +65,21 @@ class Encoder:
         }
 
 
-def _text(encoder: Encoder, rows: Rows) -> Iterator[Example]:
+def _text(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     """Consecutive blocks of every text."""
     first, last = _ends(encoder.processor)
-    size = encoder.max_length
     for ids in _tokens(encoder, [row[encoder.form.columns[0]] for row in rows]):
-        if not ids:
-            continue
-        whole = [*first, *ids, *last]
-        for start in range(0, len(whole), size):
-            block = whole[start : start + size]
-            if start == 0 or len(block) >= SHORTEST:
-                yield from _causal(block, block)
+        yield _blocks([*first, *ids, *last], encoder.max_length) if ids else ()
 
 
-def _response(encoder: Encoder, rows: Rows) -> Iterator[Example]:
+def _blocks(whole: list[int], size: int) -> Iterator[Example]:
+    for start in range(0, len(whole), size):
+        block = whole[start : start + size]
+        if start == 0 or len(block) >= SHORTEST:
+            yield from _causal(block, block)
+
+
+def _response(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     """Prompt, newline, response; the prompt gives way first, from its left, and then the response, from its right."""
     first, last = _ends(encoder.processor)
     ask, answer = encoder.form.columns
@@ -87,10 +89,10 @@ def _response(encoder: Encoder, rows: Rows) -> Iterator[Example]:
         learned = [*response, *last][: encoder.max_length - len(first)]
         left = encoder.max_length - len(first) - len(learned)
         given = [*first, *prompt[max(0, len(prompt) - left) :]]
-        yield from _causal(given + learned, [IGNORED] * len(given) + learned)
+        yield _causal(given + learned, [IGNORED] * len(given) + learned)
 
 
-def _chat(encoder: Encoder, rows: Rows) -> Iterator[Example]:
+def _chat(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     """The conversation as its template writes it; of one that is too long, the end."""
     tokenizer = encoder.processor
     if not getattr(tokenizer, "chat_template", None):
@@ -107,7 +109,7 @@ def _chat(encoder: Encoder, rows: Rows) -> Iterator[Example]:
             keep = len(first) if ids[: len(first)] == first else 0
             cut = len(ids) - encoder.max_length + keep
             ids, labels = ids[:keep] + ids[cut:], labels[:keep] + labels[cut:]
-        yield from _causal(ids, labels)
+        yield _causal(ids, labels)
 
 
 def _marked(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
@@ -147,26 +149,24 @@ def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options:
         raise DataError(f"the model's chat template refuses a conversation of {roles}: {e}") from e
 
 
-def _label(encoder: Encoder, rows: Rows) -> Iterator[Example]:
+def _label(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     *texts, label = encoder.form.columns
     columns = [[row[name] for row in rows] for name in texts]
     got = encoder.processor(*columns, truncation=True, max_length=encoder.max_length)
     classes = encoder.form.classes()
     for i, row in enumerate(rows):
-        yield {
-            **{key: torch.tensor(values[i]) for key, values in got.items()},
-            "labels": torch.tensor(classes[str(row[label])]),
-        }
+        inputs = {key: torch.tensor(values[i]) for key, values in got.items()}
+        yield [inputs | {"labels": torch.tensor(classes[str(row[label])])}]
 
 
-def _image(encoder: Encoder, rows: Rows) -> Iterator[Example]:
+def _image(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     image, label = encoder.form.columns
     classes = encoder.form.classes()
     for start in range(0, len(rows), IMAGES):
         part = [rows[i] for i in range(start, min(start + IMAGES, len(rows)))]
         pixels = encoder.processor(images=[_picture(row[image]) for row in part], return_tensors="pt")["pixel_values"]
         for x, row in zip(pixels, part, strict=True):
-            yield {"pixel_values": x.clone(), "labels": torch.tensor(classes[str(row[label])])}
+            yield [{"pixel_values": x.clone(), "labels": torch.tensor(classes[str(row[label])])}]
 
 
 def _picture(value: Any) -> Any:
@@ -204,7 +204,7 @@ def _causal(ids: list[int], labels: list[int]) -> Iterator[Example]:
         }
 
 
-KINDS: dict[str, Callable[[Encoder, Rows], Iterator[Example]]] = {
+KINDS: dict[str, Callable[[Encoder, Rows], Iterator[Iterable[Example]]]] = {  # of every row, its examples
     "text": _text,
     "response": _response,
     "chat": _chat,

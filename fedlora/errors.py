@@ -5,6 +5,8 @@ FedloraError
 ├── DataError         a file, a line, a column or a split that cannot be used
 ├── ModelError        a model that cannot be loaded, or cannot wear the adapter that was asked for
 ├── StrategyError     a strategy that cannot be found or built, or that returned what no client can load
+├── PrivacyError      a guarantee that could not be given: what was asked contradicts itself, or a model cannot have it
+├── LedgerError       a client's ledger is lost, altered, of other data, or has no room for what a job would spend
 ├── ClientFailed      one client could not do its job; the round goes on without it
 ├── WireError         a message that is damaged, or not what it says it is
 ├── RoundFailed       too few clients answered
@@ -33,6 +35,14 @@ class ModelError(FedloraError):
 
 
 class StrategyError(FedloraError):
+    pass
+
+
+class PrivacyError(FedloraError):
+    pass
+
+
+class LedgerError(FedloraError):
     pass
 
 

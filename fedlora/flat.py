@@ -6,7 +6,7 @@ one took 6). What a client already holds is named and not sent: a frozen A cross
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 
 import torch
@@ -43,6 +43,14 @@ def name_of(vector: Tensor, manifest: str) -> str:
     digest = sha256(f"{vector.dtype}{manifest}".encode())
     digest.update(vector.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def digest(job: Job) -> str:
+    """A name for all that a job says, but for what the server knows of the client: the same job has the same name."""
+    privacy = replace(job.privacy, known=0) if job.privacy else None
+    plain = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("start", "offset", "privacy")}
+    parts = {where: flat.name for where, flat in Parts().of(job).items()}
+    return sha256(repr((sorted(plain.items(), key=str), privacy, parts)).encode()).hexdigest()
 
 
 def count(manifest: str) -> int:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, config
+from .accounting import Charge
 from .checkpoint import Checkpoint
 from .config import Config
 from .errors import CheckpointError, ConfigError
-from .rounds import Past, Round
+from .plan import Past, Round
+from .strategy import Spent
 
 
 class RunFolder:
@@ -64,7 +66,9 @@ class RunFolder:
         if not last:
             return None
         losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
-        return Past(last.round, last.state, losses)
+        spent = {int(i): Spent(*told) for r in records for i, told in r.get("spent", {}).items()}
+        charges = tuple(Charge(*c) for c in last.record.get("charges", ()))
+        return Past(last.round, last.state, losses, spent, last.record.get("next_clip"), charges)
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
@@ -92,7 +96,7 @@ class RunFolder:
 
     def _chart(self, record: Mapping[str, Any]) -> None:
         step = record["round"]
-        for name in ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness"):
+        for name in ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon"):
             if record.get(name) is not None:
                 self._events.add_scalar(name, record[name], step)
         for group in ("eval", "eval_clients", "notes"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .lora import SIDES, LoRA
 from .sketch import widen
-from .strategy import Job, Update
+from .strategy import Job, Spent, Update
 
 log = logging.getLogger("fedlora")
 
@@ -74,13 +74,22 @@ class Gathered:
     )  # client -> update and weight, where they are kept
     answered: int = 0
     failed: dict[int, str] = field(default_factory=dict)  # client -> reason
-    loss: float | None = None  # mean over clients by weight
+    loss: float | None = None  # mean over clients by weight, of those that tell
+    spent: dict[int, Spent] = field(default_factory=dict)  # client -> what its ledger says
 
 
 def gather(
-    jobs: Mapping[int, Job], answers: Answers, weigh: Callable[[Update], float], sums: bool, keep: bool
+    jobs: Mapping[int, Job],
+    answers: Answers,
+    weigh: Callable[[Update], float],
+    sums: bool,
+    keep: bool,
+    instead: Callable[[Job, LoRA], None] | None = None,
 ) -> Gathered:
-    """Take in the answers to these jobs; with `sums` and not `keep`, no update outlives its turn."""
+    """Take in the answers to these jobs; with `sums` and not `keep`, no update outlives its turn.
+
+    `instead` takes each update, and then none is summed or kept here.
+    """
     got, total = Gathered(), Sum()
     losses: list[float] = []
     weights: list[float] = []
@@ -92,18 +101,27 @@ def gather(
             continue
         lora, weight = widen(jobs[i], answer.lora), weigh(answer)
         got.answered += 1
-        losses.append(weight * answer.loss)
-        weights.append(weight)
-        if sums:
+        if answer.loss is not None:
+            losses.append(weight * answer.loss)
+            weights.append(weight)
+        got.spent |= {i: answer.spent} if answer.spent else {}
+        if instead:
+            instead(jobs[i], lora)
+        elif sums:
             total.add(lora, weight)
-        if keep or not sums:
+        if not instead and (keep or not sums):
             got.each[i] = lora, weight
-    got.failed |= {i: "no answer" for i in jobs if i not in arrived}
-    for i, reason in got.failed.items():
-        log.warning("client %d failed: %s", i, reason)
-    if got.answered:
+    _name_the_missing(got, set(jobs) - arrived)
+    if weights:
         got.loss = fsum(losses) / fsum(weights)  # whoever came first
+    if got.answered and not instead:
         got.each = {i: got.each[i] for i in jobs if i in got.each}
         got.updates = [total.mean()] if sums else [lora for lora, _ in got.each.values()]
         got.weights = [total.weight] if sums else [weight for _, weight in got.each.values()]
     return got
+
+
+def _name_the_missing(got: Gathered, missing: Iterable[int]) -> None:
+    got.failed |= dict.fromkeys(sorted(missing), "no answer")
+    for i, reason in got.failed.items():
+        log.warning("client %d failed: %s", i, reason)

@@ -150,6 +150,12 @@ class Model:
         scores, targets = self.logits(batch)
         return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
 
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of each example by itself, the mean over its own targets: (examples,)."""
+        scores, targets = self.logits(batch)
+        each = F.cross_entropy(scores, targets, ignore_index=-100, reduction="none").view(len(batch["labels"]), -1)
+        return each.sum(1) / (targets != -100).view(each.shape).sum(1).clamp(min=1)
+
     def targets(self, examples: Sequence[Example]) -> int:
         """How many predictions these examples ask for."""
         if self.form.labels:

@@ -3,22 +3,23 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from .central import Clipping
 from .errors import RoundFailed, StrategyError
 from .exactness import distance
 from .flat import Traffic
-from .gather import Answers, Failure, Sum, gather
+from .gather import Answers, Failure, Gathered, Sum, gather
 from .lora import LoRA
 from .metrics import Metrics, spread
+from .plan import Past, Plan, Policy, Round
 from .sketch import narrow
-from .strategy import Client, Job, Strategy, Training, Update
+from .strategy import Client, Job, Spent, Strategy, Update
 
 __all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
 log = logging.getLogger("fedlora")
@@ -39,107 +40,72 @@ class Fleet(Protocol):
         """The model of every job, with what its client keeps, on that client's held-out examples."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How the server runs its rounds."""
-
-    weights: Annotated[Literal["examples", "uniform"], "a client's weight in the mean"] = "examples"
-    quorum: Annotated[float, Gt(0), Le(1), "share of a round's clients that must answer"] = 0.5
-    below_quorum: Annotated[Literal["stop", "skip"], "end the run, or go on with the model as it was"] = "stop"
-    deadline: Annotated[float, Ge(0), "seconds after which a client has failed its round (flower); 0: never"] = 0.0
-    eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
-    patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Past:
-    """Where a resumed run takes up."""
-
-    rounds: int  # finished
-    state: Any
-    losses: tuple[float, ...] = ()  # of the global model, one an evaluation
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """What came of a round."""
-
-    number: int  # from 1
-    state: Any
-    asked: tuple[int, ...]
-    failed: Mapping[int, str]  # client -> reason
-    train_loss: float | None  # mean over clients by weight; none where the round was skipped
-    eval: Mapping[str, float] | None  # of the global model
-    eval_clients: Mapping[str, float | int | str] | None  # of each client's model on its own held-out examples
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    notes: Mapping[str, float] = field(default_factory=dict)  # the strategy's own figures
-    exactness: float | None = None  # relative distance from the mean of the clients' models; none: not measured
-
-    def record(self) -> dict[str, Any]:
-        """The round's line in `rounds.jsonl`."""
-        return {
-            "round": self.number,
-            "clients": len(self.asked),
-            "answered": len(self.asked) - len(self.failed),
-            "failed": {str(i): why for i, why in self.failed.items()},
-            "train_loss": self.train_loss,
-            "eval": self.eval,
-            "eval_clients": self.eval_clients,
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "seconds": round(self.seconds, 3),
-            **({"notes": dict(self.notes)} if self.notes else {}),
-            **({"exactness": self.exactness} if self.exactness is not None else {}),
-        }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `fit` is to do, whatever the strategy and the fleet."""
-
-    rounds: int
-    cohort: int  # clients asked in a round
-    seed: int = 0
-    training: Training = field(default_factory=Training)
-    policy: Policy = field(default_factory=Policy)
-    evaluate: Callable[[LoRA], Metrics] | None = None  # the global model on the global held-out set
-    evaluate_clients: bool = False
-    exactness: Mapping[str, float] | None = None  # module -> s, to measure it; all of a round's updates are then held
-
-
 def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Past | None = None) -> Iterator[Round]:
     """Run the rounds that are left, yielding after each; raises `RoundFailed` when too few clients answer."""
-    state, first = (past.state, past.rounds) if past else (strategy.init(lora), 0)
-    losses = list(past.losses) if past else []
-    answered = first > 0
-    for t in range(first, plan.rounds):
+    past = past or Past(0, strategy.init(lora))
+    state, losses, spent = past.state, list(past.losses), dict(past.spent)
+    clip, charges = past.clip or (plan.central.clip if plan.central else 0.0), past.charges
+    answered = past.rounds > 0
+    for t in range(past.rounds, plan.rounds):
         if stalled(losses, plan.policy.patience):
             return
         began, up, down = time.monotonic(), fleet.traffic.up, fleet.traffic.down
-        cohort = sample(fleet.clients(), plan.cohort, plan.seed, t)
-        jobs = {c.id: _job(strategy, state, c, plan, t) for c in cohort}
+        charges = plan.central.charge(charges) if plan.central else ()
+        cohort = _cohort(fleet, plan, t)
+        jobs = {c.id: _job(strategy, state, c, plan, t, spent) for c in cohort}
+        bound = Clipping(clip) if plan.central else None
         answers = fleet.train({i: narrow(job) for i, job in jobs.items()})
-        got = gather(jobs, answers, _weigh(plan.policy), strategy.sums_only, plan.exactness is not None)
-        enough = got.answered >= max(1, plan.policy.quorum * len(cohort))
-        if not enough and plan.policy.below_quorum == "stop":
-            raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
-        exactness = None
-        if enough:
+        got = gather(jobs, answers, _weigh(plan.policy), strategy.sums_only, plan.exactness is not None, bound)
+        spent |= got.spent
+        exactness = release = None
+        if enough := _is_enough(got, t, cohort, plan):
             answered = True
+            if plan.central and bound:
+                release = plan.central.release(bound, _start(strategy, state), t, charges)
+                got.updates, got.weights, clip = [release.update], [1.0], release.next_clip
             state = strategy.aggregate(state, got.updates, got.weights)
             adapter = check(strategy, state, lora, t)
             exactness = distance(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
         values, clients = _evaluate(strategy, state, fleet, plan, t)
-        if values:
-            losses.append(values["loss"])
-        spent = fleet.traffic.up - up, fleet.traffic.down - down, time.monotonic() - began
-        loss = got.loss if enough else None
-        notes = strategy.notes(state)
-        yield Round(t + 1, state, tuple(jobs), got.failed, loss, values, clients, *spent, notes, exactness)
+        losses += [values["loss"]] if values else []
+        yield Round(
+            number=t + 1,
+            state=state,
+            asked=tuple(jobs),
+            failed=got.failed,
+            train_loss=got.loss if enough else None,
+            eval=values,
+            eval_clients=clients,
+            bytes_up=fleet.traffic.up - up,
+            bytes_down=fleet.traffic.down - down,
+            seconds=time.monotonic() - began,
+            notes=strategy.notes(state),
+            exactness=exactness,
+            spent=dict(spent),
+            central=release,
+        )
     if not answered:
         raise RoundFailed(f"no client answered in any of {plan.rounds} rounds; see the reasons above")
+
+
+def _is_enough(got: Gathered, t: int, cohort: Sequence[Client], plan: Plan) -> bool:
+    """Did a quorum answer? Of a Poisson sample, which may be empty, that may be none."""
+    enough = got.answered >= max(int(not plan.central), plan.policy.quorum * len(cohort))
+    if not enough and plan.policy.below_quorum == "stop":
+        raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
+    return enough
+
+
+def _cohort(fleet: Fleet, plan: Plan, t: int) -> list[Client]:
+    if plan.central:
+        return plan.central.sample(fleet.clients(), t)
+    return sample(fleet.clients(), plan.cohort, plan.seed, t)
+
+
+def _start(strategy: Strategy[Any], state: Any) -> LoRA:
+    """The sides that all clients share, as this round's clients were given them: the highest rank has all of it."""
+    job = strategy.client_init(state, Client(id=0, examples=1, rank=2**31))
+    return job.start.only(job.shares)
 
 
 def sample(clients: Sequence[Client], cohort: int, seed: int, t: int) -> list[Client]:
@@ -204,9 +170,14 @@ def _weigh(policy: Policy) -> Callable[[Update], float]:
     return (lambda update: float(update.examples)) if policy.weights == "examples" else (lambda _: 1.0)
 
 
-def _job(strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int) -> Job:
+def _job(
+    strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: Mapping[int, Spent] | None = None
+) -> Job:
     job = strategy.client_init(state, client)
-    return replace(job, training=plan.training, seed=plan.seed, round=t, rounds=plan.rounds)
+    known = spent[client.id].charges if spent and client.id in spent else 0
+    privacy = plan.terms.of(client, known) if plan.terms else None
+    filled = {"seed": plan.seed, "round": t, "rounds": plan.rounds, "metrics": plan.metrics, "privacy": privacy}
+    return replace(job, training=plan.training, **filled)  # type: ignore[arg-type]
 
 
 def _evaluate(

@@ -10,19 +10,21 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from . import data
+from . import data, preflight
+from .central import Central
 from .compose import compose
 from .config import Config
 from .data import Form
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, PrivacyError
 from .folder import RunFolder
 from .lora import LoRA
 from .metrics import Metrics
 from .model import Model
+from .privacy import central, terms
 from .ranks import ranks
 from .rounds import Fleet, Plan, fit
+from .site import Site
 from .strategy import Strategy
-from .worker import Site
 
 
 @dataclass(eq=False)
@@ -67,7 +69,9 @@ def prepare(config: Config) -> Setup:
     public = data.public(config.lora.init_data, federated.form)
     model = Model(config.model, config.lora, federated.form, config.seed, public)
     heldout = federated.heldout or ((),) * len(federated.clients)
-    sites = tuple(Site(model.encoder, rows, held) for rows, held in zip(federated.clients, heldout, strict=True))
+    unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
+    both = zip(federated.clients, heldout, strict=True)
+    sites = tuple(Site(model.encoder, rows, held, unit) for rows, held in both)
     memory = partial(model.memory, batch_size=config.train.batch_size)
     their = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, memory)
     return Setup(config, model, model.read(), sites, tuple(their), federated.evaluation)
@@ -88,8 +92,14 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
         evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
         evaluate_clients=config.data.holdout > 0,
         exactness=_measured(setup) if config.exactness else None,
+        metrics=not config.dp.on or config.dp.metrics,
+        terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        central=_central(setup) if config.dp.by_client else None,
     )
     state = past.state if past else strategy.init(setup.start)
+    if plan.terms:
+        first, *_ = fleet.clients()
+        preflight.once(setup.model, replace(strategy.client_init(state, first), privacy=plan.terms.of(first)))
     before = records[0].get("before", {}) if records else _before(plan, strategy.adapter(state))
     show.started(setup, strategy, before, past.rounds if past else 0)
     try:
@@ -125,6 +135,16 @@ def _measured(setup: Setup) -> Mapping[str, float]:
     return setup.model.scales
 
 
+def ledgers(config: Config) -> Path | None:
+    """Where the clients' ledgers lie, if not with what else they keep."""
+    return Path(config.dp.ledger) if config.dp.ledger else None
+
+
+def _central(setup: Setup) -> Central:
+    config = setup.config
+    return central(config.dp, config.cohort, config.clients, config.rounds, config.seed)
+
+
 def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:
     return plan.evaluate(adapter).values() if plan.evaluate else {}
 
@@ -138,7 +158,8 @@ def _absolute(config: Config) -> Config:
     rows = replace(config.data, path=full(config.data.path), eval=full(config.data.eval))
     model = replace(config.model, path=full(config.model.path))
     lora = replace(config.lora, init_data=full(config.lora.init_data))
-    return replace(config, data=rows, model=model, lora=lora)
+    dp = replace(config.dp, ledger=str(Path(config.dp.ledger).expanduser().absolute()) if config.dp.ledger else "")
+    return replace(config, data=rows, model=model, lora=lora, dp=dp)
 
 
 def _on_disk(path: str) -> bool:
@@ -152,6 +173,8 @@ def _resolve(config: Config, form: Form, clients: int) -> Config:
         raise ConfigError(f"cohort = {cohort} is more than the {clients} clients there are; choose {clients} or fewer")
     if config.engine == "stacked":
         raise ConfigError('engine = "stacked" is not in this version; choose "serial" or "flower"')
+    if config.dp.on:
+        _refuse_what_is_not_private(config)
     return replace(
         config,
         clients=clients,
@@ -159,3 +182,14 @@ def _resolve(config: Config, form: Form, clients: int) -> Config:
         engine="serial" if config.engine == "auto" else config.engine,
         data=replace(config.data, labels=form.labels),
     )
+
+
+def _refuse_what_is_not_private(config: Config) -> None:
+    """What would let out of a client what no noise covers."""
+    if config.data.holdout and not config.dp.metrics:
+        raise PrivacyError(
+            f"data.holdout = {config.data.holdout:g} lets clients tell scores on their own data, with no noise on "
+            "them; leave it out, or say dp.metrics = true"
+        )
+    if config.exactness and config.dp.by_client:
+        raise PrivacyError("exactness needs every client's update, which dp.level = client hides; leave it out")

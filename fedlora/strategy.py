@@ -20,6 +20,7 @@ class Client:
     id: int
     examples: int
     rank: int
+    records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,29 @@ class Training:
     prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """What makes a client's work in a round differentially private: the terms of its DP-SGD (docs/privacy.md)."""
+
+    noise: float  # sigma: the noise's standard deviation over the clip
+    clip: float  # C: the largest norm of one record's gradient over all that is trained
+    head_share: float  # of C^2, for the head, where it is trained beside factors: C_A^2 + C_H^2 = C^2
+    rate: float  # q: the probability that a record is in a step, each by itself
+    steps: int  # in a round
+    delta: float
+    engine: str = "auto"  # of the gradients of single examples
+    seeded: bool = False  # noise and samples from the run's seed: an experiment, and NOT PRIVATE
+    known: int = 0  # charges in this client's ledger that the server has seen: one with fewer has lost some
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a client's ledger says after a round."""
+
+    epsilon: float  # of all its charges, at the run's delta
+    charges: int
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """Server to client: one round's work, complete in itself."""
@@ -54,6 +78,8 @@ class Job:
     gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; the loop sets it for a sketch
     resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
     example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
+    privacy: Privacy | None = None  # DP-SGD instead; the run fills it in, as all below
+    metrics: bool = True  # may the client tell its training loss?
     training: Training = field(default_factory=Training)
     seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
     round: int = 0  # from 0
@@ -66,7 +92,8 @@ class Update:
 
     lora: LoRA  # the shared sides, trained; of a job that resumes, A and B hold the change of the product
     examples: int
-    loss: float  # mean over the round's training
+    loss: float | None  # mean over the round's training; None where it is not to be told
+    spent: Spent | None = None  # of a private job
 
 
 State = TypeVar("State")

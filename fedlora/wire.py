@@ -21,12 +21,15 @@ from .errors import WireError
 from .flat import Flat, count, flatten, name_of, unflatten
 from .lora import SIDES, LoRA
 from .metrics import Metrics
-from .strategy import Client, Job, Training, Update
+from .strategy import Client, Job, Privacy, Spent, Training, Update
 
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64"]
 CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
-PLAIN = ("trains", "shares", "gain", "resumes", "example_clip", "training", "seed", "round", "rounds")  # of a Job
+PLAIN = (  # of a Job
+    *("trains", "shares", "gain", "resumes", "example_clip", "privacy", "metrics"),
+    *("training", "seed", "round", "rounds"),
+)
 T = TypeVar("T")
 
 
@@ -39,6 +42,8 @@ class JobHead:
     gain: dict[str, float]
     resumes: bool
     example_clip: float
+    privacy: Privacy | None
+    metrics: bool
     training: Training
     seed: int
     round: int
@@ -52,7 +57,8 @@ class JobHead:
 @checked(frozen=True, config=STRICT)
 class UpdateHead:
     examples: int
-    loss: float
+    loss: float | None
+    spent: Spent | None
     manifest: str
     dtype: Dtype
 
@@ -137,7 +143,7 @@ def pack_update(update: Update) -> RecordDict:
     """An update; its numbers travel in the type they have."""
     dtypes = {t.dtype for s in SIDES for t in update.lora.side(s).values()}
     flat = flatten(update.lora, dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    head = UpdateHead(update.examples, update.loss, flat.manifest, _dtype_name(flat.vector))
+    head = UpdateHead(update.examples, update.loss, update.spent, flat.manifest, _dtype_name(flat.vector))
     return _record(head, _array(flat.vector))
 
 
@@ -158,7 +164,7 @@ def read_update(records: RecordDict, job: Job) -> Update | Lacks:
         got = _shapes(lora.side(s), free.get(s))
         if got != asked:
             raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
-    return Update(lora, head.examples, head.loss)
+    return Update(lora, head.examples, head.loss, head.spent)
 
 
 def pack_metrics(metrics: Metrics) -> RecordDict:

@@ -1,43 +1,21 @@
 """A client's side of a round: a Job and some examples in, an Update out. Knows no algorithm."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, cos, isfinite, pi
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
+from . import dpsgd, optimize
 from .base import seeded
-from .data import Rows
-from .encode import Encoder, Example, length
+from .dpsgd import STANDARD, Mechanism, Records
+from .encode import Example, length
 from .errors import ClientFailed
 from .lora import SIDES, LoRA, join, scale, wide
 from .metrics import Metrics
 from .model import Model
 from .seeds import derive
-from .strategy import Client, Job, Training, Update
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One client's examples, encoded when they are first needed."""
-
-    encoder: Encoder
-    train_rows: Rows
-    heldout_rows: Rows = ()
-
-    @cached_property
-    def train(self) -> list[Example]:
-        return self.encoder(self.train_rows)
-
-    @cached_property
-    def heldout(self) -> list[Example]:
-        return self.encoder(self.heldout_rows)
-
-    def client(self, id: int, rank: int) -> Client:
-        """What the server is told of this client."""
-        return Client(id, len(self.train_rows), rank)
+from .strategy import Job, Training, Update
 
 
 def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> tuple[Update, LoRA]:
@@ -47,14 +25,22 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
     Raises `ClientFailed` where the loss is no longer a number.
     """
     taken = _wear(model, job, kept)
-    sides = {side: model.trains(side) for side in job.trains}
-    model.trains(job.trains)
     with seeded(derive(job.seed, "dropout", client, job.round)):
-        loss = _descend(model, sides, job, client, examples)
-    lora = model.read()
-    shared = lora.only(job.shares)
-    change = join(shared.only("AB"), taken) if taken else LoRA()
-    return Update(change.over(shared), len(examples), loss), lora.only(_keeps(job))
+        loss = _descend(model, _sides(model, job), job, client, examples)
+    return _told(model, job, taken, len(examples), loss if job.metrics else None)
+
+
+def train_privately(
+    model: Model, job: Job, client: int, records: Records, kept: LoRA, mechanism: Mechanism = STANDARD
+) -> tuple[Update, LoRA]:
+    """The same by DP-SGD, on the job's terms; no loss is told, as it would not be private.
+
+    Raises `PrivacyError` for a model that cannot be trained so.
+    """
+    taken = _wear(model, job, kept)
+    with seeded(derive(job.seed, "dropout", client, job.round)):
+        dpsgd.descend(model, _sides(model, job), job, client, records, mechanism)
+    return _told(model, job, taken, len(records), None)
 
 
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
@@ -72,6 +58,21 @@ def _wear(model: Model, job: Job, kept: LoRA) -> LoRA:
     return taken
 
 
+def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
+    """The parameters that the job trains, by side, with gradients let through to them alone."""
+    sides = {side: model.trains(side) for side in job.trains}
+    model.trains(job.trains)
+    return sides
+
+
+def _told(model: Model, job: Job, taken: LoRA, examples: int, loss: float | None) -> tuple[Update, LoRA]:
+    """What the client sends of what it has trained, and what it keeps."""
+    lora = model.read()
+    shared = lora.only(job.shares)
+    change = join(shared.only("AB"), taken) if taken else LoRA()
+    return Update(change.over(shared), examples, loss), lora.only(_keeps(job))
+
+
 def _keeps(job: Job) -> str:
     """The sides that stay with the client."""
     own = set(job.trains) - set(job.shares) | set("AB" if job.resumes else "")
@@ -84,15 +85,14 @@ def _descend(
     """All of a round's optimizer steps; the mean loss over the targets seen."""
     training, parameters = job.training, [p for side in sides.values() for p in side]
     start = [p.detach().clone() for p in parameters]
-    optimizer = _optimizer(training, model, sides)
+    optimizer = optimize.make(training, model, sides)
     optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
     model.net.train()
     total, targets = 0.0, 0
-    steps = count_steps(training, len(examples))
+    steps = optimize.count_steps(training, len(examples))
     chunks = _chunks(len(examples), training, job, client)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * factor(training, (job.round + (step + 1) / steps) / job.rounds)
+        optimize.set_rates(optimizer, training, (job.round + (step + 1) / steps) / job.rounds)
         chunk = [examples[i] for i in next(chunks)]
         if job.example_clip:
             loss, n = _clipped_gradients(model, parameters, chunk, job.example_clip)
@@ -103,7 +103,7 @@ def _descend(
                 f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
                 f"a train.lr below {training.lr:g} may help"
             )
-        _attract(parameters, start, training.prox)
+        optimize.attract(parameters, start, training.prox)
         if training.clip and not job.example_clip:
             nn.utils.clip_grad_norm_(parameters, training.clip)
         optimizer.step()
@@ -145,46 +145,6 @@ def _clipped_gradients(
     for p, mean in zip(parameters, means, strict=True):
         p.grad = mean.to(p.dtype)
     return total, targets
-
-
-def _attract(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
-    """Add the gradient of FedProx's mu/2 times the squared distance to the start."""
-    for p, p0 in zip(parameters, start, strict=True) if mu else ():
-        if p.grad is not None:
-            p.grad.add_(p.detach() - p0, alpha=mu)
-
-
-def _optimizer(training: Training, model: Model, sides: Mapping[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """A group for each learning rate there is, as it is where the schedule's factor is one."""
-    heads = {id(p) for p in model.heads.values()}  # side H may hold other things too
-    groups: dict[float, list[nn.Parameter]] = {}
-    for side, parameters in sides.items():
-        for p in parameters:
-            rate = training.lr * (training.lora_plus if side == "B" else 1)
-            groups.setdefault((training.head_lr or rate) if id(p) in heads else rate, []).append(p)
-    each = [{"params": ps, "full_lr": rate} for rate, ps in groups.items()]
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(each, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(each, lr=training.lr, weight_decay=training.weight_decay)
-
-
-def count_steps(training: Training, n: int) -> int:
-    """Optimizer steps of a client with n examples in a round."""
-    if training.steps:
-        return training.steps
-    return max(1, round(training.epochs * ceil(n / (training.batch_size * training.accumulate))))
-
-
-def factor(training: Training, progress: float) -> float:
-    """The learning rate's factor at this share of the whole run, so that the schedule goes on over the rounds."""
-    if progress < training.warmup:
-        return progress / training.warmup
-    left = (1 - progress) / (1 - training.warmup) if training.warmup < 1 else 1.0
-    if training.schedule == "linear":
-        return left
-    if training.schedule == "cosine":
-        return (1 + cos(pi * (1 - left))) / 2
-    return 1.0
 
 
 def _chunks(n: int, training: Training, job: Job, client: int) -> Iterator[list[int]]:

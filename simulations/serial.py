@@ -1,17 +1,18 @@
 """One client after another in this process, over one resident base: the reference that other fleets answer to."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 
 from fedlora import worker
-from fedlora.errors import ClientFailed
+from fedlora.errors import ClientFailed, LedgerError, PrivacyError
 from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
 from fedlora.model import Model
 from fedlora.rounds import Answers, Failure
+from fedlora.site import Desk, Site
 from fedlora.store import Store
 from fedlora.strategy import Client, Job
-from fedlora.worker import Site
 
 
 class Serial:
@@ -22,10 +23,13 @@ class Serial:
         ranks: Sequence[int],
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
+        ledgers: Path | None = None,
+        budget: float = inf,
     ) -> None:
+        """`ledgers` is where the clients' ledgers lie, if not in `folder`, and `budget` their limit; see `Desk`."""
         self.traffic = Traffic()
         self._model, self._sites, self._ranks, self._answered = model, sites, ranks, answered
-        self._stores = [Store(folder / str(i)) for i in range(len(sites))]
+        self._desks = [Desk(i, site, folder / str(i), ledgers, budget) for i, site in enumerate(sites)]
 
     def clients(self) -> Sequence[Client]:
         return [site.client(i, rank) for i, (site, rank) in enumerate(zip(self._sites, self._ranks, strict=True))]
@@ -34,14 +38,12 @@ class Serial:
         parts = Parts()
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
-            before = self._stores[i].before(job.round)
             try:
-                update, kept = worker.train(self._model, job, i, self._sites[i].train, before)
-            except ClientFailed as e:
+                update = self._desks[i].answer(self._model, job)
+            except (ClientFailed, LedgerError, PrivacyError) as e:
                 self._answered(i)
                 yield i, Failure(str(e))
             else:
-                self._stores[i].keep(job.round, kept)
                 self.traffic.receive(update)
                 self._answered(i)
                 yield i, update
@@ -51,6 +53,6 @@ class Serial:
         answers = {}
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
-            kept = self._stores[i].before(job.round + 1)
+            kept = Store(self._desks[i].folder).before(job.round + 1)
             answers[i] = worker.evaluate(self._model, job, self._sites[i].heldout, kept)
         return answers

@@ -34,7 +34,7 @@ from fedlora.ranks import ranks
 from fedlora.rounds import Plan, fit, split
 from fedlora.run import Setup, prepare
 from fedlora.simulations.serial import Serial
-from fedlora.worker import Site
+from fedlora.site import Site
 
 GRID = (5e-3, 1.5e-2, 4e-2)
 SHORT, LONG = 2, 5  # rounds of a run of the grid, and of the one that is measured

@@ -11,8 +11,8 @@ from fedlora.config import LoRAConfig, ModelConfig
 from fedlora.errors import ClientFailed
 from fedlora.lora import LoRA, delta, join, scale, stack
 from fedlora.model import Model
+from fedlora.optimize import count_steps, factor
 from fedlora.strategy import Job, Training
-from fedlora.worker import count_steps, factor
 from tests.models import LABEL, TEXT, make
 
 FAST = Training(lr=1e-2, batch_size=4, epochs=1)

@@ -1,0 +1,54 @@
+"""Random numbers that nobody else can draw: the keystream of AES-256 in counter mode under a key of the system's.
+
+An experiment may take a key made from a seed instead; then whoever knows the seed can take the noise off again.
+"""
+
+import os
+from hashlib import sha256
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Source:
+    """One stream of random numbers; every number is drawn once."""
+
+    def __init__(self, key: bytes) -> None:
+        """A stream of its own for every key of 32 bytes."""
+        self._stream: Any = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    @classmethod
+    def secret(cls) -> "Source":
+        """Under a fresh key from the operating system, which is written nowhere."""
+        return cls(os.urandom(32))
+
+    @classmethod
+    def seeded(cls, seed: int) -> "Source":
+        """The same stream for the same seed: for experiments, as it protects nobody."""
+        return cls(sha256(f"fedlora noise {seed}".encode()).digest())
+
+    def uniform(self, n: int) -> NDArray[np.float64]:
+        """n numbers in (0, 1), the odd multiples of 2^-53: neither end, so that logarithms are finite."""
+        words = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8")
+        return np.asarray(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers in float64, by Box and Muller's transform; none is beyond 8.6."""
+        n = prod(shape)
+        u, v = self.uniform(n + n % 2).reshape(2, -1)
+        radius = np.sqrt(-2 * np.log(u))
+        pair = np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])
+        return torch.from_numpy(pair[:n].reshape(shape))
+
+    def chosen(self, n: int, rate: float) -> list[int]:
+        """Of n, those that are in a Poisson sample: each by itself, with this probability."""
+        return [int(i) for i in np.flatnonzero(self.uniform(n) < rate)]
+
+    def one_of(self, n: int) -> int:
+        """A number below n, all alike."""
+        return int(self.uniform(1)[0] * n)

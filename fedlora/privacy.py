@@ -1,0 +1,127 @@
+"""What a run promises of its clients' privacy: its settings, each client's terms, and what is refused before it starts.
+
+docs/privacy.md says what the promise is. It stands only where nothing else leaves a client than what the terms cover.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from .accounting import Charge, calibrate, epsilon
+from .central import Central
+from .errors import PrivacyError
+from .strategy import Client, Privacy, Training
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy; on where epsilon or noise is given."""
+
+    epsilon: Annotated[float, Gt(0), "most that the run may spend of a client's data; inf: no privacy"] = inf
+    noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
+    delta: Annotated[float, Ge(0), Lt(1), "0: 1e-5, or a tenth of 1/N if that is less"] = 0.0
+    clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
+    level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
+    unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
+    head_share: Annotated[float, Gt(0), Lt(1), "of C squared for a head that is trained beside factors"] = 0.5
+    rate: Annotated[float, Ge(0), Le(1), "probability q of a record in a step; 0: by batch size"] = 0.0
+    joins: Annotated[int, Ge(0), "rounds that a client may take part in at most; 0: all"] = 0
+    budget: Annotated[float, Gt(0), "epsilon a client's ledger allows over all runs; inf: that of this run"] = inf
+    ledger: Annotated[str, "folder of the clients' ledgers, kept over runs; empty: in the run directory"] = ""
+    metrics: Annotated[bool, "let clients tell losses and scores as they are: they are not private"] = False
+    seeded: Annotated[bool, "noise and samples from the seed: an experiment that is NOT PRIVATE"] = False
+    engine: Annotated[Literal["auto", "lora", "hooks", "one"], "of single gradients; hooks: Opacus's"] = "auto"
+    quantile: Annotated[float, Ge(0), Lt(1), "of clients' norms that the clip follows (level client); 0: fixed"] = 0.0
+    quantile_lr: Annotated[float, Gt(0), "how fast it follows"] = 0.2
+    quantile_share: Annotated[float, Gt(0), Lt(1), "of the privacy spent on following"] = 0.05
+
+    @property
+    def on(self) -> bool:
+        return self.epsilon < inf or self.noise > 0
+
+    @property
+    def by_record(self) -> bool:
+        return self.on and self.level == "record"
+
+    @property
+    def by_client(self) -> bool:
+        return self.on and self.level == "client"
+
+    @property
+    def limit(self) -> float:
+        """Epsilon up to which a client lets itself be charged."""
+        return self.budget if self.budget < inf else self.epsilon
+
+
+@dataclass(frozen=True)
+class Terms:
+    """DP-SGD for every client of a run."""
+
+    config: PrivacyConfig  # with its delta
+    training: Training
+    rounds: int
+
+    @property
+    def joins(self) -> int:
+        """The most rounds that a client may take part in; noise is for these, not for an average."""
+        return min(self.config.joins or self.rounds, self.rounds)
+
+    def of(self, client: Client, known: int = 0) -> Privacy:
+        """One client's terms; `known`: its charges that the server has seen."""
+        c, rate = self.config, self._rate(client)
+        steps = self.training.steps or max(1, round(self.training.epochs / rate))
+        noise = c.noise or calibrate(c.epsilon, c.delta, rate, steps * self.joins)
+        return Privacy(noise, c.clip, c.head_share, rate, steps, c.delta, c.engine, c.seeded, known)
+
+    def ends_at(self, client: Client) -> float:
+        """Epsilon of a client that takes part as often as it may."""
+        p = self.of(client)
+        return epsilon([Charge(p.noise, p.rate, p.steps * self.joins)], p.delta)
+
+    def _rate(self, client: Client) -> float:
+        return self.config.rate or self.training.batch_size * self.training.accumulate / client.records
+
+
+def terms(config: PrivacyConfig, training: Training, rounds: int, clients: Sequence[Client]) -> Terms:
+    """The terms of a run with these clients. Raises `PrivacyError` for what would be no privacy, naming the client."""
+    smallest = min(clients, key=lambda c: c.records)
+    n, batch = smallest.records, training.batch_size * training.accumulate
+    who = f"client {smallest.id}, which has {n}"
+    if n < 1:
+        raise PrivacyError(f"client {smallest.id} has no records to train on; leave it out")
+    if not config.rate and batch > n:
+        raise PrivacyError(
+            f"train.batch_size * train.accumulate = {batch} is more than the records of {who}; lower it, or set "
+            "dp.rate, the share of its records that a client takes for a step"
+        )
+    if config.rate and config.rate * n < 1:
+        raise PrivacyError(
+            f"dp.rate = {config.rate:g} is less than one record a step for {who}; raise it to {1 / n:.2g} or more, or "
+            "leave that client out"
+        )
+    return Terms(replace(config, delta=_delta(config.delta, n, who)), training, rounds)
+
+
+def central(config: PrivacyConfig, cohort: int, clients: int, rounds: int, seed: int) -> Central:
+    """The mechanism that hides clients. Raises `PrivacyError` for what would be no privacy."""
+    if config.joins or config.ledger:
+        raise PrivacyError("dp.joins and dp.ledger are each client's own; leave them out with dp.level = client")
+    rate = cohort / clients
+    delta = _delta(config.delta, clients, f"{clients} clients")
+    noise = config.noise or calibrate(config.epsilon, delta, rate, rounds)
+    following = config.quantile, config.quantile_lr, config.quantile_share
+    shown = seed if config.seeded else None
+    return Central(noise, rate, clients, delta, config.clip, *following, shown, config.limit)
+
+
+def _delta(delta: float, n: int, who: str) -> float:
+    """The delta of n units. Raises `PrivacyError` for one that would let a whole unit be given away."""
+    if delta >= 1 / n:
+        raise PrivacyError(
+            f"dp.delta = {delta:g} is not below 1/N = {1 / n:.2g} of {who}: it would allow one of them to be given "
+            f"away whole; set {1 / (10 * n):.0e} or less"
+        )
+    return delta or min(1e-5, 1 / (10 * n))

@@ -1,0 +1,396 @@
+"""Secure aggregation: exact sums whoever drops out, and what neither the server nor a member can be made to give."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from math import fsum
+from time import perf_counter
+
+import numpy as np
+import pytest
+from Crypto.Protocol.SecretSharing import Shamir
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fedlora import secure
+from fedlora.errors import FedloraError
+from fedlora.secure import Cohort, Keys, Member, Ring, SecureError, decode, encode, unmask
+
+ROUND = "run 7, round 3"
+STEPS = ("joined", "shared", "masked", "revealed")  # the last thing that a member did before it fell silent
+Sealed = dict[int, Mapping[int, bytes]]  # sender -> receiver -> shares
+
+
+def again(member: Member) -> Member:
+    """The member in a new process."""
+    return Member.loads(member.dumps())
+
+
+def joined(n: int, threshold: int = 0, context: str = ROUND) -> tuple[dict[int, Member], Cohort]:
+    members = {i: Member.join(i, context) for i in range(10, 10 + n)}
+    return members, Cohort(context, {i: m.keys for i, m in members.items()}, threshold or max(3, n // 2 + 1))
+
+
+def inbox(sealed: Sealed, to: int) -> dict[int, bytes]:
+    return {sender: shares[to] for sender, shares in sealed.items() if sender != to}
+
+
+def mask(members: dict[int, Member], sealed: Sealed, vectors: Mapping[int, Ring]) -> dict[int, Ring]:
+    return {i: members[i].mask(x, inbox(sealed, i)) for i, x in vectors.items()}
+
+
+def add(vectors: Mapping[int, Ring]) -> Ring:
+    total: Ring = np.add.reduce(list(vectors.values()), dtype=np.uint32) if vectors else np.zeros(0, np.uint32)
+    return total
+
+
+def random(n: int, size: int = 50) -> dict[int, Ring]:
+    draw = np.random.default_rng(n)
+    return {i: draw.integers(0, 2**32, size, dtype=np.uint32) for i in range(10, 10 + n)}
+
+
+def to_masked(n: int, size: int = 50) -> tuple[dict[int, Member], Cohort, dict[int, Ring], dict[int, Ring]]:
+    """A round in which everybody has sent a masked vector: members, cohort, vectors, masked vectors."""
+    members, cohort = joined(n)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    return members, cohort, random(n, size), mask(members, sealed, random(n, size))
+
+
+def serve(n: int, threshold: int, last: Collection[str]) -> tuple[Ring, Ring]:
+    """A whole round, each member in a new process for every step: the sum brought out, and the sum it should be."""
+    members, cohort = joined(n, threshold)
+    did = {i: STEPS.index(step) for i, step in zip(members, last, strict=True)}
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items() if did[i] >= 1}
+    members = {i: again(m) for i, m in members.items()}
+    vectors = {i: x for i, x in random(n).items() if did[i] >= 2}
+    masked = mask(members, sealed, vectors)
+    members = {i: again(m) for i, m in members.items()}
+    revealed = {i: members[i].reveal(masked) for i in masked if did[i] == 3}
+    return unmask(cohort, add(masked), list(masked), revealed), add(vectors)
+
+
+@given(st.lists(st.sampled_from(STEPS + 4 * STEPS[3:]), min_size=3, max_size=7), st.integers(0, 2))
+def test_the_sum_is_exact_whoever_drops_out_and_whenever(last: list[str], more: int) -> None:
+    threshold = min(len(last), max(3, len(last) // 2 + 1) + more)
+    if last.count("revealed") >= threshold:
+        total, expected = serve(len(last), threshold, last)
+        np.testing.assert_array_equal(total, expected)
+    else:
+        with pytest.raises(SecureError, match=r"members .*, . must; begin a new round"):
+            serve(len(last), threshold, last)
+
+
+@pytest.mark.parametrize("step", STEPS[:3])
+def test_the_sum_is_exact_after_one_dropout(step: str) -> None:
+    total, expected = serve(5, 3, ["revealed", step, "revealed", "revealed", "masked"])
+    np.testing.assert_array_equal(total, expected)
+
+
+@pytest.mark.parametrize("step", STEPS[:3])
+def test_a_round_that_too_many_left_is_refused(step: str) -> None:
+    with pytest.raises(SecureError, match=r"2 members .*, 3 must; begin a new round"):
+        serve(5, 3, ["revealed", step, step, step, "revealed"])
+
+
+def test_a_hundred_thousand_numbers_of_ten_members_take_less_than_two_seconds() -> None:
+    vectors, start = random(10, 100_000), perf_counter()
+    members, cohort = joined(10)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    masked = mask(members, sealed, {i: x for i, x in vectors.items() if i > 11})  # two drop out
+    total = unmask(cohort, add(masked), list(masked), {i: members[i].reveal(masked) for i in masked})
+    assert perf_counter() - start < 2
+    np.testing.assert_array_equal(total, add({i: vectors[i] for i in masked}))
+
+
+def chi_square(vector: Ring) -> float:
+    """Of its bytes against uniform ones: 255 give or take 23; 400 is once in 10^7."""
+    counts = np.bincount(vector.view(np.uint8), minlength=256)
+    return float(((counts - vector.nbytes / 256) ** 2).sum() / (vector.nbytes / 256))
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**31, 2**32 - 1])
+def test_a_masked_vector_looks_uniform_and_never_the_same(value: int) -> None:
+    seen: list[Ring] = []
+    for _ in range(2):
+        members, cohort = joined(3)
+        sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+        seen += mask(members, sealed, dict.fromkeys(members, np.full(1000, value, np.uint32))).values()
+    assert all(chi_square(y) < 400 and chi_square(y - z) < 400 for y in seen for z in seen if y is not z)
+    assert all((y != z).all() for y in seen for z in seen if y is not z)
+
+
+def test_the_server_is_refused_one_members_vector() -> None:
+    members, cohort, _, masked = to_masked(4)
+    revealed = {i: m.reveal(masked) for i, m in members.items()}
+    with pytest.raises(SecureError, match="1 members revealed their shares, 3 must"):
+        unmask(cohort, masked[10], [10], {10: revealed[10]})
+    with pytest.raises(SecureError, match="not each within the next"):
+        unmask(cohort, masked[10], [10], revealed)
+    with pytest.raises(SecureError, match="shares revealed of 13 do not fit it"):  # shares of its self-mask
+        unmask(cohort, add(masked) - masked[13], [10, 11, 12], {i: revealed[i] for i in (10, 11, 12)})
+
+
+def test_a_vector_without_its_self_mask_is_still_masked() -> None:
+    members, cohort, vectors, masked = to_masked(4, 1000)
+    revealed = {i: m.reveal(masked) for i, m in members.items()}
+    bare = masked[10] - self_mask(cohort, revealed, 10)
+    assert chi_square(bare) < 400 and chi_square(bare - vectors[10]) < 400 and (bare != vectors[10]).all()
+
+
+def test_a_vector_that_comes_too_late_is_still_masked() -> None:
+    members, cohort, vectors, masked = to_masked(5, 1000)
+    revealed = {i: members[i].reveal([10, 11, 12, 13]) for i in (10, 11, 12, 13)}
+    seed = combine(cohort, revealed, 14)
+    assert secure._public(secure._masking_key(seed, ROUND, 14)) == cohort.keys[14].masking  # the server has this key
+    bare = masked[14] - add({i: secure._pairwise(seed, cohort, 14, i, 1000) for i in revealed})
+    assert chi_square(bare - vectors[14]) < 400 and (bare != vectors[14]).all()  # and yet not the vector
+
+
+def combine(cohort: Cohort, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> bytes:
+    some = sorted(revealed)[: cohort.threshold]
+    return Shamir.combine([(cohort.places[i], revealed[i][owner]) for i in some], False)
+
+
+def self_mask(cohort: Cohort, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> Ring:
+    seed = combine(cohort, revealed, owner)
+    assert secure._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].mark  # the server has this seed
+    return secure._stream(secure._derive(seed, "self-mask", ROUND, owner), 1000)
+
+
+def test_fewer_shares_than_threshold_give_another_secret() -> None:
+    members, cohort = joined(5, 4)
+    seed, sealed = members[10].own, {i: m.share(cohort) for i, m in members.items()}
+    opened = {i: members[i]._open(cohort, 10, sealed[10][i])[1] for i in (11, 12, 13, 14)}
+    shares = [(cohort.places[i], share) for i, share in opened.items()]
+    assert Shamir.combine(shares, False) == seed != Shamir.combine(shares[:3], False)
+
+
+def test_a_member_reveals_once() -> None:
+    members, *_ = to_masked(5)
+    first = members[10].reveal([10, 11, 12])
+    for member in (members[10], again(members[10])):
+        assert member.reveal([12, 11, 10]) == first
+        for other in ([10, 11, 13], [10, 11, 12, 13], [10, 11, 12, 13, 14]):
+            with pytest.raises(SecureError, match="revealed for survivors other than"):
+                member.reveal(other)
+
+
+def test_a_member_shares_once_and_masks_once() -> None:
+    members, cohort = joined(3)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    with pytest.raises(SecureError, match="it has shared its secrets; join a new round"):
+        again(members[10]).share(cohort)
+    members[10].mask(random(3)[10], inbox(sealed, 10))
+    with pytest.raises(SecureError, match="it masks one vector"):
+        again(members[10]).mask(random(3)[11], inbox(sealed, 10))
+
+
+def test_a_member_takes_one_step_after_the_other() -> None:
+    members, cohort = joined(3)
+    with pytest.raises(SecureError, match="it masks one vector, after it has shared"):
+        members[10].mask(random(3)[10], {})
+    members[10].share(cohort)
+    with pytest.raises(SecureError, match="no vector in the sum yet"):
+        members[10].reveal([10, 11, 12])
+
+
+def test_a_member_draws_all_its_secrets_anew() -> None:
+    first, second = (vars(Member.join(10, ROUND).keys).values() for _ in range(2))
+    assert not set(first) & set(second)
+
+
+def test_a_member_masks_with_enough_others_or_not_at_all() -> None:
+    members, cohort = joined(5)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    with pytest.raises(SecureError, match="2 members shared their secrets, 3 must"):
+        members[10].mask(random(5)[10], {11: sealed[11][10]})
+    members[10].mask(random(5)[10], {i: sealed[i][10] for i in (11, 12)})
+
+
+@pytest.mark.parametrize("survivors", [[11, 12, 13], [10, 11, 12, 14], [10, 11], [10, 10, 11]])
+def test_survivors_are_itself_and_enough_of_those_it_masked_with(survivors: list[int]) -> None:
+    members, cohort = joined(5)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items() if i < 14}
+    members[10].mask(random(5)[10], inbox(sealed, 10))
+    with pytest.raises(SecureError, match=r"not it and others of|members sent a masked vector, 3 must"):
+        members[10].reveal(survivors)
+
+
+def test_only_whole_numbers_are_masked() -> None:
+    members, cohort = joined(3)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    with pytest.raises(SecureError, match="uint32, not of float64; encode"):
+        members[10].mask(np.ones(3), inbox(sealed, 10))  # type: ignore[arg-type]
+
+
+def test_a_member_looks_for_itself_in_the_roster() -> None:
+    members, cohort = joined(4)
+    stranger = Member.join(10, ROUND)
+    for other in (
+        replace(cohort, keys={i: k for i, k in cohort.keys.items() if i != 10}),
+        replace(cohort, keys=dict(cohort.keys) | {10: stranger.keys}),
+        replace(cohort, context="run 7, round 4"),
+    ):
+        with pytest.raises(SecureError, match="has not its keys; send it the roster it joined"):
+            members[10].share(other)
+
+
+@pytest.mark.parametrize(
+    ("n", "threshold", "says"),
+    [
+        (2, 2, "2 members joined; a sum hides a vector from 3"),
+        (3, 2, "threshold is 2; of 3 members, take 3 to 3"),
+        (6, 3, "threshold is 3; of 6 members, take 4 to 6"),
+        (6, 7, "threshold is 7"),
+    ],
+)
+def test_a_cohort_that_protects_nobody_is_refused(n: int, threshold: int, says: str) -> None:
+    with pytest.raises(SecureError, match=says):
+        joined(n, threshold)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a, b: b, lambda a, b: replace(a, masking=b.sealing), lambda a, b: replace(a, mark=b"short")]
+)
+def test_a_roster_holds_each_key_once(change: Callable[[Keys, Keys], Keys]) -> None:
+    _, cohort = joined(4)
+    with pytest.raises(SecureError, match="occurs twice or is not of 32 bytes"):
+        replace(cohort, keys=dict(cohort.keys) | {10: change(cohort.keys[10], cohort.keys[11])})
+
+
+def test_a_key_with_which_every_secret_is_zero_is_refused() -> None:
+    members, cohort = joined(4)
+    keys = dict(cohort.keys) | {11: replace(cohort.keys[11], sealing=bytes(32))}
+    with pytest.raises(SecureError, match="is not a public key"):
+        members[10].share(replace(cohort, keys=keys))
+
+
+def tampered(sealed: Sealed) -> bytes:
+    return sealed[11][10][:-1] + bytes([sealed[11][10][-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [tampered, lambda s: s[11][10][:20], lambda s: b"", lambda s: s[12][10], lambda s: s[11][12], lambda s: s[10][11]],
+    ids=["tampered", "cut", "empty", "of another sender", "for another receiver", "its own, sent back"],
+)
+def test_a_share_that_is_not_the_senders_to_it_is_refused(forge: Callable[[Sealed], bytes]) -> None:
+    members, cohort = joined(3)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    with pytest.raises(SecureError, match="member 10 refuses: shares from 11 are damaged, or of another round"):
+        members[10].mask(random(3)[10], inbox(sealed, 10) | {11: forge(sealed)})
+    masked = mask(members, sealed, random(3))  # the refusal changed nothing
+    np.testing.assert_array_equal(
+        unmask(cohort, add(masked), list(masked), {i: m.reveal(masked) for i, m in members.items()}), add(random(3))
+    )
+
+
+def renamed(member: Member, context: str) -> Member:
+    """A member that uses its secrets in another round, which no member does: to see that nothing else lets it."""
+    return replace(member, context=context)
+
+
+def test_a_share_of_another_round_is_refused_even_under_the_same_secrets() -> None:
+    members, cohort = joined(3)
+    old: Sealed = {i: again(m).share(cohort) for i, m in members.items()}
+    later = {i: renamed(m, "run 7, round 4") for i, m in members.items()}
+    now = Cohort("run 7, round 4", {i: m.keys for i, m in later.items()}, 3)
+    new: Sealed = {i: m.share(now) for i, m in later.items()}
+    with pytest.raises(SecureError, match="shares from 11 are damaged, or of another round"):
+        later[10].mask(random(3)[10], {11: old[11][10], 12: new[12][10]})
+
+
+def test_members_who_were_shown_different_rosters_open_none_of_each_others_shares() -> None:
+    members, cohort = joined(4)
+    other = replace(cohort, keys=dict(cohort.keys) | {13: Member.join(13, ROUND).keys})
+    sealed: Sealed = {10: members[10].share(cohort), 11: members[11].share(other), 12: members[12].share(cohort)}
+    with pytest.raises(SecureError, match="shares from 11 are damaged, or of another round, roster"):
+        members[10].mask(random(4)[10], inbox(sealed, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s | {12: s[12][:5]}, "what member 11 revealed is malformed"),
+        (lambda s: {10: s[10]}, "what member 11 revealed is malformed"),
+        (lambda s: s | {12: bytes(16)}, "the shares revealed of 12 do not fit it"),
+        (lambda s: s | {13: bytes(16)}, "the shares revealed of 13 do not fit it"),
+        (lambda s: s | {14: bytes(16)}, "not each within the next"),
+    ],
+)
+def test_a_malformed_share_is_refused(change: Callable[[Mapping[int, bytes]], dict[int, bytes]], says: str) -> None:
+    members, cohort, _, masked = to_masked(4)
+    some = [10, 11, 12]
+    revealed = {i: dict(members[i].reveal(some)) for i in some}
+    with pytest.raises(SecureError, match=says):
+        unmask(cohort, add({i: masked[i] for i in some}), some, revealed | {11: change(revealed[11])})
+
+
+def test_a_damaged_state_is_refused_and_shows_no_secret() -> None:
+    member = Member.join(1, ROUND)
+    assert repr(member.own) not in repr(member) and again(member) == member
+    for state in (b"", b"[]", b"{}", member.dumps()[:-9], member.dumps().replace(b"own", b"won")):
+        with pytest.raises(FedloraError, match=r"state of .* bytes is damaged"):
+            Member.loads(state)
+
+
+REACH = st.sampled_from([1.0, 0.1, 3.7, 1e-3, 2.0**-5, 1e6])
+
+
+@given(st.integers(3, 200), REACH, st.integers(0, 99))
+def test_the_sum_is_off_by_less_than_a_step_for_each_member(members: int, reach: float, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    weights = draw.dirichlet(np.ones(members))
+    deltas = draw.uniform(-reach, reach, (members, 20)) * 10.0 ** draw.integers(-8, 1, 20)
+    total = np.add.reduce([encode(d, w, reach, members) for d, w in zip(deltas, weights, strict=True)], dtype=np.uint32)
+    exact = [fsum(column) for column in (deltas * weights[:, None]).T]
+    step = decode(np.ones(1, np.uint32), reach, members)[0]
+    assert step <= 2 * reach / (2**31 - 1 - members)
+    assert np.abs(decode(total, reach, members) - exact).max() < members * step
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(0, 1), st.integers(1, 1000))
+def test_no_coordinate_and_so_no_norm_grows(delta: list[float], weight: float, members: int) -> None:
+    x = np.array(delta)
+    coded = decode(encode(x, weight, 1.0, members), 1.0, members)
+    assert (np.abs(coded) <= np.abs(x * weight)).all() and (coded * x >= 0).all()
+    assert np.linalg.norm(coded) <= np.linalg.norm(x * weight)
+
+
+@example(4, 1.0, 1)
+@given(st.integers(1, 2**20), st.floats(1e-6, 1e6), st.sampled_from([-1, 1]))
+def test_the_sum_does_not_wrap_at_the_extreme(members: int, reach: float, sign: int) -> None:
+    one = encode(np.array([sign * reach]), 1 / members, reach, members)
+    total = int(one.view(np.int32)[0]) * members
+    assert abs(total) < 2**31
+    wrapped = np.array([total % 2**32], np.uint32)
+    assert decode(wrapped, reach, members)[0] == pytest.approx(sign * reach, rel=members * 2.0**-29)
+
+
+@pytest.mark.parametrize("value", [1.001, -7.0, np.inf, -np.inf, np.nan])
+def test_what_is_beyond_reach_is_refused_and_not_clipped(value: float) -> None:
+    with pytest.raises(SecureError, match=r"largest value of an update is .*, beyond 1: raise secure.reach"):
+        encode(np.array([0.5, value, -0.1]), 0.1, 1.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("weight", "reach", "members", "says"),
+    [
+        (1.5, 1.0, 3, "a weight is 1.5"),
+        (np.nan, 1.0, 3, "a weight is nan"),
+        (0.5, 0.0, 3, "reach is 0"),
+        (0.5, 1.0, 0, "for 0"),
+    ],
+)
+def test_a_setting_that_encodes_nothing_is_refused(weight: float, reach: float, members: int, says: str) -> None:
+    with pytest.raises(SecureError, match=says):
+        encode(np.zeros(2), weight, reach, members)
+
+
+def test_floats_go_through_a_round() -> None:
+    draw: NDArray[np.float64] = np.random.default_rng(0).normal(0, 1e-3, (4, 100))
+    members, cohort = joined(4)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    masked = mask(members, sealed, {i: encode(x, 0.25, 1.0, 4) for i, x in zip(members, draw, strict=True)})
+    total = unmask(cohort, add(masked), list(masked), {i: m.reveal(masked) for i, m in members.items()})
+    np.testing.assert_allclose(decode(total, 1.0, 4), draw.mean(0), rtol=0, atol=4 * 2.0**-30)
