@@ -45,8 +45,9 @@ def build(config: Config | None = None, folder: Path | None = None) -> ClientApp
     Without a config it is read from Flower's run config; without a folder it is the node's `state-dir`.
     """
     app = ClientApp()
-    for register, work in ((app.query, describe), (app.train, train), (app.evaluate, evaluate)):
-        register()(partial(_serve, work, config, folder))
+    kinds = app.query(), app.query("secure"), app.train(), app.evaluate()
+    for register, work in zip(kinds, (describe, take_step, train, evaluate), strict=True):
+        register(partial(_serve, work, config, folder))
     return app
 
 
@@ -54,6 +55,11 @@ def describe(place: Place, content: RecordDict) -> RecordDict:
     """Who this client is."""
     desk = place.desk
     return wire.pack_client(desk.site.client(desk.id, place.setup.ranks[desk.id]))
+
+
+def take_step(place: Place, content: RecordDict) -> RecordDict:
+    """A step of secure aggregation."""
+    return wire.pack_said(place.desk.reply(wire.read_ask(content)))
 
 
 def train(place: Place, content: RecordDict) -> RecordDict:

@@ -120,6 +120,50 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(context_settings=DOTTED)
+def audit(
+    context: typer.Context,
+    run: Annotated[Text, typer.Argument(help="A run directory, whose settings are audited; none: small ones.")] = None,
+    strategy: Annotated[Text, typer.Option(help="Name (see fedlora strategies) or package.module:Class.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the strategy, key=value; repeatable.")] = None,
+    model: Annotated[Text, typer.Option(help="Folder or hub id of the base model.")] = None,
+    dp_epsilon: Annotated[Real, typer.Option(help="The budget that is promised.")] = None,
+    dp_clip: Annotated[Real, typer.Option(help="Largest norm of a record's gradient.")] = None,
+    dp_noise: Annotated[Real, typer.Option(help="Noise over clip, instead of an epsilon.")] = None,
+    dp_level: Annotated[Text, typer.Option(help="What is hidden: record, or client.")] = None,
+    seed: Annotated[Number, typer.Option(help="Of the made-up records and canaries; never of the noise.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="So many audits, to count false alarms.")] = 1,
+    controls: Annotated[bool, typer.Option("--controls", help="Plant known bugs and see each caught.")] = False,
+    membership: Annotated[bool, typer.Option("--membership", help="Attack the adapter that RUN delivered.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Put a promise of privacy to the test: sensitivity, noise, draws, ledger, and canaries. Settings are options too."""
+    words = [*([run] if run and run.startswith("--") else []), *context.args]  # a setting where no run is named
+    folder = Path(run) if run and not run.startswith("--") else None
+    flags = {
+        "strategy": strategy,
+        "model.path": model,
+        "dp.epsilon": dp_epsilon,
+        "dp.clip": dp_clip,
+        "dp.noise": dp_noise,
+        "dp.level": dp_level,
+        "seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    given |= {f"option.{key}": value for key, value in map(pair, option or ())} | dotted(words)
+    if membership:
+        from .audit.membership import attack
+
+        if folder is None:
+            raise ConfigError("--membership attacks what a run delivered; name its directory: fedlora audit RUN")
+        attack(folder, given, json)
+        return
+    from .audit.report import audit
+
+    if not audit(folder, given, repeat, controls, json):
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A run directory.")],

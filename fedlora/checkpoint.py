@@ -46,12 +46,16 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole and on the disk."""
+def write(path: Path, content: bytes, private: bool = False) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole and on the disk.
+
+    A private one can be read by its owner alone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as f:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+        with os.fdopen(handle, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())

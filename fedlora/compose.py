@@ -29,8 +29,8 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     """
     strategy = load(config.strategy, **config.option)
     accepts(strategy, config.lora.kind, ranks)
-    if config.dp.by_client:
-        hides_clients(strategy, config.aggregate.robust)
+    if config.dp.by_client or config.secure.aggregation:
+        needs_sums_alone(strategy, config)
     if any(bool(b.any()) for b in start.B.values()) and config.lora.kind != "vera":
         if len(set(ranks)) > 1:
             raise StrategyError(
@@ -51,19 +51,19 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     return strategy
 
 
-def hides_clients(strategy: Strategy[Any], robust: str = "none") -> None:
-    """Raise `PrivacyError` where noise on a clipped sum of updates would not make the strategy's step private."""
+def needs_sums_alone(strategy: Strategy[Any], config: Config) -> None:
+    """Raise `PrivacyError` for a strategy that needs single updates, where the run lets the server have sums alone."""
     others = ", ".join(sorted(e.name for e in catalogue() if e.cls.sums_only))
-    remedy = f"take dp.level = record, which is sound for every strategy, or one of {others}"
+    asked = "dp.level = client hides each in a noised sum" if config.dp.by_client else "secure.aggregation hides each"
+    remedy = "dp.level = record, sound for every strategy" if config.dp.by_client else "secure.aggregation = false"
     if not strategy.sums_only:
         raise PrivacyError(
-            f"{title(strategy)} needs each client's own update or product, and dp.level = client lets the server use "
-            f"no more than a noised sum of updates; {remedy}"
+            f"{title(strategy)} needs every client's own update or product, and {asked}; take {remedy}, or one of "
+            f"{others}"
         )
-    if robust != "none":
+    if config.aggregate.robust != "none":
         raise PrivacyError(
-            f"aggregate.robust = {robust} needs each client's own update, and dp.level = client lets the server use no "
-            "more than a noised sum, where every update is clipped anyway; leave it out"
+            f"aggregate.robust = {config.aggregate.robust} compares the clients' updates, and {asked}; leave it out"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from annotated_types import Ge, Gt, Lt
 
 from .errors import ConfigError, nearest
+from .masking import SecureConfig
 from .plan import Policy
 from .privacy import PrivacyConfig
 from .strategy import Training
@@ -147,6 +148,7 @@ class Config:
     train: Training = field(default_factory=Training)
     server: Policy = field(default_factory=Policy)
     dp: PrivacyConfig = field(default_factory=PrivacyConfig)
+    secure: SecureConfig = field(default_factory=SecureConfig)
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
 
 

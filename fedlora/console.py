@@ -1,7 +1,7 @@
 """What a person sees of a run: a line a round, with a moving one below it on a terminal, then where everything is."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -21,6 +21,7 @@ WIDTHS = {
     "evaluation": 18,
     "worst client": 13,
     "off the mean": 13,
+    "epsilon": 14,
     "up": 9,
     "down": 9,
     "seconds": 8,
@@ -41,9 +42,11 @@ class Screen:
         self._began = time.monotonic()
         self._status: Status | None = None
         self._columns: list[str] = []
-        self._measures = False
+        self._measures = self._private = False
 
-    def started(self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int) -> None:
+    def started(
+        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+    ) -> None:
         config, model = setup.config, setup.model
         self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
         matrices = [*setup.start.A.values(), *setup.start.B.values(), *setup.start.H.values()]
@@ -53,12 +56,16 @@ class Screen:
             f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "
             f"adapter of {trained:,} numbers on a model of {of:,}; engine {config.engine}, seed {config.seed}"
         )
+        for line in promise:
+            self.say(line)
         if before:
             self.say("before training: " + ", ".join(f"{k} {v:.4g}" for k, v in before.items()))
         if done:
             self.say(f"resumed after round {done} of {config.rounds}")
         self._measures = config.exactness
-        shown = {"worst client": config.data.holdout > 0, "off the mean": config.exactness}
+        self._private = config.dp.on
+        shown = {"worst client": config.data.holdout > 0, "off the mean": config.exactness, "epsilon": config.dp.on}
+        shown["train loss"] = not config.dp.on or config.dp.metrics
         self._columns = [name for name in WIDTHS if shown.get(name, True)]
         self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
         if self._console.is_terminal:
@@ -82,6 +89,7 @@ class Screen:
             "evaluation": metric(record["eval"]),
             "worst client": f"{record['eval_clients']['worst']:.4g}" if record["eval_clients"] else "",
             "off the mean": f"{record['exactness']:.1e}" if "exactness" in record else "-",
+            "epsilon": f"{record['epsilon']:.3g} ({record['epsilon_median']:.3g})" if "epsilon" in record else "-",
             "up": size(record["bytes_up"]),
             "down": size(record["bytes_down"]),
             "seconds": f"{record['seconds']:.1f}",
@@ -108,6 +116,10 @@ class Screen:
             )
         if self._measures:
             self.say(closeness([r["exactness"] for r in records if "exactness" in r]))
+        if self._private:
+            self.say(spending(records))
+        if (folder.path / "privacy.md").exists():
+            self.say(f"privacy report: {folder.path}/privacy.md")
         self.say(f"adapter: {folder.adapter}")
         self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
         self.say(f"curves: tensorboard --logdir {folder.path}")
@@ -127,6 +139,14 @@ class Screen:
                 self._status.update("writing the adapter")
             else:
                 self._status.update(f"round {self._number + 1}: {self._answers} of {self._cohort} clients answered")
+
+
+def spending(records: Sequence[Mapping[str, Any]]) -> str:
+    """What a private run has spent, in words."""
+    last = next((r for r in reversed(records) if "epsilon" in r), None)
+    if last is None:
+        return "privacy: no client has been charged"
+    return f"privacy: epsilon spent {last['epsilon']:.3g} at most, {last['epsilon_median']:.3g} the median client"
 
 
 def closeness(distances: list[float]) -> str:

@@ -9,6 +9,9 @@ g_j is the gradient of one record's own mean loss over all that is trained, whet
 client keeps moves its next gradients (FedSA-LoRA's B). With a head there are two groups of parameters, clipped apart at
 C_A and C_H with C_A^2 + C_H^2 = C^2, as a fresh head's gradient would take nearly all of one clip; together they are
 still one release of sensitivity C. The divisor is q N and not how many came; a step to which none came is noise alone.
+
+Dropout is drawn in secret too. Which mask a record meets depends on who else is in its batch: to one who knew the
+masks, a record more or less would change the gradients of all that come after it, and the sum by more than C.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from . import optimize
+from .base import seeded
 from .encode import Example, length
 from .errors import ClientFailed, PrivacyError
 from .lora import wide
 from .model import Model
 from .noise import Source
-from .persample import ENGINES, LAYERS, Gradients, PerExample, add_up, clip
+from .persample import ENGINES, LAYERS, Gradients, Learner, PerExample, add_up, clip
 from .seeds import derive
 from .strategy import Job, Privacy
 
+Engine = Callable[[Model, Sequence[nn.Parameter]], PerExample]
 Records = Sequence[Sequence[Example]]  # a record may be several examples, as a long text is several blocks, or none
 
 
@@ -41,12 +46,22 @@ def disturb(total: Tensor, deviation: float, numbers: Source) -> Tensor:
     return total.double() + deviation * numbers.normal(*total.shape).to(total.device)
 
 
+def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: Privacy) -> type[PerExample]:
+    """The engine that is named; of itself one pass, or Opacus's hooks where a trained layer is unknown to that."""
+    if privacy.engine != "auto":
+        return ENGINES[privacy.engine]
+    trained = {id(p) for p in parameters}
+    holders = {type(m) for m in model.net.modules() for p in m.parameters(recurse=False) if id(p) in trained}
+    return ENGINES["lora" if holders <= LAYERS.keys() else "hooks"]
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """What the guarantee rests on, part by part, for an audit to look at; a test spoils one and sees it caught."""
 
     source: Callable[[Job, int, Privacy], Source] = source
     draw: Callable[[Source, int, float], list[int]] = Source.chosen
+    engine: Callable[[Model, Sequence[nn.Parameter], Privacy], Engine] = engine
     clip: Callable[[Gradients, Sequence[int], Sequence[float]], list[Tensor]] = clip
     disturb: Callable[[Tensor, float, Source], Tensor] = disturb
 
@@ -72,7 +87,7 @@ def descend(
     numbers = mechanism.source(job, client, privacy)
     steps = optimize.make(job.training, model, sides)
     model.net.train()
-    with engine(model, parameters, privacy)(model, parameters) as gradients:
+    with seeded(numbers.seed()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
         for step in range(privacy.steps):
             optimize.set_rates(steps, job.training, (job.round + (step + 1) / privacy.steps) / job.rounds)
             drawn = mechanism.draw(numbers, len(records), privacy.rate)
@@ -107,6 +122,7 @@ def clipped_sum(
         each = gradients(ordered[i : i + size])
         for total, (part,) in zip(sums, add_up(each, mechanism.clip(each, groups, bounds)), strict=True):
             total += part
+        del each  # not held through the next pass
     return sums
 
 
@@ -116,15 +132,6 @@ def grouped(sides: Mapping[str, list[nn.Parameter]], privacy: Privacy) -> tuple[
     if len(set(groups)) < 2:
         return groups, [privacy.clip, privacy.clip]
     return groups, [privacy.clip * sqrt(1 - privacy.head_share), privacy.clip * sqrt(privacy.head_share)]
-
-
-def engine(model: Model, parameters: Sequence[nn.Parameter], privacy: Privacy) -> type[PerExample]:
-    """The engine that is named; of itself one pass, or Opacus's hooks where a trained layer is unknown to that."""
-    if privacy.engine != "auto":
-        return ENGINES[privacy.engine]
-    trained = {id(p) for p in parameters}
-    holders = {type(m) for m in model.net.modules() for p in m.parameters(recurse=False) if id(p) in trained}
-    return ENGINES["lora" if holders <= LAYERS.keys() else "hooks"]
 
 
 def terms(job: Job) -> Privacy:

@@ -6,6 +6,7 @@ FedloraError
 ├── ModelError        a model that cannot be loaded, or cannot wear the adapter that was asked for
 ├── StrategyError     a strategy that cannot be found or built, or that returned what no client can load
 ├── PrivacyError      a guarantee that could not be given: what was asked contradicts itself, or a model cannot have it
+├── SecureError       secure aggregation stops: to go on would give a client's update away, or bring out a wrong sum
 ├── LedgerError       a client's ledger is lost, altered, of other data, or has no room for what a job would spend
 ├── ClientFailed      one client could not do its job; the round goes on without it
 ├── WireError         a message that is damaged, or not what it says it is
@@ -39,6 +40,10 @@ class StrategyError(FedloraError):
 
 
 class PrivacyError(FedloraError):
+    pass
+
+
+class SecureError(FedloraError):
     pass
 
 

@@ -46,9 +46,10 @@ def name_of(vector: Tensor, manifest: str) -> str:
 
 
 def digest(job: Job) -> str:
-    """A name for all that a job says, but for what the server knows of the client: the same job has the same name."""
+    """A name for a client's work: jobs with the same name have it do the same."""
     privacy = replace(job.privacy, known=0) if job.privacy else None
-    plain = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("start", "offset", "privacy")}
+    told = {"start", "offset", "privacy", "masking"}  # a mask is another in every attempt at the same round
+    plain = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in told}
     parts = {where: flat.name for where, flat in Parts().of(job).items()}
     return sha256(repr((sorted(plain.items(), key=str), privacy, parts)).encode()).hexdigest()
 
@@ -107,4 +108,5 @@ class Traffic:
 
     def receive(self, update: Update, itemsize: int = 4) -> None:
         """Count an update."""
+        self.up += update.masked.numel() * itemsize if update.masked is not None else 0
         self.up += sum(t.numel() * itemsize for s in SIDES for t in update.lora.side(s).values())

@@ -8,7 +8,7 @@ clipping would save nothing and cost a second backward pass (benchmarks/privacy.
 its examples' gradients at once, and `owner`, the client of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol, Self
@@ -18,20 +18,29 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from .encode import Example
+from .encode import Encoder, Example
 from .errors import PrivacyError
 from .lora import wide
-from .model import Model
 
 Gradients = list[Tensor]  # of each parameter, (examples, *shape), float32 or wider
 Keep = Callable[[Tensor | None, Tensor | None], None]  # of a weight and a bias
-REMEDY = "choose other lora.targets, or dp.engine = one, which takes one example at a time"
+REMEDY = "choose lora.kind = lora and other lora.targets, or dp.engine = one, which takes one example at a time"
+
+
+class Learner(Protocol):
+    """What an engine needs of a `Model`."""
+
+    @property
+    def net(self) -> nn.Module: ...
+    @property
+    def encoder(self) -> Encoder: ...
+    def losses(self, batch: dict[str, Tensor]) -> Tensor: ...
 
 
 class PerExample(Protocol):
-    """A model made ready; it is as it was again when the block is left."""
+    """A model made ready; it is as it was again when the block is left, and its parameters have no `.grad`."""
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter]) -> None: ...
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
     def __call__(self, examples: Sequence[Example]) -> Gradients: ...
@@ -43,38 +52,32 @@ class OnePass:
     Raises `PrivacyError`, naming the module, where an example's share cannot be told.
     """
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
-        self._names = {id(p): name for name, p in model.net.named_parameters()}
-        self._stack = ExitStack()
         self._found: dict[int, Tensor] = {}
         self._n = 0
 
     def __enter__(self) -> Self:
-        for name, module in self._model.net.named_modules():
-            own = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
-            if own and type(module) not in LAYERS:
-                raise PrivacyError(
-                    f"{name} is a {type(module).__name__}, of which one pass cannot tell one example's gradient from "
-                    f"another's; {REMEDY}"
-                )
-            if own:
-                forward = partial(LAYERS[type(module)], module, partial(self._check, name), partial(self._keep, own))
-                self._stack.enter_context(_forward(module, forward))
+        with ExitStack() as stack:  # where one layer is refused, those before it get their own forward back
+            for name, module in _holders(self._model.net, LAYERS, "one pass"):
+                forward = partial(LAYERS[type(module)], module, partial(self._check, name), partial(self._keep, module))
+                stack.enter_context(_forward(module, forward))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self._found = {}
+        _forget(self._parameters)
 
     def __call__(self, examples: Sequence[Example]) -> Gradients:
         self._n, self._found = len(examples), {}
         _backward(self._model, examples)
         for p in self._parameters:
             if p.grad is not None:
-                p.grad = None
-                raise PrivacyError(f"{self._names[id(p)]} is used outside the layer that holds it; {REMEDY}")
+                raise PrivacyError(f"{_name(self._model, p)} is used outside the layer that holds it; {REMEDY}")
             if id(p) not in self._found:
-                raise PrivacyError(f"{self._names[id(p)]} got no gradient of single examples; {REMEDY}")
+                raise PrivacyError(f"{_name(self._model, p)} got no gradient of single examples; {REMEDY}")
         return [self._found.pop(id(p)) for p in self._parameters]
 
     def _check(self, name: str, x: Tensor) -> None:
@@ -84,44 +87,52 @@ class OnePass:
                 f"cannot be clipped by example; {REMEDY}"
             )
 
-    def _keep(self, own: dict[str, nn.Parameter], weight: Tensor | None, bias: Tensor | None) -> None:
-        for key, share in (("weight", weight), ("bias", bias)):
-            if key in own and share is not None:
-                before = self._found.get(id(own[key]))  # a layer that is used twice
-                self._found[id(own[key])] = wide(share) if before is None else before + share
+    def _keep(self, module: Any, weight: Tensor | None, bias: Tensor | None) -> None:
+        for p, share in ((module.weight, weight), (module.bias, bias)):
+            if share is not None:
+                before = self._found.get(id(p))  # a layer that is used twice
+                self._found[id(p)] = wide(share) if before is None else before + share
 
 
 class Hooks:
     """Opacus's hooks: the reference, and for layers that `OnePass` does not know."""
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
 
     def __enter__(self) -> Self:
+        # Opacus would try others by functorch: it fails on some with an error of its own, and some it does not see
+        list(_holders(self._model.net, GradSampleHooks.GRAD_SAMPLERS, "Opacus"))
         made: Any = GradSampleHooks  # untyped
         self._hooks = made(self._model.net, loss_reduction="sum", strict=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.cleanup()
+        for module in self._model.net.modules():
+            for left in ("activations", "max_batch_len"):  # what a pass that broke off leaves behind
+                module.__dict__.pop(left, None)
+        _forget(self._parameters)
 
     def __call__(self, examples: Sequence[Example]) -> Gradients:
-        for p in self._parameters:
-            p.grad_sample = None  # type: ignore[attr-defined]
         _backward(self._model, examples)
-        found = [getattr(p, "grad_sample", None) for p in self._parameters]
-        for p, g in zip(self._parameters, found, strict=True):
-            p.grad = None
+        found: Gradients = []
+        for p in self._parameters:
+            g = getattr(p, "grad_sample", None)
             if not isinstance(g, Tensor) or g.shape[0] != len(examples):
-                name = next(n for n, q in self._model.net.named_parameters() if q is p)
-                raise PrivacyError(f"Opacus's hooks find no gradient of single examples for {name}; {REMEDY}")
-        return [wide(g) for g in found if isinstance(g, Tensor)]
+                raise PrivacyError(
+                    f"Opacus's hooks find no gradient of single examples for {_name(self._model, p)}; {REMEDY}"
+                )
+            found.append(wide(g))
+            p.grad_sample = None  # type: ignore[attr-defined]
+        _forget(self._parameters)
+        return found
 
 
 class OneByOne:
     """By autograd, one example after another: slow, right for any module, and what the others answer to."""
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
 
     def __enter__(self) -> Self:
@@ -168,7 +179,28 @@ def add_up(gradients: Gradients, factors: Sequence[Tensor], owner: Tensor | None
     return [((belongs * c) @ g.flatten(1)).view(owners, *g.shape[1:]) for g, c in zip(gradients, factors, strict=True)]
 
 
-def _backward(model: Model, examples: Sequence[Example]) -> None:
+def _holders(net: nn.Module, known: Container[type[nn.Module]], who: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that hold what is trained. Raises `PrivacyError` at one that is not of a known kind."""
+    for name, module in net.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            if type(module) not in known:
+                raise PrivacyError(
+                    f"{name} is a {type(module).__name__}, of which {who} cannot tell one example's gradient from "
+                    f"another's; {REMEDY}"
+                )
+            yield name, module
+
+
+def _name(model: Learner, parameter: nn.Parameter) -> str:
+    return next(name for name, p in model.net.named_parameters() if p is parameter)
+
+
+def _forget(parameters: Sequence[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None
+
+
+def _backward(model: Learner, examples: Sequence[Example]) -> None:
     loss: Tensor = model.losses(model.encoder.collate(examples)).sum()
     loss.backward()  # type: ignore[no-untyped-call]
 
@@ -209,7 +241,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
-        ctx.keep, ctx.biased = keep, bias is not None
+        ctx.keep = keep
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
 
@@ -218,8 +250,9 @@ class _Linear(torch.autograd.Function):
         (g,), (x, weight) = grads, ctx.saved_tensors
         n = x.shape[0]
         gs, xs = g.reshape(n, -1, g.shape[-1]), x.reshape(n, -1, x.shape[-1])  # (n, tokens, d)
-        ctx.keep(torch.bmm(gs.transpose(1, 2), xs), gs.sum(1) if ctx.biased else None)
-        return g @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        wanted, weighs, biases, _ = ctx.needs_input_grad
+        ctx.keep(torch.bmm(gs.transpose(1, 2), xs) if weighs else None, gs.sum(1) if biases else None)
+        return g @ weight if wanted else None, None, None, None
 
 
 class _Affine(torch.autograd.Function):
@@ -234,9 +267,10 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x, weight) = grads, ctx.saved_tensors
-        between = tuple(range(1, g.dim() - weight.dim()))  # the tokens
-        ctx.keep((g * x).sum(between) if between else g * x, g.sum(between) if between else g)
-        return g * weight if ctx.needs_input_grad[0] else None, None, None, None
+        wanted, weighs, biases, _ = ctx.needs_input_grad
+        gs, xs = (t.reshape(len(t), -1, *weight.shape) for t in (g, x))  # (n, tokens, *shape)
+        ctx.keep((gs * xs).sum(1) if weighs else None, gs.sum(1) if biases else None)
+        return g * weight if wanted else None, None, None, None
 
 
 LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le
 from .accounting import Charge
 from .central import Central, Release
 from .lora import LoRA
+from .masking import SecureConfig
 from .metrics import Metrics
 from .privacy import Terms
 from .strategy import Spent, Training
@@ -101,3 +102,4 @@ class Plan:
     metrics: bool = True  # may clients tell their training loss?
     terms: Terms | None = None  # of clients that hide their records
     central: Central | None = None  # the server hides clients
+    secure: SecureConfig | None = None  # it sees sums alone

@@ -30,7 +30,7 @@ RECORDS = 4
 CLIPS = (1e-3, 0.1, 10.0, 1e3)  # from all of the gradients clipped to none
 EXACT, ROUNDED = 1e-3, 0.1  # relative errors allowed: with weights of 32 bits, and with fewer, where it is rounding
 OVER = {True: 1.001, False: 1.1}  # sensitivity allowed, over the clip: what rounding adds
-_passed: WeakKeyDictionary[Model, set[tuple[object, ...]]] = WeakKeyDictionary()
+_passed: WeakKeyDictionary[Model, dict[tuple[object, ...], "Findings"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ class Bench:
         return found.rpartition(".")[0]
 
 
-def once(model: Model, job: Job) -> None:
-    """`check`, if this model has not passed it for such a job yet."""
+def once(model: Model, job: Job) -> Findings:
+    """What `check` finds, or found when this model last had such a job."""
     ranks = tuple(sorted({a.shape[0] for a in job.start.A.values()}))
     key = (job.trains, dpsgd.terms(job).engine, ranks)
-    if key not in _passed.setdefault(model, set()):
-        check(model, job)
-        _passed[model].add(key)
+    passed = _passed.setdefault(model, {})
+    if key not in passed:
+        passed[key] = check(model, job)
+    return passed[key]
 
 
 def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
@@ -82,8 +83,8 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
     model.net.train()
     _refuse_shared_statistics(model.net)
     buffers = {name: b.clone() for name, b in model.net.named_buffers()}
-    with seeded(7), _still(model.net):
-        model.write(_stirred(job.start), gain=job.gain)
+    with seeded(7), still(model.net):
+        model.write(stirred(job.start), gain=job.gain)
         sides = {side: model.trains(side) for side in job.trains}
         model.trains(job.trains)
         bench = Bench(model, job, sides, synthetic(model.encoder, RECORDS), mechanism)
@@ -110,14 +111,16 @@ def _error(bench: Bench) -> float:
         got = gradients(bench.examples)
     with OneByOne(bench.model, bench.parameters) as gradients:
         wanted = gradients(bench.examples)
-    errors = [float((g - w).abs().max() / w.abs().max().clamp(min=1e-12)) for g, w in zip(got, wanted, strict=True)]
-    worst = max(range(len(errors)), key=lambda j: errors[j])
-    if not errors[worst] <= (EXACT if bench.precise else ROUNDED):
+    sizes = torch.stack([w.abs().max() for w in wanted])
+    sizes = sizes.clamp(min=max(1e-6 * float(sizes.max()), 1e-12))  # of what is zero but for rounding
+    errors = torch.stack([(g - w).abs().max() for g, w in zip(got, wanted, strict=True)]) / sizes
+    worst = int(errors.argmax())  # what is not a number counts as the largest
+    if not float(errors[worst]) <= (EXACT if bench.precise else ROUNDED):
         raise PrivacyError(
-            f"{bench.name(worst)}: gradients of single records are {errors[worst]:.0%} off what each has alone, so "
-            "that records mix; choose other lora.targets, or dp.engine = one, which takes one record at a time"
+            f"{bench.name(worst)}: gradients of single records are {float(errors[worst]):.0%} off what each has alone, "
+            "so that records mix; choose other lora.targets, or dp.engine = one, which takes one record at a time"
         )
-    return errors[worst]
+    return float(errors[worst])
 
 
 def _sensitivity(bench: Bench, C: float) -> float:
@@ -131,18 +134,18 @@ def _sensitivity(bench: Bench, C: float) -> float:
 
         whole = clipped(bench.examples)
         without = [clipped([e for k, e in enumerate(bench.examples) if k != i]) for i in range(len(bench.examples))]
-    changes = [torch.stack([(w - r).norm() for w, r in zip(whole, rest, strict=True)]) for rest in without]
-    most = max(changes, key=lambda change: float(change.norm()))
-    if not float(most.norm()) <= OVER[bench.precise] * C:
+    changes = torch.stack([torch.stack([(w - r).norm() for w, r in zip(whole, rest, strict=True)]) for rest in without])
+    over = changes.double().norm(dim=1) / C  # (records,), of (records, parameters)
+    most = int(over.argmax())
+    if not float(over[most]) <= OVER[bench.precise]:
         raise PrivacyError(
-            f"{bench.name(int(most.argmax()))}: one record moves the sum of clipped gradients by "
-            f"{float(most.norm()) / C:.3g} times the clip, which no noise is for; choose other lora.targets or another "
-            "model"
+            f"{bench.name(int(changes[most].argmax()))}: one record moves the sum of clipped gradients by "
+            f"{float(over[most]):.3g} times the clip, which no noise is for; choose other lora.targets or another model"
         )
-    return float(most.norm()) / C
+    return float(over[most])
 
 
-def _stirred(start: LoRA) -> LoRA:
+def stirred(start: LoRA) -> LoRA:
     """The adapter with its zeros replaced, so that every factor has a gradient."""
 
     def side(letter: str) -> dict[str, Tensor]:
@@ -181,7 +184,7 @@ def _noise() -> Any:
 
 
 @contextmanager
-def _still(net: nn.Module) -> Iterator[None]:
+def still(net: nn.Module) -> Iterator[None]:
     """No dropout, whether it is a module or a function."""
     moving = [m for m in net.modules() if "Drop" in type(m).__name__ and m.training]
     still: Any = _Undropped  # untyped

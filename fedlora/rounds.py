@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import masking
 from .central import Clipping
 from .errors import RoundFailed, StrategyError
 from .exactness import distance
@@ -19,7 +20,7 @@ from .lora import LoRA
 from .metrics import Metrics, spread
 from .plan import Past, Plan, Policy, Round
 from .sketch import narrow
-from .strategy import Client, Job, Spent, Strategy, Update
+from .strategy import Ask, Client, Job, Spent, Strategy, Update
 
 __all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
 log = logging.getLogger("fedlora")
@@ -35,6 +36,9 @@ class Fleet(Protocol):
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job, handing over each answer as it comes; a client that failed has a `Failure`, or is missing."""
+
+    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+        """A step of secure aggregation by each client, and what it says."""
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job, with what its client keeps, on that client's held-out examples."""
@@ -54,8 +58,7 @@ def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Pas
         cohort = _cohort(fleet, plan, t)
         jobs = {c.id: _job(strategy, state, c, plan, t, spent) for c in cohort}
         bound = Clipping(clip) if plan.central else None
-        answers = fleet.train({i: narrow(job) for i, job in jobs.items()})
-        got = gather(jobs, answers, _weigh(plan.policy), strategy.sums_only, plan.exactness is not None, bound)
+        got = _gather(strategy, fleet, plan, jobs, bound)
         spent |= got.spent
         exactness = release = None
         if enough := _is_enough(got, t, cohort, plan):
@@ -86,6 +89,22 @@ def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Pas
         )
     if not answered:
         raise RoundFailed(f"no client answered in any of {plan.rounds} rounds; see the reasons above")
+
+
+def _gather(
+    strategy: Strategy[Any],
+    fleet: Fleet,
+    plan: Plan,
+    jobs: Mapping[int, Job],
+    bound: Clipping | None,
+) -> Gathered:
+    """Have the jobs done, and what came of them: by sums alone where the run says so."""
+    uniform = plan.policy.weights == "uniform"
+    if plan.secure:
+        return masking.gather(fleet, jobs, plan.secure, uniform, bound)
+    answers = fleet.train({i: narrow(job) for i, job in jobs.items()})
+    weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
+    return gather(jobs, answers, weigh, strategy.sums_only, plan.exactness is not None, bound)
 
 
 def _is_enough(got: Gathered, t: int, cohort: Sequence[Client], plan: Plan) -> bool:
@@ -164,10 +183,6 @@ def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
         like_a.shape[1],
         b.shape[1],
     )
-
-
-def _weigh(policy: Policy) -> Callable[[Update], float]:
-    return (lambda update: float(update.examples)) if policy.weights == "examples" else (lambda _: 1.0)
 
 
 def _job(

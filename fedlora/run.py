@@ -1,6 +1,6 @@
 """A run put together from its config: the same pieces in every process, whatever fleet carries the clients."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from . import data, preflight
+from . import data, preflight, promise, report
 from .central import Central
 from .compose import compose
 from .config import Config
@@ -53,7 +53,9 @@ class Setup:
 class Show(Protocol):
     """Whoever watches a run."""
 
-    def started(self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int) -> None: ...
+    def started(
+        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+    ) -> None: ...
     def answered(self, client: int) -> None: ...
     def round(self, record: Mapping[str, Any]) -> None: ...
     def finished(self, folder: RunFolder, stopped: bool) -> None: ...
@@ -95,24 +97,35 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
         metrics=not config.dp.on or config.dp.metrics,
         terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
         central=_central(setup) if config.dp.by_client else None,
+        secure=config.secure if config.secure.aggregation else None,
     )
     state = past.state if past else strategy.init(setup.start)
-    if plan.terms:
-        first, *_ = fleet.clients()
-        preflight.once(setup.model, replace(strategy.client_init(state, first), privacy=plan.terms.of(first)))
+    promised = _promise(setup, plan, strategy, state, fleet) if config.dp.on or plan.secure else {}
     before = records[0].get("before", {}) if records else _before(plan, strategy.adapter(state))
-    show.started(setup, strategy, before, past.rounds if past else 0)
+    show.started(setup, strategy, before, past.rounds if past else 0, promise.lines(promised) if promised else ())
     try:
         for done in fit(strategy, fleet, setup.start, plan, past):
             state = done.state
             record = done.record() | ({"before": before} if done.number == 1 else {})
             folder.save(done, record)
+            if promised:
+                report.write(folder, promised)
             show.round(record)
     finally:
         if folder.records():
             _deliver(setup.model, strategy.adapter(state), folder)
         folder.close()
     show.finished(folder, stopped=len(folder.records()) < config.rounds)
+
+
+def _promise(setup: Setup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet) -> dict[str, Any]:
+    """The facts of the run's privacy; where records are hidden, the model is looked at first, and may be refused."""
+    clients = fleet.clients()
+    job, findings = strategy.client_init(state, clients[0]), None
+    if plan.terms:
+        job = replace(job, privacy=plan.terms.of(clients[0]))
+        findings = preflight.once(setup.model, job)
+    return promise.facts(setup.config, plan, clients, job, findings)
 
 
 def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
@@ -175,6 +188,8 @@ def _resolve(config: Config, form: Form, clients: int) -> Config:
         raise ConfigError('engine = "stacked" is not in this version; choose "serial" or "flower"')
     if config.dp.on:
         _refuse_what_is_not_private(config)
+    if config.secure.aggregation and config.exactness:
+        raise PrivacyError("exactness needs every client's update, which secure.aggregation hides; leave it out")
     return replace(
         config,
         clients=clients,

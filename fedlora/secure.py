@@ -40,17 +40,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from .errors import FedloraError
+from .errors import SecureError
 
 Ring = NDArray[np.uint32]  # (n,), integers mod 2^32
 FEWEST = 3  # of two, each could take its own vector off the sum and have the other's
 KEY = 32  # bytes of a key
 SEED = 16  # bytes of a seed that is shared: what Shamir takes, and as hard to guess as X25519 is to break
 NONCE = 12  # bytes of AES-GCM's
-
-
-class SecureError(FedloraError):
-    """Secure aggregation stops here: to go on would give a vector away, or bring out a wrong sum."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from typing import Literal
 
 from . import preflight, worker
 from .data import Rows
-from .dpsgd import Records
+from .dpsgd import STANDARD, Mechanism, Records
 from .encode import Encoder, Example
 from .flat import digest
 from .ledger import Ledger, fingerprint
 from .model import Model
+from .seat import Seat
+from .sketch import narrow, widen
 from .store import Store
-from .strategy import Client, Job, Update
+from .strategy import Ask, Client, Job, Privacy, Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +66,48 @@ class Desk:
     folder: Path  # of what it keeps
     ledgers: Path | None = None  # where its ledger lies, if not there: a folder that outlives the run
     budget: float = inf  # epsilon that it lets its data be charged with, over all runs of one ledger
+    mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
 
     def answer(self, model: Model, job: Job) -> Update:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
 
-        Raises `ClientFailed`; of a private job `LedgerError` or `PrivacyError`, and then nothing was trained.
+        Raises `ClientFailed`; of a private job `LedgerError` or `PrivacyError`, and then nothing was trained;
+        `SecureError` of one that is to be masked and may not be.
         """
+        inner = narrow(job)  # of a sketch, if the server has not; it cannot where it is not to see the update
+        update = self._private(model, inner, job.privacy) if job.privacy else self._plain(model, inner)
+        update = replace(update, lora=widen(job, update.lora))
+        return self.seat.mask(job, update) if job.masking else update
+
+    def _plain(self, model: Model, job: Job) -> Update:
         store = Store(self.folder)
-        if job.privacy is None:
-            update, kept = worker.train(model, job, self.id, self.site.train, store.before(job.round))
-            store.keep(job.round, kept)
-            return update
+        update, kept = worker.train(model, job, self.id, self.site.train, store.before(job.round))
+        store.keep(job.round, kept)
+        return update
+
+    def _private(self, model: Model, job: Job, privacy: Privacy) -> Update:
         preflight.once(model, job)
-        ledger, name = self.ledger, digest(job)
-        ledger.charge(name, job.privacy, job.round, self.budget)
+        store, ledger, name = Store(self.folder), self.ledger, digest(job)
+        ledger.charge(name, privacy, job.round, self.budget)
         answer = ledger.answer(name)
         if answer is None:
-            answer, kept = worker.train_privately(model, job, self.id, self.site.records, store.before(job.round))
+            records, before = self.site.records, store.before(job.round)
+            answer, kept = worker.train_privately(model, job, self.id, records, before, self.mechanism)
             store.keep(job.round, kept)
             ledger.keep(name, answer)
-        return replace(answer, spent=ledger.spent(job.privacy.delta))
+        return replace(answer, spent=ledger.spent(privacy.delta))
+
+    def reply(self, ask: Ask) -> dict[str, str]:
+        """Do a step of secure aggregation; who joins says how much it weighs. Raises `SecureError`."""
+        said = self.seat.reply(ask)
+        if ask.step == "join":
+            said |= {"examples": str(len(self.site.train)), "records": str(len(self.site.records))}
+        return said
+
+    @property
+    def seat(self) -> Seat:
+        """Its part in secure aggregation."""
+        return Seat(self.folder, self.id)
 
     @property
     def ledger(self) -> Ledger:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor
 
 from .lora import LoRA
 
@@ -59,6 +60,29 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Server to client: a step of secure aggregation (see `secure`)."""
+
+    step: Literal["join", "share", "reveal"]
+    context: str  # the round, with a word that makes every attempt at it another
+    roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
+    threshold: int = 0
+    survivors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a client hides its update in the sum of a round's."""
+
+    context: str
+    weight: float  # p: its share, of shares that sum to 1
+    reach: float  # largest change of a number
+    members: int
+    inbox: Mapping[int, str]  # sender -> its shares for this client, sealed, in hexadecimal
+    clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: as it is
+
+
+@dataclass(frozen=True)
 class Spent:
     """What a client's ledger says after a round."""
 
@@ -79,6 +103,7 @@ class Job:
     resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
     example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
     privacy: Privacy | None = None  # DP-SGD instead; the run fills it in, as all below
+    masking: Masking | None = None  # of the update, by secure aggregation
     metrics: bool = True  # may the client tell its training loss?
     training: Training = field(default_factory=Training)
     seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
@@ -94,6 +119,7 @@ class Update:
     examples: int
     loss: float | None  # mean over the round's training; None where it is not to be told
     spent: Spent | None = None  # of a private job
+    masked: Tensor | None = None  # of a job with masking, instead of the lora: (n,) int32, to be read as unsigned
 
 
 State = TypeVar("State")

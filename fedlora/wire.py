@@ -5,32 +5,31 @@ of its content: the head names them all, and only those that the client lacks li
 Nothing is pickled; whatever does not fit its head or its hash raises `WireError`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from flwr.app import ArrayRecord, RecordDict
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from .envelope import as_array, dtype_name, pack, read_head, read_vector, reading, text
 from .errors import WireError
 from .flat import Flat, count, flatten, name_of, unflatten
 from .lora import SIDES, LoRA
 from .metrics import Metrics
-from .strategy import Client, Job, Privacy, Spent, Training, Update
+from .seat import size
+from .strategy import Ask, Client, Job, Masking, Privacy, Spent, Training, Update
 
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64"]
-CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
+Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64", "int32"]
 PLAIN = (  # of a Job
-    *("trains", "shares", "gain", "resumes", "example_clip", "privacy", "metrics"),
+    *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "privacy", "masking", "metrics"),
     *("training", "seed", "round", "rounds"),
 )
-T = TypeVar("T")
 
 
 @checked(frozen=True, config=STRICT)
@@ -39,10 +38,12 @@ class JobHead:
 
     trains: str
     shares: str
+    sketch: dict[str, tuple[int, ...]]
     gain: dict[str, float]
     resumes: bool
     example_clip: float
     privacy: Privacy | None
+    masking: Masking | None
     metrics: bool
     training: Training
     seed: int
@@ -59,7 +60,7 @@ class UpdateHead:
     examples: int
     loss: float | None
     spent: Spent | None
-    manifest: str
+    manifest: str  # of the vector; empty where it is masked
     dtype: Dtype
 
 
@@ -78,6 +79,13 @@ class Lacks:
     """The answer of a client whose parts are lost: it wants the job in full."""
 
     lacks: tuple[str, ...]
+
+
+@checked(frozen=True, config=STRICT)
+class Said:
+    """What a client says in a step of secure aggregation."""
+
+    said: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,18 +123,18 @@ class Packer:
             start=tuple(flat.name for where, flat in parts.items() if not where.startswith("offset")),
             offset=tuple(flat.name for where, flat in parts.items() if where.startswith("offset")),
             sent=tuple((flat.name, flat.manifest) for flat in sent.values()),
-            dtype=_dtype_name(next(iter(sent.values())).vector if sent else torch.empty(0)),
+            dtype=dtype_name(next(iter(sent.values())).vector if sent else torch.empty(0)),
         )
         if sent and tuple(sent) not in self._joined:
-            self._joined[tuple(sent)] = _array(torch.cat([flat.vector for flat in sent.values()]))
-        return _record(head, self._joined[tuple(sent)] if sent else None)
+            self._joined[tuple(sent)] = as_array(torch.cat([flat.vector for flat in sent.values()]))
+        return pack(head, self._joined[tuple(sent)] if sent else None)
 
 
 def read_order(records: RecordDict) -> Order:
     """The job that `Packer.job` packed. Raises `WireError`."""
-    head = _head(records, JobHead)
-    vector = _vector(records, head.dtype)
-    with _reading("a job"):
+    head = read_head(records, JobHead)
+    vector = read_vector(records, head.dtype)
+    with reading("a job"):
         sizes = [count(manifest) for _, manifest in head.sent]
         if sum(sizes) != vector.numel():
             raise WireError(f"a job's parts are {sum(sizes)} numbers by their manifests; {vector.numel()} came")
@@ -141,10 +149,13 @@ def read_order(records: RecordDict) -> Order:
 
 def pack_update(update: Update) -> RecordDict:
     """An update; its numbers travel in the type they have."""
+    if update.masked is not None:
+        hidden = UpdateHead(update.examples, None, update.spent, "", "int32")
+        return pack(hidden, as_array(update.masked))
     dtypes = {t.dtype for s in SIDES for t in update.lora.side(s).values()}
     flat = flatten(update.lora, dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    head = UpdateHead(update.examples, update.loss, update.spent, flat.manifest, _dtype_name(flat.vector))
-    return _record(head, _array(flat.vector))
+    head = UpdateHead(update.examples, update.loss, update.spent, flat.manifest, dtype_name(flat.vector))
+    return pack(head, as_array(flat.vector))
 
 
 def read_update(records: RecordDict, job: Job) -> Update | Lacks:
@@ -153,10 +164,12 @@ def read_update(records: RecordDict, job: Job) -> Update | Lacks:
     Raises `WireError`: one client's nonsense must not reach `aggregate`, where it would end the run for all.
     """
     if _is_lacking(records):
-        return _head(records, Lacks)
-    head = _head(records, UpdateHead)
-    vector = _vector(records, head.dtype)
-    with _reading("an update"):
+        return read_head(records, Lacks)
+    head = read_head(records, UpdateHead)
+    vector = read_vector(records, head.dtype)
+    if job.masking or not head.manifest:
+        return _read_masked(head, vector, job)
+    with reading("an update"):
         lora = unflatten(vector, head.manifest)
     free = {"A": 0, "B": 1} if job.resumes else {}  # the rank: a client that goes on from its own sends a change
     for s in SIDES:
@@ -165,6 +178,33 @@ def read_update(records: RecordDict, job: Job) -> Update | Lacks:
         if got != asked:
             raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
     return Update(lora, head.examples, head.loss, head.spent)
+
+
+def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
+    if not job.masking or head.manifest or head.dtype != "int32" or vector.numel() != size(job):
+        asked = f"a masked vector of {size(job)} numbers" if job.masking else "an update that is not masked"
+        raise WireError(f"an update is {vector.numel()} numbers of {head.dtype}; the job asked for {asked}")
+    return Update(LoRA(), head.examples, None, head.spent, vector)
+
+
+def pack_ask(ask: Ask) -> RecordDict:
+    """A step of secure aggregation."""
+    return pack(ask)
+
+
+def read_ask(records: RecordDict) -> Ask:
+    """What `pack_ask` packed. Raises `WireError`."""
+    return read_head(records, Ask)
+
+
+def pack_said(said: Mapping[str, str]) -> RecordDict:
+    """The answer to a step of secure aggregation."""
+    return pack(Said(dict(said)))
+
+
+def read_said(records: RecordDict) -> Mapping[str, str]:
+    """What `pack_said` packed. Raises `WireError`."""
+    return read_head(records, Said).said
 
 
 def pack_metrics(metrics: Metrics) -> RecordDict:
@@ -177,15 +217,15 @@ def pack_metrics(metrics: Metrics) -> RecordDict:
         correct=metrics.correct,
         classes=0 if table is None else len(table),
     )
-    return _record(head, None if table is None else _array(table.flatten()))
+    return pack(head, None if table is None else as_array(table.flatten()))
 
 
 def read_metrics(records: RecordDict) -> Metrics | Lacks:
     """The answer to a job that asked for an evaluation. Raises `WireError`."""
     if _is_lacking(records):
-        return _head(records, Lacks)
-    head = _head(records, MetricsHead)
-    vector = _vector(records, head.dtype)
+        return read_head(records, Lacks)
+    head = read_head(records, MetricsHead)
+    vector = read_vector(records, head.dtype)
     if vector.numel() != head.classes**2:
         raise WireError(f"metrics over {head.classes} classes came with {vector.numel()} counts")
     table = vector.view(head.classes, head.classes) if head.classes else None
@@ -194,69 +234,17 @@ def read_metrics(records: RecordDict) -> Metrics | Lacks:
 
 def pack_lacks(lacks: Lacks) -> RecordDict:
     """That parts are neither in the message nor with the client."""
-    return _record(lacks)
+    return pack(lacks)
 
 
 def pack_client(client: Client) -> RecordDict:
     """What a client says of itself."""
-    return _record(client)
+    return pack(client)
 
 
 def read_client(records: RecordDict) -> Client:
     """What `pack_client` packed. Raises `WireError`."""
-    return _head(records, Client)
-
-
-def _record(head: Any, array: ArrayRecord | None = None) -> RecordDict:
-    records = RecordDict({"head": ConfigRecord({"json": TypeAdapter(type(head)).dump_json(head).decode()})})
-    if array is not None:
-        records["array"] = array
-    return records
-
-
-def _head(records: RecordDict, kind: type[T]) -> T:
-    try:
-        return TypeAdapter(kind).validate_json(_json(records))
-    except ValidationError as e:
-        first = e.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "head"
-        raise WireError(f"a message is no {kind.__name__}: {place}: {first['msg']}") from e
-
-
-def _json(records: RecordDict) -> str:
-    head = records.config_records.get("head")
-    text = head.get("json") if head is not None else None
-    if not isinstance(text, str):
-        raise WireError(f"a message has no head; it has {', '.join(records) or 'nothing'}")
-    return text
-
-
-def _is_lacking(records: RecordDict) -> bool:
-    return _json(records).startswith('{"lacks"')
-
-
-def _array(vector: Tensor) -> ArrayRecord:
-    bits = vector.view(CARRIED.get(vector.dtype, vector.dtype))
-    return ArrayRecord({"vector": Array(bits.numpy())})  # numpy's own format, which `Array.numpy` reads without pickle
-
-
-def _vector(records: RecordDict, dtype: str) -> Tensor:
-    """The one array of a message in the type its head names; of no length where there is none."""
-    arrays = [a for record in records.array_records.values() for a in record.values()]
-    kind: torch.dtype = getattr(torch, dtype)
-    if not arrays:
-        return torch.empty(0, dtype=kind)
-    if len(arrays) > 1:
-        raise WireError(f"a message has {len(arrays)} arrays; it may have one")
-    with _reading("an array"):
-        bits = torch.from_numpy(arrays[0].numpy())
-    if bits.dim() != 1 or bits.dtype != CARRIED.get(kind, kind):
-        raise WireError(f"an array is {bits.dtype} of shape {tuple(bits.shape)}; its head says a vector of {dtype}")
-    return bits.view(kind)
-
-
-def _dtype_name(vector: Tensor) -> Any:
-    return str(vector.dtype).removeprefix("torch.")
+    return read_head(records, Client)
 
 
 def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> str:
@@ -265,10 +253,5 @@ def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> str:
     return ", ".join(f"{m} {shape}" for m, shape in sorted(shown.items())) or "nothing"
 
 
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Whatever the libraries say of bytes that are not what they should be, as one sentence."""
-    try:
-        yield
-    except Exception as e:  # numpy's reader alone raises five kinds, SyntaxError and TokenError among them
-        raise WireError(f"{what} could not be read: {type(e).__name__}: {e}") from e
+def _is_lacking(records: RecordDict) -> bool:
+    return text(records).startswith('{"lacks"')

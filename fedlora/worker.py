@@ -38,8 +38,7 @@ def train_privately(
     Raises `PrivacyError` for a model that cannot be trained so.
     """
     taken = _wear(model, job, kept)
-    with seeded(derive(job.seed, "dropout", client, job.round)):
-        dpsgd.descend(model, _sides(model, job), job, client, records, mechanism)
+    dpsgd.descend(model, _sides(model, job), job, client, records, mechanism)
     return _told(model, job, taken, len(records), None)
 
 

@@ -16,8 +16,9 @@ from fedlora.errors import RoundFailed, WireError
 from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
-from fedlora.strategy import Client, Job, Update
+from fedlora.strategy import Ask, Client, Job, Update
 
+SECURE = f"{MessageType.QUERY}.secure"
 TRIES = 3  # how often a node is asked who it is
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
@@ -69,6 +70,14 @@ class FlowerFleet:
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job on its client's node, handing over each answer as it arrives."""
         return self._carry(MessageType.TRAIN, jobs, wire.read_update)
+
+    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+        """A step of secure aggregation by each client, and what it says."""
+        waiting = self._push(SECURE, {i: wire.pack_ask(a) for i, a in asks.items()})
+        said: dict[int, Mapping[str, str] | Failure] = {i: Failure("no answer to secure aggregation") for i in asks}
+        for i, reply in self._replies(waiting):
+            said[i] = _heard(reply)
+        return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
@@ -167,6 +176,15 @@ def _open(reply: Message, job: Job, read: Read[T]) -> T | wire.Lacks | Failure:
         return Failure(reason(reply.error))
     try:
         return read(reply.content, job)
+    except WireError as e:
+        return Failure(str(e))
+
+
+def _heard(reply: Message) -> Mapping[str, str] | Failure:
+    if reply.has_error():
+        return Failure(reason(reply.error))
+    try:
+        return wire.read_said(reply.content)
     except WireError as e:
         return Failure(str(e))
 

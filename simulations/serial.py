@@ -5,14 +5,16 @@ from math import inf
 from pathlib import Path
 
 from fedlora import worker
-from fedlora.errors import ClientFailed, LedgerError, PrivacyError
+from fedlora.errors import ClientFailed, LedgerError, PrivacyError, SecureError
 from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
 from fedlora.model import Model
 from fedlora.rounds import Answers, Failure
 from fedlora.site import Desk, Site
 from fedlora.store import Store
-from fedlora.strategy import Client, Job
+from fedlora.strategy import Ask, Client, Job
+
+REFUSALS = ClientFailed, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
 
 
 class Serial:
@@ -40,13 +42,22 @@ class Serial:
             self.traffic.send(i, parts.of(job))
             try:
                 update = self._desks[i].answer(self._model, job)
-            except (ClientFailed, LedgerError, PrivacyError) as e:
+            except REFUSALS as e:
                 self._answered(i)
                 yield i, Failure(str(e))
             else:
                 self.traffic.receive(update)
                 self._answered(i)
                 yield i, update
+
+    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+        replies: dict[int, Mapping[str, str] | Failure] = {}
+        for i, ask in asks.items():
+            try:
+                replies[i] = self._desks[i].reply(ask)
+            except SecureError as e:
+                replies[i] = Failure(str(e))
+        return replies
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         parts = Parts()

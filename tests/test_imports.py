@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ANY = ("fedlora",)
 FOLDERS = ("server", "client", "strategies", "simulations", "checks")
 FOREIGN = {  # a runtime or a library of models -> the only files that know it
-    "flwr": {"fedlora/wire.py", "server", "client", "simulations/flower.py"},
+    "flwr": {"fedlora/wire.py", "fedlora/envelope.py", "server", "client", "simulations/flower.py"},
     "ray": {"simulations/flower.py"},
     "peft": {"fedlora/model.py", "fedlora/wear.py", "fedlora/reload.py"},
     "transformers": {

@@ -1,0 +1,31 @@
+"""What the records of an audit are to look like: as the run's data, or without any as the model's own task."""
+
+import json
+from pathlib import Path
+
+from fedlora import data
+from fedlora.base import TINY
+from fedlora.config import Config
+from fedlora.data import Form
+
+TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "image"}
+
+
+def of(config: Config) -> Form:
+    """The form of the run's data; of a model by itself, that of what it was made for, if its folder says so."""
+    if config.data.path:
+        return data.load(config.data, config.model.task, config.clients, config.seed).form
+    told = _told(config.model.path)
+    made_for = next((task for end, task in TASKS.items() for a in told.get("architectures", ()) if a.endswith(end)), "lm")
+    task = made_for if config.model.task == "auto" else config.model.task
+    if task == "lm":
+        return Form("text", ("text",))
+    classes = told.get("id2label", {"0": "no", "1": "yes"})  # left out where there are two without names
+    names = config.data.labels or tuple(str(classes[k]) for k in sorted(classes, key=int))
+    return Form("image" if task == "image" else "label", ("image" if task == "image" else "text", "label"), names)
+
+
+def _told(path: str) -> dict[str, dict[str, str]]:
+    """The model's configuration, where it is a folder."""
+    file = Path(path or TINY).expanduser() / "config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -1,0 +1,77 @@
+"""A message as Flower carries it: a head of plain values as JSON, and at most one array. Nothing is pickled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from .errors import WireError
+
+CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
+T = TypeVar("T")
+
+
+def pack(head: Any, array: ArrayRecord | None = None) -> RecordDict:
+    """A message."""
+    records = RecordDict({"head": ConfigRecord({"json": TypeAdapter(type(head)).dump_json(head).decode()})})
+    if array is not None:
+        records["array"] = array
+    return records
+
+
+def read_head(records: RecordDict, kind: type[T]) -> T:
+    """A message's head, checked. Raises `WireError` where it is of another kind."""
+    try:
+        return TypeAdapter(kind).validate_json(text(records))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "head"
+        raise WireError(f"a message is no {kind.__name__}: {place}: {first['msg']}") from e
+
+
+def text(records: RecordDict) -> str:
+    """A message's head as it came. Raises `WireError` where there is none."""
+    head = records.config_records.get("head")
+    found = head.get("json") if head is not None else None
+    if not isinstance(found, str):
+        raise WireError(f"a message has no head; it has {', '.join(records) or 'nothing'}")
+    return found
+
+
+def as_array(vector: Tensor) -> ArrayRecord:
+    """A vector, as a message carries it."""
+    bits = vector.view(CARRIED.get(vector.dtype, vector.dtype))
+    return ArrayRecord({"vector": Array(bits.numpy())})  # numpy's own format, which `Array.numpy` reads without pickle
+
+
+def read_vector(records: RecordDict, dtype: str) -> Tensor:
+    """The one array of a message in the type its head names; of no length where there is none."""
+    arrays = [a for record in records.array_records.values() for a in record.values()]
+    kind: torch.dtype = getattr(torch, dtype)
+    if not arrays:
+        return torch.empty(0, dtype=kind)
+    if len(arrays) > 1:
+        raise WireError(f"a message has {len(arrays)} arrays; it may have one")
+    with reading("an array"):
+        bits = torch.from_numpy(arrays[0].numpy())
+    if bits.dim() != 1 or bits.dtype != CARRIED.get(kind, kind):
+        raise WireError(f"an array is {bits.dtype} of shape {tuple(bits.shape)}; its head says a vector of {dtype}")
+    return bits.view(kind)
+
+
+def dtype_name(vector: Tensor) -> Any:
+    """The type of a vector, as a head names it."""
+    return str(vector.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever the libraries say of bytes that are not what they should be, as one sentence."""
+    try:
+        yield
+    except Exception as e:  # numpy's reader alone raises five kinds, SyntaxError and TokenError among them
+        raise WireError(f"{what} could not be read: {type(e).__name__}: {e}") from e

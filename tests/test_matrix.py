@@ -1,0 +1,55 @@
+"""Every kind of transformer, by one pass and by Opacus's hooks, against autograd on one example at a time.
+
+Checkpoints, dropout, bf16 and torch.compile take minutes: `python -m tests.matrix`, which writes docs/privacy_matrix.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from torch import Tensor, nn
+
+from fedlora.encode import Example
+from fedlora.errors import PrivacyError
+from fedlora.persample import Hooks, OneByOne, OnePass, PerExample
+from tests.zoo import N, ROWS, Learner, apart, build, examples, quiet
+
+EXACT = 5e-6  # float32's rounding is up to 3e-6; what is wrong is wrong by tenths
+
+
+@dataclass(frozen=True, eq=False)
+class Animal:
+    learner: Learner
+    examples: list[Example]
+    wanted: dict[nn.Parameter, Tensor]  # every example's gradient, alone
+    refused: str  # module at which an engine must
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def animal(request: pytest.FixtureRequest) -> Iterator[Animal]:
+    row = ROWS[request.param]
+    with quiet():
+        learner, some = build(row), examples(row)
+        parameters = learner.trains("ABH")
+        with OneByOne(learner, parameters) as gradients:
+            wanted = dict(zip(parameters, gradients(some), strict=True))
+        yield Animal(learner, some, wanted, row.refused)
+
+
+@pytest.mark.parametrize("sides", ["AB", "B", "A", "ABH"])
+@pytest.mark.parametrize("engine", [OnePass, Hooks])
+def test_every_examples_gradient_is_autograds_or_the_module_is_named(
+    animal: Animal, engine: type[PerExample], sides: str
+) -> None:
+    if "H" in sides and not animal.learner.sides["H"]:
+        pytest.skip("has no head")
+    parameters = animal.learner.trains(sides)
+    if animal.refused:
+        with pytest.raises(PrivacyError, match=animal.refused), engine(animal.learner, parameters) as gradients:
+            gradients(animal.examples)
+    else:
+        with engine(animal.learner, parameters) as gradients:
+            got = gradients(animal.examples)
+        assert apart(got, [animal.wanted[p] for p in parameters]) < EXACT
+        assert all(len(g) == N and float(g.abs().min(0).values.max()) > 0 for g in got)
+    assert all(p.grad is None and not hasattr(p, "grad_sample") for p in animal.learner.net.parameters())
