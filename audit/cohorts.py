@@ -111,7 +111,7 @@ def sensitivity(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
     counted = max(abs(count - fewer) for _, fewer in rests)
     detail = f"most that one client moves the sum, over C = {C:g}; the count of those within C moves by {counted:g}"
     good, allowed = worst <= 1.001 and counted <= 0.5, "at most 1.001, count 0.5"
-    yield Finding("T1 sensitivity", good, worst, "times C", allowed, detail)
+    yield Finding("T1 sensitivity", good, worst, "C", allowed, detail)
 
 
 def noise(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
@@ -121,12 +121,12 @@ def noise(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
     seen = list(_rounds(crowd, mechanism, ROUNDS))
     again = next(_rounds(crowd, mechanism, 1))
     tensors = {f"{s} of {m}, round {t + 1}": x for t, one in enumerate(seen) for (s, m), x in one.noise.items()}
-    yield numbers.noise("T2 noise", tensors, z)
+    yield from numbers.noise("noise", tensors, z)
     if mechanism.quantile:
         counts = {"the count": _counts(mechanism)}
-        yield numbers.noise("T2 noise of the count", counts, mechanism.noise / (2 * sqrt(share)))
-    yield numbers.apart("T3 noise of two rounds", seen[0].all, seen[1].all)
-    yield numbers.apart("T3 noise of a round done again", seen[0].all, again.all)
+        yield from numbers.noise("count", counts, mechanism.noise / (2 * sqrt(share)))
+    yield numbers.apart("two rounds", seen[0].all, seen[1].all)
+    yield numbers.apart("done again", seen[0].all, again.all)
     charge = Charge(mechanism.noise, mechanism.rate, len(seen))
     yield numbers.accounted(seen[-1].epsilon, crowd.config.dp.epsilon, charge, mechanism.delta)
 
@@ -135,7 +135,7 @@ def draws(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
     """T5: is every client in a round by itself?"""
     mechanism, clients = crowd.mechanism(subject), Silent(crowd.central.population, 1).clients()
     sizes = np.array([float(len(mechanism.sample(clients, t))) for t in range(DRAWS)])
-    yield numbers.drawn("T5 cohort sizes", sizes, mechanism.population, mechanism.rate)
+    yield numbers.drawn("cohort", sizes, mechanism.population, mechanism.rate)
 
 
 Look = Callable[[Crowd, Subject], Iterator[Finding]]

@@ -125,8 +125,8 @@ RECORD = (
     Control("noise divided by the root of the batch", "T2", _noise_of_a_mean),
     Control("one side without noise", "T2", _a_side_without_noise),
     Control("each tensor clipped by itself", "T1", _clip_by_tensor),
-    Control("one seed for the noise of all clients", "T3 noise of two clients", _one_seed_for_all),
-    Control("one seed for the noise of all rounds", "T3 noise of two rounds", _one_seed_for_all_rounds),
+    Control("one seed for the noise of all clients", "T3 noise, two clients", _one_seed_for_all),
+    Control("one seed for the noise of all rounds", "T3 noise, two rounds", _one_seed_for_all_rounds),
     Control("accountant made anew every round", "T4", _accountant_made_anew),
     Control("batches dealt out instead of drawn", "T5", _batches_dealt_out),
 )
@@ -193,7 +193,7 @@ CLIENT = (
     Control("each tensor clipped by itself", "T1", _clips(_ClipsTensors)),
     Control("noise divided by the root of the cohort", "T2", _hides(_NoiseOfAMean)),
     Control("one side without noise", "T2", _hides(_SideWithoutNoise)),
-    Control("one seed for the noise of all rounds", "T3 noise of two rounds", _hides(_OneSeed)),
+    Control("one seed for the noise of all rounds", "T3 noise, two rounds", _hides(_OneSeed)),
     Control("accountant made anew every round", "T4", _hides(_ChargesAnew)),
     Control("cohorts of one size instead of drawn", "T5", _hides(_CohortsOfOneSize)),
 )

@@ -1,6 +1,6 @@
 """What the tests of the audit reckon with. Each raises a false alarm once in a hundred thousand runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, sqrt
 
@@ -30,19 +30,20 @@ class Finding:
     seconds: float = 0.0
 
 
-def noise(name: str, tensors: Mapping[str, Floats], deviation: float) -> Finding:
-    """Are these normal numbers of this deviation, tensor by tensor by Kolmogorov and Smirnov, and in size altogether?"""
+def noise(of: str, tensors: Mapping[str, Floats], deviation: float) -> Iterator[Finding]:
+    """Are these normal numbers of this deviation: tensor by tensor by Kolmogorov and Smirnov, and in size altogether?"""
     least, where = min((float(stats.kstest(x, "norm", args=(0.0, deviation)).pvalue), m) for m, x in tensors.items())
-    every = np.concatenate(list(tensors.values()))
+    bound, every = ALARM / len(tensors), np.concatenate(list(tensors.values()))
+    detail = f"least p of {len(tensors)} tensors, each against N(0, {deviation:.3g}); it is of {where}"
+    yield Finding(f"T2 {of}, shape", least > bound, least, "p", f"over {bound:.0e}", detail)
     low, high = (float(np.sqrt(stats.chi2.ppf(p, len(every)) / len(every))) for p in (ALARM / 2, 1 - ALARM / 2))
-    ratio, bound = float(np.sqrt(np.mean((every / deviation) ** 2))), ALARM / len(tensors)
-    detail = f"deviation over what it should be; least p of {len(tensors)} tensors {least:.1e}, of {where}"
-    allowed = f"{low:.3f} to {high:.3f}, p over {bound:.0e}"
-    return Finding(name, low < ratio < high and least > bound, ratio, "times sigma C", allowed, detail)
+    ratio = float(np.sqrt(np.mean((every / deviation) ** 2)))
+    detail = f"standard deviation of {len(every)} numbers over {deviation:.3g}, which it should be"
+    yield Finding(f"T2 {of}, size", low < ratio < high, ratio, "of its size", f"{low:.3f} to {high:.3f}", detail)
 
 
-def apart(name: str, x: Floats, y: Floats) -> Finding:
-    """Do two sets of numbers go together no more than chance lets them?
+def apart(which: str, x: Floats, y: Floats) -> Finding:
+    """T3: do two sets of numbers go together no more than chance lets them?
 
     It is the largest over all shifts of one along the other: a stream that is taken up a few numbers later is the same.
     """
@@ -52,11 +53,11 @@ def apart(name: str, x: Floats, y: Floats) -> Finding:
     z = float(np.abs(both).max() * np.sqrt(n) / length) if length else inf
     most = float(stats.norm.isf(ALARM / (2 * n)))
     detail = "correlation at any shift, in standard deviations of what chance makes it"
-    return Finding(name, z < most, z, "deviations", f"below {most:.2f}", detail)
+    return Finding(f"T3 noise, {which}", z < most, z, "deviations", f"below {most:.2f}", detail)
 
 
-def drawn(name: str, sizes: Floats, n: int, rate: float) -> Finding:
-    """Are these the sizes of Poisson samples of n? Of batches that are dealt out they do not vary as they should.
+def drawn(what: str, sizes: Floats, n: int, rate: float) -> Finding:
+    """T5: are these the sizes of Poisson samples of n? Of batches that are dealt out they do not vary as they should.
 
     The bounds are chi-square's, with fewer degrees of freedom where few are drawn and the binomial has heavier tails.
     """
@@ -68,7 +69,7 @@ def drawn(name: str, sizes: Floats, n: int, rate: float) -> Finding:
     seen, most = float(sizes.var(ddof=1)), float(stats.norm.isf(ALARM / 2)) * sqrt(variance / steps)
     detail = f"variance of {steps} sizes, of which the mean is {sizes.mean():.2f} and should be {n * rate:.2f}"
     good = low <= seen <= high and off <= most
-    return Finding(name, good, seen, "variance", f"{low:.3g} to {high:.3g}", detail)
+    return Finding(f"T5 {what} sizes", good, seen, "variance", f"{low:.3g} to {high:.3g}", detail)
 
 
 def accounted(said: float, promised: float, charge: Charge, delta: float) -> Finding:

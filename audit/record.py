@@ -45,7 +45,7 @@ def sensitivity(stage: Stage, subject: Subject) -> Iterator[Finding]:
     allowed = preflight.OVER[stage.model.net.dtype.itemsize >= 4]
     detail = f"most that one record moves a sum, over C; at C = {clip:.2g}, with gradients of "
     detail += f"{lengths[0]:.2g} to {lengths[-1]:.2g}, over the sides {sides}"
-    yield Finding("T1 sensitivity", worst <= allowed, worst, "times C", f"at most {allowed:g}", detail)
+    yield Finding("T1 sensitivity", worst <= allowed, worst, "C", f"at most {allowed:g}", detail)
 
 
 def noise(stage: Stage, subject: Subject) -> Iterator[Finding]:
@@ -61,10 +61,10 @@ def noise(stage: Stage, subject: Subject) -> Iterator[Finding]:
     p = stage.privacy
     of = {f"{s} of {m}, client {x.client}, round {x.job.round + 1}": t for x in seen for (s, m), t in x.sums.items()}
     flattened = {name: t.flatten().numpy() for name, t in of.items()}
-    yield numbers.noise("T2 noise", flattened, p.noise * p.clip * sqrt(STEPS))
-    yield numbers.apart("T3 noise of two clients", seen[0].all, seen[1].all)
-    yield numbers.apart("T3 noise of two rounds", seen[0].all, seen[2].all)
-    yield numbers.apart("T3 noise of a round done again", seen[0].all, again[0].all)
+    yield from numbers.noise("noise", flattened, p.noise * p.clip * sqrt(STEPS))
+    yield numbers.apart("two clients", seen[0].all, seen[1].all)
+    yield numbers.apart("two rounds", seen[0].all, seen[2].all)
+    yield numbers.apart("done again", seen[0].all, again[0].all)
 
 
 def training(stage: Stage, subject: Subject) -> Iterator[Finding]:
@@ -85,7 +85,7 @@ def training(stage: Stage, subject: Subject) -> Iterator[Finding]:
     p, own = stage.privacy, [s for s in seen if s.client == 0]
     charge = Charge(p.noise, p.rate, sum(len(s.drawn) for s in own))
     yield numbers.accounted(own[-1].epsilon, stage.config.dp.epsilon, charge, p.delta)
-    yield numbers.drawn("T5 batch sizes", np.concatenate([s.drawn for s in seen]), stage.records, p.rate)
+    yield numbers.drawn("batch", np.concatenate([s.drawn for s in seen]), stage.records, p.rate)
     yield _attacked(stage, seen, there)
 
 

@@ -71,6 +71,8 @@ def simulate(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     given |= {f"option.{key}": value for key, value in map(pair, option or ())} | dotted(context.args)
+    if dp_noise == 0:
+        raise ConfigError("dp.noise = 0 adds no noise; leave it out, or give noise over clip, as 1.0")
     if resume and (config or out):
         raise ConfigError("--resume takes its settings and folder from the run; leave --config and --out away")
     from .simulate import simulate

@@ -28,7 +28,7 @@ from .errors import ClientFailed, PrivacyError
 from .lora import wide
 from .model import Model
 from .noise import Source
-from .persample import ENGINES, LAYERS, Gradients, Learner, PerExample, add_up, clip
+from .persample import ENGINES, LAYERS, Each, Gradients, Learner, PerExample, add_up, clip
 from .seeds import derive
 from .strategy import Job, Privacy
 
@@ -107,7 +107,7 @@ def descend(
 
 
 def clipped_sum(
-    gradients: PerExample,
+    gradients: Each,
     parameters: Sequence[nn.Parameter],
     examples: Sequence[Example],
     sides: Mapping[str, list[nn.Parameter]],

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +69,8 @@ class RunFolder:
         losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
         spent = {int(i): Spent(*told) for r in records for i, told in r.get("spent", {}).items()}
         charges = tuple(Charge(*c) for c in last.record.get("charges", ()))
-        return Past(last.round, last.state, losses, spent, last.record.get("next_clip"), charges)
+        joined = Counter(int(i) for r in records for i in r.get("spent", ()))
+        return Past(last.round, last.state, losses, spent, joined, last.record.get("next_clip"), charges)
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""

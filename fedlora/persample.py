@@ -23,6 +23,7 @@ from .errors import PrivacyError
 from .lora import wide
 
 Gradients = list[Tensor]  # of each parameter, (examples, *shape), float32 or wider
+Each = Callable[[Sequence[Example]], Gradients]
 Keep = Callable[[Tensor | None, Tensor | None], None]  # of a weight and a bias
 REMEDY = "choose lora.kind = lora and other lora.targets, or dp.engine = one, which takes one example at a time"
 

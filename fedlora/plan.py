@@ -36,6 +36,7 @@ class Past:
     state: Any
     losses: tuple[float, ...] = ()  # of the global model, one an evaluation
     spent: Mapping[int, Spent] = field(default_factory=dict)  # client -> what its ledger said last
+    joined: Mapping[int, int] = field(default_factory=dict)  # client -> rounds that it was in, of a private run
     clip: float | None = None  # of clients' updates, where the run hides clients
     charges: tuple[Charge, ...] = ()  # for that, of all rounds
 

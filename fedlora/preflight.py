@@ -23,7 +23,7 @@ from .encode import Encoder, Example
 from .errors import PrivacyError
 from .lora import SIDES, LoRA
 from .model import Model
-from .persample import Gradients, OneByOne
+from .persample import Each, Gradients, OneByOne
 from .strategy import Job
 
 RECORDS = 4
@@ -88,7 +88,7 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
         sides = {side: model.trains(side) for side in job.trains}
         model.trains(job.trains)
         bench = Bench(model, job, sides, synthetic(model.encoder, RECORDS), mechanism)
-        findings = Findings(_error(bench), max(_sensitivity(bench, C) for C in CLIPS))
+        findings = Findings(_error(bench), _sensitivity(bench))
     for name, b in model.net.named_buffers():
         if name in buffers and not torch.equal(b, buffers[name]):
             raise PrivacyError(f"{name} changes while the model trains, with no noise on it; choose another model")
@@ -123,17 +123,32 @@ def _error(bench: Bench) -> float:
     return float(errors[worst])
 
 
-def _sensitivity(bench: Bench, C: float) -> float:
+def _sensitivity(bench: Bench) -> float:
     """The largest change of the clipped sum when one record is left out, over the clip."""
-    job = replace(bench.job, privacy=replace(dpsgd.terms(bench.job), clip=C))
-    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.terms(job))
+    engine, seen = (
+        dpsgd.engine(bench.model, bench.parameters, dpsgd.terms(bench.job)),
+        dict[tuple[int, ...], Gradients](),
+    )
     with engine(bench.model, bench.parameters) as gradients:
 
-        def clipped(examples: Sequence[Example]) -> Gradients:
-            return dpsgd.clipped_sum(gradients, bench.parameters, examples, bench.sides, job, bench.mechanism)
+        def remembered(examples: Sequence[Example]) -> Gradients:
+            key = tuple(map(id, examples))
+            if key not in seen:
+                seen[key] = gradients(examples)
+            return [g.clone() for g in seen[key]]
 
-        whole = clipped(bench.examples)
-        without = [clipped([e for k, e in enumerate(bench.examples) if k != i]) for i in range(len(bench.examples))]
+        return max(_change(bench, C, remembered) for C in CLIPS)
+
+
+def _change(bench: Bench, C: float, gradients: Each) -> float:
+    """The same, at one clip."""
+    job = replace(bench.job, privacy=replace(dpsgd.terms(bench.job), clip=C))
+
+    def clipped(examples: Sequence[Example]) -> Gradients:
+        return dpsgd.clipped_sum(gradients, bench.parameters, examples, bench.sides, job, bench.mechanism)
+
+    whole = clipped(bench.examples)
+    without = [clipped([e for k, e in enumerate(bench.examples) if k != i]) for i in range(len(bench.examples))]
     changes = torch.stack([torch.stack([(w - r).norm() for w, r in zip(whole, rest, strict=True)]) for rest in without])
     over = changes.double().norm(dim=1) / C  # (records,), of (records, parameters)
     most = int(over.argmax())

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -49,17 +50,18 @@ def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Pas
     past = past or Past(0, strategy.init(lora))
     state, losses, spent = past.state, list(past.losses), dict(past.spent)
     clip, charges = past.clip or (plan.central.clip if plan.central else 0.0), past.charges
-    answered = past.rounds > 0
+    answered, joined = past.rounds > 0, Counter(past.joined)
     for t in range(past.rounds, plan.rounds):
         if stalled(losses, plan.policy.patience):
             return
         began, up, down = time.monotonic(), fleet.traffic.up, fleet.traffic.down
         charges = plan.central.charge(charges) if plan.central else ()
-        cohort = _cohort(fleet, plan, t)
+        cohort = _cohort(fleet, plan, t, joined)
         jobs = {c.id: _job(strategy, state, c, plan, t, spent) for c in cohort}
         bound = Clipping(clip) if plan.central else None
         got = _gather(strategy, fleet, plan, jobs, bound)
         spent |= got.spent
+        joined.update(got.spent.keys())
         exactness = release = None
         if enough := _is_enough(got, t, cohort, plan):
             answered = True
@@ -115,10 +117,19 @@ def _is_enough(got: Gathered, t: int, cohort: Sequence[Client], plan: Plan) -> b
     return enough
 
 
-def _cohort(fleet: Fleet, plan: Plan, t: int) -> list[Client]:
+def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
+    """The clients of round t; who has joined as many rounds as its noise is for is not asked again."""
+    clients = fleet.clients()
     if plan.central:
-        return plan.central.sample(fleet.clients(), t)
-    return sample(fleet.clients(), plan.cohort, plan.seed, t)
+        return plan.central.sample(clients, t)
+    if plan.terms:
+        clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.joins]
+        if not clients:
+            raise RoundFailed(
+                f"round {t + 1}: every client has joined dp.joins = {plan.terms.joins} rounds, and has no budget for "
+                "more; the rounds before are kept"
+            )
+    return sample(clients, plan.cohort, plan.seed, t)
 
 
 def _start(strategy: Strategy[Any], state: Any) -> LoRA:

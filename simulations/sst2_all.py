@@ -9,14 +9,11 @@ run: on val.jsonl after every round, and at the end by the clients on the other 
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -30,10 +27,13 @@ from fedlora.console import size
 from fedlora.errors import ConfigError, FedloraError, nearest
 from fedlora.metrics import spread
 from fedlora.partition import take
+from fedlora.privacy import terms
 from fedlora.ranks import ranks
 from fedlora.rounds import Plan, fit, split
 from fedlora.run import Setup, prepare
+from fedlora.simulations import sweep as kept
 from fedlora.simulations.serial import Serial
+from fedlora.simulations.sweep import Results, sweep
 from fedlora.site import Site
 
 GRID = (5e-3, 1.5e-2, 4e-2)
@@ -42,7 +42,6 @@ OWN = 60  # examples at most in each half of what a client holds out
 SETTINGS: Mapping[str, Any] = {"data.holdout": 0.05, "train.batch_size": 8, "train.accumulate": 2, "train.steps": 8}
 SMOKE: Mapping[str, Any] = {"rounds": 2, "train.steps": 1, "data.limit": 400, "data.eval_limit": 32}
 TOML = Path(__file__).parent / "sst2.toml"
-Results = dict[str, dict[str, dict[str, Any]]]  # variant -> run -> what came of it
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,10 @@ class Run:
     final: bool = False
 
     @property
+    def line(self) -> str:
+        return self.variant.name
+
+    @property
     def name(self) -> str:
         return "final" if self.final else f"{self.lr:g}"
 
@@ -126,105 +129,84 @@ def best_rate(done: Mapping[str, Mapping[str, Any]]) -> float:
 
 def measure(place: Place, run: Run) -> dict[str, Any]:
     """Do one run in this process."""
+    rounds = LONG if run.final else SHORT
+    chosen = {"strategy": run.variant.strategy, "train.lr": run.lr, "rounds": rounds}
+    return {"lr": run.lr, **carry_out(place, config_of(place, chosen, run.variant.settings), run.final)}
+
+
+def carry_out(place: Place, config: Config, final: bool, most: int = OWN) -> dict[str, Any]:
+    """What comes of a run: its rounds, and how good each client's model is on `most` at most of its own examples."""
     began = time.monotonic()
-    config = _config(place, run)
     setup = _setup(place, replace(config.lora, ranks=""))
-    sites = _sites(place, run.final)
+    sites = _sites(place, final, most)
     theirs = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, setup.model.memory)
     strategy = compose(config, setup.start, theirs)
-    plan = Plan(
-        rounds=config.rounds,
-        cohort=config.cohort,
-        seed=config.seed,
-        training=config.train,
-        policy=config.server,
-        evaluate=setup.evaluate if run.final else None,
-        exactness=setup.model.scales if run.final and config.lora.kind == "lora" else None,
-    )
     with TemporaryDirectory() as folder:
-        fleet = Serial(setup.model, sites, theirs, Path(folder))
+        fleet = Serial(setup.model, sites, theirs, Path(folder), budget=config.dp.limit)
+        plan = Plan(
+            rounds=config.rounds,
+            cohort=config.cohort,
+            seed=config.seed,
+            training=config.train,
+            policy=config.server,
+            evaluate=setup.evaluate if final else None,
+            exactness=setup.model.scales if final and config.lora.kind == "lora" else None,
+            terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        )
         rounds = list(fit(strategy, fleet, setup.start, plan))
         # Not by the plan: an evaluation of clients in every round would be counted as traffic of the training.
         last = rounds[-1].state
         jobs = {c.id: replace(strategy.client_init(last, c), round=config.rounds - 1) for c in fleet.clients()}
         judged = split(jobs, fleet.evaluate(jobs))[0]
+        noise = [plan.terms.of(c).noise for c in fleet.clients()] if plan.terms else []
     own = spread(judged) | {"loss": fmean(m.loss / m.targets for m in judged.values())}
     personal = any(set(job.trains) - set(job.shares) for job in jobs.values())
     records = [done.record() for done in rounds]
-    seconds = round(time.monotonic() - began, 1)
-    return {"lr": run.lr, "own": own, "personal": personal, "rounds": records, "seconds": seconds}
+    found = {"own": own, "personal": personal, "rounds": records, "seconds": round(time.monotonic() - began, 1)}
+    return found | ({"noise": noise} if noise else {})
 
 
-def _config(place: Place, run: Run | None = None) -> Config:
-    layers: list[Mapping[str, Any]] = [
+def config_of(place: Place, *layers: Mapping[str, Any]) -> Config:
+    """What all runs have in common, under these settings."""
+    return configuration.build(
         configuration.read(TOML),
         {"model.path": place.model, "threads": place.threads},
         {"data.path": f"{place.data}/client_*.jsonl", "data.eval": f"{place.data}/val.jsonl"},
         SETTINGS,
-    ]
-    if run:
-        rounds = LONG if run.final else SHORT
-        layers += [{"strategy": run.variant.strategy, "train.lr": run.lr, "rounds": rounds}, run.variant.settings]
-    return configuration.build(*layers, SMOKE if place.smoke else {})
+        *layers,
+        SMOKE if place.smoke else {},
+    )
 
 
 @cache
 def _setup(place: Place, lora: LoRAConfig) -> Setup:
     """The model with this adapter: a process makes each once, and encodes the examples once for all."""
-    return prepare(replace(_config(place), lora=lora))
+    return prepare(replace(config_of(place), lora=lora))
 
 
 @cache
-def _sites(place: Place, final: bool) -> tuple[Site, ...]:
+def _sites(place: Place, final: bool, most: int) -> tuple[Site, ...]:
     """The clients with one half of what they hold out: that to choose a rate by, or that to measure on."""
 
     def half(site: Site) -> Site:
-        return replace(site, heldout_rows=take(site.heldout_rows, range(int(final), len(site.heldout_rows), 2)[:OWN]))
+        return replace(site, heldout_rows=take(site.heldout_rows, range(int(final), len(site.heldout_rows), 2)[:most]))
 
-    return tuple(half(site) for site in _setup(place, _config(place).lora).sites)
+    return tuple(half(site) for site in _setup(place, config_of(place).lora).sites)
 
 
 def run_all(place: Place, chosen: Sequence[Variant], out: Path, jobs: int) -> Results:
     """Do every run that is not in the file, `jobs` at a time, and write the file after each."""
-    results = load(out, place)
-    running: dict[Future[dict[str, Any]], Run] = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        while True:
-            waiting = (run for run in ready(chosen, results) if run not in running.values())
-            while len(running) < jobs and (run := next(waiting, None)):
-                running[pool.submit(measure, place, run)] = run
-            if not running:
-                return results
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                results.setdefault(run.variant.name, {})[run.name] = _result(future, run)
-                save(out, place, results)
-                print(_line(run, results), flush=True)
-
-
-def _result(future: Future[dict[str, Any]], run: Run) -> dict[str, Any]:
-    """What came of a run; its error where it failed, so that the others go on, and the next call tries it again."""
-    error = future.exception()
-    return {"lr": run.lr, "error": f"{type(error).__name__}: {error}"} if error else future.result()
+    return sweep(partial(ready, chosen), partial(measure, place), _said, (out, _settings(place)), jobs)
 
 
 def load(out: Path, place: Place) -> Results:
     """The results there are, without the runs that failed. Raises `ConfigError` for those of other settings."""
-    if not out.exists():
-        return {}
-    found = json.loads(out.read_text(encoding="utf-8"))
-    if found["settings"] != _settings(place):
-        raise ConfigError(f"{out} holds results of other settings; give --out another file, or remove it")
-    runs: Results = found["runs"]
-    return {name: {k: run for k, run in done.items() if "error" not in run} for name, done in runs.items()}
+    return kept.load(out, _settings(place))
 
 
 def save(out: Path, place: Place, results: Results) -> None:
     """Write the results, so that at any moment the file is whole."""
-    part = out.with_name(f".{out.name}.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps({"settings": _settings(place), "runs": results}, indent=1) + "\n", encoding="utf-8")
-    part.replace(out)
+    kept.save(out, _settings(place), results)
 
 
 def _settings(place: Place) -> dict[str, Any]:
@@ -233,8 +215,7 @@ def _settings(place: Place) -> dict[str, Any]:
     return {**configuration.read(TOML), **SETTINGS, **rounds, **(SMOKE if place.smoke else {})}
 
 
-def _line(run: Run, results: Results) -> str:
-    done = results[run.variant.name][run.name]
+def _said(run: Run, done: Mapping[str, Any]) -> str:
     what = "measured" if run.final else "tried"
     own = "clients' own loss {loss:.4f}, accuracy {mean:.4f}".format(**done.get("own", {"loss": 0.0, "mean": 0.0}))
     said = done.get("error") or f"{own} in {done['seconds']:.0f} s"
@@ -273,7 +254,20 @@ def _row(variant: Variant, done: Mapping[str, Any]) -> tuple[str, ...]:
 
 def main() -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    place, only, out, jobs = arguments(__doc__ or "")
+    try:
+        chosen = variants(only)
+        if place.smoke:
+            chosen = [replace(v, rates=v.rates[:1]) for v in chosen]
+        results = run_all(place, chosen, out, jobs)
+    except FedloraError as e:
+        raise SystemExit(str(e)) from e
+    print(table(chosen, results))
+
+
+def arguments(about: str) -> tuple[Place, list[str], Path, int]:
+    """What is given on the command line: the place, the lines that are wanted, the file, and how many processes."""
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", type=Path, required=True, help="folder with client_*.jsonl and val.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="file of results, which is gone on with")
@@ -285,14 +279,7 @@ def main() -> None:
     os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     place = Place(given.model, str(given.data.absolute()), threads, given.smoke)
-    try:
-        chosen = variants([name for name in given.only.split(",") if name])
-        if given.smoke:
-            chosen = [replace(v, rates=v.rates[:1]) for v in chosen]
-        results = run_all(place, chosen, given.out, given.jobs)
-    except FedloraError as e:
-        raise SystemExit(str(e)) from e
-    print(table(chosen, results))
+    return place, [name for name in given.only.split(",") if name], given.out, given.jobs
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def test_a_round_without_a_sum_may_be_skipped(tmp_path: Path) -> None:
 
 
 def test_an_update_beyond_reach_is_its_clients_failure_and_not_cut(tmp_path: Path) -> None:
-    with pytest.raises(RoundFailed, match=r"client 0: the largest value of an update is .*, beyond 1e-05: raise secure"):
+    with pytest.raises(
+        RoundFailed, match=r"client 0: the largest value of an update is .*, beyond 1e-05: raise secure"
+    ):
         run(line(tmp_path), replace(PLAN, secure=replace(SECURE, reach=1e-5)))
 
 

@@ -18,7 +18,7 @@ def numbers(seed: int = 1) -> Source:
 def test_uniform_numbers_are_uniform_and_never_at_an_end() -> None:
     u = numbers().uniform(MANY)
     assert stats.kstest(u, "uniform").pvalue > LIKELY
-    assert 0 < u.min() and u.max() < 1 and u.dtype == np.float64
+    assert u.min() > 0 and u.max() < 1 and u.dtype == np.float64
     grid = u * 2**53
     assert np.array_equal(grid, np.round(grid)) and bool((grid % 2 == 1).all())
 
