@@ -15,7 +15,6 @@ The bound is weak, as one run cannot tell much: of a sound client it is about a 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import exp
 from typing import Self
 
@@ -44,7 +43,7 @@ def examples(there: Sequence[bool]) -> list[Example]:
 
 
 def places(job: Job, count: int, seed: int) -> NDArray[np.int64]:
-    """Where each canary's number stands among all that the job trains; -1 for what has no room among the shared ones."""
+    """Where each canary's number stands among all that the job trains; -1 where no shared one is left for it."""
     shared: list[int] = []
     begin = 0
     for s in job.trains:

@@ -5,7 +5,7 @@ test needs of them: updates of all lengths to the clip, and nothing new to see t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from math import inf, log, sqrt
 from typing import Any
 

@@ -16,12 +16,12 @@ def of(config: Config) -> Form:
     if config.data.path:
         return data.load(config.data, config.model.task, config.clients, config.seed).form
     told = _told(config.model.path)
-    made_for = next((task for end, task in TASKS.items() for a in told.get("architectures", ()) if a.endswith(end)), "lm")
-    task = made_for if config.model.task == "auto" else config.model.task
+    classes = [task for end, task in TASKS.items() for name in told.get("architectures", ()) if name.endswith(end)]
+    task = config.model.task if config.model.task != "auto" else (*classes, "lm")[0]
     if task == "lm":
         return Form("text", ("text",))
-    classes = told.get("id2label", {"0": "no", "1": "yes"})  # left out where there are two without names
-    names = config.data.labels or tuple(str(classes[k]) for k in sorted(classes, key=int))
+    numbered = told.get("id2label", {"0": "no", "1": "yes"})  # left out where there are two without names
+    names = config.data.labels or tuple(str(numbered[k]) for k in sorted(numbered, key=int))
     return Form("image" if task == "image" else "label", ("image" if task == "image" else "text", "label"), names)
 
 

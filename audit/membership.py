@@ -35,11 +35,9 @@ from fedlora.errors import CheckpointError, ConfigError
 from fedlora.folder import RunFolder
 from fedlora.lora import LoRA
 from fedlora.model import Model
-from fedlora.partition import take
 from fedlora.privacy import central, terms
 from fedlora.run import Setup, prepare
 from fedlora.simulate import quiet
-from fedlora.strategy import Client
 
 MOST = 2000  # records on either side, evenly spread
 DRAWS = 1000  # of the bootstrap
@@ -63,7 +61,7 @@ class Attack:
     high: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
-        told = {m: v for m, v in zip(MEASURES, self.values, strict=True)}
+        told = dict(zip(MEASURES, self.values, strict=True))
         ends = {f"{m}_{end}": v for end in ("low", "high") for m, v in zip(MEASURES, getattr(self, end), strict=True)}
         return {"name": self.name, **told, **ends}
 
@@ -113,8 +111,8 @@ def against(
     after = [losses(model, trained, some) for some in (members, others)]
     draw = np.random.default_rng(seed)
     yield measured("loss", -after[0], -after[1], draw)
-    yield measured("loss, less than the base's", before[0] - after[0], before[1] - after[1], draw)
-    yield measured("control: loss of the base", -before[0], -before[1], draw)
+    yield measured("loss less the base's", before[0] - after[0], before[1] - after[1], draw)
+    yield measured("control: the base", -before[0], -before[1], draw)
 
 
 @torch.no_grad()
@@ -176,10 +174,9 @@ def _promise(setup: Setup, folder: RunFolder) -> tuple[float, float]:
 
 
 def _show(console: Console, attacks: Sequence[Attack], told: Mapping[str, Any]) -> None:
-    table = Table("score", *NAMES, box=None, pad_edge=False)
-    for one in attacks:
-        cells = zip(one.values, one.low, one.high, strict=True)
-        table.add_row(one.name, *(f"{v:.3f} ({low:.3f}-{high:.3f})" for v, low, high in cells))
+    table = Table("", *(one.name for one in attacks), box=None, pad_edge=False)
+    for i, name in enumerate(NAMES):
+        table.add_row(name, *(f"{a.values[i]:.3f} ({a.low[i]:.3f}-{a.high[i]:.3f})" for a in attacks))
     console.print(table)
     lines = [f"{told['members']} members, {told['others']} others; 95 % intervals by bootstrap. {CAVEAT}"]
     if "bound" in told:

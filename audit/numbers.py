@@ -31,7 +31,7 @@ class Finding:
 
 
 def noise(of: str, tensors: Mapping[str, Floats], deviation: float) -> Iterator[Finding]:
-    """Are these normal numbers of this deviation: tensor by tensor by Kolmogorov and Smirnov, and in size altogether?"""
+    """T2: are these normal, tensor by tensor by Kolmogorov and Smirnov, and of this deviation altogether?"""
     least, where = min((float(stats.kstest(x, "norm", args=(0.0, deviation)).pvalue), m) for m, x in tensors.items())
     bound, every = ALARM / len(tensors), np.concatenate(list(tensors.values()))
     detail = f"least p of {len(tensors)} tensors, each against N(0, {deviation:.3g}); it is of {where}"

@@ -103,9 +103,7 @@ def _jobs(stage: Stage) -> list[Job]:
     return list(jobs.values())
 
 
-def _most(
-    stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Example]
-) -> tuple[float, float, list[float]]:
+def _most(stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Example]) -> tuple[float, float, list[float]]:
     """The most that leaving a record out moves the sum, over the clip; that clip; and the lengths of the gradients."""
     lengths = sorted(float(np.linalg.norm(_step(stage, job, mechanism, [e], FREE, 1.0))) for e in records)
     clips = [lengths[0] / 100, *(float(np.quantile(lengths, p)) for p in (0.25, 0.5, 0.75)), 100 * lengths[-1]]
@@ -118,9 +116,7 @@ def _most(
     return (*max((moved(max(c, LEAST)), c) for c in clips), lengths)
 
 
-def _step(
-    stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Example], clip: float, unit: float
-) -> Floats:
+def _step(stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Example], clip: float, unit: float) -> Floats:
     """What all that is trained moved by in one step over these records, in units."""
     privacy = replace(stage.privacy, clip=clip, steps=1, rate=1.0)
     plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=stage.config.train.batch_size)

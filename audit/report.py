@@ -24,7 +24,7 @@ LITTLE = (
     "other tests do the work."
 )
 DEFAULT = {"dp.epsilon": 3.0}
-EMBEDDED = {"model.max_length": 16, "lora.targets": "all-linear", "train.batch_size": 64}  # over a model of our own
+EMBEDDED = {"model.max_length": 16, "lora.targets": "all-linear", "train.batch_size": 64, "threads": 1}  # a tiny model
 Told = tuple[dict[str, Any], Table]  # for a program, and for a person
 SHOWN = ("strategy", "model.path", "model.head", "lora.kind", "lora.rank", "train.batch_size", "seed")
 
@@ -114,7 +114,7 @@ def _once(console: Console, level: Level, stage: Any) -> Told:
     findings = _examine(console, level, stage, level.subject)
     table = Table("", "test", "measured", "allowed", "seconds", box=None, pad_edge=False)
     for f in findings:
-        measured = f"{f.measured:.4g} {f.unit}"
+        measured = f"{f.measured:#.4g} {f.unit}"
         table.add_row("+" if f.passed else "X", f.name, measured, f.allowed, f"{f.seconds:.1f}")
     return {"passed": all(f.passed for f in findings), "tests": [asdict(f) for f in findings]}, table
 

@@ -134,6 +134,8 @@ class Stage:
 
 def worn(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
     """The model with its adapter, that adapter, and the strategy for it."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     form = forms.of(config)
     model = Model(config.model, config.lora, form, config.seed, data.public(config.lora.init_data, form))
     start = model.read()
@@ -193,7 +195,8 @@ class _Watched(Serial):
         unit = -p.rate * len(self._sites[i].records) / job.training.lr
         sums = {key: unit * t for key, t in _moved(after, before, job.trains)}
         told = {key: unit * t for key, t in _shown(answer.lora, job)}
-        self.seen.append(Seen(i, job, sums, told, np.array(drawn, dtype=np.float64), answer.spent.epsilon if answer.spent else inf))
+        spent = answer.spent.epsilon if answer.spent else inf
+        self.seen.append(Seen(i, job, sums, told, np.array(drawn, dtype=np.float64), spent))
 
 
 def _tapped(mechanism: Mechanism, drawn: list[int], where: NDArray[np.int64]) -> Mechanism:

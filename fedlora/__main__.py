@@ -139,7 +139,7 @@ def audit(
     membership: Annotated[bool, typer.Option("--membership", help="Attack the adapter that RUN delivered.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
-    """Put a promise of privacy to the test: sensitivity, noise, draws, ledger, and canaries. Settings are options too."""
+    """Put a promise of privacy to the test: sensitivity, noise, draws, ledger, canaries. Settings are options too."""
     words = [*([run] if run and run.startswith("--") else []), *context.args]  # a setting where no run is named
     folder = Path(run) if run and not run.startswith("--") else None
     flags = {

@@ -21,7 +21,9 @@ import torch
 from fedlora import config
 from fedlora.flat import Parts
 from fedlora.lora import SIDES, LoRA, average
+from fedlora.masking import SecureConfig
 from fedlora.metrics import Metrics
+from fedlora.privacy import PrivacyConfig, Terms
 from fedlora.rounds import Failure, Fleet, Plan, Round, fit
 from fedlora.run import Setup, prepare
 from fedlora.simulations import flower
@@ -61,6 +63,7 @@ class EnoughError(Exception):
 
 
 STRATEGIES: dict[str, Strategy[Any]] = {"fedavg": FedAvg(), "fedex": FedEx(), "poisoned": Poisoned(), "own": Own()}
+STRATEGIES |= {"private": Own(), "secure": FedAvg()}
 ENOUGH = EnoughError("enough")
 
 
@@ -95,8 +98,13 @@ def setup(site: Path) -> Setup:
 def play(setup: Setup, fleet: Fleet, seen: Seen) -> None:
     """Three rounds of every strategy, then an evaluation with what the clients kept."""
     plan = Plan(3, 3, seed=5, training=replace(setup.config.train, steps=2))
+    dp = PrivacyConfig(noise=1.0, delta=1e-4, rate=0.3, seeded=True)
+    plans = {
+        "private": replace(plan, terms=Terms(dp, plan.training, 3), metrics=False),
+        "secure": replace(plan, secure=SecureConfig(aggregation=True)),
+    }
     for name, strategy in STRATEGIES.items():
-        seen.runs[name] = list(fit(strategy, fleet, setup.start, plan))
+        seen.runs[name] = list(fit(strategy, fleet, setup.start, plans.get(name, plan)))
     state = seen.runs["own"][-1].state
     seen.metrics = fleet.evaluate({c.id: Job(state, shares="A", round=2) for c in fleet.clients()})
 
@@ -155,6 +163,12 @@ def test_the_adapter_is_serial_s_bit_for_bit(name: str, serial: Seen, ray: Seen)
 def test_the_same_bytes_are_counted(name: str, serial: Seen, ray: Seen) -> None:
     for x, y in zip(serial.runs[name], ray.runs[name], strict=True):
         assert (x.bytes_up, x.bytes_down) == (y.bytes_up, y.bytes_down)
+
+
+def test_a_private_clients_ledger_is_read_by_the_server(serial: Seen, ray: Seen) -> None:
+    last = ray.runs["private"][-1]
+    assert last.spent == serial.runs["private"][-1].spent and len(last.spent) >= 3
+    assert sum(s.charges for s in last.spent.values()) == 9 and last.train_loss is None
 
 
 def test_a_client_that_raises_is_named_and_the_round_goes_on(serial: Seen, ray: Seen) -> None:

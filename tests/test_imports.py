@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ANY = ("fedlora",)
-FOLDERS = ("server", "client", "strategies", "simulations", "checks")
+FOLDERS = ("server", "client", "strategies", "simulations", "checks", "audit")
 FOREIGN = {  # a runtime or a library of models -> the only files that know it
     "flwr": {"fedlora/wire.py", "fedlora/envelope.py", "server", "client", "simulations/flower.py"},
     "ray": {"simulations/flower.py"},
@@ -30,6 +30,7 @@ EDGE = {
     "fedlora/__main__.py",
     "simulations/flower.py",
     "checks",
+    "audit",
 }  # they put a run together
 
 

@@ -1,6 +1,7 @@
 """Every kind of transformer, by one pass and by Opacus's hooks, against autograd on one example at a time.
 
-Checkpoints, dropout, bf16 and torch.compile take minutes: `python -m tests.matrix`, which writes docs/privacy_matrix.md.
+Checkpoints, dropout, bf16 and torch.compile take minutes, and a command of their own: `python -m tests.matrix`, which
+writes docs/privacy_matrix.md.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fedlora.encode import Example
 from fedlora.errors import PrivacyError
 from fedlora.persample import Hooks, OneByOne, OnePass, PerExample
-from tests.zoo import N, ROWS, Learner, apart, build, examples, quiet
+from tests.zoo import ROWS, Learner, apart, build, examples, quiet
 
 EXACT = 5e-6  # float32's rounding is up to 3e-6; what is wrong is wrong by tenths
 
@@ -36,13 +37,12 @@ def animal(request: pytest.FixtureRequest) -> Iterator[Animal]:
         yield Animal(learner, some, wanted, row.refused)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("sides", ["AB", "B", "A", "ABH"])
 @pytest.mark.parametrize("engine", [OnePass, Hooks])
 def test_every_examples_gradient_is_autograds_or_the_module_is_named(
     animal: Animal, engine: type[PerExample], sides: str
 ) -> None:
-    if "H" in sides and not animal.learner.sides["H"]:
-        pytest.skip("has no head")
     parameters = animal.learner.trains(sides)
     if animal.refused:
         with pytest.raises(PrivacyError, match=animal.refused), engine(animal.learner, parameters) as gradients:
@@ -51,5 +51,5 @@ def test_every_examples_gradient_is_autograds_or_the_module_is_named(
         with engine(animal.learner, parameters) as gradients:
             got = gradients(animal.examples)
         assert apart(got, [animal.wanted[p] for p in parameters]) < EXACT
-        assert all(len(g) == N and float(g.abs().min(0).values.max()) > 0 for g in got)
+        assert all(bool(g.flatten(1).any(1).all()) for g in got)
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in animal.learner.net.parameters())

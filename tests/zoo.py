@@ -70,7 +70,7 @@ ROWS = {
     "deberta-v2-cls": Row(
         "DebertaV2ForSequenceClassification", WIDE | DEBERTA, CLS, ("query_proj", "value_proj"), ("classifier",)
     ),
-    "modernbert-cls": Row("ModernBertForSequenceClassification", WIDE | MODERN, CLS, ("Wqkv",), ("classifier",)),
+    "modernbert-cls": Row("ModernBertForSequenceClassification", WIDE | MODERN, CLS, ("Wqkv",), ("head", "classifier")),
     "llama-lm": Row("LlamaForCausalLM", DECODER, LM, QV),
     "llama-lm (tied, all-linear)": Row("LlamaForCausalLM", DECODER | {"tie_word_embeddings": True}, LM, "all-linear"),
     "llama-cls": Row("LlamaForSequenceClassification", DECODER, CLS, QV, ("score",)),
