@@ -28,7 +28,7 @@ from fedlora.audit.numbers import Floats
 from fedlora.dpsgd import Engine, Mechanism
 from fedlora.encode import Example
 from fedlora.model import Model
-from fedlora.persample import Gradients, PerExample
+from fedlora.persample import Gradients, Learner, PerExample
 from fedlora.strategy import Job, Privacy
 
 CANARY = "canary"  # the key of an example that is one: its number, or -1
@@ -44,14 +44,14 @@ def examples(there: Sequence[bool]) -> list[Example]:
 
 def places(job: Job, count: int, seed: int) -> NDArray[np.int64]:
     """Where each canary's number stands among all that the job trains; -1 where no shared one is left for it."""
-    shared: list[int] = []
-    begin = 0
+    parts, begin = [np.empty(0, dtype=np.int64)], 0
     for s in job.trains:
-        numbers = sum(t.numel() for t in job.start.side(s).values())
-        shared += range(begin, begin + numbers) if s in job.shares else ()
-        begin += numbers
-    chosen = np.random.default_rng(seed).permutation(np.array(shared, dtype=np.int64))[:count]
-    return np.concatenate([chosen, np.full(count - len(chosen), -1, dtype=np.int64)])
+        end = begin + sum(t.numel() for t in job.start.side(s).values())
+        parts += [np.arange(begin, end)] if s in job.shares else []
+        begin = end
+    shared = np.concatenate(parts)
+    some = np.random.default_rng(seed).choice(len(shared), min(count, len(shared)), replace=False)
+    return np.concatenate([shared[some], np.full(count - len(some), -1, dtype=np.int64)])
 
 
 def room(job: Job) -> int:
@@ -66,7 +66,7 @@ def engine(
 
     def made(model: Model, parameters: Sequence[nn.Parameter], privacy: Privacy) -> Engine:
         own = mechanism.engine(model, parameters, privacy)
-        return lambda m, ps: _Aviary(own(m, ps), ps, where, LOUD * privacy.clip)
+        return lambda m, ps: _Aviary(m, ps).over(own(m, ps), where, LOUD * privacy.clip)
 
     return made
 
@@ -74,13 +74,15 @@ def engine(
 class _Aviary:
     """An engine of single gradients that knows canaries, and leaves all other examples to another engine."""
 
-    def __init__(
-        self, inner: PerExample, parameters: Sequence[nn.Parameter], where: NDArray[np.int64], size: float
-    ) -> None:
-        self._inner, self._where, self._size = inner, where, size
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._shapes = [p.shape for p in parameters]
         self._ends = np.cumsum([p.numel() for p in parameters])
         self._device = parameters[0].device
+
+    def over(self, inner: PerExample, where: NDArray[np.int64], size: float) -> Self:
+        """With another engine, and with canaries at these places, of this size."""
+        self._inner, self._where, self._size = inner, where, size
+        return self
 
     def __enter__(self) -> Self:
         self._inner.__enter__()
@@ -89,16 +91,16 @@ class _Aviary:
     def __exit__(self, *error: object) -> None:
         self._inner.__exit__(*error)
 
-    def __call__(self, batch: Sequence[Example]) -> Gradients:
-        others = [i for i, e in enumerate(batch) if CANARY not in e]
-        rows = [torch.zeros(len(batch), *shape, device=self._device) for shape in self._shapes]
+    def __call__(self, examples: Sequence[Example]) -> Gradients:
+        others = [i for i, e in enumerate(examples) if CANARY not in e]
+        rows = [torch.zeros(len(examples), *shape, device=self._device) for shape in self._shapes]
         if others:
-            for row, g in zip(rows, self._inner([batch[i] for i in others]), strict=True):
+            for row, g in zip(rows, self._inner([examples[i] for i in others]), strict=True):
                 row[others] = g.to(row.dtype)
-        for i, e in enumerate(batch):
+        for i, e in enumerate(examples):
             if int(e.get(CANARY, -1)) >= 0 and (place := int(self._where[int(e[CANARY])])) >= 0:
                 j = int(np.searchsorted(self._ends, place, side="right"))
-                rows[j].view(len(batch), -1)[i, place - int(self._ends[j])] = self._size  # from its end
+                rows[j].view(len(examples), -1)[i, place - int(self._ends[j])] = self._size  # from its end
         return rows
 
 

@@ -145,7 +145,7 @@ def _attacked(stage: Stage, seen: Sequence[Seen], there: NDArray[np.bool_]) -> F
         where = canaries.places(mine.job, stage.canaries, stage.seed)
         own += np.where(where >= 0, mine.sent[where], 0.0)
         difference += np.where(where >= 0, mine.sent[where] - other.sent[where], 0.0)
-    said, delta = seen[-1].epsilon, stage.privacy.delta
+    said, delta = mine.epsilon, stage.privacy.delta
     bounds = [canaries.lower_bound(score, there, delta, attacks=2) for score in (own, difference)]
     detail = f"epsilon is at least this, by {len(there)} canaries: {bounds[0]:.2f} from the client's uploads, "
     detail += f"{bounds[1]:.2f} with the other client's taken off"

@@ -125,10 +125,8 @@ def _error(bench: Bench) -> float:
 
 def _sensitivity(bench: Bench) -> float:
     """The largest change of the clipped sum when one record is left out, over the clip."""
-    engine, seen = (
-        dpsgd.engine(bench.model, bench.parameters, dpsgd.terms(bench.job)),
-        dict[tuple[int, ...], Gradients](),
-    )
+    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.terms(bench.job))
+    seen: dict[tuple[int, ...], Gradients] = {}  # a pass is the same whatever the clip
     with engine(bench.model, bench.parameters) as gradients:
 
         def remembered(examples: Sequence[Example]) -> Gradients:

@@ -7,8 +7,8 @@ https://arxiv.org/abs/2312.17493
 
 g_j is one example's gradient over all that is trained, A, B and head together. The paper clips the gradients of whole
 batches, those of A and of B apart: there one example can move a step by 2 C in each, however large the batch. It
-weighs clients alike: server.weights = uniform. WITHOUT NOISE THIS IS NOT PRIVATE: noise is switched on by the run's
-privacy settings, which this version does not have yet. trains = B is DP-FFA-LoRA: exact, and no noise is squared.
+weighs clients alike: server.weights = uniform. WITHOUT NOISE THIS IS NOT PRIVATE: dp.epsilon or dp.noise adds it, as to
+every strategy, and then clips at dp.clip instead. trains = B is DP-FFA-LoRA: exact, and no noise is squared.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from fedlora.strategy import Client, Job, Strategy, declare
 @dataclass(frozen=True)
 class DPLoRA(Strategy[LoRA]):
     trains: Literal["AB", "B"] = "AB"  # and the head
-    clip: float = 1.0  # C, the largest norm of one example's gradient
+    clip: float = 1.0  # C, the largest norm of one example's gradient, where the run adds no noise
 
     sums_only = True
     continues = True

@@ -137,7 +137,7 @@ def cell(row: Row, engine: type[PerExample], column: Cell) -> str:
 
 
 def _lacks(e: Exception) -> bool:
-    said = ("does not support gradient checkpointing", "does not work with lora_dropout")
+    said = ("does not support activation checkpointing", "does not work with lora_dropout")
     return isinstance(e, NotImplementedError) or any(words in str(e) for words in said)
 
 
