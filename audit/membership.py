@@ -99,16 +99,16 @@ def both(setup: Setup) -> tuple[Records, Records]:
         raise ConfigError("there are no records to compare with that nobody trained on: set data.eval or data.holdout")
     members = [record for site in setup.sites for record in by_row(site.train_rows)]
     if setup.config.dp.unit == "example":
-        members, others = ([[e] for record in some for e in record] for some in (members, others))
-    return _some(members), _some(others)
+        members, others = ([[e] for record in part for e in record] for part in (members, others))
+    return some(members), some(others)
 
 
 def against(
     model: Model, base: LoRA, trained: LoRA, members: Records, others: Records, seed: int = 0
 ) -> Iterator[Attack]:
     """The two attacks and the control."""
-    before = [losses(model, base, some) for some in (members, others)]
-    after = [losses(model, trained, some) for some in (members, others)]
+    before = [losses(model, base, side) for side in (members, others)]
+    after = [losses(model, trained, side) for side in (members, others)]
     draw = np.random.default_rng(seed)
     yield measured("loss", -after[0], -after[1], draw)
     yield measured("loss less the base's", before[0] - after[0], before[1] - after[1], draw)
@@ -132,11 +132,10 @@ def losses(model: Model, lora: LoRA, records: Records) -> Floats:
 
 def measured(name: str, members: Floats, others: Floats, draw: np.random.Generator) -> Attack:
     """A score's measures, with what they are for 95 % of records drawn again from these."""
-    some = [
-        measures(draw.choice(members, len(members)), draw.choice(others, len(others)))  # each side by itself
-        for _ in range(DRAWS)
+    again = [  # each side by itself
+        measures(draw.choice(members, len(members)), draw.choice(others, len(others))) for _ in range(DRAWS)
     ]
-    low, high = np.quantile(np.array(some), [0.025, 0.975], axis=0)
+    low, high = np.quantile(np.array(again), [0.025, 0.975], axis=0)
     return Attack(name, measures(members, others), tuple(low.tolist()), tuple(high.tolist()))
 
 
@@ -155,7 +154,7 @@ def bound(epsilon: float, delta: float) -> float:
     return (exp(min(epsilon, 700.0)) - 1 + 2 * delta) / (exp(min(epsilon, 700.0)) + 1)
 
 
-def _some(records: Records) -> Records:
+def some(records: Records) -> Records:
     whole = [record for record in records if record]
     return [whole[i * len(whole) // MOST] for i in range(MOST)] if len(whole) > MOST else whole
 

@@ -14,7 +14,7 @@ from fedlora import wire, worker
 from fedlora.client.parts import PartStore
 from fedlora.config import Config
 from fedlora.errors import ClientFailed, FedloraError
-from fedlora.run import Setup, ledgers, prepare
+from fedlora.run import Setup, own, prepare
 from fedlora.site import Desk
 from fedlora.store import Store
 from fedlora.strategy import Job
@@ -104,7 +104,7 @@ def _place(config: Config | None, folder: Path | None, context: Context) -> Plac
     id = int(context.node_config.get("partition-id", -1))
     if not 0 <= id < len(setup.sites):
         raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
-    desk = Desk(id, setup.sites[id], folder / str(id), ledgers(setup.config), setup.config.dp.limit)
+    desk = Desk(id, setup.sites[id], folder / str(id), own(setup.config))
     return Place(setup, desk, PartStore(desk.folder))
 
 

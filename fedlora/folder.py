@@ -68,9 +68,10 @@ class RunFolder:
             return None
         losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
         spent = {int(i): Spent(*told) for r in records for i, told in r.get("spent", {}).items()}
-        charges = tuple(Charge(*c) for c in last.record.get("charges", ()))
         joined = Counter(int(i) for r in records for i in r.get("spent", ()))
-        return Past(last.round, last.state, losses, spent, joined, last.record.get("next_clip"), charges)
+        hidden = next((r for r in reversed(records) if "charges" in r), {})  # a round that was skipped has none
+        charges = tuple(Charge(*c) for c in hidden.get("charges", ()))
+        return Past(last.round, last.state, losses, spent, joined, hidden.get("next_clip"), charges)
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""

@@ -22,7 +22,7 @@ class PrivacyConfig:
 
     epsilon: Annotated[float, Gt(0), "most that the run may spend of a client's data; inf: no privacy"] = inf
     noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
-    delta: Annotated[float, Ge(0), Lt(1), "0: 1e-5, or a tenth of 1/N if that is less"] = 0.0
+    delta: Annotated[float, Ge(0), Lt(1), "0: 1e-5, or a tenth of 1/N if less; N: records of the largest client"] = 0.0
     clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
     level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
     unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
@@ -87,7 +87,7 @@ class Terms:
 
 def terms(config: PrivacyConfig, training: Training, rounds: int, clients: Sequence[Client]) -> Terms:
     """The terms of a run with these clients. Raises `PrivacyError` for what would be no privacy, naming the client."""
-    smallest = min(clients, key=lambda c: c.records)
+    smallest, largest = (of(clients, key=lambda c: c.records) for of in (min, max))
     n, batch = smallest.records, training.batch_size * training.accumulate
     who = f"client {smallest.id}, which has {n}"
     if n < 1:
@@ -102,7 +102,8 @@ def terms(config: PrivacyConfig, training: Training, rounds: int, clients: Seque
             f"dp.rate = {config.rate:g} is less than one record a step for {who}; raise it to {1 / n:.2g} or more, or "
             "leave that client out"
         )
-    return Terms(replace(config, delta=_delta(config.delta, n, who)), training, rounds)
+    delta = _delta(config.delta, largest.records, f"client {largest.id}, which has {largest.records}")
+    return Terms(replace(config, delta=delta), training, rounds)
 
 
 def central(config: PrivacyConfig, cohort: int, clients: int, rounds: int, seed: int) -> Central:

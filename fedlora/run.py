@@ -23,7 +23,7 @@ from .model import Model
 from .privacy import central, terms
 from .ranks import ranks
 from .rounds import Fleet, Plan, fit
-from .site import Site
+from .site import Own, Site
 from .strategy import Strategy
 
 
@@ -148,9 +148,11 @@ def _measured(setup: Setup) -> Mapping[str, float]:
     return setup.model.scales
 
 
-def ledgers(config: Config) -> Path | None:
-    """Where the clients' ledgers lie, if not with what else they keep."""
-    return Path(config.dp.ledger) if config.dp.ledger else None
+def own(config: Config) -> Own:
+    """What clients with these settings insist on."""
+    dp, metrics = config.dp, not config.dp.on or config.dp.metrics
+    folder = Path(dp.ledger) if dp.ledger else None
+    return Own(folder, dp.limit, dp.by_record, not dp.on or dp.seeded, metrics, config.secure.aggregation)
 
 
 def _central(setup: Setup) -> Central:

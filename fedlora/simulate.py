@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
 from .metrics import Metrics, spread
 from .rounds import Fleet, split
-from .run import Setup, drive, ledgers, prepare
+from .run import Setup, drive, own, prepare
 from .strategy import Strategy, load
 
 FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what --resume may change
@@ -111,8 +111,7 @@ def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable
     else:
         from .simulations.serial import Serial
 
-        own = ledgers(setup.config), setup.config.dp.limit
-        serve(Serial(setup.model, setup.sites, setup.ranks, folder.clients, screen.answered, *own))
+        serve(Serial(setup.model, setup.sites, setup.ranks, folder.clients, screen.answered, own(setup.config)))
 
 
 def _fresh(strategy: str) -> Path:

@@ -11,6 +11,7 @@ from . import preflight, worker
 from .data import Rows
 from .dpsgd import STANDARD, Mechanism, Records
 from .encode import Encoder, Example
+from .errors import PrivacyError
 from .flat import digest
 from .ledger import Ledger, fingerprint
 from .model import Model
@@ -57,23 +58,50 @@ class Site:
         return self.encoder.by_row(self.train_rows)
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a client insists on, whatever a server asks of it."""
+
+    ledgers: Path | None = None  # where its ledger lies, if not with what else it keeps: a folder that outlives the run
+    budget: float = inf  # epsilon that it lets its data be charged with, over all runs of one ledger
+    private: bool = False  # it trains by DP-SGD, or not at all
+    seeded: bool = True  # noise may come from the run's seed
+    metrics: bool = True  # its training loss may be told
+    masked: bool = False  # its update leaves it under a mask, or not at all
+
+    def refuse(self, job: Job, records: int) -> None:
+        """Raise `PrivacyError` for a job that asks for less privacy than this client wants."""
+        p = job.privacy
+        wrong = {
+            "no DP-SGD, and dp.epsilon or dp.noise is set here": self.private and p is None,
+            "noise from a seed, and dp.seeded is not set here": p is not None and p.seeded and not self.seeded,
+            "its training loss, and dp.metrics is not set here": job.metrics and not self.metrics,
+            "an update without a mask, and secure.aggregation is set here": self.masked and job.masking is None,
+            f"delta = {p.delta if p else 0:g}, which is not below 1/N of the {records} records here": (
+                p is not None and p.delta >= 1 / max(records, 1)
+            ),
+        }
+        for what in (what for what, asked in wrong.items() if asked):
+            raise PrivacyError(f"the server asks for {what}; have it ask for what was agreed, or leave the run")
+
+
 @dataclass(frozen=True, eq=False)
 class Desk:
-    """One client at a model: its site, and its folders."""
+    """One client at a model: its site, and its folder."""
 
     id: int
     site: Site
     folder: Path  # of what it keeps
-    ledgers: Path | None = None  # where its ledger lies, if not there: a folder that outlives the run
-    budget: float = inf  # epsilon that it lets its data be charged with, over all runs of one ledger
+    own: Own = Own()
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
 
     def answer(self, model: Model, job: Job) -> Update:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
 
-        Raises `ClientFailed`; of a private job `LedgerError` or `PrivacyError`, and then nothing was trained;
+        Raises `ClientFailed`; `PrivacyError` or, of a private job, `LedgerError`, and then nothing was trained;
         `SecureError` of one that is to be masked and may not be.
         """
+        self.own.refuse(job, self.site.client(self.id, 0).records)
         inner = narrow(job)  # of a sketch, if the server has not; it cannot where it is not to see the update
         update = self._private(model, inner, job.privacy) if job.privacy else self._plain(model, inner)
         update = replace(update, lora=widen(job, update.lora))
@@ -88,7 +116,7 @@ class Desk:
     def _private(self, model: Model, job: Job, privacy: Privacy) -> Update:
         preflight.once(model, job)
         store, ledger, name = Store(self.folder), self.ledger, digest(job)
-        ledger.charge(name, privacy, job.round, self.budget)
+        ledger.charge(name, privacy, job.round, self.own.budget)
         answer = ledger.answer(name)
         if answer is None:
             records, before = self.site.records, store.before(job.round)
@@ -112,5 +140,5 @@ class Desk:
     @property
     def ledger(self) -> Ledger:
         """What its data have been charged with."""
-        own = self.ledgers / str(self.id) if self.ledgers else self.folder
-        return Ledger(own, self.site.fingerprint)
+        folder = self.own.ledgers / str(self.id) if self.own.ledgers else self.folder
+        return Ledger(folder, self.site.fingerprint)

@@ -1,7 +1,6 @@
 """One client after another in this process, over one resident base: the reference that other fleets answer to."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
 from pathlib import Path
 
 from fedlora import worker
@@ -10,7 +9,7 @@ from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
 from fedlora.model import Model
 from fedlora.rounds import Answers, Failure
-from fedlora.site import Desk, Site
+from fedlora.site import Desk, Own, Site
 from fedlora.store import Store
 from fedlora.strategy import Ask, Client, Job
 
@@ -25,13 +24,11 @@ class Serial:
         ranks: Sequence[int],
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
-        ledgers: Path | None = None,
-        budget: float = inf,
+        own: Own = Own(),  # noqa: B008
     ) -> None:
-        """`ledgers` is where the clients' ledgers lie, if not in `folder`, and `budget` their limit; see `Desk`."""
         self.traffic = Traffic()
         self._model, self._sites, self._ranks, self._answered = model, sites, ranks, answered
-        self._desks = [Desk(i, site, folder / str(i), ledgers, budget) for i, site in enumerate(sites)]
+        self._desks = [Desk(i, site, folder / str(i), own) for i, site in enumerate(sites)]
 
     def clients(self) -> Sequence[Client]:
         return [site.client(i, rank) for i, (site, rank) in enumerate(zip(self._sites, self._ranks, strict=True))]

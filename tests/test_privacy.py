@@ -44,9 +44,10 @@ def test_a_rate_can_be_common_and_noise_be_given() -> None:
         assert (p.rate, p.noise, p.steps, p.known) == (0.05, 2.0, 40, 3)  # two epochs at a twentieth a step
 
 
-def test_delta_is_small_against_the_smallest_client() -> None:
+def test_delta_is_small_against_every_client() -> None:
+    """The largest has the most records of which one might be given away."""
     assert terms(THREE, TRAINING, 10, CLIENTS).config.delta == 1e-5
-    many = [Client(0, 10**6, 4, records=10**6)]
+    many = [*CLIENTS, Client(2, 10**6, 4, records=10**6)]
     assert terms(THREE, TRAINING, 10, many).config.delta == pytest.approx(1e-7)
 
 
@@ -57,7 +58,7 @@ def test_delta_is_small_against_the_smallest_client() -> None:
             replace(THREE, delta=0.01),
             TRAINING,
             CLIENTS,
-            r"dp.delta = 0.01 is not below 1/N = 0.01 of client 1, which has",
+            r"dp.delta = 0.01 is not below 1/N = 0.0025 of client 0, which has",
         ),
         (
             THREE,

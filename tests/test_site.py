@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fedlora.checks.tiny import world
-from fedlora.errors import LedgerError
-from fedlora.site import Desk, Site
+from fedlora.errors import LedgerError, PrivacyError
+from fedlora.site import Desk, Own, Site
 from fedlora.strategy import Job, Privacy, Training
 
 TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
@@ -22,8 +23,8 @@ def job(round: int = 0, **terms: float) -> Job:
     return Job(WORLD.start, training=training, privacy=replace(TERMS, **terms), round=round, rounds=9)  # type: ignore[arg-type]
 
 
-def desk(folder: Path, **other: float) -> Desk:
-    return Desk(0, Site(WORLD.model.encoder, TEXTS), folder, **other)  # type: ignore[arg-type]
+def desk(folder: Path, **own: Any) -> Desk:
+    return Desk(0, Site(WORLD.model.encoder, TEXTS), folder, Own(**own))
 
 
 def test_a_record_is_a_row_or_each_block_of_it() -> None:
@@ -57,10 +58,27 @@ def test_a_refused_job_trains_nothing_and_charges_nothing(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("ledger*")) and not list(tmp_path.rglob("kept*"))
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "says"),
+    [
+        ({"private": True}, replace(job(), privacy=None), "no DP-SGD"),
+        ({"seeded": False}, job(seeded=True), "noise from a seed"),
+        ({"metrics": False}, job(), "its training loss"),
+        ({"masked": True}, job(), "an update without a mask"),
+        ({}, job(delta=0.5), r"delta = 0.5, which is not below 1/N of the 3 records"),
+    ],
+)
+def test_a_server_that_asks_for_less_than_was_agreed_gets_nothing(
+    own: dict[str, bool], asked: Job, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PrivacyError, match=f"the server asks for {says}"):
+        desk(tmp_path, **own).answer(WORLD.model, asked)
+    assert not list(tmp_path.iterdir())
+
+
 def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
     for t, run in enumerate(("one", "two")):
-        own = Desk(0, Site(WORLD.model.encoder, TEXTS), tmp_path / run, tmp_path / "ledgers")
-        own.answer(WORLD.model, replace(job(), seed=t))
+        desk(tmp_path / run, ledgers=tmp_path / "ledgers").answer(WORLD.model, replace(job(), seed=t))
     assert desk(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
 
 
