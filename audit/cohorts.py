@@ -128,7 +128,7 @@ def noise(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
     yield numbers.apart("two rounds", seen[0].all, seen[1].all)
     yield numbers.apart("done again", seen[0].all, again.all)
     charge = Charge(mechanism.noise, mechanism.rate, len(seen))
-    yield numbers.accounted(seen[-1].epsilon, crowd.config.dp.epsilon, charge, mechanism.delta)
+    yield numbers.accounted(seen[-1].epsilon, crowd.config.dp, charge, mechanism.delta)
 
 
 def draws(crowd: Crowd, subject: Subject) -> Iterator[Finding]:

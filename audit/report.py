@@ -23,7 +23,7 @@ LITTLE = (
     "A canary bound that passes proves little: of a sound client it is about a quarter of the true epsilon, and the "
     "other tests do the work."
 )
-DEFAULT = {"dp.epsilon": 3.0}
+EPSILON = {"dp.epsilon": 3.0}  # where no noise is given
 EMBEDDED = {"model.max_length": 16, "lora.targets": "all-linear", "train.batch_size": 64, "threads": 1}  # a tiny model
 Told = tuple[dict[str, Any], Table]  # for a program, and for a person
 SHOWN = ("strategy", "model.path", "model.head", "lora.kind", "lora.rank", "train.batch_size", "seed")
@@ -73,15 +73,12 @@ def settings(run: Path | None, given: Mapping[str, Any]) -> Config:
     if run:
         config = configuration.build(RunFolder(run).config(), given)
     else:
-        config = configuration.build(DEFAULT, {} if _names_a_model(given) else _embedded(), given)
+        small = {} if given.get("model.path") or given.get("data.path") else _embedded()
+        config = configuration.build({} if given.get("dp.noise") else EPSILON, small, given)
     if not config.dp.on:
         where = str(run) if run else "this"
         raise PrivacyError(f"{where} has no privacy to audit: neither dp.epsilon nor dp.noise is set")
     return config
-
-
-def _names_a_model(given: Mapping[str, Any]) -> bool:
-    return bool(given.get("model.path") or given.get("data.path"))
 
 
 def _embedded() -> dict[str, Any]:

@@ -4,7 +4,8 @@ The rounds go through `rounds.fit`, the clients through their desks, with a ledg
 every run. Three things are the audit's own. The plan is short, and the noise is what the run's epsilon asks for over
 this plan, so that a few seconds spend the whole budget. Clients step by plain SGD, from which the noisy gradients can
 be read off; momentum, AdamW, a schedule and FedProx would work on these alone, which changes no promise. And what goes
-round the strategy on the server is left away, as it comes after what clients send.
+round the strategy on the server is left away, as it comes after what clients send. A run that masks its updates is
+audited as if the server saw each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -199,6 +199,7 @@ def _memory(key: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     parser.add_argument("--repeats", type=int, default=21, help="turns")
     parser.add_argument("--steps", type=int, default=2, help="in a turn, of every method")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])

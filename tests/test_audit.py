@@ -45,7 +45,7 @@ def staged(kind: Kind = "bert", **given: Any) -> Stage:
     """What `fedlora audit` builds, on a tiny model of a kind."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     path = {"model.path": world(kind).config.path}
-    return stage.build(configuration.build(report.DEFAULT, report.EMBEDDED, path, settings))
+    return stage.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
 
 
 @cache
@@ -53,7 +53,7 @@ def crowd(**given: Any) -> cohorts.Crowd:
     """The same, of a run that hides clients."""
     settings = {key.replace("__", "."): value for key, value in given.items()} | {"dp.level": "client"}
     path = {"model.path": world("bert").config.path}
-    return cohorts.build(configuration.build(report.DEFAULT, report.EMBEDDED, path, settings))
+    return cohorts.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
 
 
 def failed(findings: Iterator[Finding]) -> list[str]:
@@ -167,7 +167,7 @@ def test_sizes_of_samples_must_vary_and_have_their_mean() -> None:
 @pytest.mark.parametrize(("kind", "form"), [("llama", "text"), ("llama-cls", "label"), ("vit", "image")])
 def test_a_model_without_data_is_audited_at_what_it_was_made_for(kind: str, form: str, tmp_path: Path) -> None:
     made = str(make(kind, tmp_path / "model"))
-    settings = configuration.build(report.DEFAULT, {"model.path": made, "threads": 1, "lora.rank": 3})
+    settings = configuration.build(report.EPSILON, {"model.path": made, "threads": 1, "lora.rank": 3})
     assert forms.of(settings).kind == form
     here = stage.build(settings)
     assert failed(record.noise(here, SOUND)) == []

@@ -1,4 +1,4 @@
-"""Membership inference: members that were learned by heart are told from others, and of an untrained model nobody is."""
+"""Membership inference: members learned by heart are told from others, and of an untrained model nobody is."""
 
 import json
 from math import exp
@@ -47,7 +47,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_members_that_were_learned_by_heart_are_told_from_others(records: Records) -> None:
     where, members = world("bert"), records[:12]
     training = Training(lr=0.03, epochs=60, batch_size=12, clip=0)
-    update, _ = worker.train(where.model, Job(where.start, training=training), 0, [e for r in members for e in r], LoRA())
+    examples = [e for record in members for e in record]
+    update, _ = worker.train(where.model, Job(where.start, training=training), 0, examples, LoRA())
     plain, calibrated, control = against(where.model, where.start, update.lora, members, records[12:])
     assert plain.values[0] > 0.8 and plain.low[0] > 0.65 and calibrated.values[0] > 0.8
     assert control.low[0] < 0.6 and plain.values[3] > control.values[3]
