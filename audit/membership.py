@@ -36,6 +36,7 @@ from fedlora.folder import RunFolder
 from fedlora.lora import LoRA
 from fedlora.model import Model
 from fedlora.privacy import central, terms
+from fedlora.report import refresh
 from fedlora.run import Setup, prepare
 from fedlora.simulate import quiet
 
@@ -87,6 +88,7 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
     if epsilon < inf:
         told |= {"epsilon": epsilon, "delta": delta, "bound": bound(epsilon, delta)}
     checkpoint.write(run / "membership.json", json.dumps(told, indent=1).encode())
+    refresh(folder)
     print(json.dumps(told)) if as_json else _show(console, attacks, told)
 
 

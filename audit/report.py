@@ -17,6 +17,7 @@ from fedlora import config as configuration
 from fedlora.config import Config, flatten
 from fedlora.errors import PrivacyError
 from fedlora.folder import RunFolder
+from fedlora.report import refresh
 from fedlora.simulate import quiet
 
 LITTLE = (
@@ -60,6 +61,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
     told |= {"seconds": round(time.monotonic() - began, 2), "settings": _settings(config, stage)}
     if run and "tests" in told:
         checkpoint.write(run / "audit.json", json.dumps(told, indent=1).encode())
+        refresh(RunFolder(run))
     if as_json:
         print(json.dumps(told))
     else:

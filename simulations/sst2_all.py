@@ -30,7 +30,7 @@ from fedlora.partition import take
 from fedlora.privacy import terms
 from fedlora.ranks import ranks
 from fedlora.rounds import Plan, fit, split
-from fedlora.run import Setup, prepare
+from fedlora.run import Setup, own, prepare
 from fedlora.simulations import sweep as kept
 from fedlora.simulations.serial import Serial
 from fedlora.simulations.sweep import Results, sweep
@@ -134,15 +134,19 @@ def measure(place: Place, run: Run) -> dict[str, Any]:
     return {"lr": run.lr, **carry_out(place, config_of(place, chosen, run.variant.settings), run.final)}
 
 
-def carry_out(place: Place, config: Config, final: bool, most: int = OWN) -> dict[str, Any]:
-    """What comes of a run: its rounds, and how good each client's model is on `most` at most of its own examples."""
+def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: float = 1.0) -> dict[str, Any]:
+    """What comes of a run: its rounds, and how good each client's model is on `most` at most of its own examples.
+
+    A head that is new starts at so many times what transformers draws.
+    """
     began = time.monotonic()
     setup = _setup(place, replace(config.lora, ranks=""))
     sites = _sites(place, final, most)
     theirs = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, setup.model.memory)
-    strategy = compose(config, setup.start, theirs)
+    start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
+    strategy = compose(config, start, theirs)
     with TemporaryDirectory() as folder:
-        fleet = Serial(setup.model, sites, theirs, Path(folder), budget=config.dp.limit)
+        fleet = Serial(setup.model, sites, theirs, Path(folder), own=own(config))
         plan = Plan(
             rounds=config.rounds,
             cohort=config.cohort,
@@ -153,16 +157,16 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN) -> dic
             exactness=setup.model.scales if final and config.lora.kind == "lora" else None,
             terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
         )
-        rounds = list(fit(strategy, fleet, setup.start, plan))
+        rounds = list(fit(strategy, fleet, start, plan))
         # Not by the plan: an evaluation of clients in every round would be counted as traffic of the training.
         last = rounds[-1].state
         jobs = {c.id: replace(strategy.client_init(last, c), round=config.rounds - 1) for c in fleet.clients()}
         judged = split(jobs, fleet.evaluate(jobs))[0]
         noise = [plan.terms.of(c).noise for c in fleet.clients()] if plan.terms else []
-    own = spread(judged) | {"loss": fmean(m.loss / m.targets for m in judged.values())}
+    told = spread(judged) | {"loss": fmean(m.loss / m.targets for m in judged.values())}
     personal = any(set(job.trains) - set(job.shares) for job in jobs.values())
     records = [done.record() for done in rounds]
-    found = {"own": own, "personal": personal, "rounds": records, "seconds": round(time.monotonic() - began, 1)}
+    found = {"own": told, "personal": personal, "rounds": records, "seconds": round(time.monotonic() - began, 1)}
     return found | ({"noise": noise} if noise else {})
 
 
