@@ -159,15 +159,15 @@ def clip(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -
     Parameter j is in group groups[j]. An example with a gradient that is not finite counts as nothing, and is made so
     in place, as zero times what is not a number is none.
     """
-    squares = [g.flatten(1).square().sum(1) for g in gradients]
-    finite = torch.isfinite(torch.stack(squares).sum(0))
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+    finite = torch.isfinite(torch.stack(norms).sum(0))
     if not bool(finite.all()):
         for g in gradients:
             g[~finite] = 0.0
 
     def factor(group: int, bound: float) -> Tensor:
-        own = torch.stack([s for s, k in zip(squares, groups, strict=True) if k == group])
-        return torch.where(finite, bound / own.sum(0).sqrt().clamp(min=bound), 0.0)
+        own = torch.stack([norm for norm, k in zip(norms, groups, strict=True) if k == group])
+        return torch.where(finite, bound / torch.linalg.vector_norm(own, dim=0).clamp(min=bound), 0.0)
 
     factors = {i: factor(i, bounds[i]) for i in set(groups)}
     return [factors[k] for k in groups]
@@ -252,8 +252,15 @@ class _Linear(torch.autograd.Function):
         n = x.shape[0]
         gs, xs = g.reshape(n, -1, g.shape[-1]), x.reshape(n, -1, x.shape[-1])  # (n, tokens, d)
         wanted, weighs, biases, _ = ctx.needs_input_grad
-        ctx.keep(torch.bmm(gs.transpose(1, 2), xs) if weighs else None, gs.sum(1) if biases else None)
+        ctx.keep(_products(gs, xs) if weighs else None, gs.sum(1) if biases else None)
         return g @ weight if wanted else None, None, None, None
+
+
+def _products(gs: Tensor, xs: Tensor) -> Tensor:
+    """G^T X of each example, (n, d_out, d_in), by way of its transpose where that is the flat one: it takes a quarter."""
+    if gs.shape[2] <= xs.shape[2]:
+        return torch.bmm(gs.transpose(1, 2), xs)
+    return torch.bmm(xs.transpose(1, 2), gs).transpose(1, 2).contiguous()
 
 
 class _Affine(torch.autograd.Function):
