@@ -27,6 +27,7 @@ LITTLE = (
 EPSILON = {"dp.epsilon": 3.0}  # where no noise is given
 EMBEDDED = {"model.max_length": 16, "lora.targets": "all-linear", "train.batch_size": 64, "threads": 1}  # a tiny model
 Told = tuple[dict[str, Any], Table]  # for a program, and for a person
+FREE = {"seed", "threads", "model.device", "train.batch_size"}  # what may be changed of a run, and it is still that run
 SHOWN = ("strategy", "model.path", "model.head", "lora.kind", "lora.rank", "train.batch_size", "seed")
 
 
@@ -43,7 +44,8 @@ class Level:
 def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: bool, as_json: bool) -> bool:
     """Audit a run's settings, or those that are given, and print what came of it; true where all is as it should be.
 
-    Into a run directory it writes `audit.json`. Raises `PrivacyError` for what has no privacy, or is refused it.
+    A run that is audited as it is gets `audit.json` into its directory. Raises `PrivacyError` for what has no privacy,
+    or is refused it.
     """
     console = Console(highlight=False, stderr=as_json)
     with console.status("loading"):
@@ -59,7 +61,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
     else:
         told, table = _once(console, level, stage)
     told |= {"seconds": round(time.monotonic() - began, 2), "settings": _settings(config, stage)}
-    if run and "tests" in told:
+    if run and "tests" in told and FREE.issuperset(given):
         checkpoint.write(run / "audit.json", json.dumps(told, indent=1).encode())
         refresh(RunFolder(run))
     if as_json:

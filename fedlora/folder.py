@@ -69,7 +69,7 @@ class RunFolder:
         losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
         spent = {int(i): Spent(*told) for r in records for i, told in r.get("spent", {}).items()}
         joined = Counter(int(i) for r in records for i in r.get("spent", ()))
-        hidden = next((r for r in reversed(records) if "charges" in r), {})  # a round that was skipped has none
+        hidden: dict[str, Any] = next((r for r in reversed(records) if "charges" in r), {})  # none of a skipped round
         charges = tuple(Charge(*c) for c in hidden.get("charges", ()))
         return Past(last.round, last.state, losses, spent, joined, hidden.get("next_clip"), charges)
 

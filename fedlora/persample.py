@@ -257,7 +257,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _products(gs: Tensor, xs: Tensor) -> Tensor:
-    """G^T X of each example, (n, d_out, d_in), by way of its transpose where that is the flat one: it takes a quarter."""
+    """G^T X of each example, (n, d_out, d_in); BLAS makes few rows four times as fast as few columns."""
     if gs.shape[2] <= xs.shape[2]:
         return torch.bmm(gs.transpose(1, 2), xs)
     return torch.bmm(xs.transpose(1, 2), gs).transpose(1, 2).contiguous()

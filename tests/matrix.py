@@ -117,13 +117,17 @@ python -m tests.matrix
 ```
 
 Largest error of single examples' gradients against autograd on one example at a time, over the largest number of the
-tensor; {date}, {versions}, on a CPU. Tiny random models with PEFT's LoRA, five
-examples of different lengths padded to one, B not zero. In float32 rounding is up to about 3e-06; in the column *bf16*
-(base in bfloat16, adapter in float32) it is up to some hundredths, as a batch is rounded otherwise than one example.
-**refuses**: a `PrivacyError` that names the module, at the first step of the preflight. -: there is none (no head), or
-transformers, PEFT or the model itself does not offer it. **fails**: another error. With dropout, the reference runs the
-whole batch once for every example under the same masks. One example at a time (`dp.engine = one`) is right for every
-row, and slow.
+tensor. {date}, on a CPU;
+{versions}.
+
+Tiny random models with PEFT's LoRA, five examples of different lengths padded to one, B not zero. In float32 rounding
+is up to about 3e-06; in the column *bf16* (base in bfloat16, adapter in float32) it is up to some hundredths, as a
+batch is rounded otherwise than one example. The columns from *dropout* on train the head too, where there is one.
+With dropout, the reference runs the whole batch once for every example, under the same masks.
+
+**refuses**: a `PrivacyError` that names the module, which the preflight of a run raises before a record is looked at.
+**fails**: an error of the library's own. -: there is no head, or transformers or PEFT does not offer it. One example
+at a time (`dp.engine = one`), the reference, is right for every row, and slow.
 """
 
 
@@ -133,7 +137,7 @@ def cell(row: Row, engine: type[PerExample], column: Cell) -> str:
     except PrivacyError:
         return "refuses"
     except Exception as e:  # whatever a library does not offer
-        return "-" if _lacks(e) else f"fails: {type(e).__name__} {e}"
+        return "-" if _lacks(e) else f"fails: {type(e).__name__}"
 
 
 def _lacks(e: Exception) -> bool:

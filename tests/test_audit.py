@@ -192,11 +192,18 @@ def test_an_audit_that_fails_ends_so_and_says_what() -> None:
 
 def test_a_runs_settings_are_audited_and_the_findings_left_with_it(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").create(replace(staged().config, strategy="ffa_lora"))
-    done = fedlora("audit", tmp_path / "run", "--dp.clip", "2", "--json")
+    done = fedlora("audit", tmp_path / "run", "--json")
     told = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert done.returncode == 0 and told == json.loads(done.stdout), done.stderr
-    assert told["settings"]["strategy"] == "ffa_lora" and told["settings"]["dp.clip"] == 2.0
+    assert told["settings"]["strategy"] == "ffa_lora" and told["settings"]["audit.rounds"] == stage.ROUNDS
     assert [t["name"][:2] for t in told["tests"]] == ["T1", "T2", "T2", "T3", "T3", "T3", "T4", "T5", "T6"]
+
+
+def test_other_settings_than_the_runs_leave_nothing_with_it(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").create(crowd().config)
+    done = fedlora("audit", tmp_path / "run", "--dp.clip", "2", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["settings"]["dp.clip"] == 2.0, done.stderr
+    assert not (tmp_path / "run" / "audit.json").exists()
 
 
 def test_audits_are_repeated_and_controls_planted_by_the_command() -> None:

@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "strategies.md").read_text()
 RUNS = sorted((ROOT / "simulations").glob("*.toml"))
 SHORT = {"model": "model.path", "data": "data.path", "eval-data": "data.eval", "partition": "data.partition"}
+SHORT |= {f"dp-{key}": f"dp.{key}" for key in ("epsilon", "delta", "clip", "noise", "level")}
 
 
 def commands() -> list[str]:
