@@ -37,6 +37,7 @@ LOOKS: dict[str, Callable[[Any, Any], Iterator[Finding]]] = {  # by the number o
 }
 COUNTS = {"T1": cohorts.sensitivity, "T2": cohorts.noise, "T3": cohorts.noise, "T4": cohorts.noise, "T5": cohorts.draws}
 ATTACKED = ["no clipping", "noise divided by the root of the batch", "one seed for the noise of all clients"]
+CROWD = ["--dp-level", "client", "--dp-noise", "1"]  # noise that is given need not be reckoned out first
 BY_NAME = {c.name: c for c in controls.RECORD}
 
 
@@ -51,9 +52,9 @@ def staged(kind: Kind = "bert", **given: Any) -> Stage:
 @cache
 def crowd(**given: Any) -> cohorts.Crowd:
     """The same, of a run that hides clients."""
-    settings = {key.replace("__", "."): value for key, value in given.items()} | {"dp.level": "client"}
-    path = {"model.path": world("bert").config.path}
-    return cohorts.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
+    settings = {key.replace("__", "."): value for key, value in given.items()}
+    hidden = {"model.path": world("bert").config.path, "dp.level": "client", "dp.noise": 1.0}
+    return cohorts.build(configuration.build(report.EMBEDDED, hidden, settings))
 
 
 def failed(findings: Iterator[Finding]) -> list[str]:
@@ -94,9 +95,9 @@ def test_a_mean_over_all_tokens_of_a_batch_is_caught(monkeypatch: pytest.MonkeyP
     ("strategy", "looks"),
     [
         ("fedsa_lora", (record.sensitivity, record.noise)),  # B and the head are trained, and never leave
-        ("fed_sb", (record.sensitivity, record.noise)),  # a core
-        ("rolora", (record.noise, record.training)),  # another side every round
-        ("fedex_lora", (record.noise, record.training)),  # whose clients go on from factors of their own
+        ("fed_sb", (record.sensitivity,)),  # a core
+        ("rolora", (record.noise,)),  # another side every round
+        ("fedex_lora", (record.training,)),  # whose clients go on from factors of their own
     ],
 )
 def test_what_is_trained_is_seen_whatever_a_strategy_sends(strategy: str, looks: tuple[Any, ...]) -> None:
@@ -175,14 +176,14 @@ def test_a_model_without_data_is_audited_at_what_it_was_made_for(kind: str, form
 
 
 def test_an_audit_is_a_table_with_a_verdict() -> None:
-    said = fedlora("audit", "--dp-level", "client")
+    said = fedlora("audit", *CROWD)
     assert said.returncode == 0, said.stderr
     assert all(f"+  {name}" in said.stdout for name in ("T1 sensitivity", "T2 noise, shape", "T5 cohort sizes"))
     assert "passed, in" in said.stdout and "proves little" in " ".join(said.stdout.split())
 
 
 def test_an_audit_that_fails_ends_so_and_says_what() -> None:
-    done = fedlora("audit", "--dp-level", "client", "--dp.seeded", "--json")
+    done = fedlora("audit", *CROWD, "--dp.seeded", "--json")
     told = json.loads(done.stdout)
     assert done.returncode == 1 and not told["passed"]
     assert [t["name"] for t in told["tests"] if not t["passed"]] == ["T3 noise, done again"]
@@ -207,9 +208,9 @@ def test_other_settings_than_the_runs_leave_nothing_with_it(tmp_path: Path) -> N
 
 
 def test_audits_are_repeated_and_controls_planted_by_the_command() -> None:
-    told = json.loads(fedlora("audit", "--dp-level", "client", "--repeat", "3", "--json").stdout)
-    assert told["runs"] == 3 and told["passed"] and set(told["alarms"].values()) == {0}
-    done = fedlora("audit", "--dp-level", "client", "--controls")
+    told = json.loads(fedlora("audit", *CROWD, "--repeat", "2", "--json").stdout)
+    assert told["runs"] == 2 and told["passed"] and set(told["alarms"].values()) == {0}
+    done = fedlora("audit", *CROWD, "--controls")
     assert done.returncode == 0 and "every planted bug was caught" in done.stdout
 
 
