@@ -19,7 +19,7 @@ from fedlora.errors import ConfigError, FedloraError, nearest
 from fedlora.simulations.sst2_all import TOML, Place, arguments, carry_out, config_of
 from fedlora.simulations.sweep import Results, sweep
 
-RATES = (0.3, 1.0, 3.0, 9.0)
+RATES = (1.0, 3.0, 9.0)
 CLIPS = (0.3, 1.0)
 EPSILON = 3.0
 OWN = 120  # examples at most, of those that a client holds out

@@ -172,7 +172,7 @@ class HandsOneAdapterAround(Serial):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._stores = [self._stores[0] for _ in self._stores]
+        self._desks = [replace(desk, folder=self._desks[0].folder) for desk in self._desks]
 
 
 class SendsTheHead(Serial):
