@@ -27,8 +27,8 @@ class RunFolder:
         self.adapter = path / "adapter"
 
     def create(self, settings: Config, again: bool = False) -> None:
-        """Make the folder with its resolved config; refuse one that holds another run, unless it goes on."""
-        if not again and ((self.path / "rounds.jsonl").exists() or (self.path / "config.toml").exists()):
+        """Make the folder with its resolved config; refuse one where another run has begun, unless it goes on."""
+        if not again and (self.records() or self.checkpoints.exists()):
             raise ConfigError(
                 f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
             )

@@ -2,7 +2,7 @@
 
 For LoRA one pass is enough. A factor's gradient of one example is G^T X, (r, d_in) or (d_out, r) from X (tokens, d_in)
 and G (tokens, d_out): as many flops as its share of the ordinary gradient, and few numbers to hold. Norms by ghost
-clipping would save nothing and cost a second backward pass (benchmarks/privacy.md has the figures).
+clipping would save nothing and cost a second backward pass (benchmarks/README.md has the figures).
 
 `clip` and `add_up` know neither model nor client: an engine that trains several clients in one batch gives them all
 its examples' gradients at once, and `owner`, the client of each.

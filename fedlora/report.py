@@ -47,7 +47,7 @@ def refresh(folder: RunFolder) -> None:
         return
     found = {name: _read(folder, f"{name}.json") for name in ("audit", "membership")}
     env = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    env.filters["short"] = lambda x: "more than can be told" if x is None else f"{x:.3g}"
+    env.filters["short"] = _short
     env.globals |= {"people": [(g, *group(g, _epsilon(facts), _delta(facts))) for g in PEOPLE], "odds": exp}
     text = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts, **found)
     checkpoint.write(folder.path / "privacy.md", text.encode())
@@ -59,6 +59,13 @@ def group(g: int, epsilon: float, delta: float) -> tuple[float, float]:
         return g * epsilon, 1.0
     grown = (exp(g * epsilon) - 1) / (exp(epsilon) - 1) if epsilon else float(g)
     return g * epsilon, min(1.0, delta * grown)
+
+
+def _short(x: float | None) -> str:
+    """A count in full, and three digits of what was measured or worked out."""
+    if x is None:
+        return "more than can be told"
+    return str(x) if isinstance(x, int) else f"{x:.3g}"
 
 
 def _epsilon(facts: Mapping[str, Any]) -> float:
