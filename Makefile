@@ -6,8 +6,9 @@ PYTHON ?= python3
 simulate: .venv/installed
 	.venv/bin/fedlora simulate --clients 50
 
+# A process a core, each with one thread of its own.
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 # mypy is shown the packages as a wheel lays them out: it cannot follow fedlora/__init__.py to the folders beside it.
 lint: .venv/installed
