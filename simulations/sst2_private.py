@@ -3,15 +3,17 @@
     python -m fedlora.simulations.sst2_private --model MINILM --data sst2 --out sst2_private.json
 
 MINILM and sst2 are as in sst2_all.py. Every strategy has the same grid of learning rates and, where it is private, of
-clips; the pair with the lowest mean of the clients' losses on examples that they hold out is shown with its accuracy on
-val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA with an orthonormal A are one process from
-the second round on. Noise comes from the seed, so that the table can be made again: these runs are NOT PRIVATE, and the
-choice of rate and clip would not be if they were. What is in the file is not redone.
+clips, up to the rate from which its loss rises; the pair with the lowest mean of the clients' losses on examples that
+they hold out is shown, with its accuracy on val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA
+with an orthonormal A are one process from the second round on. Noise comes from the seed, so that the table can be made
+again: these runs are NOT PRIVATE, and the choice of rate and clip would not be if they were. What is in the file is not
+redone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +97,19 @@ def grid(line: Line) -> Iterator[Run]:
 
 
 def ready(chosen: Sequence[Line], results: Results) -> Iterator[Run]:
-    """The runs that are not done, one rate after another."""
-    runs = (run for lr in RATES for line in chosen for run in grid(line) if run.lr == lr)
-    return (run for run in runs if run.name not in results.get(run.line, {}))
+    """The runs that are not done, one rate after another; of a line whose loss has risen with the rate no more."""
+    for lr in RATES:
+        for line in chosen:
+            done = results.get(line.key, {})
+            if not rose(done, lr):
+                yield from (run for run in grid(line) if run.lr == lr and run.name not in done)
+
+
+def rose(done: Mapping[str, Mapping[str, Any]], lr: float) -> bool:
+    """Was the lowest loss of any clip already higher at one rate below this than at the rate before that?"""
+    good = [run for run in done.values() if "own" in run and run["lr"] < lr]
+    lowest = [min(run["own"]["loss"] for run in good if run["lr"] == r) for r in sorted({run["lr"] for run in good})]
+    return any(b > a for a, b in pairwise(lowest))
 
 
 def measure(place: Place, run: Run) -> dict[str, Any]:

@@ -27,7 +27,14 @@ def test_every_strategy_is_run_with_privacy_and_without_on_one_grid() -> None:
 
 def test_what_is_done_is_not_done_again() -> None:
     first, *others = grid(LINE)
-    assert list(ready([LINE], {LINE.key: {first.name: ran(0.3, 0.3, 0.6)}})) == others
+    assert list(ready([LINE], {LINE.key: {first.name: ran(1.0, 1.0, 0.6)}})) == others
+
+
+def test_rates_above_one_at_which_the_loss_rose_are_not_tried() -> None:
+    worse = {"1, clip 1": ran(1.0, 1.0, 0.6), "3, clip 1": ran(3.0, 1.0, 0.7), "3, clip 3": ran(3.0, 3.0, 0.65)}
+    better = worse | {"3, clip 3": ran(3.0, 3.0, 0.5)}
+    assert {run.lr for run in ready([LINE], {LINE.key: worse})} == {1.0}
+    assert {run.lr for run in ready([LINE], {LINE.key: better})} == {1.0, 9.0}
 
 
 def test_the_run_with_the_lowest_loss_is_shown_with_its_last_round() -> None:
