@@ -1,5 +1,6 @@
 """The private run on SST-2: what the grid is, which run is shown, and what is marked."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,10 @@ def test_a_strategy_that_is_none_of_these_is_refused() -> None:
 def test_its_settings_exist(tmp_path: Path) -> None:
     made = configuration.build(sst2_private.SETTINGS, *(line.options for line in lines()))
     assert made.model.head == "frozen" and made.train.optimizer == "sgd"
+
+
+def test_the_docs_have_the_table_of_the_runs_that_are_kept() -> None:
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "simulations" / "sst2_private.json").read_text())["runs"]
+    docs = (root / "docs" / "privacy.md").read_text()
+    assert table(lines(), results) in docs and f"has all {sum(map(len, results.values()))} runs" in docs
