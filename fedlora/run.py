@@ -23,6 +23,7 @@ from .model import Model
 from .privacy import central, terms
 from .ranks import ranks
 from .rounds import Fleet, Plan, fit
+from .secure import FEWEST
 from .site import Own, Site
 from .strategy import Strategy
 
@@ -183,13 +184,18 @@ def _on_disk(path: str) -> bool:
 
 
 def _resolve(config: Config, form: Form, clients: int) -> Config:
-    cohort = config.cohort or max(2, clients // 5)
+    cohort = config.cohort or max(FEWEST if config.secure.aggregation else 2, clients // 5)
     if cohort > clients and config.cohort:
         raise ConfigError(f"cohort = {cohort} is more than the {clients} clients there are; choose {clients} or fewer")
     if config.engine == "stacked":
         raise ConfigError('engine = "stacked" is not in this version; choose "serial" or "flower"')
     if config.dp.on:
         _refuse_what_is_not_private(config)
+    if config.secure.aggregation and min(cohort, clients) < FEWEST:
+        raise PrivacyError(
+            f"secure.aggregation hides a client among {FEWEST} or more, and {min(cohort, clients)} of {clients} would "
+            "be in a round; raise cohort, or have more clients"
+        )
     if config.secure.aggregation and config.exactness:
         raise PrivacyError("exactness needs every client's update, which secure.aggregation hides; leave it out")
     return replace(

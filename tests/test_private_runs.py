@@ -175,6 +175,7 @@ def test_a_lost_ledger_is_missed_when_the_run_goes_on(private: tuple[Path, str],
         (["--dp-epsilon", "3", "--dp-level", "client", "--exactness"], "exactness needs every client's update"),
         (["--dp-epsilon", "3", "--dp-level", "client", "--strategy", "flora"], "FLoRA needs every client's own update"),
         (["--secure.aggregation", "--strategy", "fedex_lora"], "FedEx-LoRA needs every client's own update"),
+        (["--secure.aggregation", "--cohort", "2"], "secure.aggregation hides a client among 3 or more"),
         (["--dp-epsilon", "3", "--lora.kind", "dora"], "choose lora.kind = lora"),
     ],
 )
@@ -189,6 +190,13 @@ def test_a_mistake_is_one_sentence_and_costs_nothing(
     assert done.returncode == 1 and says in "\n".join(errors), done.stderr
     assert len(errors) == 1 and "Traceback" not in done.stderr
     assert not ledgers(tmp_path) and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_folder_in_which_nothing_has_begun_is_used_again(given: list[str], tmp_path: Path) -> None:  # noqa: F811
+    words = [*given, "--rounds", "1", "--out", tmp_path / "run"]
+    assert fedlora("simulate", *words, "--dp-epsilon", "3", "--lora.kind", "dora").returncode == 1
+    done = fedlora("simulate", *words, "--dp-epsilon", "3")
+    assert done.returncode == 0, done.stderr
 
 
 def test_clients_are_hidden_with_a_warning_that_they_are_few(given: list[str], tmp_path: Path) -> None:  # noqa: F811
