@@ -201,7 +201,7 @@ def test_no_process_and_no_file_of_ray_stays(ray: Seen) -> None:
 def test_ctrl_c_ends_the_run_and_everything(site: Path, tmp_path: Path) -> None:
     """SIGINT to the whole group, as a terminal sends it, in the middle of a round."""
     words = {**SMALL, "model.path": site / "model", "data.path": site / "text.jsonl", "clients": 3, "threads": 1}
-    words |= {"rounds": 100, "train.steps": 300, "engine": "flower", "out": tmp_path / "run"}
+    words |= {"rounds": 100, "train.steps": 100, "engine": "flower", "out": tmp_path / "run"}
     command = [sys.executable, "-m", "fedlora", "simulate", *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
     env = os.environ | {MARK: "int", "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, env=env, stdout=-1, stderr=-2, text=True, start_new_session=True)
@@ -209,7 +209,7 @@ def test_ctrl_c_ends_the_run_and_everything(site: Path, tmp_path: Path) -> None:
     while not (tmp_path / "run" / "checkpoint").is_dir() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=240)  # Ray takes its time on a busy machine
     assert run.returncode == 130, said
     assert "interrupted; go on with" in said and "Traceback" not in said and "ray" not in said.lower()
     assert left("int", wait=5) == []
