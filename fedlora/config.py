@@ -137,7 +137,7 @@ class Config:
     option: Annotated[dict[str, bool | int | float | str], "the strategy's own options"] = field(default_factory=dict)
     clients: Annotated[int, Ge(0), "0: one a file or natural id, else 50"] = 0
     rounds: Annotated[int, Ge(1), "federated rounds"] = 10
-    cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2"] = 0
+    cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2 (3 under masks)"] = 0
     seed: Annotated[int, Ge(0), "of every random draw"] = 0
     engine: Annotated[Literal["auto", "serial", "stacked", "flower"], "where clients run"] = "auto"
     exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
