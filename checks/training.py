@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora import reload, wire
+from fedlora import admit, reload, wire
 from fedlora.checks.clients import keeps, mean, private
 from fedlora.checks.lab import ALIKE, MIXED, PLAN, lab, model_of
 from fedlora.checks.tiny import KINDS, RANK, Fleets, World, world
@@ -59,7 +59,7 @@ def check_messages_hold_what_is_shared_alone(strategy: Some, fleets: Fleets = Se
             sent = "".join(s for s in SIDES if update.lora.side(s))
             claim = f"{strategy}: round {t} shares {job.shares}"
             assert set(sent) == set(job.shares), f"{claim}, and {sent} was sent"
-            arrived = wire.read_update(wire.pack_update(update), job)
+            arrived = admit.read_update(wire.pack_update(update, job.round), job)
             same = isinstance(arrived, Update) and identical(arrived.lora, update.lora)
             assert same, f"{claim}, and its message holds another update than was made"
 

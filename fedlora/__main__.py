@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import operate
 from .errors import ConfigError, FedloraError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -179,6 +180,9 @@ def export(
     from .export import export
 
     export(folder, form, max_rank, out)
+
+
+app.registered_commands += operate.app.registered_commands
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ def load(config: ModelConfig, form: Form, seed: int) -> tuple[nn.Module, Any, li
     source = _source(config.path)
     with seeded(seed), _readable(config.path or str(source)):
         return (*_load(config, form, source),)
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A hash by which two parties see whether they have the same base: of names, shapes and up to 1024 of the numbers
+    of every matrix. Weights that are not floats, as quantised ones, are told by their shapes alone."""
+    digest = sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.is_floating_point():
+            flat = tensor.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
+            digest.update(some.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def device(config: ModelConfig) -> torch.device:

@@ -5,9 +5,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -30,7 +32,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the round's checkpoint, then drop all but the last two. Raises `CheckpointError` on a full disk."""
     tensors: dict[str, Tensor] = {}
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record}, tensors)
-    metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree)}
+    metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree), "sha256": _digest(tensors)}
     write(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
     for old in list(_rounds(folder))[:-2]:
         old.unlink(missing_ok=True)
@@ -93,8 +95,19 @@ def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as f:
         metadata = f.metadata()
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    if metadata.get("sha256", "") not in ("", _digest(tensors)):  # older versions wrote none
+        raise ValueError(f"{path}: its numbers are not those that were written")
     tree = _unpack(json.loads(metadata["tree"]), tensors)
     return Checkpoint(int(metadata["round"]), tree["state"], tree["record"])
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous()
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.view(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+    return digest.hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -5,19 +5,18 @@ The sections are frozen dataclasses; a field's annotation holds its limits and, 
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Lt
 
 from .errors import ConfigError, nearest
-from .masking import SecureConfig
-from .plan import Policy
-from .privacy import PrivacyConfig
-from .strategy import Training
+from .options import AggregateConfig, ClientConfig, Names, Policy, PrivacyConfig, SecureConfig, Training
 
-Names = tuple[str, ...]
+FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what a run that goes on may change
+MINE = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
+MY = ("model.path", "model.revision", "model.device", "threads")
 
 
 @dataclass(frozen=True)
@@ -92,24 +91,6 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
-class AggregateConfig:
-    """What goes round the strategy on the server."""
-
-    optimizer: Annotated[Literal["none", "momentum", "adam", "yogi", "adagrad"], "of the aggregated step"] = "none"
-    lr: Annotated[float, Gt(0), "of that optimizer"] = 1.0
-    beta1: Annotated[float, Ge(0), Lt(1), "decay of its first moment"] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1), "decay of its second moment"] = 0.99
-    tau: Annotated[float, Gt(0), "added to the root of its second moment"] = 1e-3
-    robust: Annotated[
-        Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound"], "against clients that lie"
-    ] = "none"
-    trim: Annotated[float, Ge(0), Lt(0.5), "share of values trimmed_mean drops at either end"] = 0.1
-    byzantine: Annotated[int, Ge(0), "clients that krum and multi_krum expect to lie"] = 1
-    bound: Annotated[float, Ge(0), "largest norm of a client's step with norm_bound"] = 1.0
-    offset_rank: Annotated[int, Ge(0), "cap on the offset's rank; 0: none, but 256 on a quantised base"] = 0
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Whose examples are whose."""
 
@@ -149,6 +130,7 @@ class Config:
     server: Policy = field(default_factory=Policy)
     dp: PrivacyConfig = field(default_factory=PrivacyConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
 
 
@@ -266,3 +248,31 @@ def dumps(config: Config) -> str:
         else:
             tree[key] = value
     return tomli_w.dumps(tree)
+
+
+def absolute(config: Config) -> Config:
+    """Paths that still point there when the run is resumed from another folder; hub ids as they are."""
+
+    def full(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path and _on_disk(path) else path
+
+    rows = replace(config.data, path=full(config.data.path), eval=full(config.data.eval))
+    model = replace(config.model, path=full(config.model.path))
+    lora = replace(config.lora, init_data=full(config.lora.init_data))
+    dp = replace(config.dp, ledger=str(Path(config.dp.ledger).expanduser().absolute()) if config.dp.ledger else "")
+    return replace(config, data=rows, model=model, lora=lora, dp=dp)
+
+
+def _on_disk(path: str) -> bool:
+    pattern = Path(path).expanduser()
+    return pattern.exists() or any(c in path for c in "*?[")
+
+
+def check_mine(mine: Mapping[str, Any]) -> Config:
+    """A client's own settings, built. Raises `ConfigError` for one that only the server may set."""
+    wrong = sorted(key for key in mine if not key.startswith(MINE) and key not in MY)
+    if wrong:
+        raise ConfigError(
+            f"{wrong[0]} is the server's to set; a client's own are data.*, dp.*, secure.*, {', '.join(MY)}"
+        )
+    return absolute(build(mine))

@@ -1,7 +1,8 @@
 """What a person sees of a run: a line a round, with a moving one below it on a terminal, then where everything is."""
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -27,6 +28,7 @@ WIDTHS = {
     "seconds": 8,
     "left": 8,
 }
+FIRST = 30.0  # seconds after which it is told who is waited for
 EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well below what a strategy drops
 
 
@@ -43,6 +45,8 @@ class Screen:
         self._status: Status | None = None
         self._columns: list[str] = []
         self._measures = self._private = False
+        self._told = FIRST
+        self.names: Mapping[int, str] = {}  # of clients elsewhere
 
     def started(
         self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
@@ -76,6 +80,17 @@ class Screen:
     def answered(self, client: int) -> None:
         self._answers += 1
         self._wait()
+
+    def waiting(self, clients: Mapping[int, float]) -> None:
+        """Who is waited for, and for how many seconds already; on paper, told after half a minute, then rarer."""
+        longest = max(clients.values(), default=0.0)
+        if not clients or longest < self._told:
+            self._told = FIRST
+        if self._status:
+            self._wait(clients, longest)
+        elif clients and longest >= self._told:
+            self._told = max(2 * self._told, FIRST)
+            self.say(f"waiting for {self._who(clients)}, for {longest:.0f} s now")
 
     def round(self, record: Mapping[str, Any]) -> None:
         self._number, self._answers, self._last = record["round"], 0, record
@@ -133,12 +148,35 @@ class Screen:
     def say(self, line: str) -> None:
         self._console.print(line, markup=False)
 
-    def _wait(self) -> None:
+    def handler(self) -> logging.Handler:
+        """A handler that shows warnings among the lines."""
+        shown = Shown(self)
+        shown.setLevel(logging.WARNING)
+        return shown
+
+    def _who(self, clients: Iterable[int]) -> str:
+        names = [self.names.get(i, f"client {i}") for i in clients]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    def _wait(self, clients: Iterable[int] = (), seconds: float = 0.0) -> None:
         if self._status:
             if self._number == self._rounds:
                 self._status.update("writing the adapter")
             else:
-                self._status.update(f"round {self._number + 1}: {self._answers} of {self._cohort} clients answered")
+                who = f"; waiting for {self._who(clients)}, {seconds:.0f} s" if clients else ""
+                answered = f"{self._answers} of {self._cohort} clients answered"
+                self._status.update(f"round {self._number + 1}: {answered}{who}")
+
+
+class Shown(logging.Handler):
+    """Log records as lines on a screen."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__()
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.say(record.getMessage())
 
 
 def spending(records: Sequence[Mapping[str, Any]]) -> str:

@@ -66,6 +66,40 @@ def load(data: DataConfig, task: str, clients: int, seed: int) -> Federated:
     return Federated(form, tuple(kept), tuple(held), evaluation)
 
 
+def server(data: DataConfig, task: str, embedded: bool) -> tuple[Form, Rows]:
+    """What the server of a deployed run has: the form, and rows for the global evaluation; of clients' data nothing.
+
+    Raises `ConfigError` where nothing says which classes there are.
+    """
+    if data.eval:
+        tables = read(data.eval, data.limit)
+        form = _labelled(_form(data, task, tables[0]), data, tables)
+        return form, pool([table.rows for table in tables])
+    if embedded:
+        return Form("text", ("text",)), _library(data, task, 1)[1]
+    if task in ("auto", "lm") and not data.labels:
+        return Form("text", ("text",)), ()
+    if not data.labels:
+        raise ConfigError(f"model.task = {task}: the server has no data to find the classes in; set data.labels")
+    return Form("image" if task == "image" else "label", ("", ""), data.labels), ()
+
+
+def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> tuple[Form, Rows, Rows]:
+    """What one client of a deployed run has: the form, its rows, and of these the ones it holds out.
+
+    Without data of its own it has its share of the embedded ones, as in a simulation of so many clients.
+    """
+    if data.path:
+        tables = read(data.path, data.limit)
+        form, rows = _labelled(_form(data, task, tables[0]), data, tables), pool([table.rows for table in tables])
+    else:
+        form, rows = Form("text", ("text",)), _library(data, task, clients)[0][id]
+    if form.labels and not data.labels:
+        raise ConfigError("the server does not say which classes there are, and in what order; have it set data.labels")
+    kept, held = hold_out([rows], data.holdout, seed, "data.holdout", id)
+    return form, kept[0], held[0] if held else ()
+
+
 def public(path: str, form: Form) -> Rows:
     """Rows of the run's form that are nobody's secret; none without a path. Raises `DataError` with the place."""
     tables = read(path, 0) if path else []

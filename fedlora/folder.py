@@ -2,10 +2,12 @@
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from . import checkpoint, config
@@ -33,6 +35,17 @@ class RunFolder:
                 f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
             )
         checkpoint.write(self.path / "config.toml", config.dumps(settings).encode())
+        if not self._name.exists():
+            checkpoint.write(self._name, f"{time.strftime('%Y%m%d')}-{token_hex(8)}\n".encode())
+
+    @property
+    def run(self) -> str:
+        """The run's name, the same however often it is resumed: clients elsewhere keep what is theirs by it."""
+        return self._name.read_text(encoding="utf-8").strip()
+
+    @property
+    def _name(self) -> Path:
+        return self.path / "run"
 
     def config(self) -> dict[str, Any]:
         """The settings of the run that lies here, as dotted keys."""

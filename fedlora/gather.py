@@ -20,6 +20,7 @@ class Failure:
     """Why a client has no update this round."""
 
     reason: str
+    refused: bool = False  # an answer came, and was not let in
 
 
 Answers = Iterable[tuple[int, Update | Failure]]

@@ -18,14 +18,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
 from . import checkpoint
 from .accounting import Charge, epsilon
 from .errors import LedgerError
-from .flat import flatten, unflatten
 from .partition import Rows
+from .store import Answer
 from .strategy import Privacy, Spent, Update
 
 FIRST = "0" * 64  # what the first line has for the hash of a line before
@@ -63,27 +60,12 @@ class Ledger:
 
     def keep(self, job: str, update: Update) -> None:
         """Put a job's answer on the disk, then the line that it is there: from now on it may be sent."""
-        flat = flatten(update.lora)
-        told = {
-            "job": job,
-            "manifest": flat.manifest,
-            "examples": str(update.examples),
-            "loss": json.dumps(update.loss),
-        }
-        checkpoint.write(self._answer, save({"answer": flat.vector}, metadata=told))
+        self._answer.keep(job, update)
         self._append(self._entries(), {"kind": "answer", "job": job})
 
     def answer(self, job: str) -> Update | None:
         """The answer to this job, if it was worked out already."""
-        try:
-            with safe_open(self._answer, framework="pt") as f:
-                told = f.metadata()
-                if told["job"] != job:
-                    return None
-                lora = unflatten(f.get_tensor("answer"), told["manifest"])
-        except (SafetensorError, OSError, ValueError, KeyError):
-            return None
-        return Update(lora, int(told["examples"]), json.loads(told["loss"]))
+        return self._answer.to(job)
 
     def spent(self, delta: float) -> Spent:
         """All that was ever charged here."""
@@ -103,8 +85,8 @@ class Ledger:
         return self.folder / "ledger.head"
 
     @property
-    def _answer(self) -> Path:
-        return self.folder / "answer.safetensors"
+    def _answer(self) -> Answer:
+        return Answer(self.folder)
 
     def _is_open(self, entries: Sequence[Mapping[str, Any]], job: str) -> bool:
         """Was this job charged, and nothing of it sent, or only what `answer` gives again?"""

@@ -12,32 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 from secrets import token_hex
-from typing import Annotated, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from annotated_types import Gt, Le
 from numpy.typing import NDArray
 
 from .central import Clipping
 from .errors import SecureError
 from .gather import Answers, Failure, Gathered
 from .lora import LoRA, shares
+from .options import SecureConfig as SecureConfig
 from .seat import MOST_LOSS, cohort, layout, masking, size
 from .secure import FEWEST, Cohort, Ring, decode, unmask
 from .strategy import Ask, Job, Masking
 
 T = TypeVar("T")
 log = logging.getLogger("fedlora")
-
-
-@dataclass(frozen=True)
-class SecureConfig:
-    """Secure aggregation."""
-
-    aggregation: Annotated[bool, "let the server see sums of updates, and no client's own"] = False
-    threshold: Annotated[float, Gt(0), Le(1), "share of a round's clients that must stay to its end"] = 0.6
-    reach: Annotated[float, Gt(0), "largest change of a number in a round; the resolution is 2^-30 of it"] = 1.0
 
 
 class Askable(Protocol):

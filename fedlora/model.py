@@ -42,6 +42,7 @@ class Model:
         self.form, self.kind = form, lora.kind
         self.device = base.device(config)
         net, self.processor, new = base.load(config, form, seed)
+        self.fingerprint = base.fingerprint(net)
         self.net = wear.wear(net, lora, form, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)

@@ -72,13 +72,17 @@ def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> 
     return shares
 
 
-def hold_out(parts: Sequence[Rows], share: float, seed: int, purpose: str) -> tuple[list[Rows], list[Rows]]:
+def hold_out(
+    parts: Sequence[Rows], share: float, seed: int, purpose: str, first: int = 0
+) -> tuple[list[Rows], list[Rows]]:
     """Every part without a share of its rows, and these: none where the share is 0, else one or more but never all.
+
+    `first` is the number of the first part, by which its rows are drawn.
 
     Raises `DataError` for a part of a single row.
     """
     kept, held = [], []
-    for n, rows in enumerate(parts):
+    for n, rows in enumerate(parts, first):
         if share and len(rows) < 2:
             raise DataError(
                 f"{purpose} = {share:g} takes the one example of client {n}; "

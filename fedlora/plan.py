@@ -3,29 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Annotated, Any, Literal
-
-from annotated_types import Ge, Gt, Le
+from typing import Any
 
 from .accounting import Charge
 from .central import Central, Release
 from .lora import LoRA
 from .masking import SecureConfig
 from .metrics import Metrics
+from .options import Policy as Policy
 from .privacy import Terms
 from .strategy import Spent, Training
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How the server runs its rounds."""
-
-    weights: Annotated[Literal["examples", "uniform"], "a client's weight in the mean"] = "examples"
-    quorum: Annotated[float, Gt(0), Le(1), "share of a round's clients that must answer"] = 0.5
-    below_quorum: Annotated[Literal["stop", "skip"], "end the run, or go on with the model as it was"] = "stop"
-    deadline: Annotated[float, Ge(0), "seconds after which a client has failed its round (flower); 0: never"] = 0.0
-    eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
-    patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,55 +5,12 @@ docs/privacy.md says what the promise is. It stands only where nothing else leav
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
-from typing import Annotated, Literal
-
-from annotated_types import Ge, Gt, Le, Lt
 
 from .accounting import Charge, calibrate, epsilon
 from .central import Central
 from .errors import PrivacyError
+from .options import PrivacyConfig as PrivacyConfig
 from .strategy import Client, Privacy, Training
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """Differential privacy; on where epsilon or noise is given."""
-
-    epsilon: Annotated[float, Gt(0), "most that the run may spend of a client's data; inf: no privacy"] = inf
-    noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
-    delta: Annotated[float, Ge(0), Lt(1), "0: 1e-5, or a tenth of 1/N if less; N: records of the largest client"] = 0.0
-    clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
-    level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
-    unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
-    head_share: Annotated[float, Gt(0), Lt(1), "of C squared for a head that is trained beside factors"] = 0.5
-    rate: Annotated[float, Ge(0), Le(1), "probability q of a record in a step; 0: by batch size"] = 0.0
-    joins: Annotated[int, Ge(0), "rounds that a client may take part in at most; 0: all"] = 0
-    budget: Annotated[float, Gt(0), "epsilon a client's ledger allows over all runs; inf: that of this run"] = inf
-    ledger: Annotated[str, "folder of the clients' ledgers, kept over runs; empty: in the run directory"] = ""
-    metrics: Annotated[bool, "let clients tell losses and scores as they are: they are not private"] = False
-    seeded: Annotated[bool, "noise and samples from the seed: an experiment that is NOT PRIVATE"] = False
-    engine: Annotated[Literal["auto", "lora", "hooks", "one"], "of single gradients; hooks: Opacus's"] = "auto"
-    quantile: Annotated[float, Ge(0), Lt(1), "of clients' norms that the clip follows (level client); 0: fixed"] = 0.0
-    quantile_lr: Annotated[float, Gt(0), "how fast it follows"] = 0.2
-    quantile_share: Annotated[float, Gt(0), Lt(1), "of the privacy spent on following"] = 0.05
-
-    @property
-    def on(self) -> bool:
-        return self.epsilon < inf or self.noise > 0
-
-    @property
-    def by_record(self) -> bool:
-        return self.on and self.level == "record"
-
-    @property
-    def by_client(self) -> bool:
-        return self.on and self.level == "client"
-
-    @property
-    def limit(self) -> float:
-        """Epsilon up to which a client lets itself be charged."""
-        return self.budget if self.budget < inf else self.epsilon
 
 
 @dataclass(frozen=True)

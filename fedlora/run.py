@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from . import data, preflight, promise, report
 from .central import Central
 from .compose import compose
-from .config import Config
+from .config import Config, absolute
 from .data import Form
 from .errors import CheckpointError, ConfigError, PrivacyError
 from .folder import RunFolder
@@ -58,6 +58,7 @@ class Show(Protocol):
         self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
     ) -> None: ...
     def answered(self, client: int) -> None: ...
+    def waiting(self, clients: Mapping[int, float]) -> None: ...
     def round(self, record: Mapping[str, Any]) -> None: ...
     def finished(self, folder: RunFolder, stopped: bool) -> None: ...
 
@@ -66,9 +67,9 @@ def prepare(config: Config) -> Setup:
     """Load data and model; the config comes back with everything that was left open filled in."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = _absolute(config)
+    config = absolute(config)
     federated = data.load(config.data, config.model.task, config.clients, config.seed)
-    config = _resolve(config, federated.form, len(federated.clients))
+    config = resolve(config, federated.form, len(federated.clients))
     public = data.public(config.lora.init_data, federated.form)
     model = Model(config.model, config.lora, federated.form, config.seed, public)
     heldout = federated.heldout or ((),) * len(federated.clients)
@@ -153,7 +154,8 @@ def own(config: Config) -> Own:
     """What clients with these settings insist on."""
     dp, metrics = config.dp, not config.dp.on or config.dp.metrics
     folder = Path(dp.ledger) if dp.ledger else None
-    return Own(folder, dp.limit, dp.by_record, not dp.on or dp.seeded, metrics, config.secure.aggregation)
+    seeded, masked = not dp.on or dp.seeded, config.secure.aggregation
+    return Own(folder, dp.limit, dp.by_record, seeded, metrics, masked, config.client.egress)
 
 
 def _central(setup: Setup) -> Central:
@@ -165,25 +167,8 @@ def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:
     return plan.evaluate(adapter).values() if plan.evaluate else {}
 
 
-def _absolute(config: Config) -> Config:
-    """Paths that still point there when the run is resumed from another folder; hub ids as they are."""
-
-    def full(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path and _on_disk(path) else path
-
-    rows = replace(config.data, path=full(config.data.path), eval=full(config.data.eval))
-    model = replace(config.model, path=full(config.model.path))
-    lora = replace(config.lora, init_data=full(config.lora.init_data))
-    dp = replace(config.dp, ledger=str(Path(config.dp.ledger).expanduser().absolute()) if config.dp.ledger else "")
-    return replace(config, data=rows, model=model, lora=lora, dp=dp)
-
-
-def _on_disk(path: str) -> bool:
-    pattern = Path(path).expanduser()
-    return pattern.exists() or any(c in path for c in "*?[")
-
-
-def _resolve(config: Config, form: Form, clients: int) -> Config:
+def resolve(config: Config, form: Form, clients: int) -> Config:
+    """The settings with counts and labels as they are. Raises `ConfigError` or `PrivacyError` where they contradict."""
     cohort = config.cohort or max(FEWEST if config.secure.aggregation else 2, clients // 5)
     if cohort > clients and config.cohort:
         raise ConfigError(f"cohort = {cohort} is more than the {clients} clients there are; choose {clients} or fewer")

@@ -12,16 +12,15 @@ from typing import Any
 from . import checkpoint
 from . import config as configuration
 from .compose import accepts, compose
-from .config import Config
+from .config import FREE, Config
 from .console import Screen
+from .defaults import over_defaults
 from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
 from .metrics import Metrics, spread
 from .rounds import Fleet, split
 from .run import Setup, drive, own, prepare
 from .strategy import Strategy, load
-
-FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what --resume may change
 
 
 def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resume: Path | None) -> None:
@@ -31,7 +30,7 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         folder = RunFolder(resume)
         config = _resumed(folder, given)
     else:
-        config = _settings(configuration.read(file) if file else {}, given)
+        config = over_defaults(configuration.read(file) if file else {}, given)
         accepts(load(config.strategy, **config.option), config.lora.kind)  # told before a model is loaded
         folder = RunFolder(out or _fresh(config.strategy))
     screen.say(f"run directory {folder.path}; loading model and data")
@@ -92,15 +91,6 @@ def _resumed(folder: RunFolder, given: Mapping[str, Any]) -> Config:
     if fixed:
         raise ConfigError(f"{fixed[0]} cannot change in a run that is resumed; {', '.join(FREE)} and server.* can")
     return configuration.build(folder.config(), given)
-
-
-def _settings(file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
-    """The file's settings under those of the command line; with no model and no data, both over the embedded run's."""
-    from . import simulations
-
-    embedded = not any(layer.get(key) for layer in (file, given) for key in ("model.path", "data.path"))
-    under = configuration.read(Path(simulations.__file__ or "").parent / "stdlib.toml") if embedded else {}
-    return configuration.build(under, file, given)
 
 
 def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable[[Fleet], None]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -17,7 +18,7 @@ from .ledger import Ledger, fingerprint
 from .model import Model
 from .seat import Seat
 from .sketch import narrow, widen
-from .store import Store
+from .store import Answer, Store
 from .strategy import Ask, Client, Job, Privacy, Update
 
 
@@ -68,9 +69,10 @@ class Own:
     seeded: bool = True  # noise may come from the run's seed
     metrics: bool = True  # its training loss may be told
     masked: bool = False  # its update leaves it under a mask, or not at all
+    egress: tuple[str, ...] = ("*",)  # tensors that may leave it, as `SIDE MODULE`, with *
 
     def refuse(self, job: Job, records: int) -> None:
-        """Raise `PrivacyError` for a job that asks for less privacy than this client wants."""
+        """Raise `PrivacyError` for a job that asks for less privacy than this client wants, or for more tensors."""
         p = job.privacy
         wrong = {
             "no DP-SGD, and dp.epsilon or dp.noise is set here": self.private and p is None,
@@ -83,6 +85,9 @@ class Own:
         }
         for what in (what for what, asked in wrong.items() if asked):
             raise PrivacyError(f"the server asks for {what}; have it ask for what was agreed, or leave the run")
+        for tensor in (f"{s} {m}" for s in job.shares for m in job.start.side(s)):
+            if not any(fnmatchcase(tensor, pattern) for pattern in self.egress):
+                raise PrivacyError(f'the server asks for "{tensor}", which client.egress does not let out of here')
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +99,9 @@ class Desk:
     folder: Path  # of what it keeps
     own: Own = Own()
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
+    once: bool = (
+        False  # keep the last answer, so that a job which comes again is not done again; a private one always is
+    )
 
     def answer(self, model: Model, job: Job) -> Update:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
@@ -108,9 +116,14 @@ class Desk:
         return self.seat.mask(job, update) if job.masking else update
 
     def _plain(self, model: Model, job: Job) -> Update:
-        store = Store(self.folder)
+        store, last = Store(self.folder), Answer(self.folder)
+        name = digest(job) if self.once else ""
+        if self.once and (done := last.to(name)):
+            return done
         update, kept = worker.train(model, job, self.id, self.site.train, store.before(job.round))
         store.keep(job.round, kept)
+        if self.once:
+            last.keep(name, update)
         return update
 
     def _private(self, model: Model, job: Job, privacy: Privacy) -> Update:

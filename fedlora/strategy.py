@@ -6,12 +6,12 @@ A strategy never runs on a client: all that a client must do is data in a `Job`,
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from .lora import LoRA
+from .options import Training as Training
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,6 @@ class Client:
     examples: int
     rank: int
     records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a client trains; one definition for the settings file, the command line and the Job."""
-
-    optimizer: Annotated[Literal["adamw", "sgd"], "made anew every round"] = "adamw"
-    lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
-    head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
-    lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
-    momentum: Annotated[float, Ge(0), Lt(1), "of sgd"] = 0.0
-    weight_decay: Annotated[float, Ge(0), "decoupled with adamw, L2 with sgd"] = 0.0
-    epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0
-    steps: Annotated[int, Ge(0), "optimizer steps a round; 0: as many as the epochs take"] = 0
-    batch_size: Annotated[int, Ge(1), "examples in a forward pass"] = 16
-    accumulate: Annotated[int, Ge(1), "forward passes in an optimizer step"] = 1
-    clip: Annotated[float, Ge(0), "largest norm of a step's gradient; 0: not clipped"] = 1.0
-    schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate, over all rounds"] = "constant"
-    warmup: Annotated[float, Ge(0), Le(1), "share of the whole run in which the learning rate rises"] = 0.0
-    prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
 
 
 @dataclass(frozen=True)

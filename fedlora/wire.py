@@ -2,9 +2,10 @@
 
 Flower's cost is per array, so a message carries one vector. A job is made of parts (see `flat`), each named by a hash
 of its content: the head names them all, and only those that the client lacks lie in the vector, one after another.
-Nothing is pickled; whatever does not fit its head or its hash raises `WireError`.
+Nothing is pickled; whatever does not fit its head or its hash raises `WireError`. What the server reads is in `admit`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,16 +15,15 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
-from torch import Tensor
 
 from .envelope import as_array, dtype_name, pack, read_head, read_vector, reading, text
 from .errors import WireError
-from .flat import Flat, count, flatten, name_of, unflatten
+from .flat import Flat, count, flatten, name_of
 from .lora import SIDES, LoRA
 from .metrics import Metrics
-from .seat import size
 from .strategy import Ask, Client, Job, Masking, Privacy, Spent, Training, Update
 
+RUN = "[a-z0-9-]{0,40}"
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64", "int32"]
 PLAIN = (  # of a Job
@@ -62,6 +62,8 @@ class UpdateHead:
     spent: Spent | None
     manifest: str  # of the vector; empty where it is masked
     dtype: Dtype
+    name: str  # hash of the vector and the manifest
+    round: int
 
 
 @checked(frozen=True, config=STRICT)
@@ -72,6 +74,19 @@ class MetricsHead:
     correct: int
     classes: int  # the vector is the confusion, row by row; 0: there is none
     dtype: Dtype = "int64"
+
+
+@checked(frozen=True, config=STRICT)
+class Hello:
+    """The question who a client is, with what it is told of the run's settings."""
+
+    settings: dict[str, int | float | str | bool]
+
+
+@checked(frozen=True, config=STRICT)
+class Introduction:
+    client: Client
+    base: str
 
 
 @checked(frozen=True, config=STRICT)
@@ -147,44 +162,16 @@ def read_order(records: RecordDict) -> Order:
     return Order(head, {flat.name: flat for flat in flats})
 
 
-def pack_update(update: Update) -> RecordDict:
+def pack_update(update: Update, round: int) -> RecordDict:
     """An update; its numbers travel in the type they have."""
     if update.masked is not None:
-        hidden = UpdateHead(update.examples, None, update.spent, "", "int32")
+        name = name_of(update.masked, "")
+        hidden = UpdateHead(update.examples, None, update.spent, "", "int32", name, round)
         return pack(hidden, as_array(update.masked))
     dtypes = {t.dtype for s in SIDES for t in update.lora.side(s).values()}
     flat = flatten(update.lora, dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    head = UpdateHead(update.examples, update.loss, update.spent, flat.manifest, dtype_name(flat.vector))
-    return pack(head, as_array(flat.vector))
-
-
-def read_update(records: RecordDict, job: Job) -> Update | Lacks:
-    """The answer to a job: an update of the shapes that the job asked for, or that parts are lacking.
-
-    Raises `WireError`: one client's nonsense must not reach `aggregate`, where it would end the run for all.
-    """
-    if _is_lacking(records):
-        return read_head(records, Lacks)
-    head = read_head(records, UpdateHead)
-    vector = read_vector(records, head.dtype)
-    if job.masking or not head.manifest:
-        return _read_masked(head, vector, job)
-    with reading("an update"):
-        lora = unflatten(vector, head.manifest)
-    free = {"A": 0, "B": 1} if job.resumes else {}  # the rank: a client that goes on from its own sends a change
-    for s in SIDES:
-        asked = _shapes(job.start.side(s) if s in job.shares else {}, free.get(s))
-        got = _shapes(lora.side(s), free.get(s))
-        if got != asked:
-            raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
-    return Update(lora, head.examples, head.loss, head.spent)
-
-
-def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
-    if not job.masking or head.manifest or head.dtype != "int32" or vector.numel() != size(job):
-        asked = f"a masked vector of {size(job)} numbers" if job.masking else "an update that is not masked"
-        raise WireError(f"an update is {vector.numel()} numbers of {head.dtype}; the job asked for {asked}")
-    return Update(LoRA(), head.examples, None, head.spent, vector)
+    told = update.examples, update.loss, update.spent, flat.manifest
+    return pack(UpdateHead(*told, dtype_name(flat.vector), flat.name, round), as_array(flat.vector))
 
 
 def pack_ask(ask: Ask) -> RecordDict:
@@ -202,11 +189,6 @@ def pack_said(said: Mapping[str, str]) -> RecordDict:
     return pack(Said(dict(said)))
 
 
-def read_said(records: RecordDict) -> Mapping[str, str]:
-    """What `pack_said` packed. Raises `WireError`."""
-    return read_head(records, Said).said
-
-
 def pack_metrics(metrics: Metrics) -> RecordDict:
     """Metrics; the confusion of a classifier is the array."""
     table = metrics.confusion
@@ -220,38 +202,36 @@ def pack_metrics(metrics: Metrics) -> RecordDict:
     return pack(head, None if table is None else as_array(table.flatten()))
 
 
-def read_metrics(records: RecordDict) -> Metrics | Lacks:
-    """The answer to a job that asked for an evaluation. Raises `WireError`."""
-    if _is_lacking(records):
-        return read_head(records, Lacks)
-    head = read_head(records, MetricsHead)
-    vector = read_vector(records, head.dtype)
-    if vector.numel() != head.classes**2:
-        raise WireError(f"metrics over {head.classes} classes came with {vector.numel()} counts")
-    table = vector.view(head.classes, head.classes) if head.classes else None
-    return Metrics(head.examples, head.targets, head.loss, head.correct, table)
-
-
 def pack_lacks(lacks: Lacks) -> RecordDict:
     """That parts are neither in the message nor with the client."""
     return pack(lacks)
 
 
-def pack_client(client: Client) -> RecordDict:
-    """What a client says of itself."""
-    return pack(client)
+def pack_client(client: Client, base: str = "") -> RecordDict:
+    """What a client says of itself, and the fingerprint of its base model."""
+    return pack(Introduction(client, base))
 
 
-def read_client(records: RecordDict) -> Client:
-    """What `pack_client` packed. Raises `WireError`."""
-    return read_head(records, Client)
+def pack_hello(settings: Mapping[str, int | float | str | bool]) -> RecordDict:
+    """The question who a client is."""
+    return pack(Hello(dict(settings)))
 
 
-def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> str:
-    """The shapes in words, without the dimension that is free."""
-    shown = {m: tuple(n for i, n in enumerate(t.shape) if i != free) for m, t in side.items()}
-    return ", ".join(f"{m} {shape}" for m, shape in sorted(shown.items())) or "nothing"
+def read_hello(records: RecordDict) -> Hello:
+    """What `pack_hello` packed. Raises `WireError`."""
+    return read_head(records, Hello)
 
 
-def _is_lacking(records: RecordDict) -> bool:
-    return text(records).startswith('{"lacks"')
+def stamp(records: RecordDict, run: str) -> RecordDict:
+    """The message, marked with the run it belongs to: a client keeps what is its own by it."""
+    records.config_records["head"]["run"] = run
+    return records
+
+
+def run_of(records: RecordDict) -> str:
+    """The run that a message belongs to. Raises `WireError` where it says none, or what cannot be a folder's name."""
+    text(records)
+    run = records.config_records["head"].get("run", "")
+    if not isinstance(run, str) or not re.fullmatch(RUN, run):
+        raise WireError(f"a message is of run {str(run)[:80]!r}; a run's name has up to 40 of a-z, 0-9 and -")
+    return run

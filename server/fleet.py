@@ -5,15 +5,18 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, inf
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import wire
+from fedlora import admit, wire
 from fedlora.errors import RoundFailed, WireError
 from fedlora.flat import Parts, Traffic
+from fedlora.journal import Journal
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
 from fedlora.strategy import Ask, Client, Job, Update
@@ -22,25 +25,44 @@ SECURE = f"{MessageType.QUERY}.secure"
 TRIES = 3  # how often a node is asked who it is
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
+X = TypeVar("X")
 Read = Callable[[RecordDict, Job], T | wire.Lacks]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a fleet goes by."""
+
+    clients: int  # there are to be
+    quorum: float = 1.0  # share of them without which it does not begin
+    wait: float = 0.0  # seconds for those beyond the quorum
+    deadline: float = 0.0  # seconds after which a round's missing clients have failed; 0: wait for all
+    largest_step: float = inf  # norm of an update above which it is refused
+    run: str = ""  # by which clients keep what is theirs
+    nodes: Mapping[int, int] | None = None  # node -> the client whose key it has; None: nodes are believed
+    ranks: Sequence[int] = ()  # of each client; none: clients are believed
+    told: Mapping[str, int | float | str | bool] = field(default_factory=dict)  # settings that clients go by
+    base: str = ""  # fingerprint of the base model that all must have; none: not compared
 
 
 class FlowerFleet:
     def __init__(
         self,
         grid: Grid,
-        least: int,
+        rules: Rules,
         answered: Callable[[int], None] = lambda _: None,
+        waiting: Callable[[Mapping[int, float]], None] = lambda _: None,
         stop: Event | None = None,
-        deadline: float = 0.0,
     ) -> None:
-        """`least`: clients to wait for. `stop`, once set, raises `KeyboardInterrupt` from whatever waits.
+        """`answered` is told of every answer; `waiting`, about once a second, who is waited for, and how long.
 
-        `deadline`: seconds after which a round's missing clients have failed; 0: wait for all.
+        `stop`, once set, raises `KeyboardInterrupt` from whatever waits.
         """
         self.traffic = Traffic()
-        self._grid, self._least, self._answered, self._deadline = grid, least, answered, deadline
+        self.journal = Journal(None)
+        self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
         self._stop = stop or Event()
+        self._begun = False
         self._clients: dict[int, Client] = {}
         self._nodes: dict[int, int] = {}  # client -> node
         self._asked: dict[str, int] = {}  # message -> the node that was asked who it is
@@ -48,40 +70,41 @@ class FlowerFleet:
         self._wrong: dict[int, str] = {}  # node -> why it could not say
 
     def clients(self) -> Sequence[Client]:
-        """All clients known, once there are enough; those that joined meanwhile too.
+        """All clients known, once there are enough to begin; those that joined meanwhile too.
 
         Raises `RoundFailed` where nodes that cannot say who they are leave too few.
         """
-        pause = Pause(self._stop)
+        pause, began, since = Pause(self._stop), time.monotonic(), inf
+        least = max(1, ceil(self._rules.quorum * self._rules.clients))
         while True:
             online = set(self._grid.get_node_ids())
-            self._ask(online - set(self._nodes.values()) - set(self._asked.values()))
-            replies = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
-            for reply in replies:
-                self._know(self._asked.pop(reply.metadata.reply_to_message_id), reply)
-            if len(self._clients) >= self._least:
+            some = self._meet(online)
+            since = min(since, time.monotonic()) if len(self._clients) >= least else inf
+            late = time.monotonic() - since >= self._rules.wait
+            if self._begun or len(self._clients) >= self._rules.clients or late:
+                self._begun = True
                 return [self._clients[i] for i in sorted(self._clients)]
-            lost = {n: why for n, why in self._wrong.items() if self._tries[n] >= TRIES and n in online}
-            if lost and len(online) - len(lost) < self._least:
-                why = "; ".join(sorted(set(lost.values())))
-                raise RoundFailed(f"{len(lost)} of {len(online)} clients cannot say who they are: {why}")
-            pause(bool(replies))
+            self._give_up_if_too_few(online, least)
+            self._waiting(dict.fromkeys(self._missing(), time.monotonic() - began))
+            pause(some)
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job on its client's node, handing over each answer as it arrives."""
-        return self._carry(MessageType.TRAIN, jobs, wire.read_update)
+        return self._carry(
+            MessageType.TRAIN, jobs, lambda content, job: admit.read_update(content, job, self._rules.largest_step)
+        )
 
     def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
         waiting = self._push(SECURE, {i: wire.pack_ask(a) for i, a in asks.items()})
         said: dict[int, Mapping[str, str] | Failure] = {i: Failure("no answer to secure aggregation") for i in asks}
         for i, reply in self._replies(waiting):
-            said[i] = _heard(reply)
+            said[i] = self._open(reply, admit.read_said)
         return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
-        return dict(self._carry(MessageType.EVALUATE, jobs, lambda content, _: wire.read_metrics(content)))
+        return dict(self._carry(MessageType.EVALUATE, jobs, lambda content, _: admit.read_metrics(content)))
 
     def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T]) -> Iterator[tuple[int, T | Failure]]:
         """A message a job, and its answer; a client that lost its parts is sent its job again, once, in full."""
@@ -89,12 +112,16 @@ class FlowerFleet:
 
         def letter(i: int) -> RecordDict:
             whole = parts.of(jobs[i])
-            return packer.job(jobs[i], whole, self.traffic.send(i, whole))
+            missing = self.traffic.send(i, whole)
+            nbytes = sum(flat.nbytes for flat in missing.values())
+            self.journal.write("sent", what=kind, client=i, round=jobs[i].round + 1, bytes=nbytes, parts=list(missing))
+            return packer.job(jobs[i], whole, missing)
 
         done = set[int]()
         waiting = self._push(kind, {i: letter(i) for i in jobs})
+        offline = set(jobs) - set(waiting.values())
         for i, reply in self._replies(waiting):
-            answer = _open(reply, jobs[i], read)
+            answer = self._open(reply, lambda content, i=i: read(content, jobs[i]))  # type: ignore[misc]
             if isinstance(answer, wire.Lacks) and i not in again:
                 again.add(i)
                 self.traffic.held.pop(i, None)
@@ -105,50 +132,101 @@ class FlowerFleet:
             done.add(i)
             if isinstance(answer, Update):
                 self.traffic.receive(answer)
+            self._note(kind, i, jobs[i], answer)
             if kind == MessageType.TRAIN:
                 self._answered(i)
             yield i, answer
-        late = Failure(f"no answer after {self._deadline:g} s")
-        lost = Failure("its job could not be sent")
-        yield from ((i, late if i in waiting.values() else lost) for i in jobs if i not in done)
+        late, gone = Failure(f"no answer after {self._rules.deadline:g} s"), Failure("offline: its node is not there")
+        for i in (i for i in jobs if i not in done):
+            self.traffic.held.pop(i, None)  # whether it has what was sent, nobody knows
+            self._note(kind, i, jobs[i], gone if i in offline else late)
+            yield i, gone if i in offline else late
+
+    def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
+        """The server's log of what came in, or did not."""
+        told: dict[str, Any] = {"what": kind, "client": i, "round": job.round + 1}
+        if isinstance(answer, Failure):
+            self.journal.write("refused" if answer.refused else "failed", **told, reason=answer.reason)
+        elif isinstance(answer, Update):
+            names = [f"{s} {m}" for s in job.shares for m in answer.lora.side(s)] or ["masked"]
+            nbytes = sum(t.nbytes for s in job.shares for t in answer.lora.side(s).values())
+            self.journal.write("received", **told, bytes=nbytes, tensors=names)
+        else:
+            self.journal.write("received", **told)
 
     def _push(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[str, int]:
-        """Send; which message went to which client."""
-        ttl = self._deadline or None  # what nobody waits for any more is not begun
-        messages = {i: Message(c, self._nodes[i], kind, ttl=ttl) for i, c in contents.items()}
+        """Send to whoever is online; which message went to which client."""
+        ttl = self._rules.deadline or None  # what nobody waits for any more is not begun
+        online = set(self._grid.get_node_ids())
+        messages = {
+            i: Message(wire.stamp(c, self._rules.run), self._nodes[i], kind, ttl=ttl)
+            for i, c in contents.items()
+            if self._nodes[i] in online
+        }
         sent = set(self._grid.push_messages(list(messages.values())))
         return {m.metadata.message_id: i for i, m in messages.items() if m.metadata.message_id in sent}
 
     def _replies(self, waiting: dict[str, int]) -> Iterator[tuple[int, Message]]:
         """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
-        began, pause = time.monotonic(), Pause(self._stop)
-        while waiting and not (self._deadline and time.monotonic() - began > self._deadline):
+        began, pause, deadline = time.monotonic(), Pause(self._stop), self._rules.deadline
+        while waiting and not (deadline and time.monotonic() - began > deadline):
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:  # the SuperLink's own error replies name no node, but the message they answer
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            self._waiting(dict.fromkeys(sorted(waiting.values()), time.monotonic() - began))
             if waiting:
                 pause(bool(replies))
+
+    def _open(self, reply: Message, read: Callable[[RecordDict], X]) -> X | Failure:
+        """What a reply says, if it is one, of this run, and passes the checks."""
+        if reply.has_error():
+            return Failure(reason(reply.error))
+        try:
+            if (run := wire.run_of(reply.content)) != self._rules.run:
+                raise WireError(f"an answer is of run {run!r}; this is {self._rules.run!r}")
+            return read(reply.content)
+        except WireError as e:
+            return Failure(str(e), refused=True)
+
+    def _meet(self, online: set[int]) -> bool:
+        """Ask nodes that are new who they are, and take down what those say that were asked; did any?"""
+        self._asked = {id: n for id, n in self._asked.items() if n in online}  # who left is asked anew when it is back
+        self._ask(online - set(self._nodes.values()) - set(self._asked.values()))
+        replies = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
+        for reply in replies:
+            self._know(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+        return bool(replies)
+
+    def _missing(self) -> list[int]:
+        ids = self._rules.nodes.values() if self._rules.nodes else range(self._rules.clients)
+        return sorted(set(ids) - set(self._clients))
+
+    def _give_up_if_too_few(self, online: set[int], least: int) -> None:
+        lost = {n: why for n, why in self._wrong.items() if self._tries[n] >= TRIES and n in online}
+        if lost and len(online) - len(lost) < least:
+            why = "; ".join(sorted(set(lost.values())))
+            raise RoundFailed(f"{len(lost)} of {len(online)} clients cannot say who they are: {why}")
 
     def _ask(self, nodes: set[int]) -> None:
         """Ask nodes who they are."""
         some = [n for n in sorted(nodes) if self._tries[n] < TRIES]
         if some:
-            messages = [Message(RecordDict(), n, MessageType.QUERY) for n in some]
+            hello = wire.pack_hello(self._rules.told)
+            messages = [Message(wire.stamp(hello, self._rules.run), n, MessageType.QUERY) for n in some]
             sent = set(self._grid.push_messages(messages))
             asked = {m.metadata.message_id: n for m, n in zip(messages, some, strict=True)}
             self._asked |= {id: n for id, n in asked.items() if id in sent}
 
     def _know(self, node: int, reply: Message) -> None:
         """Take down who a node is, or why it cannot say."""
-        try:
-            if reply.has_error():
-                raise WireError(reason(reply.error))
-            client = wire.read_client(reply.content)
-        except WireError as e:
+        said = self._open(reply, admit.read_client)
+        why = said.reason if isinstance(said, Failure) else self._wrong_about(node, *said)
+        if why or isinstance(said, Failure):
             self._tries[node] += 1
-            self._wrong[node] = str(e)
-            log.warning("a client could not say who it is: %s", e)
+            self._wrong[node] = why
+            log.warning("a client could not say who it is: %s", why)
             return
+        client = said[0]
         other = self._nodes.get(client.id)
         if other not in (None, node) and other in set(self._grid.get_node_ids()):
             self._tries[node] = TRIES
@@ -156,6 +234,21 @@ class FlowerFleet:
             log.warning("client %d is on another node already; its second one is left out", client.id)
             return
         self._clients[client.id], self._nodes[client.id] = client, node
+        self.journal.write("joined", client=client.id, examples=client.examples, rank=client.rank)
+
+    def _wrong_about(self, node: int, client: Client, base: str) -> str:
+        """What a client may not say of itself; empty where all is well."""
+        rules = self._rules
+        if rules.nodes is not None and rules.nodes.get(node) != client.id:
+            return f"the node with the key of client {rules.nodes.get(node, 'nobody')} says that it is {client.id}"
+        if rules.ranks and not (client.id < len(rules.ranks) and client.rank == rules.ranks[client.id]):
+            return f"client {client.id} says its rank is {client.rank}; the run has {len(rules.ranks)} clients' ranks"
+        if rules.base and base and base != rules.base:
+            return (
+                f"client {client.id} has another base model ({base[:12]}, the server's is {rules.base[:12]}); give it "
+                "the same files"
+            )
+        return ""
 
 
 class Pause:
@@ -169,24 +262,6 @@ class Pause:
         self._now = self._shortest if some else min(2 * self._now, self._longest)
         if self._stop.wait(self._now):
             raise KeyboardInterrupt
-
-
-def _open(reply: Message, job: Job, read: Read[T]) -> T | wire.Lacks | Failure:
-    if reply.has_error():
-        return Failure(reason(reply.error))
-    try:
-        return read(reply.content, job)
-    except WireError as e:
-        return Failure(str(e))
-
-
-def _heard(reply: Message) -> Mapping[str, str] | Failure:
-    if reply.has_error():
-        return Failure(reason(reply.error))
-    try:
-        return wire.read_said(reply.content)
-    except WireError as e:
-        return Failure(str(e))
 
 
 def reason(error: Error) -> str:

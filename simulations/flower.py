@@ -49,14 +49,15 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
     if find_spec("ray") is None:
         raise ConfigError('engine = "flower" needs Ray: pip install "fedlora[ray]"')
     _quiet()
-    from fedlora.server.fleet import FlowerFleet
+    from fedlora.server.fleet import FlowerFleet, Rules
 
     with _scratch() as scratch:
         flower = Flower(config, folder.absolute(), scratch)
         flower.start()
         ended = False
         try:
-            fleet = FlowerFleet(flower.grid(), config.clients, answered, flower.broken, config.server.deadline)
+            rules = Rules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
+            fleet = FlowerFleet(flower.grid(), rules, answered, stop=flower.broken)
             with _terminable():
                 serve(fleet)
             ended = True
@@ -126,7 +127,7 @@ class Flower(Thread):
         return build(self._lend)
 
     def _client(self) -> Any:
-        from fedlora.client.app import build
+        from fedlora.client.local import build
 
         app, flag = build(replace(self._config, threads=self._cpus()), self._folder), str(_flag(self._scratch))
 

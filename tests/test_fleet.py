@@ -14,11 +14,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora import wire
+from fedlora import admit, wire
 from fedlora.client.parts import PartStore
 from fedlora.errors import RoundFailed
 from fedlora.rounds import Failure
-from fedlora.server.fleet import FlowerFleet, reason
+from fedlora.server.fleet import FlowerFleet, Rules, reason
 from fedlora.strategy import Client, Job, Update
 from tests.conftest import factors
 
@@ -70,7 +70,7 @@ def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | N
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
             return Message(wire.pack_lacks(wire.Lacks(lacks)), reply_to=message)
-        return Message(wire.pack_update(Update(order.job(parts).start, 1, 0.5)), reply_to=message)
+        return Message(wire.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
 
     return app
 
@@ -82,7 +82,7 @@ def jobs(n: int) -> dict[int, Job]:
 def test_an_answer_is_handed_over_when_it_comes(tmp_path: Path) -> None:
     told: list[int] = []
     slow = echo(tmp_path, lambda i: time.sleep(0.3 if i == 2 else 0))
-    fleet = FlowerFleet(Threads(slow, slow, slow), 3, told.append)
+    fleet = FlowerFleet(Threads(slow, slow, slow), Rules(3), told.append)
     assert [c.id for c in fleet.clients()] == [0, 1, 2]
     answered = [i for i, _ in fleet.train(jobs(3))]
     assert answered == told and sorted(told) == [0, 1, 2] and told[-1] == 2
@@ -90,7 +90,7 @@ def test_an_answer_is_handed_over_when_it_comes(tmp_path: Path) -> None:
 
 def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
     slow = echo(tmp_path, lambda i: time.sleep(1.5 if i == 0 else 0))
-    fleet = FlowerFleet(Threads(slow, slow), 2, deadline=0.5)
+    fleet = FlowerFleet(Threads(slow, slow), Rules(2, deadline=0.5))
     fleet.clients()
     answers = dict(fleet.train(jobs(2)))
     assert answers[0] == Failure("no answer after 0.5 s") and isinstance(answers[1], Update)
@@ -98,7 +98,7 @@ def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
 
 def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
     stop, slow = Event(), echo(tmp_path, lambda _: time.sleep(2))
-    fleet = FlowerFleet(Threads(slow), 1, stop=stop)
+    fleet = FlowerFleet(Threads(slow), Rules(1), stop=stop)
     fleet.clients()
     ThreadPoolExecutor().submit(lambda: (time.sleep(0.3), stop.set()))
     began = time.monotonic()
@@ -109,9 +109,9 @@ def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
 
 def test_too_few_who_can_say_who_they_are_end_the_run_with_their_reason(tmp_path: Path) -> None:
     with pytest.raises(RoundFailed, match="1 of 2 clients cannot say who they are: ValueError: No query function"):
-        FlowerFleet(Threads(ClientApp(), echo(tmp_path)), 2).clients()
+        FlowerFleet(Threads(ClientApp(), echo(tmp_path)), Rules(2)).clients()
     with pytest.raises(RoundFailed, match="two nodes have partition-id 7"):
-        FlowerFleet(Threads(echo(tmp_path, say=7), echo(tmp_path, say=7)), 2).clients()
+        FlowerFleet(Threads(echo(tmp_path, say=7), echo(tmp_path, say=7)), Rules(2)).clients()
 
 
 def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
         asked.append(len(wire.read_order(message.content).sent))
         return Message(wire.pack_lacks(wire.Lacks(("x",))), reply_to=message)
 
-    fleet = FlowerFleet(Threads(app), 1)
+    fleet = FlowerFleet(Threads(app), Rules(1))
     fleet.clients()
     dict(fleet.train(jobs(1)))
     assert fleet.evaluate(jobs(1))[0] == Failure("it still lacks 1 parts of a job that was sent in full")

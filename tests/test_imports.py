@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ANY = ("fedlora",)
 FOLDERS = ("server", "client", "strategies", "simulations", "checks", "audit")
 FOREIGN = {  # a runtime or a library of models -> the only files that know it
-    "flwr": {"fedlora/wire.py", "fedlora/envelope.py", "server", "client", "simulations/flower.py"},
+    "flwr": {"fedlora/wire.py", "fedlora/envelope.py", "fedlora/admit.py", "server", "client", "simulations/flower.py"},
     "ray": {"simulations/flower.py"},
     "peft": {"fedlora/model.py", "fedlora/wear.py", "fedlora/reload.py"},
     "transformers": {
@@ -28,6 +28,8 @@ EDGE = {
     "fedlora/compose.py",
     "fedlora/catalogue.py",
     "fedlora/__main__.py",
+    "fedlora/operate.py",
+    "fedlora/defaults.py",
     "simulations/flower.py",
     "checks",
     "audit",

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import wire
+from fedlora import admit, wire
 from fedlora.errors import WireError
 from fedlora.flat import Parts, Traffic, unflatten
 from fedlora.lora import SIDES, LoRA
@@ -71,8 +71,8 @@ def test_a_job_comes_back_as_it_was(
 def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
     job = Job(factors(1, dtype=dtype), shares="AH")
     update = Update(factors(2, dtype=dtype).only("AH"), 17, 0.1)
-    records = wire.pack_update(update)
-    back = wire.read_update(records, job)
+    records = wire.pack_update(update, 0)
+    back = admit.read_update(records, job)
     assert isinstance(back, Update)
     assert equal(back.lora, update.lora) and (back.examples, back.loss) == (17, 0.1)
     assert len(arrays(records)) == 1
@@ -81,7 +81,7 @@ def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("loss", [1.5, math.inf])
 @pytest.mark.parametrize("table", [None, torch.arange(9).view(3, 3)], ids=["lm", "classify"])
 def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
-    back = wire.read_metrics(wire.pack_metrics(Metrics(4, 9, loss, 3, table)))
+    back = admit.read_metrics(wire.pack_metrics(Metrics(4, 9, loss, 3, table)))
     assert isinstance(back, Metrics)
     assert (back.examples, back.targets, back.loss, back.correct) == (4, 9, loss, 3)
     assert (back.confusion is None) == (table is None)
@@ -89,12 +89,12 @@ def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
 
 
 def test_a_client_comes_back() -> None:
-    assert wire.read_client(wire.pack_client(Client(3, 99, 8))) == Client(3, 99, 8)
+    assert admit.read_client(wire.pack_client(Client(3, 99, 8), "ab")) == (Client(3, 99, 8), "ab")
 
 
 def test_what_a_client_lacks_comes_back() -> None:
     records = wire.pack_lacks(wire.Lacks(("ab", "cd")))
-    assert wire.read_update(records, Job(factors(1))) == wire.read_metrics(records) == wire.Lacks(("ab", "cd"))
+    assert admit.read_update(records, Job(factors(1))) == admit.read_metrics(records) == wire.Lacks(("ab", "cd"))
 
 
 def test_only_parts_that_the_client_lacks_travel() -> None:
@@ -128,7 +128,7 @@ def test_clients_that_lack_the_same_share_one_array() -> None:
 
 def test_no_array_is_pickled() -> None:
     """Every array is in numpy's own format, which Flower reads with `allow_pickle=False`."""
-    for records in (send(Job(factors(1))), wire.pack_update(Update(factors(1, dtype=torch.bfloat16), 1, 0.0))):
+    for records in (send(Job(factors(1))), wire.pack_update(Update(factors(1, dtype=torch.bfloat16), 1, 0.0), 0)):
         assert all(a.stype == "numpy.ndarray" and a.data.startswith(b"\x93NUMPY") for a in arrays(records))
 
 
@@ -196,12 +196,12 @@ def test_a_malformed_job_is_refused_with_what_is_wrong(records: RecordDict, said
 )
 def test_an_update_of_other_shapes_than_the_job_s_is_refused(lora: LoRA, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        wire.read_update(wire.pack_update(Update(lora, 1, 0.0)), JOB)
+        admit.read_update(wire.pack_update(Update(lora, 1, 0.0), 0), JOB)
 
 
 def test_an_update_may_not_share_more_than_was_asked() -> None:
     with pytest.raises(WireError, match=r"H is .* asked for nothing"):
-        wire.read_update(wire.pack_update(Update(factors(1), 1, 0.0)), Job(factors(1), shares="AB"))
+        admit.read_update(wire.pack_update(Update(factors(1), 1, 0.0), 0), Job(factors(1), shares="AB"))
 
 
 @settings(max_examples=300)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedlora import wire
+from fedlora import admit, wire
 from fedlora.errors import WireError
 from fedlora.flat import Parts, Traffic
 from fedlora.lora import LoRA
@@ -26,14 +26,14 @@ def test_terms_and_masks_come_back() -> None:
 
 def test_what_a_ledger_says_comes_back_and_no_loss_is_none() -> None:
     update = Update(START, 9, None, Spent(2.5, 3))
-    back = wire.read_update(wire.pack_update(update), Job(START))
+    back = admit.read_update(wire.pack_update(update, 0), Job(START))
     assert isinstance(back, Update) and (back.loss, back.spent) == (None, Spent(2.5, 3))
 
 
 def test_a_masked_update_comes_back_and_is_counted() -> None:
     numbers = torch.randint(-(2**31), 2**31 - 1, (size(MASKED),), dtype=torch.int64).to(torch.int32)
     update, traffic = Update(LoRA(), 9, None, masked=numbers), Traffic()
-    back = wire.read_update(wire.pack_update(update), MASKED)
+    back = admit.read_update(wire.pack_update(update, 0), MASKED)
     assert isinstance(back, Update) and back.masked is not None and torch.equal(back.masked, numbers)
     traffic.receive(back)
     assert traffic.up == 4 * size(MASKED)
@@ -49,15 +49,15 @@ def test_a_vector_has_a_place_for_the_loss_and_for_the_clips_bit() -> None:
 def test_an_update_that_was_not_asked_for_so_is_refused(wrong: str) -> None:
     """A plain one where masks were asked for would give its client away, and does not fit a masked sum."""
     masked = Update(LoRA(), 1, None, masked=torch.zeros(size(MASKED) - (wrong == "short"), dtype=torch.int32))
-    sent = wire.pack_update(Update(START.only("AB"), 1, 0.5) if wrong == "plain" else masked)
+    sent = wire.pack_update(Update(START.only("AB"), 1, 0.5) if wrong == "plain" else masked, 0)
     with pytest.raises(WireError, match="the job asked for"):
-        wire.read_update(sent, Job(START, shares="AB") if wrong == "asked for plain" else MASKED)
+        admit.read_update(sent, Job(START, shares="AB") if wrong == "asked for plain" else MASKED)
 
 
 def test_steps_of_secure_aggregation_come_back() -> None:
     ask = Ask("share", "round 1 (ff)", {3: ("aa", "bb", "cc")}, 3, (1, 2))
     assert wire.read_ask(wire.pack_ask(ask)) == ask
-    assert wire.read_said(wire.pack_said({"1": "00", "2": "ff"})) == {"1": "00", "2": "ff"}
+    assert admit.read_said(wire.pack_said({"1": "00", "2": "ff"})) == {"1": "00", "2": "ff"}
 
 
 def test_a_step_that_does_not_exist_is_refused() -> None:

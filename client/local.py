@@ -1,0 +1,46 @@
+"""A client whose worker is the ClientApp's own process: in Flower's simulation, where a process serves many clients."""
+
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora import config as configuration
+from fedlora.client import app, work
+from fedlora.client.parts import PartStore
+from fedlora.config import Config
+from fedlora.errors import ClientFailed
+from fedlora.run import Setup, own, prepare
+from fedlora.site import Desk
+
+_ready: dict[str, Setup] = {}  # by config: a process loads the model once, and serves any client with it
+
+
+def build(config: Config, folder: Path) -> ClientApp:
+    """An app that serves any client of a run and keeps their files in `folder`."""
+    return app.build(partial(do, config=config, folder=folder))
+
+
+def do(
+    kind: str, content: RecordDict, context: Context, config: Config | None = None, folder: Path | None = None
+) -> RecordDict | str:
+    """A message's work. Without a config it is Flower's run config; without a folder, the node's `state-dir`."""
+    return work.do(kind, content, lambda run: _place(config, folder, context, run))
+
+
+def _place(config: Config | None, folder: Path | None, context: Context, run: str) -> work.Place:
+    if config is None:
+        config = configuration.build(dict(context.run_config))
+    if folder is None:
+        folder = Path(str(context.node_config.get("state-dir", "runs/clients")))
+    key = repr(config)
+    if key not in _ready:
+        _ready.clear()
+        _ready[key] = prepare(config)
+    setup = _ready[key]
+    id = int(context.node_config.get("partition-id", -1))
+    if not 0 <= id < len(setup.sites):
+        raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
+    desk = Desk(id, setup.sites[id], folder / (run or str(context.run_id)) / str(id), own(setup.config))
+    return work.Place(setup.model, desk, PartStore(desk.folder), setup.ranks[id])

@@ -1,0 +1,236 @@
+"""`fedlora client`: a SuperNode, its SuperExec and a warm worker, watched and started again as long as it is wanted.
+
+    server ◀─TLS─ SuperNode ◀─ SuperExec ──▶ ClientApp, a new one a message ──Unix socket──▶ worker (model, data, state)
+
+The SuperNode only dials out. Each message's ClientApp is a stub; the worker alone holds the data, and nothing but the
+typed messages of worker.proto reaches it.
+"""
+
+import json
+import os
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedlora.errors import ConfigError
+from fedlora.processes import Process, alone, free_port, program, stop
+from fedlora.provision import read_client
+
+CLOCK = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
+AHEAD = 300.0  # and ahead of it
+HANGS = 120.0  # seconds without a sign of life after which a worker is started again
+REFUSED = ("2004", "2001")  # what Flower says of a key: it is not known, or in use
+PORT = 8443
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `fedlora client` was asked for."""
+
+    server: str  # host:port
+    credentials: Path | None  # this client's folder of `fedlora provision`; none: no TLS and no key
+    state: Path
+    id: int
+    name: str
+    settings: Mapping[str, Any]  # its own
+    worker: Path | None = None  # the socket of one that is started elsewhere
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.credentials else 'http'}://{self.server}"
+
+
+def asked(
+    server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any], worker: Path | None
+) -> Asked:
+    """What was asked for, checked. Raises `ConfigError` for what does not go together."""
+    if credentials:
+        who = read_client(credentials)
+        if id not in (None, who.id):
+            raise ConfigError(f"--id {id}: the keys in {credentials} are those of {who.name}, number {who.id}")
+        address = server or who.server
+        return Asked(_address(address), credentials, state, who.id, who.name, settings, worker)
+    if id is None:
+        raise ConfigError("without keys a client needs a number of its own: --id 0")
+    return Asked(_address(server), None, state, id, f"client {id}", settings, worker)
+
+
+def serve(asked: Asked) -> None:
+    """Take part until SIGTERM or Ctrl-C."""
+    with alone(asked.state), _scratch() as scratch:
+        if not asked.credentials:
+            print("INSECURE: no TLS, no key: anyone on the way can read and change what is sent. For trials only.")
+        reachable(asked)
+        watch = Watch(asked, asked.worker or scratch / "worker.sock", scratch)
+        try:
+            watch.run()
+        finally:
+            stop(watch.processes)
+
+
+def reachable(asked: Asked) -> None:
+    """Wait until the server answers; say why it does not. Raises `ConfigError` for what waiting does not mend."""
+    pause, verify = 1.0, _context(asked)
+    while True:
+        try:
+            answer = httpx.get(f"{asked.url}/health", verify=verify, timeout=10, trust_env=False)
+            break
+        except httpx.HTTPError as e:
+            if "CERTIFICATE_VERIFY_FAILED" in str(e):
+                raise ConfigError(
+                    f"{asked.server} has a certificate that {asked.credentials}/ca.crt does not vouch for, or not for "
+                    f"this name ({e}); ask whoever runs the server for the right ca.crt and host"
+                ) from e
+            print(f"{asked.server} does not answer ({type(e).__name__}); trying again in {pause:.0f} s", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
+    if date := answer.headers.get("date"):
+        ahead = time.time() - parsedate_to_datetime(date).timestamp()
+        if not -CLOCK - 1 <= ahead <= AHEAD:
+            print(
+                f"WARNING: this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the "
+                "server's, and its signature is not taken; set the clock (NTP)",
+                flush=True,
+            )
+
+
+def worker_command(asked: Asked, socket: Path) -> list[str]:
+    """The command line of the worker that belongs to this client."""
+    told = json.dumps({"id": asked.id, "state": str(asked.state.absolute()), "settings": dict(asked.settings)})
+    return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", told]
+
+
+@dataclass
+class Watch:
+    """A client's processes."""
+
+    asked: Asked
+    socket: Path
+    scratch: Path
+    processes: list[Process] = field(default_factory=list)
+    _again: dict[str, float] = field(default_factory=dict)  # process -> when it is started again
+    _alive: float = 0.0  # when the worker last gave a sign of life
+    _shown: int = 0  # lines of the worker's that were shown
+
+    def run(self) -> None:
+        """Start them, and start again what dies."""
+        logs, port = self.asked.state / "logs", free_port()
+        secret = self.scratch / "superexec.secret"
+        secret.write_text(token_hex(32))
+        node = Process("SuperNode", self._node(port, secret), logs / "supernode.log")
+        command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+        superexec = Process(
+            "SuperExec", [*command, "--superexec-auth-secret-file", str(secret)], logs / "superexec.log"
+        )
+        self.processes = [node, superexec]
+        if not self.asked.worker:
+            worker = Process("worker", worker_command(self.asked, self.socket), logs / "worker.log")
+            self.processes.insert(0, worker)
+        for process in self.processes:
+            process.start()
+        self._alive = time.monotonic()
+        print(f"{self.asked.name} takes part at {self.asked.server}; logs in {logs}", flush=True)
+        while True:
+            time.sleep(0.3)
+            self._revive()
+            self._look_at_worker()
+
+    def _node(self, port: int, secret: Path) -> list[str]:
+        asked = self.asked
+        config = f"partition-id={asked.id} worker='{self.socket}'"
+        command = [program("flower-supernode"), "--superlink", asked.server, "--isolation", "process"]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
+        command += ["--superexec-auth-secret-file", str(secret)]
+        if folder := asked.credentials:
+            command += ["--root-certificates", str(folder / "ca.crt")]
+            command += ["--auth-supernode-private-key", str(folder / "client.key")]
+        else:
+            command += ["--insecure"]
+        return command
+
+    def _revive(self) -> None:
+        for process in self.processes:
+            if process.alive:
+                continue
+            due = self._again.get(process.name)
+            if due is None:
+                why, pause = self._why(process)
+                print(f"{process.name} ended: {why}; started again in {pause:.0f} s", flush=True)
+                self._again[process.name] = time.monotonic() + pause
+            elif time.monotonic() >= due:
+                del self._again[process.name]
+                process.start()
+                self._alive = time.monotonic()
+
+    def _why(self, process: Process) -> tuple[str, float]:
+        """In words, and how long to wait: the SuperLink takes no key that it believes to be online still."""
+        words = process.last_words(12)
+        if process.name == "SuperNode" and any(f"[{code}]" in words for code in REFUSED):
+            return (
+                "the server does not take this key: it was here less than a minute ago, or is not registered, or this "
+                "machine's clock is wrong",
+                10.0,
+            )
+        pause = 1.0 if process.name == "worker" else min(2.0 ** min(process.starts, 5), 30.0)
+        return f"code {process.code}", pause
+
+    def _look_at_worker(self) -> None:
+        """One that hangs is killed; `_revive` starts it again."""
+        now = time.monotonic()
+        if self.asked.worker or now - self._alive < HANGS / 4:
+            return
+        worker = self.processes[0]
+        if is_serving(self.socket):
+            self._alive = now
+        elif worker.alive and now - self._alive > HANGS:
+            print(f"worker has given no sign of life for {HANGS:.0f} s; it is started again", flush=True)
+            stop([worker], grace=1)
+
+
+def is_serving(socket: Path) -> bool:
+    """Does the worker's health service say so?"""
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        request = health_pb2.HealthCheckRequest(service="fedlora.client.v1.Worker")
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _address(server: str) -> str:
+    """host:port, with the port that the server has unless it is told another."""
+    host, colon, port = server.rpartition(":")
+    if colon and port.isdecimal() and (":" not in host or host.startswith("[")):
+        return server
+    return f"[{server}]:{PORT}" if ":" in server and not server.startswith("[") else f"{server}:{PORT}"
+
+
+def _context(asked: Asked) -> ssl.SSLContext | bool:
+    return ssl.create_default_context(cafile=str(asked.credentials / "ca.crt")) if asked.credentials else False
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for the socket, of its owner alone; its name is short, as a socket's path has at most 107 bytes."""
+    base = tempfile.gettempdir()
+    path = Path(tempfile.mkdtemp(prefix="fedlora-", dir=base if len(base) < 60 else "/tmp"))
+    path.chmod(0o700)
+    os.umask(0o077)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

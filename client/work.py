@@ -1,0 +1,101 @@
+"""What a client does with a message, in Flower's simulation or in the warm worker of a deployment."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+
+from fedlora import wire, worker
+from fedlora.client.parts import PartStore
+from fedlora.errors import FedloraError
+from fedlora.journal import Journal
+from fedlora.model import Model
+from fedlora.site import Desk
+from fedlora.store import Store
+from fedlora.strategy import Job, Update
+
+log = logging.getLogger("fedlora")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One client's place at this process's model."""
+
+    model: Model
+    desk: Desk
+    parts: PartStore  # what it need not be sent again
+    rank: int
+    journal: Journal = Journal(None)  # noqa: RUF009  of none, it writes nothing
+
+    def job(self, content: RecordDict) -> Job | wire.Lacks:
+        """The job of a message, or what is lacking for it."""
+        order = wire.read_order(content)
+        nbytes = sum(flat.nbytes for flat in order.sent.values())
+        self.journal.write("entered", what="job", round=order.head.round + 1, bytes=nbytes, parts=list(order.sent))
+        parts, lacks = self.parts.take(order)
+        return wire.Lacks(lacks) if lacks else order.job(parts)
+
+
+def describe(place: Place, content: RecordDict) -> RecordDict:
+    """Who this client is."""
+    desk = place.desk
+    place.journal.write("left", what="who", client=desk.id)
+    return wire.pack_client(desk.site.client(desk.id, place.rank), place.model.fingerprint)
+
+
+def take_step(place: Place, content: RecordDict) -> RecordDict:
+    """A step of secure aggregation."""
+    ask = wire.read_ask(content)
+    place.journal.write("left", what=f"secure {ask.step}", context=ask.context)
+    return wire.pack_said(place.desk.reply(ask))
+
+
+def train(place: Place, content: RecordDict) -> RecordDict:
+    """One round's work."""
+    job = place.job(content)
+    if isinstance(job, wire.Lacks):
+        return wire.pack_lacks(job)
+    update = place.desk.answer(place.model, job)
+    place.journal.write("left", what="update", round=job.round + 1, **_leaves(job, update))
+    return wire.pack_update(update, job.round)
+
+
+def evaluate(place: Place, content: RecordDict) -> RecordDict:
+    """The model that this client would use, on its held-out examples."""
+    job = place.job(content)
+    if isinstance(job, wire.Lacks):
+        return wire.pack_lacks(job)
+    kept = Store(place.desk.folder).before(job.round + 1)
+    place.journal.write("left", what="metrics", round=job.round + 1)
+    return wire.pack_metrics(worker.evaluate(place.model, job, place.desk.site.heldout, kept))
+
+
+WORKS: Mapping[str, Callable[[Place, RecordDict], RecordDict]] = {
+    "who": describe,
+    "secure": take_step,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordDict | str:
+    """Do the work at the place that a run has here; what goes wrong is one sentence, for the server's log."""
+    try:
+        run = wire.run_of(records)
+        return wire.stamp(WORKS[kind](place(run), records), run)
+    except FedloraError as e:
+        log.warning("%s was not done: %s", kind, e)
+        return str(e)
+    except Exception as e:
+        log.warning("%s failed", kind, exc_info=True)
+        return f"{type(e).__name__}: {e}"
+
+
+def _leaves(job: Job, update: Update) -> dict[str, object]:
+    """What an update brings out of here: the names and bytes of its tensors."""
+    masked = update.masked
+    if masked is not None:
+        return {"bytes": masked.nbytes, "tensors": ["masked"]}
+    own = {f"{s} {m}": t.nbytes for s in job.shares for m, t in update.lora.side(s).items()}
+    return {"bytes": sum(own.values()), "tensors": list(own)}

@@ -1,0 +1,189 @@
+"""What an upload must be before it reaches a strategy: one client's nonsense is that client's failure, and no more.
+
+Checked are size, head, hash, names, shapes, type, finiteness, the norm of what changed, and the round; whatever does
+not hold raises `WireError`, in words that name what came and what was asked for. Nothing is unpickled.
+"""
+
+import json
+from collections.abc import Mapping
+from math import inf, isfinite, isnan, sqrt
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from .envelope import read_head, read_vector, text
+from .errors import WireError
+from .flat import name_of, unflatten
+from .lora import SIDES, LoRA, norm
+from .metrics import Metrics
+from .seat import size
+from .strategy import Client, Job, Update
+from .wire import Introduction, Lacks, MetricsHead, Said, UpdateHead
+
+MOST_HEAD = 8 * 2**20  # characters of a head
+MOST_EXAMPLES = 10**12
+MOST_RANK = 2**20
+NPY = 1024  # bytes of numpy's own header, generously
+FLOATS = ("float32", "float64", "bfloat16", "float16")
+
+
+def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Update | Lacks:
+    """The answer to a job: an update of the shapes that the job asked for, or that parts are lacking.
+
+    `largest_step`: norm of what the client changed, over all that it sends, above which it is refused.
+    """
+    _bounded(records, _most_bytes(job))
+    if _is_lacking(records):
+        return _read_lacks(records)
+    head = read_head(records, UpdateHead)
+    _plausible(head, job)
+    vector = read_vector(records, head.dtype)
+    if name_of(vector, head.manifest) != head.name:
+        raise WireError(f"an update is not what its hash {head.name[:12]!r} says: it was damaged on its way")
+    if job.masking or not head.manifest:
+        return _read_masked(head, vector, job)
+    if head.dtype not in FLOATS:
+        raise WireError(f"an update is of {head.dtype}; it takes one of {', '.join(FLOATS)}")
+    lora = unflatten(vector, _manifest(head.manifest, vector.numel()))
+    _of_the_shapes(lora, job)
+    _finite(lora)
+    step = change(lora, job)
+    if not step <= largest_step:
+        raise WireError(f"an update's change has norm {step:.4g}; server.largest_step = {largest_step:g}")
+    return Update(lora, head.examples, head.loss, head.spent)
+
+
+def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | Lacks:
+    """The answer to a job that asked for an evaluation."""
+    _bounded(records, 64 * 2**20)
+    if _is_lacking(records):
+        return _read_lacks(records)
+    head = read_head(records, MetricsHead)
+    counts = head.examples, head.targets, head.correct, head.classes
+    if not (not isnan(head.loss) and all(0 <= n <= MOST_EXAMPLES for n in counts) and head.correct <= head.targets):
+        raise WireError(f"metrics are not possible: loss {head.loss}, {head.correct} of {head.targets} right")
+    vector = read_vector(records, head.dtype)
+    if vector.dtype != torch.int64 or vector.numel() != head.classes**2 or bool((vector < 0).any()):
+        raise WireError(f"metrics over {head.classes} classes came with {vector.numel()} counts")
+    table = vector.view(head.classes, head.classes) if head.classes else None
+    return Metrics(head.examples, head.targets, head.loss, head.correct, table)
+
+
+def read_client(records: RecordDict) -> tuple[Client, str]:
+    """What a client says of itself, and the fingerprint of its base model."""
+    _bounded(records, 0)
+    said = read_head(records, Introduction)
+    client, counts = said.client, (said.client.examples, said.client.records)
+    if not (0 <= client.id < 2**31 and 1 <= client.rank <= MOST_RANK and all(0 <= n <= MOST_EXAMPLES for n in counts)):
+        raise WireError(f"a client says what cannot be: {client}")
+    return client, said.base[:64]
+
+
+def read_said(records: RecordDict) -> Mapping[str, str]:
+    """The answer to a step of secure aggregation."""
+    _bounded(records, 0)
+    return read_head(records, Said).said
+
+
+def change(lora: LoRA, job: Job) -> float:
+    """The norm of what a client changed: of all the numbers it sends, or of a product where it sends its change."""
+    products = norm(LoRA(lora.A, lora.B)) if job.resumes else 0.0
+    plain = [s for s in SIDES if not (job.resumes and s in "AB")]
+    steps = (t.double() - job.start.side(s)[m].double() for s in plain for m, t in lora.side(s).items())
+    return sqrt(products**2 + sum(float(step.square().sum()) for step in steps))
+
+
+def _bounded(records: RecordDict, most: int) -> None:
+    """Refuse what is too large, before any of it is decoded."""
+    arrays = [a for record in records.array_records.values() for a in record.values()]
+    nbytes = sum(len(a.data) for a in arrays)
+    if nbytes > (most + NPY if arrays else 0):
+        raise WireError(f"a message brings {nbytes} bytes of numbers; at most {most} were asked for")
+    if len(text(records)) > MOST_HEAD:
+        raise WireError(f"a message's head has {len(text(records))} characters; {MOST_HEAD} are the most")
+
+
+def _most_bytes(job: Job) -> int:
+    """The largest answer that a job can have, in float64; one that resumes sends up to twice the rank."""
+    numbers = sum(t.numel() for s in job.shares for t in job.start.side(s).values())
+    return 4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1)
+
+
+def _plausible(head: UpdateHead, job: Job) -> None:
+    if head.round != job.round:
+        raise WireError(f"an update is of round {head.round + 1}; the job was of round {job.round + 1}")
+    if not 0 <= head.examples <= MOST_EXAMPLES:
+        raise WireError(f"an update is from {head.examples} examples; 0 to {MOST_EXAMPLES} are possible")
+    if head.loss is not None and not isfinite(head.loss):
+        raise WireError(f"an update's loss is {head.loss}")
+    if head.spent and not (head.spent.epsilon >= 0 and 0 <= head.spent.charges <= MOST_EXAMPLES):
+        raise WireError(f"an update's spending is not possible: {head.spent}")
+
+
+def _manifest(manifest: str, numbers: int) -> str:
+    """The manifest, if it is one, and of so many numbers."""
+    try:
+        entries: Any = json.loads(manifest)
+        good = isinstance(entries, list) and all(_entry(*e) for e in entries)
+        places = {(side, module) for side, module, _ in entries} if good else set()
+    except (ValueError, TypeError, RecursionError):
+        good = False
+    if not good or len(places) != len(entries):
+        raise WireError(f"an update's manifest is none: {manifest[:80]!r}")
+    total = sum(torch.Size(shape).numel() for _, _, shape in entries)
+    if total != numbers:
+        raise WireError(f"an update's manifest names {total} numbers; {numbers} came")
+    return manifest
+
+
+def _entry(side: Any, module: Any, shape: Any) -> bool:
+    """Is this an entry of a manifest?"""
+    whole = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    return whole and isinstance(module, str) and side in SIDES
+
+
+def _of_the_shapes(lora: LoRA, job: Job) -> None:
+    """Refuse other names and shapes than the job's; only the rank is free, where a client sends a change of product."""
+    free = {"A": 0, "B": 1} if job.resumes else {}
+    for s in SIDES:
+        asked = _shapes(job.start.side(s) if s in job.shares else {}, free.get(s))
+        got = _shapes(lora.side(s), free.get(s))
+        if got != asked:
+            raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
+    for m, a in lora.A.items() if job.resumes else ():
+        rank = len(a)
+        if m not in lora.B or lora.B[m].shape[1] != rank or rank > 2 * len(job.start.A[m]):
+            raise WireError(f"an update's A and B of {m} do not go together, or are of more than twice the job's rank")
+
+
+def _finite(lora: LoRA) -> None:
+    for s in SIDES:
+        for m, t in lora.side(s).items():
+            if not bool(torch.isfinite(t).all()):
+                raise WireError(f"an update's {s} of {m} has a number that is not finite")
+
+
+def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
+    if not job.masking or head.manifest or head.dtype != "int32" or vector.numel() != size(job):
+        asked = f"a masked vector of {size(job)} numbers" if job.masking else "an update that is not masked"
+        raise WireError(f"an update is {vector.numel()} numbers of {head.dtype}; the job asked for {asked}")
+    return Update(LoRA(), head.examples, None, head.spent, vector)
+
+
+def _read_lacks(records: RecordDict) -> Lacks:
+    lacks = read_head(records, Lacks)
+    if not lacks.lacks or len(lacks.lacks) > 10**5:
+        raise WireError(f"a client lacks {len(lacks.lacks)} parts; it takes one or more")
+    return lacks
+
+
+def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> str:
+    """The shapes in words, without the dimension that is free."""
+    shown = {m: tuple(n for i, n in enumerate(t.shape) if i != free) for m, t in side.items()}
+    return ", ".join(f"{m} {shape}" for m, shape in sorted(shown.items())) or "nothing"
+
+
+def _is_lacking(records: RecordDict) -> bool:
+    return text(records).startswith('{"lacks"')

@@ -1,0 +1,100 @@
+"""One party's part of a deployed run: the server, which has no clients' data, or a client, which has its own alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import config as configuration
+from . import data
+from .config import Config, absolute
+from .errors import ClientFailed, ConfigError
+from .model import Model
+from .ranks import ranks
+from .run import Setup, own, resolve
+from .site import Own, Site
+
+Plain = int | float | str | bool
+AWAY = ("data.path", "data.eval", "lora.init_data", "dp.ledger")  # of the server's disk: not told, and not believed
+ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
+
+
+@dataclass(frozen=True, eq=False)
+class Party:
+    """What one client's process has, whatever the run."""
+
+    model: Model
+    site: Site
+    rank: int
+
+
+def for_server(config: Config, ids: int) -> Setup:
+    """The server's pieces of a run; `ids`: one more than the highest number of a client."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config = absolute(config)
+    embedded = not (config.model.path or config.data.path)  # the small model and text that come with fedlora
+    form, evaluation = data.server(config.data, config.model.task, embedded)
+    config = resolve(replace(config, engine="flower"), form, config.clients)
+    public = data.public(config.lora.init_data, form)
+    model = Model(config.model, config.lora, form, config.seed, public)
+    their = ranks(config.lora.ranks, config.lora.rank, ids, config.seed, lambda r: model.memory(r))
+    return Setup(config, model, model.read(), (), tuple(their), evaluation)
+
+
+def told(config: Config) -> dict[str, Plain]:
+    """What clients are told of a run's settings: all but where the server has its own files."""
+    flat = configuration.flatten(config)
+    plain = {k: ", ".join(v) if isinstance(v, list) else v for k, v in flat.items() if not k.startswith("option.")}
+    path = config.model.path
+    model = f"{ELSEWHERE}{Path(path).name}" if Path(path).is_dir() and path else path
+    return plain | dict.fromkeys(AWAY, "") | {"model.path": model, "data.partition": "auto"}
+
+
+def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> Party:
+    """A client's model and data, by the run's settings and, where its own files and devices are, by its own.
+
+    Raises `ConfigError`, `DataError` or `ModelError` for what the client itself has to mend.
+    """
+    config = _merged(settings, mine)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if id >= config.clients and not config.data.path:
+        raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
+    form, rows, held = data.client(config.data, config.model.task, id, config.clients, config.seed)
+    model = Model(config.model, config.lora, form, config.seed)
+    unit = config.dp.unit if config.dp.by_record else "row"
+    number = max(id + 1, config.clients)
+    their = ranks(
+        config.lora.ranks,
+        config.lora.rank,
+        number,
+        config.seed,
+        lambda r: model.memory(r, batch_size=config.train.batch_size),
+    )
+    return Party(model, Site(model.encoder, rows, held, unit), their[id])
+
+
+def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:
+    """What a client insists on, by its own settings alone; its ledgers outlive every run."""
+    config = configuration.build(mine)
+    where = Path(config.dp.ledger).expanduser() if config.dp.ledger else ledgers
+    return replace(own(config), ledgers=where, seeded=config.dp.seeded)
+
+
+def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
+    """The run's settings under the client's own; what is private to either disk is the client's or nothing."""
+    known = {s.key for s in configuration.settings()}
+    run = {k: v for k, v in settings.items() if k in known and k not in AWAY}
+    over = {k: v for k, v in mine.items() if not k.startswith(("secure.", "client.", "dp.")) or k == "dp.unit"}
+    path = str(mine.get("model.path") or run.get("model.path", ""))
+    if path.startswith(ELSEWHERE):
+        raise ConfigError(
+            f"the server has the base model in a folder of its own, {path.removeprefix(ELSEWHERE)}; give --model the "
+            "folder of the same files here"
+        )
+    if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
+        run["lora.init"] = "kaiming"
+    return configuration.build(run, over, {"model.path": path})

@@ -1,0 +1,121 @@
+"""The sections of a config that more than the config knows: how clients train, how the server runs its rounds, privacy.
+
+Frozen dataclasses whose annotations hold each field's limits and, as a plain string, what it means. Light: no torch, so
+that commands which only start others stay small.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a client trains; one definition for the settings file, the command line and the Job."""
+
+    optimizer: Annotated[Literal["adamw", "sgd"], "made anew every round"] = "adamw"
+    lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
+    head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
+    lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
+    momentum: Annotated[float, Ge(0), Lt(1), "of sgd"] = 0.0
+    weight_decay: Annotated[float, Ge(0), "decoupled with adamw, L2 with sgd"] = 0.0
+    epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0
+    steps: Annotated[int, Ge(0), "optimizer steps a round; 0: as many as the epochs take"] = 0
+    batch_size: Annotated[int, Ge(1), "examples in a forward pass"] = 16
+    accumulate: Annotated[int, Ge(1), "forward passes in an optimizer step"] = 1
+    clip: Annotated[float, Ge(0), "largest norm of a step's gradient; 0: not clipped"] = 1.0
+    schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate, over all rounds"] = "constant"
+    warmup: Annotated[float, Ge(0), Le(1), "share of the whole run in which the learning rate rises"] = 0.0
+    prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the server runs its rounds."""
+
+    weights: Annotated[Literal["examples", "uniform"], "a client's weight in the mean"] = "examples"
+    quorum: Annotated[float, Gt(0), Le(1), "share of a round's clients that must answer"] = 0.5
+    below_quorum: Annotated[Literal["stop", "skip"], "end the run, or go on with the model as it was"] = "stop"
+    deadline: Annotated[float, Ge(0), "seconds after which a client has failed its round (flower); 0: never"] = 0.0
+    wait: Annotated[float, Ge(0), "seconds a run waits at its start for clients beyond the quorum (flower)"] = 120.0
+    largest_step: Annotated[float, Gt(0), "norm of a client's change in a round above which it is refused"] = 1000.0
+    eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
+    patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy; on where epsilon or noise is given."""
+
+    epsilon: Annotated[float, Gt(0), "most that the run may spend of a client's data; inf: no privacy"] = inf
+    noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
+    delta: Annotated[float, Ge(0), Lt(1), "0: 1e-5, or a tenth of 1/N if less; N: records of the largest client"] = 0.0
+    clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
+    level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
+    unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
+    head_share: Annotated[float, Gt(0), Lt(1), "of C squared for a head that is trained beside factors"] = 0.5
+    rate: Annotated[float, Ge(0), Le(1), "probability q of a record in a step; 0: by batch size"] = 0.0
+    joins: Annotated[int, Ge(0), "rounds that a client may take part in at most; 0: all"] = 0
+    budget: Annotated[float, Gt(0), "epsilon a client's ledger allows over all runs; inf: that of this run"] = inf
+    ledger: Annotated[str, "folder of the clients' ledgers, kept over runs; empty: in the run directory"] = ""
+    metrics: Annotated[bool, "let clients tell losses and scores as they are: they are not private"] = False
+    seeded: Annotated[bool, "noise and samples from the seed: an experiment that is NOT PRIVATE"] = False
+    engine: Annotated[Literal["auto", "lora", "hooks", "one"], "of single gradients; hooks: Opacus's"] = "auto"
+    quantile: Annotated[float, Ge(0), Lt(1), "of clients' norms that the clip follows (level client); 0: fixed"] = 0.0
+    quantile_lr: Annotated[float, Gt(0), "how fast it follows"] = 0.2
+    quantile_share: Annotated[float, Gt(0), Lt(1), "of the privacy spent on following"] = 0.05
+
+    @property
+    def on(self) -> bool:
+        return self.epsilon < inf or self.noise > 0
+
+    @property
+    def by_record(self) -> bool:
+        return self.on and self.level == "record"
+
+    @property
+    def by_client(self) -> bool:
+        return self.on and self.level == "client"
+
+    @property
+    def limit(self) -> float:
+        """Epsilon up to which a client lets itself be charged."""
+        return self.budget if self.budget < inf else self.epsilon
+
+
+@dataclass(frozen=True)
+class SecureConfig:
+    """Secure aggregation."""
+
+    aggregation: Annotated[bool, "let the server see sums of updates, and no client's own"] = False
+    threshold: Annotated[float, Gt(0), Le(1), "share of a round's clients that must stay to its end"] = 0.6
+    reach: Annotated[float, Gt(0), "largest change of a number in a round; the resolution is 2^-30 of it"] = 1.0
+
+
+@dataclass(frozen=True)
+class AggregateConfig:
+    """What goes round the strategy on the server."""
+
+    optimizer: Annotated[Literal["none", "momentum", "adam", "yogi", "adagrad"], "of the aggregated step"] = "none"
+    lr: Annotated[float, Gt(0), "of that optimizer"] = 1.0
+    beta1: Annotated[float, Ge(0), Lt(1), "decay of its first moment"] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), "decay of its second moment"] = 0.99
+    tau: Annotated[float, Gt(0), "added to the root of its second moment"] = 1e-3
+    robust: Annotated[
+        Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound"], "against clients that lie"
+    ] = "none"
+    trim: Annotated[float, Ge(0), Lt(0.5), "share of values trimmed_mean drops at either end"] = 0.1
+    byzantine: Annotated[int, Ge(0), "clients that krum and multi_krum expect to lie"] = 1
+    bound: Annotated[float, Ge(0), "largest norm of a client's step with norm_bound"] = 1.0
+    offset_rank: Annotated[int, Ge(0), "cap on the offset's rank; 0: none, but 256 on a quantised base"] = 0
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What a client goes by, whatever the server asks."""
+
+    egress: Annotated[Names, "tensors that may leave it, as SIDE MODULE, with *"] = ("A *", "B *", "R *", "H *")
