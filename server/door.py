@@ -100,8 +100,9 @@ class Door:
             await self._drain(receive)
             await send({"type": "http.response.body"})
         except asyncio.CancelledError:
-            self.refuse(scope, no := Refused(503, "closing", retry=5))
-            await self._answer(no, send)
+            closing = Refused(503, "closing", retry=5)
+            self.refuse(scope, closing)
+            await self._answer(closing, send)
             await send({"type": "http.response.body"})
 
     def refuse(self, scope: Scope, no: Refused) -> None:
