@@ -42,10 +42,6 @@ class Mine:
     state: Path
     settings: Mapping[str, Any]  # its own: data, devices, what it insists on
 
-    @property
-    def journal(self) -> Journal:
-        return Journal(self.state / "audit.jsonl", side="client", client=self.id)
-
 
 @dataclass
 class Bench:
@@ -77,7 +73,8 @@ class Bench:
             checkpoint.write(folder / SETTINGS, json.dumps(dict(told)).encode())
         party, mine = self._party, self.mine
         desk = Desk(mine.id, party.site, folder, insists(mine.settings, mine.state / "ledgers"), once=True)
-        return work.Place(party.model, desk, PartStore(folder), party.rank, mine.journal)
+        journal = Journal(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
+        return work.Place(party.model, desk, PartStore(folder), party.rank, journal)
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
@@ -94,6 +91,7 @@ def serve(socket: Path, mine: Mine) -> None:
     ended = Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
+    log.setLevel(logging.DEBUG)
     server, state = start(socket, Bench(mine).do)
     log.info("worker of client %d is ready", mine.id)
     ended.wait()

@@ -6,14 +6,15 @@ not hold raises `WireError`, in words that name what came and what was asked for
 
 import json
 from collections.abc import Mapping
-from math import inf, isfinite, isnan, sqrt
+from math import inf, isfinite, isnan, prod, sqrt
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from .envelope import read_head, read_vector, text
+from .compress import Packed, restore
+from .envelope import read_head, read_vector, reading, text
 from .errors import WireError
 from .flat import name_of, unflatten
 from .lora import SIDES, LoRA, norm
@@ -23,18 +24,22 @@ from .strategy import Client, Job, Update
 from .wire import Introduction, Lacks, MetricsHead, Said, UpdateHead
 
 MOST_HEAD = 8 * 2**20  # characters of a head
+PLAIN_HEAD = 2**16  # of one without a manifest
+MOST_COMMAS = 2**17  # in a head: each may part values that are all wrong, at 200 bytes and 10 us an error
 MOST_EXAMPLES = 10**12
 MOST_RANK = 2**20
 NPY = 1024  # bytes of numpy's own header, generously
+KEYS = {"json", "run"}  # of the record that is a head
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 
 
+@reading("an update")
 def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Update | Lacks:
     """The answer to a job: an update of the shapes that the job asked for, or that parts are lacking.
 
     `largest_step`: norm of what the client changed, over all that it sends, above which it is refused.
     """
-    _bounded(records, _most_bytes(job))
+    _bounded(records, _most_bytes(job), _most_characters(job))
     if _is_lacking(records):
         return _read_lacks(records)
     head = read_head(records, UpdateHead)
@@ -44,20 +49,19 @@ def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Upd
         raise WireError(f"an update is not what its hash {head.name[:12]!r} says: it was damaged on its way")
     if job.masking or not head.manifest:
         return _read_masked(head, vector, job)
-    if head.dtype not in FLOATS:
-        raise WireError(f"an update is of {head.dtype}; it takes one of {', '.join(FLOATS)}")
-    lora = unflatten(vector, _manifest(head.manifest, vector.numel()))
+    lora, packed = _small(head, vector, job) if job.upload != "float32" else (_plain(head, vector), None)
     _of_the_shapes(lora, job)
     _finite(lora)
     step = change(lora, job)
     if not step <= largest_step:
         raise WireError(f"an update's change has norm {step:.4g}; server.largest_step = {largest_step:g}")
-    return Update(lora, head.examples, head.loss, head.spent)
+    return Update(lora, head.examples, head.loss, head.spent, packed)
 
 
+@reading("metrics")
 def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | Lacks:
     """The answer to a job that asked for an evaluation."""
-    _bounded(records, 64 * 2**20)
+    _bounded(records, 64 * 2**20, _most_characters(job) if job else MOST_HEAD)
     if _is_lacking(records):
         return _read_lacks(records)
     head = read_head(records, MetricsHead)
@@ -71,9 +75,10 @@ def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | Lacks
     return Metrics(head.examples, head.targets, head.loss, head.correct, table)
 
 
+@reading("an introduction")
 def read_client(records: RecordDict) -> tuple[Client, str]:
     """What a client says of itself, and the fingerprint of its base model."""
-    _bounded(records, 0)
+    _bounded(records, None, PLAIN_HEAD)
     said = read_head(records, Introduction)
     client, counts = said.client, (said.client.examples, said.client.records)
     if not (0 <= client.id < 2**31 and 1 <= client.rank <= MOST_RANK and all(0 <= n <= MOST_EXAMPLES for n in counts)):
@@ -81,9 +86,10 @@ def read_client(records: RecordDict) -> tuple[Client, str]:
     return client, said.base[:64]
 
 
+@reading("an answer")
 def read_said(records: RecordDict) -> Mapping[str, str]:
     """The answer to a step of secure aggregation."""
-    _bounded(records, 0)
+    _bounded(records, None)
     return read_head(records, Said).said
 
 
@@ -95,14 +101,20 @@ def change(lora: LoRA, job: Job) -> float:
     return sqrt(products**2 + sum(float(step.square().sum()) for step in steps))
 
 
-def _bounded(records: RecordDict, most: int) -> None:
-    """Refuse what is too large, before any of it is decoded."""
-    arrays = [a for record in records.array_records.values() for a in record.values()]
-    nbytes = sum(len(a.data) for a in arrays)
-    if nbytes > (most + NPY if arrays else 0):
+def _bounded(records: RecordDict, most: int | None, characters: int = MOST_HEAD) -> None:
+    """Refuse what is too large or was not asked for, before any of it is decoded; `most` None: no array."""
+    head = text(records)
+    known = {"head", "array"} if most is not None else {"head"}
+    arrays = {name: r for name, r in records.items() if isinstance(r, ArrayRecord)}
+    more = [*({*records} - known), *({*records} - {"head", *arrays}), *({*records.config_records["head"]} - KEYS)]
+    if more:
+        raise WireError(f"a message has more than was asked for: {', '.join(sorted(more))}")
+    nbytes = sum(len(a.data) for record in arrays.values() for a in record.values())
+    if nbytes > (most or 0) + NPY:
         raise WireError(f"a message brings {nbytes} bytes of numbers; at most {most} were asked for")
-    if len(text(records)) > MOST_HEAD:
-        raise WireError(f"a message's head has {len(text(records))} characters; {MOST_HEAD} are the most")
+    if len(head) > characters or head.count(",") > MOST_COMMAS:
+        found, most_of = (len(head), head.count(",")), (characters, MOST_COMMAS)
+        raise WireError(f"a message's head has {found} characters and commas; {most_of} are the most")
 
 
 def _most_bytes(job: Job) -> int:
@@ -111,15 +123,40 @@ def _most_bytes(job: Job) -> int:
     return 4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1)
 
 
+def _most_characters(job: Job) -> int:
+    """The longest head of an answer: a manifest within JSON, each name in escapes, or the names of all parts."""
+    names = sum(8 * len(m) + 200 for s in job.shares for m in job.start.side(s))
+    return min(MOST_HEAD, PLAIN_HEAD + names + 100 * len(job.offset))
+
+
 def _plausible(head: UpdateHead, job: Job) -> None:
     if head.round != job.round:
-        raise WireError(f"an update is of round {head.round + 1}; the job was of round {job.round + 1}")
+        which = head.round + 1 if 0 <= head.round <= MOST_EXAMPLES else "no number"  # Python writes 4300 digits at most
+        raise WireError(f"an update is of round {which}; the job was of round {job.round + 1}")
     if not 0 <= head.examples <= MOST_EXAMPLES:
         raise WireError(f"an update is from {head.examples} examples; 0 to {MOST_EXAMPLES} are possible")
     if head.loss is not None and not isfinite(head.loss):
         raise WireError(f"an update's loss is {head.loss}")
     if head.spent and not (head.spent.epsilon >= 0 and 0 <= head.spent.charges <= MOST_EXAMPLES):
         raise WireError(f"an update's spending is not possible: {head.spent}")
+
+
+def _plain(head: UpdateHead, vector: Tensor) -> LoRA:
+    if head.dtype not in FLOATS or head.scales:
+        raise WireError(f"an update is of {head.dtype}; it takes one of {', '.join(FLOATS)}")
+    return unflatten(vector, _manifest(head.manifest, vector.numel()))
+
+
+def _small(head: UpdateHead, vector: Tensor, job: Job) -> tuple[LoRA, Packed]:
+    """A change in few bytes, and what it makes of where the job started."""
+    n = vector.numel() - 4 * head.scales
+    scaled = head.scales if job.upload == "int8" else 0
+    if head.dtype != job.upload or head.scales != scaled or head.scales < 0 or n < 0:
+        raise WireError(f"an update is of {head.dtype} with {head.scales} scales; the job asked for {job.upload}")
+    scales = vector[n:].clone().view(torch.float32) if head.scales else torch.empty(0)
+    packed = Packed(job.upload, vector[:n], scales, _manifest(head.manifest, n))
+    with reading("an update"):
+        return restore(job.start, packed), packed
 
 
 def _manifest(manifest: str, numbers: int) -> str:
@@ -132,7 +169,7 @@ def _manifest(manifest: str, numbers: int) -> str:
         good = False
     if not good or len(places) != len(entries):
         raise WireError(f"an update's manifest is none: {manifest[:80]!r}")
-    total = sum(torch.Size(shape).numel() for _, _, shape in entries)
+    total = sum(prod(shape) for _, _, shape in entries)  # torch's own count of them wraps at 2**64
     if total != numbers:
         raise WireError(f"an update's manifest names {total} numbers; {numbers} came")
     return manifest
@@ -141,7 +178,7 @@ def _manifest(manifest: str, numbers: int) -> str:
 def _entry(side: Any, module: Any, shape: Any) -> bool:
     """Is this an entry of a manifest?"""
     whole = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
-    return whole and isinstance(module, str) and side in SIDES
+    return whole and isinstance(module, str) and side in tuple(SIDES)
 
 
 def _of_the_shapes(lora: LoRA, job: Job) -> None:
@@ -174,6 +211,8 @@ def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
 
 def _read_lacks(records: RecordDict) -> Lacks:
     lacks = read_head(records, Lacks)
+    if records.array_records:
+        raise WireError("a client that lacks parts sends numbers; it takes the names of the parts alone")
     if not lacks.lacks or len(lacks.lacks) > 10**5:
         raise WireError(f"a client lacks {len(lacks.lacks)} parts; it takes one or more")
     return lacks

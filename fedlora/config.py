@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from annotated_types import Ge, Gt, Lt
 
 from .errors import ConfigError, nearest
-from .options import AggregateConfig, ClientConfig, Names, Policy, PrivacyConfig, SecureConfig, Training
+from .options import AggregateConfig, ClientConfig, MessageConfig, Names, Policy, PrivacyConfig, SecureConfig, Training
 
 FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what a run that goes on may change
 MINE = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
@@ -130,6 +130,7 @@ class Config:
     server: Policy = field(default_factory=Policy)
     dp: PrivacyConfig = field(default_factory=PrivacyConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
+    messages: MessageConfig = field(default_factory=MessageConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
 

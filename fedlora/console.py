@@ -1,6 +1,7 @@
 """What a person sees of a run: a line a round, with a moving one below it on a terminal, then where everything is."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -154,6 +155,10 @@ class Screen:
         shown.setLevel(logging.WARNING)
         return shown
 
+    def named(self, text: str) -> str:
+        """The text with clients' names for their numbers, where they have any."""
+        return re.sub(r"\bclient (\d+)\b", lambda found: self.names.get(int(found[1]), found[0]), text)
+
     def _who(self, clients: Iterable[int]) -> str:
         names = [self.names.get(i, f"client {i}") for i in clients]
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -176,7 +181,7 @@ class Shown(logging.Handler):
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._screen.say(record.getMessage())
+        self._screen.say(self._screen.named(record.getMessage()))
 
 
 def spending(records: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def for_server(config: Config, ids: int) -> Setup:
     config = resolve(replace(config, engine="flower"), form, config.clients)
     public = data.public(config.lora.init_data, form)
     model = Model(config.model, config.lora, form, config.seed, public)
-    their = ranks(config.lora.ranks, config.lora.rank, ids, config.seed, lambda r: model.memory(r))
+    their = _ranks(config, model, ids)
     return Setup(config, model, model.read(), (), tuple(their), evaluation)
 
 
@@ -66,15 +67,13 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) ->
     form, rows, held = data.client(config.data, config.model.task, id, config.clients, config.seed)
     model = Model(config.model, config.lora, form, config.seed)
     unit = config.dp.unit if config.dp.by_record else "row"
-    number = max(id + 1, config.clients)
-    their = ranks(
-        config.lora.ranks,
-        config.lora.rank,
-        number,
-        config.seed,
-        lambda r: model.memory(r, batch_size=config.train.batch_size),
-    )
+    their = _ranks(config, model, max(id + 1, config.clients))
     return Party(model, Site(model.encoder, rows, held, unit), their[id])
+
+
+def _ranks(config: Config, model: Model, ids: int) -> list[int]:
+    memory = partial(model.memory, batch_size=config.train.batch_size)
+    return ranks(config.lora.ranks, config.lora.rank, ids, config.seed, memory)
 
 
 def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:

@@ -12,6 +12,8 @@ from torch import Tensor
 from .errors import WireError
 
 CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
+MOST_WORDS = 500  # characters of a refusal: what came may stand in it
+MOST_ERRORS = 100  # that are looked into: pydantic has no way to ask for the first alone
 T = TypeVar("T")
 
 
@@ -26,11 +28,13 @@ def pack(head: Any, array: ArrayRecord | None = None) -> RecordDict:
 def read_head(records: RecordDict, kind: type[T]) -> T:
     """A message's head, checked. Raises `WireError` where it is of another kind."""
     try:
-        return TypeAdapter(kind).validate_json(text(records))
+        return TypeAdapter(kind).validate_json(text(records), strict=True)
     except ValidationError as e:
+        if e.error_count() > MOST_ERRORS:
+            raise WireError(f"a message is no {kind.__name__}: {e.error_count()} things are wrong in it") from None
         first = e.errors()[0]
         place = ".".join(map(str, first["loc"])) or "head"
-        raise WireError(f"a message is no {kind.__name__}: {place}: {first['msg']}") from e
+        raise WireError(brief(f"a message is no {kind.__name__}: {place}: {first['msg']}")) from e
 
 
 def text(records: RecordDict) -> str:
@@ -38,7 +42,7 @@ def text(records: RecordDict) -> str:
     head = records.config_records.get("head")
     found = head.get("json") if head is not None else None
     if not isinstance(found, str):
-        raise WireError(f"a message has no head; it has {', '.join(records) or 'nothing'}")
+        raise WireError(brief(f"a message has no head; it has {', '.join(records) or 'nothing'}"))
     return found
 
 
@@ -60,7 +64,19 @@ def read_vector(records: RecordDict, dtype: str) -> Tensor:
         bits = torch.from_numpy(arrays[0].numpy())
     if bits.dim() != 1 or bits.dtype != CARRIED.get(kind, kind):
         raise WireError(f"an array is {bits.dtype} of shape {tuple(bits.shape)}; its head says a vector of {dtype}")
-    return bits.view(kind)
+    _as_told(arrays[0], bits)
+    return bits.view(kind) if len(bits) else torch.empty(0, dtype=kind)  # numpy's empty vector has no stride
+
+
+def _as_told(array: Array, bits: Tensor) -> None:
+    """Refuse an array that is not what Flower's own fields say, or that has bytes behind its numbers."""
+    told = array.dtype, tuple(array.shape)
+    found = dtype_name(bits), tuple(bits.shape)
+    ends = 10 + int.from_bytes(array.data[8:10], "little") + bits.nbytes  # numpy's header says its own length
+    if told != found or ends != len(array.data):
+        raise WireError(
+            brief(f"an array says it is {told} in {len(array.data)} bytes; there are {found} in {ends} bytes")
+        )
 
 
 def dtype_name(vector: Tensor) -> Any:
@@ -68,10 +84,18 @@ def dtype_name(vector: Tensor) -> Any:
     return str(vector.dtype).removeprefix("torch.")
 
 
+def brief(words: str) -> str:
+    """Words in which something that came may stand, so that they fit a line of a log: printable, and not too long."""
+    kept = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + "..."
+    return "".join(c if c.isprintable() else "?" for c in kept)
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Whatever the libraries say of bytes that are not what they should be, as one sentence."""
     try:
         yield
+    except WireError as e:
+        raise WireError(brief(str(e))) from e
     except Exception as e:  # numpy's reader alone raises five kinds, SyntaxError and TokenError among them
-        raise WireError(f"{what} could not be read: {type(e).__name__}: {e}") from e
+        raise WireError(brief(f"{what} could not be read: {type(e).__name__}: {e}")) from e

@@ -109,4 +109,7 @@ class Traffic:
     def receive(self, update: Update, itemsize: int = 4) -> None:
         """Count an update."""
         self.up += update.masked.numel() * itemsize if update.masked is not None else 0
+        if update.packed:
+            self.up += update.packed.nbytes
+            return
         self.up += sum(t.numel() * itemsize for s in SIDES for t in update.lora.side(s).values())

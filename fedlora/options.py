@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 Names = tuple[str, ...]
+Encoding = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,12 @@ class ClientConfig:
     """What a client goes by, whatever the server asks."""
 
     egress: Annotated[Names, "tensors that may leave it, as SIDE MODULE, with *"] = ("A *", "B *", "R *", "H *")
+
+
+@dataclass(frozen=True)
+class MessageConfig:
+    """How the numbers travel."""
+
+    up: Annotated[Encoding, "a client's change; int8 has a scale a row or column"] = "float32"
+    feedback: Annotated[bool, "a client adds what rounding left out to its next change, where the factors stay"] = True
+    down: Annotated[Literal["float32", "bfloat16"], "where a client starts; offsets stay float32"] = "float32"

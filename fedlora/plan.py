@@ -10,6 +10,7 @@ from .central import Central, Release
 from .lora import LoRA
 from .masking import SecureConfig
 from .metrics import Metrics
+from .options import MessageConfig
 from .options import Policy as Policy
 from .privacy import Terms
 from .strategy import Spent, Training
@@ -91,3 +92,4 @@ class Plan:
     terms: Terms | None = None  # of clients that hide their records
     central: Central | None = None  # the server hides clients
     secure: SecureConfig | None = None  # it sees sums alone
+    messages: MessageConfig = field(default_factory=MessageConfig)

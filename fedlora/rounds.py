@@ -17,7 +17,7 @@ from .errors import RoundFailed, StrategyError
 from .exactness import distance
 from .flat import Traffic
 from .gather import Answers, Failure, Gathered, Sum, gather
-from .lora import LoRA
+from .lora import SIDES, LoRA
 from .metrics import Metrics, spread
 from .plan import Past, Plan, Policy, Round
 from .sketch import narrow
@@ -203,7 +203,17 @@ def _job(
     known = spent[client.id].charges if spent and client.id in spent else 0
     privacy = plan.terms.of(client, known) if plan.terms else None
     filled = {"seed": plan.seed, "round": t, "rounds": plan.rounds, "metrics": plan.metrics, "privacy": privacy}
-    return replace(job, training=plan.training, **filled)  # type: ignore[arg-type]
+    return _small(replace(job, training=plan.training, **filled), strategy, plan)  # type: ignore[arg-type]
+
+
+def _small(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
+    """The job with how its numbers travel; masks, and changes of a product, go as they are."""
+    if plan.messages.down == "bfloat16":
+        sides = {s: {m: t.bfloat16().to(t.dtype) for m, t in job.start.side(s).items()} for s in SIDES}
+        job = replace(job, start=LoRA(**sides))
+    if plan.secure or job.resumes:
+        return job
+    return replace(job, upload=plan.messages.up, feedback=plan.messages.feedback and strategy.continues)
 
 
 def _evaluate(

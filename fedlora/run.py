@@ -100,6 +100,7 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
         terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
         central=_central(setup) if config.dp.by_client else None,
         secure=config.secure if config.secure.aggregation else None,
+        messages=config.messages,
     )
     state = past.state if past else strategy.init(setup.start)
     promised = _promise(setup, plan, strategy, state, fleet) if config.dp.on or plan.secure else {}

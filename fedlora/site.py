@@ -1,5 +1,6 @@
 """A client's place: its own data, what it keeps on its own disk, and its word on what it will do."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -9,17 +10,21 @@ from pathlib import Path
 from typing import Literal
 
 from . import preflight, worker
+from .compress import with_feedback
 from .data import Rows
 from .dpsgd import STANDARD, Mechanism, Records
 from .encode import Encoder, Example
 from .errors import PrivacyError
 from .flat import digest
 from .ledger import Ledger, fingerprint
+from .lora import LoRA
 from .model import Model
 from .seat import Seat
 from .sketch import narrow, widen
 from .store import Answer, Store
 from .strategy import Ask, Client, Job, Privacy, Update
+
+log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +118,18 @@ class Desk:
         inner = narrow(job)  # of a sketch, if the server has not; it cannot where it is not to see the update
         update = self._private(model, inner, job.privacy) if job.privacy else self._plain(model, inner)
         update = replace(update, lora=widen(job, update.lora))
-        return self.seat.mask(job, update) if job.masking else update
+        return self.seat.mask(job, update) if job.masking else self._small(job, update)
+
+    def _small(self, job: Job, update: Update) -> Update:
+        """The update as it travels in few bytes, and as the server will have it."""
+        if job.upload == "float32":
+            return update
+        store = Store(self.folder, "left")
+        residual = store.before(job.round) if job.feedback else LoRA()
+        packed, received, left = with_feedback(job.start, update.lora, residual, job.upload)
+        if job.feedback:
+            store.keep(job.round, left)
+        return replace(update, lora=received, packed=packed)
 
     def _plain(self, model: Model, job: Job) -> Update:
         store, last = Store(self.folder), Answer(self.folder)
@@ -121,6 +137,7 @@ class Desk:
         if self.once and (done := last.to(name)):
             return done
         update, kept = worker.train(model, job, self.id, self.site.train, store.before(job.round))
+        log.debug("trained round %d", job.round + 1)
         store.keep(job.round, kept)
         if self.once:
             last.keep(name, update)

@@ -6,12 +6,16 @@ A strategy never runs on a client: all that a client must do is data in a `Job`,
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor
 
 from .lora import LoRA
+from .options import Encoding
 from .options import Training as Training
+
+if TYPE_CHECKING:
+    from .compress import Packed
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Job:
     privacy: Privacy | None = None  # DP-SGD instead; the run fills it in, as all below
     masking: Masking | None = None  # of the update, by secure aggregation
     metrics: bool = True  # may the client tell its training loss?
+    upload: Encoding = "float32"  # what its change travels in (see `compress`)
+    feedback: bool = False  # and whether what rounding left out is added to its next
     training: Training = field(default_factory=Training)
     seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
     round: int = 0  # from 0
@@ -99,6 +105,7 @@ class Update:
     examples: int
     loss: float | None  # mean over the round's training; None where it is not to be told
     spent: Spent | None = None  # of a private job
+    packed: "Packed | None" = None  # the change from the job's start as it travels, where `lora` is what that brings
     masked: Tensor | None = None  # of a job with masking, instead of the lora: (n,) int32, to be read as unsigned
 
 

@@ -16,19 +16,21 @@ from flwr.app import ArrayRecord, RecordDict
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
+from .compress import Packed
 from .envelope import as_array, dtype_name, pack, read_head, read_vector, reading, text
 from .errors import WireError
 from .flat import Flat, count, flatten, name_of
 from .lora import SIDES, LoRA
 from .metrics import Metrics
+from .options import Encoding
 from .strategy import Ask, Client, Job, Masking, Privacy, Spent, Training, Update
 
 RUN = "[a-z0-9-]{0,40}"
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64", "int32"]
+Dtype = Literal["float32", "float64", "bfloat16", "float16", "int64", "int32", "int8"]
 PLAIN = (  # of a Job
     *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "privacy", "masking", "metrics"),
-    *("training", "seed", "round", "rounds"),
+    *("upload", "feedback", "training", "seed", "round", "rounds"),
 )
 
 
@@ -45,6 +47,8 @@ class JobHead:
     privacy: Privacy | None
     masking: Masking | None
     metrics: bool
+    upload: Encoding
+    feedback: bool
     training: Training
     seed: int
     round: int
@@ -64,6 +68,7 @@ class UpdateHead:
     dtype: Dtype
     name: str  # hash of the vector and the manifest
     round: int
+    scales: int = 0  # of an int8 vector, float32 behind its numbers
 
 
 @checked(frozen=True, config=STRICT)
@@ -168,10 +173,19 @@ def pack_update(update: Update, round: int) -> RecordDict:
         name = name_of(update.masked, "")
         hidden = UpdateHead(update.examples, None, update.spent, "", "int32", name, round)
         return pack(hidden, as_array(update.masked))
+    if update.packed:
+        return _pack_small(update, update.packed, round)
     dtypes = {t.dtype for s in SIDES for t in update.lora.side(s).values()}
     flat = flatten(update.lora, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     told = update.examples, update.loss, update.spent, flat.manifest
     return pack(UpdateHead(*told, dtype_name(flat.vector), flat.name, round), as_array(flat.vector))
+
+
+def _pack_small(update: Update, packed: Packed, round: int) -> RecordDict:
+    """A change in few bytes; scales travel in the one array, behind the numbers."""
+    vector = torch.cat([packed.numbers, packed.scales.view(packed.numbers.dtype)])
+    told = update.examples, update.loss, update.spent, packed.manifest, dtype_name(vector)
+    return pack(UpdateHead(*told, name_of(vector, packed.manifest), round, len(packed.scales)), as_array(vector))
 
 
 def pack_ask(ask: Ask) -> RecordDict:

@@ -62,9 +62,10 @@ def _ordered(grid: Grid, desk: Desk) -> None:
     desk.put_status(Status("running", os.getpid(), attempt=attempt))
     try:
         with desk.screen.open("a", encoding="utf-8") as out:
-            _serve(grid, desk, desk.order(), Screen(Console(file=out, highlight=False, soft_wrap=True, width=200)))
+            screen = Screen(Console(file=out, highlight=False, soft_wrap=True, width=200))
+            _serve(grid, desk, desk.order(), screen)
     except FedloraError as e:
-        desk.put_status(Status("failed", os.getpid(), str(e), attempt))
+        desk.put_status(Status("failed", os.getpid(), screen.named(str(e)), attempt))
         raise
     except BaseException as e:
         desk.put_status(Status("crashed", os.getpid(), f"{type(e).__name__}: {e}", attempt))
@@ -112,5 +113,6 @@ def _serve(grid: Grid, desk: Desk, order: Order, screen: Screen) -> None:
     )
     show: Show = monitor
     fleet = FlowerFleet(grid, rules, show.answered, show.waiting)
+    fleet.online = monitor.online
     fleet.journal = Journal(desk.run / "audit.jsonl", side="server", run=folder.run)
     drive(setup, fleet, folder, show)

@@ -60,6 +60,7 @@ class FlowerFleet:
         """
         self.traffic = Traffic()
         self.journal = Journal(None)
+        self.online: Callable[[int], None] = lambda _: None  # told how many are connected, at every look
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
         self._stop = stop or Event()
         self._begun = False
@@ -78,6 +79,7 @@ class FlowerFleet:
         least = max(1, ceil(self._rules.quorum * self._rules.clients))
         while True:
             online = set(self._grid.get_node_ids())
+            self.online(len(online))
             some = self._meet(online)
             since = min(since, time.monotonic()) if len(self._clients) >= least else inf
             late = time.monotonic() - since >= self._rules.wait

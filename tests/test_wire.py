@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import admit, wire
+from fedlora.compress import with_feedback
 from fedlora.errors import WireError
 from fedlora.flat import Parts, Traffic, unflatten
 from fedlora.lora import SIDES, LoRA
 from fedlora.metrics import Metrics
+from fedlora.options import Encoding
 from fedlora.strategy import Client, Job, Training, Update
 from tests.conftest import factors
 
@@ -165,8 +167,8 @@ OTHER = Array(dtype="float32", shape=(1,), stype="pickle", data=b"\x80\x04K\x01.
         (with_head(SENT, '"trains":"ABH"', '"trains":7'), "trains"),
         (with_head(SENT, '"trains"', '"run":"rm","trains"'), "run"),
         (with_head(SENT, '"batch_size":16', '"batch_size":0'), "batch_size"),
-        (with_head(SENT, '"float32"', '"object"'), "dtype"),
-        (with_head(SENT, '"float32"', '"bfloat16"'), "head says a vector of bfloat16"),
+        (with_head(SENT, '"dtype":"float32"', '"dtype":"object"'), "dtype"),
+        (with_head(SENT, '"dtype":"float32"', '"dtype":"bfloat16"'), "head says a vector of bfloat16"),
         (with_head(SENT, "[4, 6]", "[4, 7]"), "numbers by their manifests"),
         (with_head(SENT, "[4, 6]", "[6, 4]"), "hash"),
         (with_head(SENT, "[4, 6]", '[4, \\"x\\"]'), "could not be read"),
@@ -217,3 +219,23 @@ def test_no_byte_can_be_changed_unseen(at: int, byte: int) -> None:
     except WireError:
         return
     assert equal(back.start, receive(wire.read_order(SENT)).start)
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
+def test_a_small_update_arrives_as_its_client_reckons_with_it(encoding: Encoding) -> None:
+    """In a half or a quarter of the bytes, and bit for bit what `with_feedback` says that the server will have."""
+    start, trained = factors(1, dtype=torch.float32), factors(2, dtype=torch.float32)
+    packed, received, _ = with_feedback(start, trained, LoRA(), encoding)
+    records = wire.pack_update(Update(received, 1, 0.5, packed=packed), 0)
+    back = admit.read_update(records, Job(start, upload=encoding))
+    assert isinstance(back, Update) and back.packed is not None and back.packed.nbytes == packed.nbytes
+    assert all(torch.equal(t, back.lora.side(s)[m]) for s in "ABH" for m, t in received.side(s).items())
+
+
+def test_an_update_in_another_encoding_than_asked_for_is_refused() -> None:
+    start = factors(1, dtype=torch.float32)
+    packed, received, _ = with_feedback(start, factors(2, dtype=torch.float32), LoRA(), "int8")
+    records = wire.pack_update(Update(received, 1, 0.5, packed=packed), 0)
+    for asked in ("float32", "bfloat16"):
+        with pytest.raises(WireError, match="an update is of int8"):
+            admit.read_update(records, Job(start, upload=asked))

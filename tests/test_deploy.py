@@ -1,0 +1,173 @@
+"""A deployed run on loopback, with TLS and keys: the simulation's adapter, whatever is killed, and no stranger in it."""
+
+import json
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedlora.processes import program
+from tests.federation import SLOW, Federation, kill_all, named
+from tests.models import make
+from tests.test_simulate import fedlora
+
+CONFIG = """
+clients = 3
+cohort = 3
+rounds = 4
+strategy = "fedsa_lora"
+threads = 1
+[model]
+path = "{model}"
+max_length = 16
+head = "shared"
+[lora]
+rank = 3
+dropout = 0.1
+[data]
+eval = "{eval}"
+holdout = 0.2
+[train]
+steps = {steps}
+batch_size = 4
+lr = 0.01
+[server]
+quorum = 0.5
+wait = 600
+"""
+ATTACKS = {
+    "start a run": "/v1/control/start-run",
+    "list clients": "/v1/control/list-nodes",
+    "register a client": "/v1/control/register-node",
+    "take a task": "/v1/runtime/acquire-task",
+    "take a task by a detour": "/v1/fleet/../runtime/acquire-task",
+    "take a task by an encoded detour": "/v1/fleet/%2e%2e/runtime/acquire-task",
+}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Data, keys and clients; the clients stay for all that follows."""
+    folder = tmp_path_factory.mktemp("federation")
+    make("llama", folder / "model")
+    draw = Random(0)
+    for name in ("client_1", "client_2", "client_3", "eval"):
+        rows = [{"text": " ".join(f"w{draw.randrange(60)}" for _ in range(draw.randint(4, 12)))} for _ in range(20)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = CONFIG.format(model=folder / "model", eval=folder / "eval.jsonl", steps=60)
+    (folder / "run.toml").write_text(text)
+    made = Federation(folder, folder / "run.toml", folder / "model")
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def simulated(federation: Federation) -> Path:
+    """The same config as a simulation."""
+    folder = federation.folder
+    words = ["simulate", "--config", federation.config, "--data", folder / "client_*.jsonl", "--engine", "serial"]
+    done = fedlora(*map(str, words), "--out", str(folder / "simulated"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "simulated"
+
+
+@pytest.fixture(scope="module")
+def resumed(federation: Federation) -> Path:
+    """A run whose server, all of it, is killed in the middle of its second round, and then a client, in its third."""
+    clients = [federation.client(n) for n in (1, 2, 3)]
+    first = federation.server("run")
+    federation.until(lambda: federation.is_training(1, "run", 2))
+    kill_all(first)
+    again = federation.server("run")
+    federation.until(lambda: len(federation.records("run")) == 2)
+    del clients
+    assert again.wait(SLOW) == 0, federation.everything()
+    return federation.folder / "run"
+
+
+def test_a_run_whose_server_was_killed_ends_with_the_simulations_adapter(resumed: Path, simulated: Path) -> None:
+    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (resumed, simulated))
+    assert ours.keys() == theirs.keys()
+    for name, matrix in theirs.items():
+        torch.testing.assert_close(ours[name], matrix, rtol=0, atol=1e-6)
+
+
+def test_rounds_and_clients_own_models_are_the_simulations(resumed: Path, simulated: Path) -> None:
+    """FedSA-LoRA's B and head never leave a client: its own model shows that they were kept over the crash."""
+    ours, theirs = ([json.loads(line) for line in (f / "rounds.jsonl").open()] for f in (resumed, simulated))
+    for x, y in zip(ours, theirs, strict=True):
+        assert (x["round"], x["clients"], x["answered"]) == (y["round"], y["clients"], y["answered"])
+        assert x["train_loss"] == pytest.approx(y["train_loss"], abs=1e-6)
+        assert x["eval_clients"] == pytest.approx(y["eval_clients"], abs=1e-5)
+
+
+def test_both_sides_log_what_left_and_entered_by_name(resumed: Path, federation: Federation) -> None:
+    received = [json.loads(line) for line in (resumed / "audit.jsonl").open()]
+    updates = [e for e in received if e["event"] == "received" and e["what"] == "train"]
+    assert updates and all(t.startswith("A ") for e in updates for t in e["tensors"]) and updates[0]["bytes"] > 0
+    left = [e for e in federation.events(1) if e["event"] == "left" and e["what"] == "update"]
+    assert len(left) >= 4 and left[0]["tensors"] == updates[0]["tensors"]
+
+
+def test_no_job_is_done_twice(resumed: Path, federation: Federation) -> None:
+    """The round that the crash cut off was asked for again; its answer lay on the disk, or it had not been done."""
+    trained = (federation.state(1) / "logs" / "worker.log").read_text().count("trained round")
+    assert trained == 4
+
+
+def test_a_killed_client_is_missed_named_and_back(federation: Federation, resumed: Path) -> None:
+    client, server = federation.running[1], federation.server("killed", "--server.deadline", "40", "--rounds", "6")
+    federation.until(lambda: federation.is_training(2, "killed", 2))
+    kill_all(client)
+    federation.client(2)
+    assert server.wait(2 * SLOW) == 0, federation.everything()
+    records = federation.records("killed")
+    assert len(records) == 6 and records[1]["answered"] == 2 and list(records[1]["failed"]) == ["1"]
+    assert (federation.folder / "killed" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_whoever_has_the_authoritys_certificate_alone_gets_nowhere(federation: Federation, resumed: Path) -> None:
+    """At the door of a running server: control, tasks and lists are not there, and joining needs a registered key."""
+    server = federation.server("attacked", "--rounds", "50")
+    federation.until(lambda: federation.records("attacked"))
+    trust = ssl.create_default_context(cafile=str(federation.keys / "server" / "ca.crt"))
+    before = len(federation.records("attacked"))
+    with httpx.Client(base_url=f"https://localhost:{federation.port}", verify=trust, trust_env=False) as http:
+        assert http.get("/health").status_code == 200
+        for what, path in ATTACKS.items():
+            answer = http.send(httpx.Request("POST", f"https://localhost:{federation.port}{path}", content=b""))
+            assert answer.status_code in (400, 404) and not answer.content, what
+        for path in ("activate-node", "pull-messages", "send-node-heartbeat", "get-run", "pull-object"):
+            assert http.post(f"/v1/fleet/{path}").status_code in (401, 403), path
+    federation.until(lambda: len(federation.records("attacked")) > before)
+    server.terminate()
+    assert server.wait(SLOW) == 130
+
+
+@pytest.mark.parametrize("key", ["none", "of nobody"])
+def test_nobody_joins_without_a_registered_key(key: str, federation: Federation, tmp_path: Path) -> None:
+    server = federation.server(f"joined-{key[:2]}", "--rounds", "50")
+    federation.until(lambda: federation.records(f"joined-{key[:2]}"))
+    command = [program("flower-supernode"), "--superlink", f"localhost:{federation.port}", "--max-retries", "1"]
+    command += ["--root-certificates", str(federation.keys / "server" / "ca.crt"), "--port", "0"]
+    if key == "of nobody":
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(tmp_path / "key")], check=True
+        )
+        command += ["--auth-supernode-private-key", str(tmp_path / "key")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW, check=False)
+    assert done.returncode != 0 and "200" not in done.stdout.split(), done.stdout
+    server.terminate()
+    assert server.wait(SLOW) == 130
+
+
+def test_ctrl_c_leaves_nothing_behind(federation: Federation) -> None:
+    pids = [pid for process in federation.running for pid in named(process.pid, "")]
+    federation.end()
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
