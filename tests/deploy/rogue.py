@@ -1,0 +1,135 @@
+"""A client that is registered and means ill: its SuperNode and its keys are real, its worker is this one.
+
+    python tests/deploy/rogue.py --socket S --state DIR --id 2 --sends nan,shape,round,random,same,huge
+
+In round n it works out an honest update, and sends what the n-th word says in its place.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import grpc
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedlora.client import relay, service
+from fedlora.client.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Numbers, TaskPiece
+from fedlora.envelope import as_array, read_vector, text
+from fedlora.flat import name_of
+
+HUGE = 2 * 2**30  # bytes
+PIECES = HUGE // relay.CHUNK
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An answer that is being forged: what it says, and its numbers."""
+
+    head: dict[str, Any]
+    vector: torch.Tensor
+
+    def signed(self) -> RecordDict:
+        """With the hash that belongs to these numbers, so that no hash gives it away."""
+        head = self.head | {"name": name_of(self.vector, self.head["manifest"])}
+        return RecordDict({"head": ConfigRecord({"json": json.dumps(head)}), "array": as_array(self.vector)})
+
+
+def nan(honest: Upload) -> RecordDict:
+    """One number of many is none."""
+    vector = honest.vector.clone()
+    vector[len(vector) // 2] = torch.nan
+    return Upload(honest.head, vector).signed()
+
+
+def shape(honest: Upload) -> RecordDict:
+    """As many numbers as were asked for, the first matrix turned on its side."""
+    manifest = json.loads(honest.head["manifest"])
+    manifest[0][2].reverse()
+    return Upload(honest.head | {"manifest": json.dumps(manifest)}, honest.vector).signed()
+
+
+def round(honest: Upload) -> RecordDict:
+    """A round that is to come."""
+    return Upload(honest.head | {"round": honest.head["round"] + 7}, honest.vector).signed()
+
+
+def random(honest: Upload) -> RecordDict:
+    """A head as it should be; bytes of no format where the numbers should be."""
+    array = Array("float32", tuple(honest.vector.shape), "numpy.ndarray", os.urandom(4 * len(honest.vector)))
+    return RecordDict(
+        {"head": ConfigRecord({"json": json.dumps(honest.head)}), "array": ArrayRecord({"vector": array})}
+    )
+
+
+FORGED: dict[str, Callable[[Upload], RecordDict]] = {"nan": nan, "shape": shape, "round": round, "random": random}
+
+
+def forge(honest: RecordDict, word: str) -> RecordDict:
+    """An honest answer made a false one."""
+    head = json.loads(text(honest))
+    false = FORGED[word](Upload(head, read_vector(honest, head["dtype"])))
+    false.config_records["head"]["run"] = relay.split(honest)[1]
+    return false
+
+
+def huge(honest: RecordDict, same: bool) -> Iterator[AnswerPiece]:
+    """2 GB, made as they are sent; where they are the same over and over, Flower carries them once."""
+    head, run, _ = relay.split(honest)
+    told = Numbers(dtype="float32", shape=[HUGE // 4], bytes=HUGE)
+    yield AnswerPiece(answer=Answer(run=run, head=head, numbers=told))
+    for _ in range(PIECES):
+        yield AnswerPiece(chunk=bytes(relay.CHUNK) if same else os.urandom(relay.CHUNK))
+
+
+def handle(bench: service.Bench, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+    """Answer a task: who it is honestly, a round's work as the words say."""
+    task, data = next(pieces).task, b"".join(piece.chunk for piece in pieces)
+    honest = bench.do(task, data)
+    if isinstance(honest, str):
+        yield AnswerPiece(failed=Failed(reason=honest))
+        return
+    if task.kind == Kind.TRAIN and not text(honest).startswith('{"lacks"'):
+        word = words[min(json.loads(task.head)["round"], len(words) - 1)]
+        if word == "nothing":
+            yield AnswerPiece(failed=Failed(reason="it sends nothing"))
+            return
+        if word in ("same", "huge"):
+            yield from huge(honest, word == "same")
+            return
+        honest = forge(honest, word)
+    head, run, array = relay.split(honest)
+    yield AnswerPiece(answer=Answer(run=run, head=head, numbers=relay.numbers(array)))
+    yield from (AnswerPiece(chunk=chunk) for chunk in relay.chunks(array))
+
+
+def main() -> None:
+    """Serve until it is killed."""
+    parser = argparse.ArgumentParser()
+    for name in ("socket", "state", "id", "sends"):
+        parser.add_argument(f"--{name}", required=True)
+    options = parser.parse_args()
+    bench = service.Bench(service.Mine(int(options.id), Path(options.state), {}))
+    server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
+    words = options.sends.split(",")
+    method = grpc.stream_stream_rpc_method_handler(
+        lambda pieces, _: handle(bench, words, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.SERVICE, {"Do": method}),))
+    state = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    server.add_insecure_port(f"unix:{options.socket}")
+    server.start()
+    state.set(service.SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    Event().wait()
+
+
+if __name__ == "__main__":
+    main()
