@@ -8,6 +8,7 @@ where Flower's own commands start the app, the worker is this process.
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -33,7 +34,11 @@ def _serve(do: Do, kind: str, message: Message, context: Context) -> Message:
 
 
 def _do(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
-    worker = context.node_config.get("worker")
+    worker, told = context.node_config.get("worker"), context.node_config.get("cold")
+    if told:
+        from fedlora.client.service import cold  # slow, as that is asked for: fedlora client --cold
+
+        return cold(Path(str(told)), kind, content)
     if not worker:
         from fedlora.client.local import do  # slow: it loads torch
 

@@ -26,7 +26,7 @@ import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedlora.errors import ConfigError
-from fedlora.processes import Process, alone, free_port, program, stop
+from fedlora.processes import Process, Tail, alone, free_port, home, program, stop
 from fedlora.provision import read_client
 
 CLOCK = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
@@ -34,6 +34,7 @@ AHEAD = 300.0  # and ahead of it
 HANGS = 120.0  # seconds without a sign of life after which a worker is started again
 REFUSED = ("2004", "2001")  # what Flower says of a key: it is not known, or in use
 PORT = 8443
+MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,24 @@ class Asked:
     name: str
     settings: Mapping[str, Any]  # its own
     worker: Path | None = None  # the socket of one that is started elsewhere
+    cold: bool = False  # none: the model is loaded for every message, and takes no memory between them
 
     @property
     def url(self) -> str:
         return f"{'https' if self.credentials else 'http'}://{self.server}"
 
 
-def asked(
-    server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any], worker: Path | None
-) -> Asked:
+def asked(server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any]) -> Asked:
     """What was asked for, checked. Raises `ConfigError` for what does not go together."""
     if credentials:
         who = read_client(credentials)
         if id not in (None, who.id):
             raise ConfigError(f"--id {id}: the keys in {credentials} are those of {who.name}, number {who.id}")
         address = server or who.server
-        return Asked(_address(address), credentials, state, who.id, who.name, settings, worker)
+        return Asked(_address(address), credentials, state, who.id, who.name, settings)
     if id is None:
         raise ConfigError("without keys a client needs a number of its own: --id 0")
-    return Asked(_address(server), None, state, id, f"client {id}", settings, worker)
+    return Asked(_address(server), None, state, id, f"client {id}", settings)
 
 
 def serve(asked: Asked) -> None:
@@ -107,10 +107,14 @@ def reachable(asked: Asked) -> None:
             )
 
 
+def told(asked: Asked) -> str:
+    """Who the client is and what is its own, for its worker."""
+    return json.dumps({"id": asked.id, "state": str(asked.state.absolute()), "settings": dict(asked.settings)})
+
+
 def worker_command(asked: Asked, socket: Path) -> list[str]:
     """The command line of the worker that belongs to this client."""
-    told = json.dumps({"id": asked.id, "state": str(asked.state.absolute()), "settings": dict(asked.settings)})
-    return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", told]
+    return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", told(asked)]
 
 
 @dataclass
@@ -123,20 +127,20 @@ class Watch:
     processes: list[Process] = field(default_factory=list)
     _again: dict[str, float] = field(default_factory=dict)  # process -> when it is started again
     _alive: float = 0.0  # when the worker last gave a sign of life
-    _shown: int = 0  # lines of the worker's that were shown
 
     def run(self) -> None:
         """Start them, and start again what dies."""
-        logs, port = self.asked.state / "logs", free_port()
+        logs, port, flower = self.asked.state / "logs", free_port(), home(self.asked.state)
+        screen = Tail(logs / "screen.log")
         secret = self.scratch / "superexec.secret"
         secret.write_text(token_hex(32))
-        node = Process("SuperNode", self._node(port, secret), logs / "supernode.log")
+        node = Process("SuperNode", self._node(port, secret), logs / "supernode.log", flower)
         command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
         superexec = Process(
             "SuperExec", [*command, "--superexec-auth-secret-file", str(secret)], logs / "superexec.log"
         )
         self.processes = [node, superexec]
-        if not self.asked.worker:
+        if not (self.asked.worker or self.asked.cold):
             worker = Process("worker", worker_command(self.asked, self.socket), logs / "worker.log")
             self.processes.insert(0, worker)
         for process in self.processes:
@@ -145,12 +149,16 @@ class Watch:
         print(f"{self.asked.name} takes part at {self.asked.server}; logs in {logs}", flush=True)
         while True:
             time.sleep(0.3)
+            screen.show()
             self._revive()
             self._look_at_worker()
 
     def _node(self, port: int, secret: Path) -> list[str]:
         asked = self.asked
         config = f"partition-id={asked.id} worker='{self.socket}'"
+        if asked.cold:
+            (self.scratch / "told.json").write_text(told(asked))
+            config = f"partition-id={asked.id} cold='{self.scratch / 'told.json'}'"
         command = [program("flower-supernode"), "--superlink", asked.server, "--isolation", "process"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
         command += ["--superexec-auth-secret-file", str(secret)]
@@ -165,6 +173,8 @@ class Watch:
         for process in self.processes:
             if process.alive:
                 continue
+            if process.name == "worker" and process.code == MISTAKE:
+                raise ConfigError(process.last_words(1).removeprefix("error: "))
             due = self._again.get(process.name)
             if due is None:
                 why, pause = self._why(process)
@@ -190,7 +200,7 @@ class Watch:
     def _look_at_worker(self) -> None:
         """One that hangs is killed; `_revive` starts it again."""
         now = time.monotonic()
-        if self.asked.worker or now - self._alive < HANGS / 4:
+        if self.asked.worker or self.asked.cold or now - self._alive < HANGS / 4:
             return
         worker = self.processes[0]
         if is_serving(self.socket):

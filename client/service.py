@@ -56,9 +56,13 @@ class Bench:
         """One task's work, alone."""
         content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
         with self._lock:
-            if task.kind == Kind.WHO:
-                return work.do("who", content, lambda run: self._place(run, wire.read_hello(content).settings))
-            return work.do(Kind.Name(task.kind).lower(), content, self._place)
+            return self.work(Kind.Name(task.kind).lower(), content)
+
+    def work(self, kind: str, content: RecordDict) -> RecordDict | str:
+        """A message's work; who is asked who it is, is told the run's settings."""
+        if kind == "who":
+            return work.do(kind, content, lambda run: self._place(run, wire.read_hello(content).settings))
+        return work.do(kind, content, self._place)
 
     def _place(self, run: str, told: Mapping[str, Any] | None = None) -> work.Place:
         if not run:
@@ -74,7 +78,7 @@ class Bench:
         party, mine = self._party, self.mine
         desk = Desk(mine.id, party.site, folder, insists(mine.settings, mine.state / "ledgers"), once=True)
         journal = Journal(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
-        return work.Place(party.model, desk, PartStore(folder), party.rank, journal)
+        return work.Place(party.model, desk, PartStore(folder), party.rank, journal, told=True)
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
@@ -86,18 +90,33 @@ def _settings(folder: Path) -> Mapping[str, Any]:
     return settings
 
 
+def cold(told: Path, kind: str, content: RecordDict) -> RecordDict | str:
+    """A message's work in this process, which loads the model for it; `told` is the file that says whose it is."""
+    mine = json.loads(told.read_text())
+    return Bench(Mine(int(mine["id"]), Path(mine["state"]), mine["settings"])).work(kind, content)
+
+
 def serve(socket: Path, mine: Mine) -> None:
     """Serve until SIGTERM or SIGINT; the socket can be opened by its owner alone."""
     ended = Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
-    log.setLevel(logging.DEBUG)
+    _shows(mine.state / "logs" / "screen.log")
     server, state = start(socket, Bench(mine).do)
     log.info("worker of client %d is ready", mine.id)
     ended.wait()
     state.enter_graceful_shutdown()
     server.stop(grace=1).wait()
     os._exit(0)  # a job that is being trained ends here; it is done again when it is asked for again
+
+
+def _shows(screen: Path) -> None:
+    """What a person is to see goes to the file that `fedlora client` shows; all of it to this process's log."""
+    screen.parent.mkdir(parents=True, exist_ok=True)
+    shown = logging.FileHandler(screen)
+    shown.setLevel(logging.INFO)
+    log.addHandler(shown)
+    log.setLevel(logging.DEBUG)
 
 
 def start(socket: Path, do: Callable[[Task, bytes], RecordDict | str]) -> tuple[grpc.Server, health.HealthServicer]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import RecordDict
 
@@ -27,6 +28,7 @@ class Place:
     parts: PartStore  # what it need not be sent again
     rank: int
     journal: Journal = Journal(None)  # noqa: RUF009  of none, it writes nothing
+    told: bool = False  # is there a person to see each round's end?
 
     def job(self, content: RecordDict) -> Job | wire.Lacks:
         """The job of a message, or what is lacking for it."""
@@ -57,7 +59,10 @@ def train(place: Place, content: RecordDict) -> RecordDict:
     if isinstance(job, wire.Lacks):
         return wire.pack_lacks(job)
     update = place.desk.answer(place.model, job)
-    place.journal.write("left", what="update", round=job.round + 1, **_leaves(job, update))
+    leaves = _leaves(job, update)
+    place.journal.write("left", what="update", round=job.round + 1, **leaves)
+    if place.told:
+        log.info("round %d of %d: %s", job.round + 1, job.rounds, _in_words(leaves))
     return wire.pack_update(update, job.round)
 
 
@@ -92,10 +97,14 @@ def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordD
         return f"{type(e).__name__}: {e}"
 
 
-def _leaves(job: Job, update: Update) -> dict[str, object]:
+def _leaves(job: Job, update: Update) -> dict[str, Any]:
     """What an update brings out of here: the names and bytes of its tensors."""
     masked = update.masked
     if masked is not None:
         return {"bytes": masked.nbytes, "tensors": ["masked"]}
     own = {f"{s} {m}": t.nbytes for s in job.shares for m, t in update.lora.side(s).items()}
-    return {"bytes": sum(own.values()), "tensors": list(own)}
+    return {"bytes": update.packed.nbytes if update.packed else sum(own.values()), "tensors": list(own)}
+
+
+def _in_words(leaves: Mapping[str, Any]) -> str:
+    return f"{leaves['bytes']:,} bytes leave for the server, of {len(leaves['tensors'])} tensors"

@@ -100,6 +100,12 @@ def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> tup
     return form, kept[0], held[0] if held else ()
 
 
+def readable(path: str) -> None:
+    """Raise `DataError` for a file that cannot be read, before anybody waits for what is in it; no path: nothing."""
+    if path:
+        read(path, 0)
+
+
 def public(path: str, form: Form) -> Rows:
     """Rows of the run's form that are nobody's secret; none without a path. Raises `DataError` with the place."""
     tables = read(path, 0) if path else []

@@ -1,12 +1,13 @@
 """The commands of a deployment: `provision`, `server`, `client`, `worker`. Light at the top, as `__main__` is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import ConfigError
+from .errors import ConfigError, FedloraError
 
 DOTTED = {"allow_extra_args": True, "ignore_unknown_options": True}
 Text = str | None
@@ -96,12 +97,16 @@ def client(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of its own.")] = None,
     worker: Annotated[Path | None, typer.Option(help="Socket of a fedlora worker that is started elsewhere.")] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Load the model for every message: slow, but small between.")
+    ] = False,
 ) -> None:
     """Take part in runs of a server. Its own settings are options too: where its data are, and what it insists on."""
     from .client.serve import asked, serve
 
     _needs(credentials, insecure, "client")
-    serve(asked(server, credentials, state, id, _mine(context, config, data, model), worker))
+    who = asked(server, credentials, state, id, _mine(context, config, data, model))
+    serve(replace(who, worker=worker, cold=cold))
 
 
 @app.command(context_settings=DOTTED)
@@ -126,9 +131,15 @@ def worker(
     if state is None:
         raise ConfigError("a worker keeps what is its client's: give it --state, a folder")
     from .client.service import Mine, serve
+    from .data import readable
     from .simulate import quiet
 
     quiet()
+    try:
+        readable(settings.get("data.path", ""))
+    except FedloraError as e:  # told by its exit code, so that it is not started again
+        print(f"error: {e}")
+        raise typer.Exit(2) from e
     serve(socket, Mine(id, state, settings))
 
 

@@ -85,6 +85,26 @@ class Process:
                 os.killpg(self._child.pid, what)
 
 
+class Tail:
+    """What others write to a file, shown on the screen."""
+
+    def __init__(self, path: Path) -> None:
+        """What is in it already is not shown."""
+        self._path = path
+        self._shown = path.stat().st_size if path.exists() else 0
+
+    def show(self) -> None:
+        """All whole lines since the last time."""
+        if self._path.exists():
+            with self._path.open("rb") as f:
+                f.seek(self._shown)
+                new = f.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._shown += len(whole)
+            sys.stdout.write(whole.decode(errors="replace"))
+            sys.stdout.flush()
+
+
 def stop(processes: Sequence[Process], grace: float = 5.0) -> None:
     """End them all, the last that was started first; those that are still there after `grace` seconds are killed."""
     for process in reversed(processes):
@@ -113,6 +133,23 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as s:
         s.bind((host, 0))
         return int(s.getsockname()[1])
+
+
+def wait_for_port(port: int, process: Process, seconds: float = 60.0) -> None:
+    """Until something listens there. Raises `ConfigError` with the process's last words where it ends before that."""
+    end = time.monotonic() + seconds
+    while process.alive and time.monotonic() < end:
+        with socket.socket() as s:
+            s.settimeout(1)
+            if s.connect_ex(("127.0.0.1", port)) == 0 and process.alive:
+                return
+        time.sleep(0.1)
+    raise ConfigError(f"{process.name} does not listen on port {port}: {process.last_words(1) or 'it said nothing'}")
+
+
+def home(folder: Path) -> dict[str, str]:
+    """Where Flower keeps what it unpacks, if nobody has said: not among the user's own files."""
+    return {} if "FLWR_HOME" in os.environ else {"FLWR_HOME": str((folder / "home").absolute())}
 
 
 def is_alive(pid: int, name: str) -> bool:

@@ -110,6 +110,7 @@ def _serve(grid: Grid, desk: Desk, order: Order, screen: Screen) -> None:
         ranks=setup.ranks,
         told=told(settings),
         base=setup.model.fingerprint,
+        patient=True,
     )
     show: Show = monitor
     fleet = FlowerFleet(grid, rules, show.answered, show.waiting)

@@ -22,7 +22,8 @@ from fedlora.rounds import Answers, Failure
 from fedlora.strategy import Ask, Client, Job, Update
 
 SECURE = f"{MessageType.QUERY}.secure"
-TRIES = 3  # how often a node is asked who it is
+TRIES = 3  # how often a node is asked who it is, one time after another
+AGAIN = 60.0  # seconds after which it is asked again all the same: its owner may have mended what was wrong
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
 X = TypeVar("X")
@@ -43,6 +44,7 @@ class Rules:
     ranks: Sequence[int] = ()  # of each client; none: clients are believed
     told: Mapping[str, int | float | str | bool] = field(default_factory=dict)  # settings that clients go by
     base: str = ""  # fingerprint of the base model that all must have; none: not compared
+    patient: bool = False  # wait for clients that cannot say who they are until they can; else give up
 
 
 class FlowerFleet:
@@ -68,6 +70,7 @@ class FlowerFleet:
         self._nodes: dict[int, int] = {}  # client -> node
         self._asked: dict[str, int] = {}  # message -> the node that was asked who it is
         self._tries: Counter[int] = Counter()
+        self._tried: dict[int, float] = {}  # node -> when it was asked last
         self._wrong: dict[int, str] = {}  # node -> why it could not say
 
     def clients(self) -> Sequence[Client]:
@@ -86,7 +89,8 @@ class FlowerFleet:
             if self._begun or len(self._clients) >= self._rules.clients or late:
                 self._begun = True
                 return [self._clients[i] for i in sorted(self._clients)]
-            self._give_up_if_too_few(online, least)
+            if not self._rules.patient:
+                self._give_up_if_too_few(online, least)
             self._waiting(dict.fromkeys(self._missing(), time.monotonic() - began))
             pause(some)
 
@@ -211,8 +215,10 @@ class FlowerFleet:
 
     def _ask(self, nodes: set[int]) -> None:
         """Ask nodes who they are."""
-        some = [n for n in sorted(nodes) if self._tries[n] < TRIES]
+        now = time.monotonic()
+        some = [n for n in sorted(nodes) if self._tries[n] < TRIES or now - self._tried.get(n, 0.0) > AGAIN]
         if some:
+            self._tried |= dict.fromkeys(some, now)
             hello = wire.pack_hello(self._rules.told)
             messages = [Message(wire.stamp(hello, self._rules.run), n, MessageType.QUERY) for n in some]
             sent = set(self._grid.push_messages(messages))

@@ -21,7 +21,7 @@ from fedlora import config as configuration
 from fedlora.config import FREE, Config, absolute
 from fedlora.defaults import over_defaults
 from fedlora.errors import ConfigError, RoundFailed
-from fedlora.processes import Process, alone, free_port, is_alive, program, stop
+from fedlora.processes import Process, Tail, alone, free_port, home, is_alive, program, stop, wait_for_port
 from fedlora.provision import check_private, read_clients
 from fedlora.server.control import Control, ControlError
 from fedlora.server.order import FOLDER, PARENT, Desk, Order, Status
@@ -68,7 +68,7 @@ def serve(asked: Asked, file: Path | None, given: Mapping[str, Any]) -> None:
             given = configuration.flatten(config)
             desk.put_order(Order(given, names, of, asked.metrics))
             _tell(asked, names, config)
-            Watch(control, desk, processes, config).run()
+            Watch(control, desk, processes, config, Tail(desk.screen)).run()
 
 
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
@@ -113,7 +113,7 @@ def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, list[Process]]
     link, gate = _link(asked, desk, inner, secret), _gate(asked, desk, inner)
     tls = ["--root-certificates", str(asked.certificate)] if asked.certificate else ["--insecure"]
     command = [program("flower-superexec"), "--runtime-api-address", inner, *tls]
-    env = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid())}
+    env = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **home(desk.flower)}
     command += ["--superexec-auth-secret-file", str(secret)]
     superexec = Process("SuperExec", command, desk.flower / "superexec.log", env)
     processes = [superexec] if asked.superlink else [link, gate, superexec]
@@ -122,6 +122,7 @@ def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, list[Process]]
             link.start()
             control.wait(60, lambda: link.alive)
             gate.start()
+            wait_for_port(asked.port, gate)
         else:
             control.wait(300)
         superexec.start()
@@ -145,7 +146,7 @@ def _link(asked: Asked, desk: Desk, address: str, secret: Path) -> Process:
         command += ["--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
     else:
         command += ["--insecure"]
-    return Process("SuperLink", command, desk.flower / "superlink.log")
+    return Process("SuperLink", command, desk.flower / "superlink.log", home(desk.flower))
 
 
 def _gate(asked: Asked, desk: Desk, inner: str) -> Process:
@@ -189,17 +190,16 @@ class Watch:
     desk: Desk
     processes: list[Process]
     config: Config
+    screen: Tail
     _run: int = 0
     _tries: int = 0
     _rounds: int = -1
-    _shown: int = 0  # bytes of the screen
     _since: float = 0.0
     _looked: float = 0.0
     _again: dict[str, float] = field(default_factory=dict)  # process -> when it is started again
 
     def run(self) -> None:
         """Until the run is finished. Raises `RoundFailed` with the reason of one that failed."""
-        self._shown = self.desk.screen.stat().st_size if self.desk.screen.exists() else 0
         self._submit("")
         try:
             while not self._look():
@@ -209,11 +209,11 @@ class Watch:
                 self.control.stop(self._run)
             raise
         finally:
-            self._show()
+            self.screen.show()
 
     def _look(self) -> bool:
         """Is it finished? Whatever is dead meanwhile is begun anew."""
-        self._show()
+        self.screen.show()
         self._revive()
         status = self.desk.status() or Status("submitted")
         if status.state == "finished":
@@ -282,14 +282,3 @@ class Watch:
             elif time.monotonic() >= due:
                 del self._again[process.name]
                 process.start()
-
-    def _show(self) -> None:
-        """What the ServerApp wrote for people since the last look."""
-        if self.desk.screen.exists():
-            with self.desk.screen.open("rb") as f:
-                f.seek(self._shown)
-                new = f.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self._shown += len(whole)
-            sys.stdout.write(whole.decode(errors="replace"))
-            sys.stdout.flush()
