@@ -13,7 +13,7 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -73,7 +73,6 @@ def serve(asked: Asked) -> None:
     with alone(asked.state), _scratch() as scratch:
         if not asked.credentials:
             print("INSECURE: no TLS, no key: anyone on the way can read and change what is sent. For trials only.")
-        reachable(asked)
         watch = Watch(asked, asked.worker or scratch / "worker.sock", scratch)
         try:
             watch.run()
@@ -81,7 +80,7 @@ def serve(asked: Asked) -> None:
             stop(watch.processes)
 
 
-def reachable(asked: Asked) -> None:
+def reachable(asked: Asked, meanwhile: Callable[[], None]) -> None:
     """Wait until the server answers; say why it does not. Raises `ConfigError` for what waiting does not mend."""
     pause, verify = 1.0, _context(asked)
     while True:
@@ -95,7 +94,10 @@ def reachable(asked: Asked) -> None:
                     f"this name ({e}); ask whoever runs the server for the right ca.crt and host"
                 ) from e
             print(f"{asked.server} does not answer ({type(e).__name__}); trying again in {pause:.0f} s", flush=True)
-        time.sleep(pause)
+        end = time.monotonic() + pause
+        while time.monotonic() < end:
+            meanwhile()
+            time.sleep(0.3)
         pause = min(2 * pause, 30.0)
     if date := answer.headers.get("date"):
         ahead = time.time() - parsedate_to_datetime(date).timestamp()
@@ -143,7 +145,9 @@ class Watch:
         if not (self.asked.worker or self.asked.cold):
             worker = Process("worker", worker_command(self.asked, self.socket), logs / "worker.log")
             self.processes.insert(0, worker)
-        for process in self.processes:
+        self.processes[0].start()  # the worker: it says at once what is wrong with the data
+        reachable(self.asked, self._revive)
+        for process in self.processes[1:]:
             process.start()
         self._alive = time.monotonic()
         print(f"{self.asked.name} takes part at {self.asked.server}; logs in {logs}", flush=True)
@@ -171,7 +175,7 @@ class Watch:
 
     def _revive(self) -> None:
         for process in self.processes:
-            if process.alive:
+            if process.alive or not process.starts:
                 continue
             if process.name == "worker" and process.code == MISTAKE:
                 raise ConfigError(process.last_words(1).removeprefix("error: "))

@@ -160,6 +160,15 @@ def is_alive(pid: int, name: str) -> bool:
         return False
 
 
+def kill_marked(name: str, variable: str, value: str) -> None:
+    """Kill the processes with this name in their command line and this variable in their environment, whoever's."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            marks = (path / "environ").read_bytes().split(b"\0")
+            if f"{variable}={value}".encode() in marks and name.encode() in (path / "cmdline").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
+
+
 def program(name: str) -> str:
     """A console script of this installation."""
     beside = Path(sys.executable).with_name(name)

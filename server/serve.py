@@ -14,20 +14,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
-from signal import SIGKILL
 from typing import Any
 
 from fedlora import config as configuration
 from fedlora.config import FREE, Config, absolute
 from fedlora.defaults import over_defaults
 from fedlora.errors import ConfigError, RoundFailed
-from fedlora.processes import Process, Tail, alone, free_port, home, is_alive, program, stop, wait_for_port
+from fedlora.processes import Process, Tail, alone, free_port, home, is_alive, kill_marked, program, stop, wait_for_port
 from fedlora.provision import check_private, read_clients
 from fedlora.server.control import Control, ControlError
 from fedlora.server.order import FOLDER, PARENT, Desk, Order, Status
 
 TRIES = 5  # ServerApps that may crash one after another without a finished round between them
-COMES = 120.0  # seconds that a submitted run is given until its ServerApp says something
+COMES = 300.0  # seconds that a submitted run is given until its ServerApp says something
 LOOKS = 20.0  # seconds between two looks at what the SuperLink says of the run
 
 
@@ -98,11 +97,8 @@ def _is_done(run: Path, config: Config) -> bool:
 
 
 def _end_what_is_left(desk: Desk) -> None:
-    """A ServerApp of a command that was killed would write into the same directory."""
-    status = desk.status()
-    if status and is_alive(status.pid, "flwr-serverapp"):
-        with suppress(ProcessLookupError):
-            os.kill(status.pid, SIGKILL)
+    """ServerApps of an attempt before, or of a command that was killed: they would write into the same directory."""
+    kill_marked("flwr-serverapp", FOLDER, str(desk.run.absolute()))
 
 
 @contextmanager
@@ -120,7 +116,7 @@ def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, list[Process]]
     try:
         if not asked.superlink:
             link.start()
-            control.wait(60, lambda: link.alive)
+            control.wait(180, lambda: link.alive)
             gate.start()
             wait_for_port(asked.port, gate)
         else:
@@ -252,8 +248,9 @@ class Watch:
             with suppress(ControlError):
                 self.control.stop(self._run)
             _end_what_is_left(self.desk)
-        if self._tries > TRIES:
-            raise RoundFailed(f"the ServerApp ended {TRIES} times without a finished round, last: {why}")
+            if self._tries > TRIES:
+                raise RoundFailed(f"the ServerApp ended {TRIES} times without a finished round, last: {why}")
+            time.sleep(2.0**self._tries)  # a machine that is too slow for it now may be less so later
         self.desk.put_status(Status("submitted", attempt=self._tries))
         self._run = self._patiently()
         self._since = self._looked = time.monotonic()
