@@ -21,10 +21,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import grpc
 import httpx
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedlora.client.health import is_serving
 from fedlora.errors import ConfigError
 from fedlora.processes import Process, Tail, alone, free_port, home, program, stop
 from fedlora.provision import read_client
@@ -212,17 +211,6 @@ class Watch:
         elif worker.alive and now - self._alive > HANGS:
             print(f"worker has given no sign of life for {HANGS:.0f} s; it is started again", flush=True)
             stop([worker], grace=1)
-
-
-def is_serving(socket: Path) -> bool:
-    """Does the worker's health service say so?"""
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
-        request = health_pb2.HealthCheckRequest(service="fedlora.client.v1.Worker")
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _address(server: str) -> str:

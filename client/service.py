@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora import checkpoint, wire
 from fedlora.client import relay, work
+from fedlora.client.health import SERVICE
 from fedlora.client.parts import PartStore
 from fedlora.client.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
 from fedlora.deploy import Party, for_client, insists
@@ -28,7 +29,6 @@ from fedlora.errors import WireError
 from fedlora.journal import Journal
 from fedlora.site import Desk
 
-SERVICE = "fedlora.client.v1.Worker"
 SETTINGS = "settings.json"
 MOST = 64 * 2**30  # bytes of numbers in a job
 log = logging.getLogger("fedlora")

@@ -1,0 +1,19 @@
+"""Is a worker serving? Light, as a container's health check starts it every minute."""
+
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVICE = "fedlora.client.v1.Worker"
+
+
+def is_serving(socket: Path) -> bool:
+    """Does the worker's health service say so?"""
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
