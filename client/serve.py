@@ -197,8 +197,7 @@ class Watch:
                 "machine's clock is wrong",
                 10.0,
             )
-        pause = 1.0 if process.name == "worker" else min(2.0 ** min(process.starts, 5), 30.0)
-        return f"code {process.code}", pause
+        return f"code {process.code}", process.pause()
 
     def _look_at_worker(self) -> None:
         """One that hangs is killed; `_revive` starts it again."""

@@ -56,9 +56,9 @@ class Bench:
         """One task's work, alone."""
         content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
         with self._lock:
-            return self.work(Kind.Name(task.kind).lower(), content)
+            return self.answer(Kind.Name(task.kind).lower(), content)
 
-    def work(self, kind: str, content: RecordDict) -> RecordDict | str:
+    def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
         """A message's work; who is asked who it is, is told the run's settings."""
         if kind == "who":
             return work.do(kind, content, lambda run: self._place(run, wire.read_hello(content).settings))
@@ -93,7 +93,7 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 def cold(told: Path, kind: str, content: RecordDict) -> RecordDict | str:
     """A message's work in this process, which loads the model for it; `told` is the file that says whose it is."""
     mine = json.loads(told.read_text())
-    return Bench(Mine(int(mine["id"]), Path(mine["state"]), mine["settings"])).work(kind, content)
+    return Bench(Mine(int(mine["id"]), Path(mine["state"]), mine["settings"])).answer(kind, content)
 
 
 def serve(socket: Path, mine: Mine) -> None:

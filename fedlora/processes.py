@@ -36,6 +36,7 @@ class Process:
         self._env = os.environ | QUIET | _no_proxy() | {"PATH": path} | dict(env or {})  # Flower starts its own by name
         self._child: subprocess.Popen[bytes] | None = None
         self.starts = 0
+        self._since, self._short = 0.0, 0
 
     def start(self) -> None:
         """Start it, or start it again. Raises `ConfigError` where there is no such program."""
@@ -45,6 +46,12 @@ class Process:
         with self._log.open("ab") as out:
             self._child = self._open(out)
         self.starts += 1
+        self._since = time.monotonic()
+
+    def pause(self) -> float:
+        """Seconds to wait before it is started again: few, but more each time that it lived for less than a minute."""
+        self._short = self._short + 1 if time.monotonic() - self._since < 60 else 0
+        return min(2.0**self._short, 30.0)
 
     def _open(self, out: IO[bytes]) -> subprocess.Popen[bytes]:
         try:

@@ -273,7 +273,7 @@ class Watch:
             if process.alive or process.code is None:
                 continue
             if due is None:
-                pause = min(2.0 ** min(process.starts - 1, 5), 30.0)
+                pause = process.pause()
                 print(f"{process.name} ended with code {process.code}; started again in {pause:.0f} s", flush=True)
                 self._again[process.name] = time.monotonic() + pause
             elif time.monotonic() >= due:
