@@ -85,12 +85,12 @@ class Screen:
     def waiting(self, clients: Mapping[int, float]) -> None:
         """Who is waited for, and for how many seconds already; on paper, told after half a minute, then rarer."""
         longest = max(clients.values(), default=0.0)
-        if not clients or longest < self._told:
+        if not clients or longest < FIRST:
             self._told = FIRST
         if self._status:
             self._wait(clients, longest)
         elif clients and longest >= self._told:
-            self._told = max(2 * self._told, FIRST)
+            self._told = 2 * longest
             self.say(f"waiting for {self._who(clients)}, for {longest:.0f} s now")
 
     def round(self, record: Mapping[str, Any]) -> None:
