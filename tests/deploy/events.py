@@ -93,7 +93,8 @@ def missed(trial: Trial, n: int, began: float, words: str) -> Seen:
 
 def answered_since(fed: Federation, n: int) -> int:
     """The first round from n on that the victim answered; 0: none yet."""
-    return next((r["round"] for r in fed.rounds() if r["round"] >= n and str(VICTIM) not in r["failed"]), 0)
+    rounds = [r for r in fed.rounds() if r["round"] >= n and r["clients"] == 3]
+    return next((r["round"] for r in rounds if str(VICTIM) not in r["failed"]), 0)
 
 
 def named(failed: Mapping[str, str]) -> str:
@@ -163,7 +164,7 @@ def same_key(trial: Trial) -> Seen:
     second = trial.fed.client(VICTIM, trial.fed.folder / "state-second")
     second.start()
     try:
-        until("the second one is refused", lambda: "does not take this key" in second.said(), 90)
+        until("the second one is refused", lambda: "does not take this key" in second.said(), 240)
         refused = time.monotonic() - began
         n = trial.next()
     finally:
@@ -218,12 +219,12 @@ def clock(trial: Trial) -> Seen:
     try:
         until(
             "it says that its clock is wrong",
-            lambda: "clock is" in wrong.said() and "take this key" in wrong.said(),
-            90,
+            lambda: "WARNING: this machine's clock" in wrong.said() and "take this key" in wrong.said(),
+            240,
         )
         fed.wait_round(len(fed.rounds()) + 1)
     finally:
         wrong.stop()
-    warned = next(line for line in wrong.said().splitlines() if "clock is" in line)
+    warned = next(line for line in wrong.said().splitlines() if "WARNING: this machine" in line)
     right.start()
     return missed(trial, n, began, f"it says “{warned}”; then the clock is put right")

@@ -14,20 +14,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import damage
 import events
+from calm import calm
 from events import Row, Seen, Trial
 from lab import ROOT, ROUND, Command, Federation, Late, difference, until
 
 DOC = ROOT / "docs" / "faults.md"
 MARKS = "<!-- what follows is written by tests/deploy/faults.py -->", "<!-- up to here -->"
 COLUMNS = ("event", "promised", "what happened", "rounds lost", "data lost", "adapter", "kept")
-COMMON = ("--cohort", "3", "--train.steps", "8", "--server.eval_every", "0", "--server.quorum", "0.5")
+COMMON = {"cohort": 3, "train.steps": 6, "server.eval_every": 0, "server.quorum": 0.5}
 
 AGAIN = "the round is finished by all, and the adapter is that of the undisturbed run"
 WITHOUT = "the round is done without it, and it takes part again by itself"
@@ -97,16 +99,22 @@ class Bench:
     ports: int
 
     @contextmanager
-    def federation(self, name: str, settings: Sequence[str], small: Sequence[str] = ()) -> Iterator[Federation]:
+    def federation(self, name: str, settings: Mapping[str, Any], small: Sequence[str] = ()) -> Iterator[Federation]:
         """A federation that is not started yet, and is ended whatever happens."""
         port, self.ports = self.ports, self.ports + 10
         small = small if os.geteuid() == 0 else ()
-        fed = Federation(self.folder / name, port, [*COMMON, *settings], small)
+        flags = [word for key, value in (COMMON | settings).items() for word in (f"--{key}", str(value))]
+        fed = Federation(self.folder / name, port, flags, small)
         say(f"federation {name} on port {port}, {fed.folder}")
         try:
             yield fed
         finally:
             fed.stop()
+
+    def calm(self, name: str, settings: Mapping[str, Any], absent: int | None = None) -> Path:
+        """The checkpoints of the run in which nothing happens."""
+        say(f"the run in which nothing happens, for {name}")
+        return calm(self.folder / f"{name}-calm", COMMON | {"clients": 3} | settings, absent)
 
     def wanted(self, rows: dict[str, Row]) -> dict[str, Row]:
         return {name: row for name, row in rows.items() if not self.only or name in self.only}
@@ -137,20 +145,18 @@ def end(fed: Federation) -> str:
 
 
 def alone(bench: Bench) -> None:
-    """Faults of which nothing is to be seen in the adapter, and the run without them."""
+    """Faults of which nothing is to be seen in the adapter."""
     wanted = bench.wanted(ALONE)
     if not wanted:
         return
-    rounds = str(len(wanted) + 3)
-    with bench.federation("undisturbed", ["--rounds", rounds]) as calm:
-        calm.start()
-        say(f"undisturbed: {end(calm) or 'done'}, {[round(r['seconds']) for r in calm.rounds()]} s a round")
-    with bench.federation("faults", ["--rounds", rounds], ["run"]) as fed:
+    settings = {"rounds": len(wanted) + 4}
+    reference = bench.calm("server", settings)
+    with bench.federation("server", settings, ["run"]) as fed:
         fed.start()
-        bench.do(ALONE, Trial(fed, calm.folder / "checkpoints"))
+        bench.do(ALONE, Trial(fed, reference))
         why = end(fed)
         adapter = "adapter/adapter_model.safetensors"
-        apart = float("inf") if why else difference(calm.run / adapter, fed.run / adapter)
+        apart = float("inf") if why else difference(reference.parent / adapter, fed.run / adapter)
     say(f"the end of it all: {why or f'the last adapter is {apart:.1g} from that of the undisturbed run'}")
     if apart > events.EQUAL:
         bench.seen["end"] = Seen(False, f"the final adapter is {apart:.1g} from the undisturbed run's; {why}", "", "")
@@ -160,7 +166,7 @@ def missed(bench: Bench) -> None:
     """Faults that cost one client a round; then the run is told to end, and does."""
     if not bench.wanted(MISSED):
         return
-    with bench.federation("clients", ["--rounds", "500"], ["state-3"]) as fed:
+    with bench.federation("clients", {"rounds": 500}, ["state-3"]) as fed:
         fed.start()
         bench.do(MISSED, Trial(fed))
         fed.server.stop()
@@ -176,25 +182,22 @@ def state(bench: Bench) -> None:
     """Files of a client's that are not as they were written."""
     if not bench.wanted(STATE):
         return
-    with bench.federation("state", ["--rounds", "50", "--strategy", "fedsa_lora"]) as fed:
+    with bench.federation("state", {"rounds": 50, "strategy": "fedsa_lora"}) as fed:
         fed.start()
         bench.do(STATE, Trial(fed))
 
 
 def uploads(bench: Bench) -> None:
-    """A client that means ill; and the same run where it sends nothing, which is what its rounds must be equal to."""
+    """A client that means ill; its rounds must be equal to those of a run in which it sends nothing."""
     wanted = bench.wanted(UPLOADS)
     if not wanted:
         return
-    rounds = max(list(UPLOADS).index(name) for name in wanted) + 1
+    settings = {"rounds": max(list(UPLOADS).index(name) for name in wanted) + 1, "server.deadline": 300.0}
     words = [name if name in wanted else "nothing" for name in UPLOADS]
-    settings = ["--rounds", str(rounds), "--server.deadline", "300"]
-    with bench.federation("without", settings) as calm, rogue(calm, ["nothing"]):
-        calm.start()
-        say(f"without: {end(calm) or 'done'}, {[round(r['seconds']) for r in calm.rounds()]} s a round")
+    reference = bench.calm("uploads", settings, absent=events.VICTIM)
     with bench.federation("uploads", settings) as fed, rogue(fed, words):
         fed.start()
-        bench.do(UPLOADS, Trial(fed, calm.folder / "checkpoints"))
+        bench.do(UPLOADS, Trial(fed, reference))
 
 
 @contextmanager

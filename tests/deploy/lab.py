@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 FEDLORA = [sys.executable, "-m", "fedlora"]
 NAMES = ("client-1", "client-2", "client-3")
-ROUND = 300.0  # seconds that a round may take on a busy machine, failures of Flower's own included
+ROUND = 600.0  # seconds that a round may take on a busy machine, failures of Flower's own included
 
 
 class Late(Exception):
