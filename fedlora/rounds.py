@@ -213,7 +213,8 @@ def _small(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
         job = replace(job, start=LoRA(**sides))
     if plan.secure or job.resumes:
         return job
-    return replace(job, upload=plan.messages.up, feedback=plan.messages.feedback and strategy.continues)
+    stays = strategy.continues and not job.sketch  # what was left out is a change of the same factors as next time's
+    return replace(job, upload=plan.messages.up, feedback=plan.messages.feedback and stays)
 
 
 def _evaluate(
