@@ -190,8 +190,8 @@ class Watch:
 
     def _why(self, process: Process) -> tuple[str, float]:
         """In words, and how long to wait: the SuperLink takes no key that it believes to be online still."""
-        words = process.last_words(12)
-        if process.name == "SuperNode" and any(f"[{code}]" in words for code in REFUSED):
+        words = process.last_words(15)
+        if process.name == "SuperNode" and any(f"code: {code}]" in words for code in REFUSED):
             return (
                 "the server does not take this key: it was here less than a minute ago, or is not registered, or this "
                 "machine's clock is wrong",
