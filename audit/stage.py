@@ -25,12 +25,13 @@ from fedlora.audit import canaries, forms
 from fedlora.audit.numbers import Floats
 from fedlora.base import seeded
 from fedlora.compose import compose
-from fedlora.config import AggregateConfig, Config
+from fedlora.config import Config
 from fedlora.dpsgd import STANDARD, Mechanism
 from fedlora.encode import Example
 from fedlora.errors import PrivacyError
 from fedlora.lora import LoRA
 from fedlora.model import Model
+from fedlora.options import AggregateConfig
 from fedlora.privacy import Terms, terms
 from fedlora.rounds import Answers, Failure, Plan, fit
 from fedlora.seeds import derive

@@ -123,11 +123,14 @@ class FlowerFleet:
             self.journal.write("sent", what=kind, client=i, round=jobs[i].round + 1, bytes=nbytes, parts=list(missing))
             return packer.job(jobs[i], whole, missing)
 
+        def at(job: Job) -> Callable[[RecordDict], T | wire.Lacks]:
+            return lambda content: read(content, job)
+
         done = set[int]()
         waiting = self._push(kind, {i: letter(i) for i in jobs})
         offline = set(jobs) - set(waiting.values())
         for i, reply in self._replies(waiting):
-            answer = self._open(reply, lambda content, i=i: read(content, jobs[i]))  # type: ignore[misc]
+            answer = self._open(reply, at(jobs[i]))
             if isinstance(answer, wire.Lacks) and i not in again:
                 again.add(i)
                 self.traffic.held.pop(i, None)

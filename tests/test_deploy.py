@@ -1,4 +1,4 @@
-"""A deployed run on loopback, with TLS and keys: the simulation's adapter, whatever is killed, and no stranger in it."""
+"""A deployed run on loopback, with TLS and keys: the adapter of a simulation, whatever is killed; and no strangers."""
 
 import json
 import ssl

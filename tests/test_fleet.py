@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora import admit, wire
+from fedlora import wire
 from fedlora.client.parts import PartStore
 from fedlora.errors import RoundFailed
 from fedlora.rounds import Failure
