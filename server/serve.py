@@ -61,9 +61,7 @@ def serve(asked: Asked, file: Path | None, given: Mapping[str, Any]) -> None:
                 "INSECURE: no TLS, no keys: anyone who reaches this port can read, join and command. For trials only."
             )
         with _started(asked, desk) as (control, processes):
-            keys = {name: asked.credentials / "clients" / f"{name}.pub" for name in names} if asked.credentials else {}
-            nodes = control.register(keys)
-            of = {str(node): names[name] for name, node in nodes.items()} if asked.credentials else None
+            of = _registered(control, asked.credentials, names) if asked.credentials else None
             given = configuration.flatten(config)
             desk.put_order(Order(given, names, of, asked.metrics))
             _tell(asked, names, config)
@@ -99,6 +97,12 @@ def _is_done(run: Path, config: Config) -> bool:
 def _end_what_is_left(desk: Desk) -> None:
     """ServerApps of an attempt before, or of a command that was killed: they would write into the same directory."""
     kill_marked("flwr-serverapp", FOLDER, str(desk.run.absolute()))
+
+
+def _registered(control: Control, folder: Path, names: Mapping[str, int]) -> dict[str, int]:
+    """Each registered node's client, after these and no others are let in."""
+    nodes = control.register({name: folder / "clients" / f"{name}.pub" for name in names})
+    return {str(node): names[name] for name, node in nodes.items()}
 
 
 @contextmanager
@@ -200,9 +204,11 @@ class Watch:
         try:
             while not self._look():
                 time.sleep(0.3)
-        except BaseException:
+        except BaseException as e:
             with suppress(ControlError):
                 self.control.stop(self._run)
+            if isinstance(e, KeyboardInterrupt):
+                print("interrupted; the same command goes on after the last finished round", flush=True)
             raise
         finally:
             self.screen.show()

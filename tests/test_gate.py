@@ -43,6 +43,8 @@ from tests.doors import (  # noqa: F401
     wait,
 )
 
+pytestmark = pytest.mark.xdist_group("gate")
+
 TRICKS = [
     *(
         "/v1/control/start-run",
