@@ -111,7 +111,10 @@ def refused(n: int, why: str) -> Event:
         line = fed.wait_round(n)
         failed, audit = line["failed"], list(fed.audit(fed.run))
         logged = any(e["event"] == "refused" and e.get("client") == VICTIM and e["round"] == n for e in audit)
-        shown = failed.get(str(VICTIM), "-") in fed.server.said()
+        words = failed.get(str(VICTIM), "-")[:100]
+        with suppress(Late):  # the command shows what the ServerApp writes a moment later
+            until("it is on the screen", lambda: words in fed.server.said(), 20)
+        shown = words in fed.server.said()
         until(f"checkpoint {n}", fed.kept(n).exists, 30)
         apart = difference(fed.kept(n), trial.reference / f"round-{n:06d}.safetensors") if trial.reference else 1.0
         good = set(failed) == {str(VICTIM)} and why in failed[str(VICTIM)] and logged and shown and apart == 0

@@ -194,6 +194,13 @@ def cut(seconds: float, all: bool = False) -> Event:
     return do
 
 
+def hang_up(trial: Trial) -> Seen:
+    """Whatever is between client and server ends its connections within TLS's handshake for a while."""
+    n, began = trial.next(), time.monotonic()
+    trial.fed.proxies[VICTIM].hang_up(15)
+    return missed(trial, n, began, "served again after 15 s")
+
+
 def outage(trial: Trial, n: int, began: float) -> Seen:
     """All clients were away: the round is lost to some or all; the run ends with a reason, or goes on."""
     fed = trial.fed

@@ -59,6 +59,7 @@ MISSED = {
     "supernode": Row("kill -9 of a SuperNode", WITHOUT, events.killed("flower-supernode", "client", "")),
     "client-disk": Row("a client's disk full", "said in words; " + WITHOUT, damage.client_disk),
     "clock": Row("a client's clock 10 minutes slow", "said in words at the client; " + WITHOUT, events.clock),
+    "hang-up": Row("one client's connections ended in the TLS handshake for 15 s", WITHOUT, events.hang_up),
     "cut-120": Row("network of one client cut for 120 s", WITHOUT, events.cut(120)),
     "cut-120-all": Row(
         "network of all clients cut for 120 s",
@@ -128,6 +129,7 @@ class Bench:
             except (Late, OSError, subprocess.SubprocessError, StopIteration, IndexError) as e:
                 seen = Seen(False, f"{type(e).__name__}: {e}", "", "")
             self.seen[name] = seen
+            write({name: seen})
             say(f"{'kept  ' if seen.kept else 'FAILED'} {name}, {time.monotonic() - began:.0f} s: {seen.happened}")
             say(f"       rounds lost {seen.rounds_lost}; data lost {seen.data_lost}; difference {seen.difference}")
 
@@ -262,7 +264,6 @@ def main() -> int:
             except Late as e:
                 say(f"FAILED: {e}")
                 bench.seen["end"] = Seen(False, str(e), "", "")
-            write(bench.seen)
     finally:
         if not options.keep:
             shutil.rmtree(bench.folder, ignore_errors=True)

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from proxy import Proxy
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -68,51 +68,6 @@ def memory(pid: int, what: str = "VmHWM") -> float:
             if line.startswith(what):
                 return int(line.split()[1]) / 1e3
     return 0.0
-
-
-class Proxy:
-    """Forwards a port to another, but while it is cut."""
-
-    def __init__(self, port: int, to: int) -> None:
-        self.port, self._to, self._open = port, to, Event()
-        self._open.set()
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=64)
-        Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Forward nothing."""
-        self._open.clear()
-
-    def mend(self) -> None:
-        """Forward again, what was held first."""
-        self._open.set()
-
-    def close(self) -> None:
-        self._listener.close()
-        self._open.set()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-                self._open.wait()
-                far = socket.create_connection(("127.0.0.1", self._to))
-            except ConnectionRefusedError:
-                near.close()
-                continue
-            except OSError:
-                return
-            for a, b in ((near, far), (far, near)):
-                Thread(target=self._carry, args=(a, b), daemon=True).start()
-
-    def _carry(self, a: socket.socket, b: socket.socket) -> None:
-        with suppress(OSError):
-            while data := a.recv(1 << 16):
-                self._open.wait()
-                b.sendall(data)
-        for s in (a, b):
-            with suppress(OSError):
-                s.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
