@@ -32,6 +32,7 @@ CLOCK = 5.0  # seconds that this machine's clock may be behind the server's, for
 AHEAD = 300.0  # and ahead of it
 HANGS = 120.0  # seconds without a sign of life after which a worker is started again
 REFUSED = ("2004", "2001")  # what Flower says of a key: it is not known, or in use
+GIVES_UP = "SSL/TLS handshake error detected"  # and Flower's SuperNode then hangs, for ever
 PORT = 8443
 MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 
@@ -132,7 +133,7 @@ class Watch:
     def run(self) -> None:
         """Start them, and start again what dies."""
         logs, port, flower = self.asked.state / "logs", free_port(), home(self.asked.state)
-        screen = Tail(logs / "screen.log")
+        screen, words = Tail(logs / "screen.log"), Tail(logs / "supernode.log")
         secret = self.scratch / "superexec.secret"
         secret.write_text(token_hex(32))
         node = Process("SuperNode", self._node(port, secret), logs / "supernode.log", flower)
@@ -153,6 +154,9 @@ class Watch:
         while True:
             time.sleep(0.3)
             screen.show()
+            if GIVES_UP in words.new():
+                print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
+                stop([node], grace=5)
             self._revive()
             self._look_at_worker()
 

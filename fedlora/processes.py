@@ -93,23 +93,29 @@ class Process:
 
 
 class Tail:
-    """What others write to a file, shown on the screen."""
+    """What others write to a file from now on."""
 
     def __init__(self, path: Path) -> None:
-        """What is in it already is not shown."""
         self._path = path
-        self._shown = path.stat().st_size if path.exists() else 0
+        self._seen = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> str:
+        """All whole lines since the last time; of a file that was begun anew, all it has."""
+        if not self._path.exists():
+            return ""
+        if self._path.stat().st_size < self._seen:
+            self._seen = 0
+        with self._path.open("rb") as f:
+            f.seek(self._seen)
+            new = f.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._seen += len(whole)
+        return whole.decode(errors="replace")
 
     def show(self) -> None:
-        """All whole lines since the last time."""
-        if self._path.exists():
-            with self._path.open("rb") as f:
-                f.seek(self._shown)
-                new = f.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self._shown += len(whole)
-            sys.stdout.write(whole.decode(errors="replace"))
-            sys.stdout.flush()
+        """The same, on the screen."""
+        sys.stdout.write(self.new())
+        sys.stdout.flush()
 
 
 def stop(processes: Sequence[Process], grace: float = 5.0) -> None:
