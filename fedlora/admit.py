@@ -188,7 +188,9 @@ def _of_the_shapes(lora: LoRA, job: Job) -> None:
         asked = _shapes(job.start.side(s) if s in job.shares else {}, free.get(s))
         got = _shapes(lora.side(s), free.get(s))
         if got != asked:
-            raise WireError(f"an update's {s} is {got}; the job asked for {asked}")
+            other = {m: shape for m, shape in got.items() if asked.get(m) != shape}
+            lacking = {m: shape for m, shape in asked.items() if got.get(m) != shape}
+            raise WireError(f"an update's {s} is {_words(other)}; the job asked for {_words(lacking)}")
     for m, a in lora.A.items() if job.resumes else ():
         rank = len(a)
         if m not in lora.B or lora.B[m].shape[1] != rank or rank > 2 * len(job.start.A[m]):
@@ -203,10 +205,10 @@ def _finite(lora: LoRA) -> None:
 
 
 def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
-    if not job.masking or head.manifest or head.dtype != "int32" or vector.numel() != size(job):
+    if not job.masking or head.manifest or head.dtype != "int32" or head.scales or vector.numel() != size(job):
         asked = f"a masked vector of {size(job)} numbers" if job.masking else "an update that is not masked"
         raise WireError(f"an update is {vector.numel()} numbers of {head.dtype}; the job asked for {asked}")
-    return Update(LoRA(), head.examples, None, head.spent, vector)
+    return Update(LoRA(), head.examples, None, head.spent, masked=vector)
 
 
 def _read_lacks(records: RecordDict) -> Lacks:
@@ -218,10 +220,15 @@ def _read_lacks(records: RecordDict) -> Lacks:
     return lacks
 
 
-def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> str:
-    """The shapes in words, without the dimension that is free."""
-    shown = {m: tuple(n for i, n in enumerate(t.shape) if i != free) for m, t in side.items()}
-    return ", ".join(f"{m} {shape}" for m, shape in sorted(shown.items())) or "nothing"
+def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The shapes by module, without the dimension that is free."""
+    return {m: tuple(n for i, n in enumerate(t.shape) if i != free) for m, t in side.items()}
+
+
+def _words(shapes: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
+    some = [f"{m} {shape}" for m, shape in sorted(shapes.items())]
+    more = f" and {len(some) - most} more" if len(some) > most else ""
+    return ", ".join(some[:most]) + more or "nothing"
 
 
 def _is_lacking(records: RecordDict) -> bool:

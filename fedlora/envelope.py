@@ -98,4 +98,6 @@ def reading(what: str) -> Iterator[None]:
     except WireError as e:
         raise WireError(brief(str(e))) from e
     except Exception as e:  # numpy's reader alone raises five kinds, SyntaxError and TokenError among them
+        if "pickle" in str(e):  # numpy would tell how to load it unsafely
+            raise WireError(f"{what} could not be read: it holds Python objects, and nobody unpickles") from e
         raise WireError(brief(f"{what} could not be read: {type(e).__name__}: {e}")) from e
