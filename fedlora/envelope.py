@@ -99,5 +99,5 @@ def reading(what: str) -> Iterator[None]:
         raise WireError(brief(str(e))) from e
     except Exception as e:  # numpy's reader alone raises five kinds, SyntaxError and TokenError among them
         if "pickle" in str(e):  # numpy would tell how to load it unsafely
-            raise WireError(f"{what} could not be read: it holds Python objects, and nobody unpickles") from e
+            raise WireError(f"{what} could not be read: it is pickled, and nothing is unpickled here") from e
         raise WireError(brief(f"{what} could not be read: {type(e).__name__}: {e}")) from e
