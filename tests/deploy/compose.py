@@ -4,7 +4,8 @@
     python tests/deploy/compose.py build                          # the first half alone
     python tests/deploy/compose.py run                            # the second, with the images that are there
 
-`docker compose` has to work; nothing else on this machine is needed, and root is not. About 10 minutes on two cores.
+`docker compose` has to work; nothing else on this machine is needed, and root is not. About 8 minutes
+on two cores, and as many again for the build.
 """
 
 import argparse
