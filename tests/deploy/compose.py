@@ -4,8 +4,8 @@
     python tests/deploy/compose.py build                          # the first half alone
     python tests/deploy/compose.py run                            # the second, with the images that are there
 
-`docker compose` has to work; nothing else on this machine is needed, and root is not. About 8 minutes
-on two cores, and as many again for the build.
+`docker compose` has to work, and fedlora has to be installed here, which loads the adapter; root is not needed. About 8
+minutes on two busy cores, and up to 20 for the build.
 """
 
 import argparse
