@@ -91,6 +91,13 @@ class Control:
         status = found.status
         return f"{status.sub_status}: {status.details}" if status.status == ENDED else None
 
+    def stop_all(self) -> None:
+        """Stop what a command before this one has left running: it would be handed out again."""
+        runs = self._ask(lambda c: c.ListRuns(ListRunsRequest())).run_dict
+        for id, run in runs.items():
+            if run.status.status != ENDED:
+                self.stop(id)
+
     def stop(self, run: int) -> None:
         """Stop a run."""
         self._ask(lambda c: c.StopRun(StopRunRequest(run_id=run)))

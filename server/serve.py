@@ -125,6 +125,7 @@ def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, list[Process]]
             wait_for_port(asked.port, gate)
         else:
             control.wait(300)
+        control.stop_all()
         superexec.start()
         yield control, processes
     finally:
