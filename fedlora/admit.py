@@ -137,6 +137,8 @@ def _plausible(head: UpdateHead, job: Job) -> None:
         raise WireError(f"an update is from {head.examples} examples; 0 to {MOST_EXAMPLES} are possible")
     if head.loss is not None and not isfinite(head.loss):
         raise WireError(f"an update's loss is {head.loss}")
+    if head.spent and not job.privacy:
+        raise WireError("an update says what it spent; the job was not a private one")
     if head.spent and not (head.spent.epsilon >= 0 and 0 <= head.spent.charges <= MOST_EXAMPLES):
         raise WireError(f"an update's spending is not possible: {head.spent}")
 

@@ -84,10 +84,13 @@ def dtype_name(vector: Tensor) -> Any:
     return str(vector.dtype).removeprefix("torch.")
 
 
-def brief(words: str) -> str:
-    """Words in which something that came may stand, so that they fit a line of a log: printable, and not too long."""
+def brief(words: str, also: str = "") -> str:
+    """Words in which something that came may stand, so that they fit a line of a log: printable, and not too long.
+
+    `also`: characters that may stay.
+    """
     kept = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + "..."
-    return "".join(c if c.isprintable() else "?" for c in kept)
+    return "".join(c if c.isprintable() or c in also else "?" for c in kept)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Sum:
                 total, dtype = self._totals.get((s, m), (torch.zeros(t.shape, dtype=torch.float64), t.dtype))
                 total = _grown(total, t.shape)
                 total[tuple(map(slice, t.shape))].add_(t, alpha=weight)
-                self._totals[s, m] = total, dtype
+                self._totals[s, m] = total, torch.promote_types(dtype, t.dtype)  # whoever came first
 
     def mean(self) -> LoRA:
         """The weighted mean, in float32 or wider."""

@@ -56,8 +56,9 @@ def spread(clients: Mapping[int, Metrics]) -> dict[str, float | int | str]:
     values = {i: m.values() for i, m in clients.items() if m.targets}
     if not values:
         return {}
-    name, more = headline(next(iter(values.values())))
-    each = {i: v[name] for i, v in values.items()}
+    names = [headline(v) for v in values.values()]
+    name, more = max(names, key=names.count)  # a client that tells other metrics than most is left out
+    each = {i: v[name] for i, v in values.items() if name in v}
     worst = (min if more else max)(each, key=lambda i: each[i])
     return {
         "metric": name,

@@ -247,5 +247,6 @@ def run_of(records: RecordDict) -> str:
     text(records)
     run = records.config_records["head"].get("run", "")
     if not isinstance(run, str) or not re.fullmatch(RUN, run):
-        raise WireError(f"a message is of run {str(run)[:80]!r}; a run's name has up to 40 of a-z, 0-9 and -")
+        said = repr(run[:40]) if isinstance(run, str) else f"a {type(run).__name__}"
+        raise WireError(f"a message is of run {said}; a run's name has up to 40 of a-z, 0-9 and -")
     return run

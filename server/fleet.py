@@ -1,7 +1,6 @@
 """A Fleet on Flower's Grid: the same for its simulation and its deployment."""
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from math import ceil, inf
 from threading import Event
 from typing import Any, TypeVar
 
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora import admit, wire
@@ -19,6 +18,7 @@ from fedlora.flat import Parts, Traffic
 from fedlora.journal import Journal
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
+from fedlora.server.replies import POISON, Pause, reason
 from fedlora.strategy import Ask, Client, Job, Update
 
 SECURE = f"{MessageType.QUERY}.secure"
@@ -110,7 +110,7 @@ class FlowerFleet:
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
-        return dict(self._carry(MessageType.EVALUATE, jobs, lambda content, _: admit.read_metrics(content)))
+        return dict(self._carry(MessageType.EVALUATE, jobs, admit.read_metrics))
 
     def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T]) -> Iterator[tuple[int, T | Failure]]:
         """A message a job, and its answer; a client that lost its parts is sent its job again, once, in full."""
@@ -175,19 +175,37 @@ class FlowerFleet:
         sent = set(self._grid.push_messages(list(messages.values())))
         return {m.metadata.message_id: i for i, m in messages.items() if m.metadata.message_id in sent}
 
-    def _replies(self, waiting: dict[str, int]) -> Iterator[tuple[int, Message]]:
+    def _replies(self, waiting: dict[str, int]) -> Iterator[tuple[int, Message | Failure]]:
         """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
         began, pause, deadline = time.monotonic(), Pause(self._stop), self._rules.deadline
         while waiting and not (deadline and time.monotonic() - began > deadline):
-            replies = list(self._grid.pull_messages(list(waiting)))
-            for reply in replies:  # the SuperLink's own error replies name no node, but the message they answer
-                yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            replies = list(self._pull(list(waiting)))
+            for id, reply in replies:
+                yield waiting.pop(id), reply
             self._waiting(dict.fromkeys(sorted(waiting.values()), time.monotonic() - began))
             if waiting:
                 pause(bool(replies))
 
-    def _open(self, reply: Message, read: Callable[[RecordDict], X]) -> X | Failure:
+    def _pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message | Failure]]:
+        """The replies that are there, by the message that was sent.
+
+        One at a time, and by our own record of what was asked: Flower unpacks uploads as it pulls, so that one which
+        cannot be unpacked would take the others with it; and whose answer it is, the client itself says.
+        """
+        for id in ids:
+            try:
+                replies = list(self._grid.pull_messages([id]))
+            except POISON as e:
+                yield id, Failure(f"an answer could not be unpacked: {type(e).__name__}", refused=True)
+                continue
+            for reply in replies:  # the SuperLink's own error replies name no node, but the message they answer
+                own = reply.metadata.reply_to_message_id == id
+                yield id, reply if own else Failure("an answer says that it is to another message", refused=True)
+
+    def _open(self, reply: Message | Failure, read: Callable[[RecordDict], X]) -> X | Failure:
         """What a reply says, if it is one, of this run, and passes the checks."""
+        if isinstance(reply, Failure):
+            return reply
         if reply.has_error():
             return Failure(reason(reply.error))
         try:
@@ -201,9 +219,9 @@ class FlowerFleet:
         """Ask nodes that are new who they are, and take down what those say that were asked; did any?"""
         self._asked = {id: n for id, n in self._asked.items() if n in online}  # who left is asked anew when it is back
         self._ask(online - set(self._nodes.values()) - set(self._asked.values()))
-        replies = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
-        for reply in replies:
-            self._know(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+        replies = list(self._pull(list(self._asked)))
+        for id, reply in replies:
+            self._know(self._asked.pop(id), reply)
         return bool(replies)
 
     def _missing(self) -> list[int]:
@@ -228,7 +246,7 @@ class FlowerFleet:
             asked = {m.metadata.message_id: n for m, n in zip(messages, some, strict=True)}
             self._asked |= {id: n for id, n in asked.items() if id in sent}
 
-    def _know(self, node: int, reply: Message) -> None:
+    def _know(self, node: int, reply: Message | Failure) -> None:
         """Take down who a node is, or why it cannot say."""
         said = self._open(reply, admit.read_client)
         why = said.reason if isinstance(said, Failure) else self._wrong_about(node, *said)
@@ -260,27 +278,3 @@ class FlowerFleet:
                 "the same files"
             )
         return ""
-
-
-class Pause:
-    """Waiting between two looks: short while answers come, longer while none does."""
-
-    def __init__(self, stop: Event, shortest: float = 0.05, longest: float = 1.0) -> None:
-        self._stop, self._shortest, self._longest, self._now = stop, shortest, longest, shortest
-
-    def __call__(self, some: bool) -> None:
-        """Wait. Raises `KeyboardInterrupt` once `stop` is set."""
-        self._now = self._shortest if some else min(2 * self._now, self._longest)
-        if self._stop.wait(self._now):
-            raise KeyboardInterrupt
-
-
-def reason(error: Error) -> str:
-    """What an error reply says, as one line: Flower wraps exceptions in their class and, through Ray, in tracebacks."""
-    text = error.reason or f"Flower's error {error.code}"
-    if wrapped := re.fullmatch(r"<class '(?:.*\.)?(\w+)[^']*'>:<'(.*)'>", text, re.DOTALL):
-        text = f"{wrapped[1]}: {wrapped[2]}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if any("Traceback" in line or line.startswith(("ray::", "File ")) for line in lines):
-        return lines[-1]
-    return lines[0]

@@ -18,7 +18,8 @@ from fedlora import wire
 from fedlora.client.parts import PartStore
 from fedlora.errors import RoundFailed
 from fedlora.rounds import Failure
-from fedlora.server.fleet import FlowerFleet, Rules, reason
+from fedlora.server.fleet import FlowerFleet, Rules
+from fedlora.server.replies import reason
 from fedlora.strategy import Client, Job, Update
 from tests.conftest import factors
 
@@ -140,3 +141,40 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
 )
 def test_an_error_reply_is_one_readable_line(said: str, line: str) -> None:
     assert reason(Error(2, said)) == line
+
+
+class Poisoned(Threads):
+    """A grid where one message's reply cannot be unpacked, or says that it answers another client's."""
+
+    def __init__(self, how: str, *apps: ClientApp) -> None:
+        super().__init__(*apps)
+        self._how, self._sent = how, list[str]()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        self._sent = ids if len(ids) > 1 else self._sent
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = list(super().pull_messages(message_ids))
+        for reply in found:
+            if (
+                self._how
+                and reply.metadata.reply_to_message_id == self._sent[0]
+                and reply.metadata.message_type == "train"
+            ):
+                if self._how == "unpack":
+                    raise AttributeError("an object of another kind")
+                reply.metadata.__dict__["_reply_to_message_id"] = self._sent[1]
+        return found
+
+
+@pytest.mark.parametrize(("how", "said"), [("unpack", "could not be unpacked"), ("other", "to another message")])
+def test_an_answer_that_is_poisoned_or_anothers_is_its_clients_failure_alone(
+    how: str, said: str, tmp_path: Path
+) -> None:
+    fleet = FlowerFleet(Poisoned(how, echo(tmp_path), echo(tmp_path), echo(tmp_path)), Rules(3))
+    fleet.clients()
+    answers = dict(fleet.train(dict(sorted(jobs(3).items()))))
+    assert isinstance(answers[0], Failure) and answers[0].refused and said in answers[0].reason
+    assert isinstance(answers[1], Update) and isinstance(answers[2], Update)

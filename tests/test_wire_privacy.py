@@ -26,8 +26,10 @@ def test_terms_and_masks_come_back() -> None:
 
 def test_what_a_ledger_says_comes_back_and_no_loss_is_none() -> None:
     update = Update(START, 9, None, Spent(2.5, 3))
-    back = admit.read_update(wire.pack_update(update, 0), Job(START))
+    back = admit.read_update(wire.pack_update(update, 0), Job(START, privacy=TERMS))
     assert isinstance(back, Update) and (back.loss, back.spent) == (None, Spent(2.5, 3))
+    with pytest.raises(WireError, match="the job was not a private one"):
+        admit.read_update(wire.pack_update(update, 0), Job(START))
 
 
 def test_a_masked_update_comes_back_and_is_counted() -> None:
