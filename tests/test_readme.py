@@ -6,8 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.main import get_command
 
 from fedlora import config as configuration
+from fedlora import operate
 from fedlora.__main__ import dotted
 from fedlora.catalogue import catalogue
 from tests.test_simulate import fedlora
@@ -69,3 +72,26 @@ def test_the_keys_of_a_round_are_all_named() -> None:
 
     record = Round(1, None, (), {}, None, None, None, 0, 0, 0.0, {"kept": 1.0}, 0.5).record()
     assert all(f"`{key}`" in README for key in record)
+
+
+def test_the_keys_it_makes_are_those_that_its_commands_name(tmp_path: Path) -> None:
+    """The README's `provision` is run; of `server` and `client` the options are there, and the folders they name."""
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "fedlora provision" in b)
+    made, server, client = (shlex.split(line) for line in block.strip().splitlines())
+    assert fedlora(*made[1:], cwd=tmp_path).returncode == 0
+    assert (tmp_path / server[server.index("--credentials") + 1] / "server.key").exists()
+    assert (tmp_path / "keys" / "clients" / client[client.index("--credentials") + 1] / "client.key").exists()
+    commands = get_command(operate.app).commands  # type: ignore[attr-defined]
+    for words in (made, server, client):
+        known = {o for p in commands[words[1]].params for o in p.opts}
+        assert {w for w in words if w.startswith("--")} <= known
+
+
+def test_the_compose_files_are_valid_yaml_with_every_wall() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert {"provision", "superlink", "server", "proxy", "client-1", "client-2", "client-3"} <= set(services)
+    for name, service in services.items():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"] and service["user"] == "10001:10001", name
+    assert [name for name, s in services.items() if "ports" in s] == ["proxy"]
+    assert all("back" not in s["networks"] for name, s in services.items() if name.startswith("client"))
