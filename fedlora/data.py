@@ -81,7 +81,8 @@ def server(data: DataConfig, task: str, embedded: bool) -> tuple[Form, Rows]:
         return Form("text", ("text",)), ()
     if not data.labels:
         raise ConfigError(f"model.task = {task}: the server has no data to find the classes in; set data.labels")
-    return Form("image" if task == "image" else "label", ("", ""), data.labels), ()
+    kind: Literal["image", "label"] = "image" if task == "image" else "label"
+    return Form(kind, (("image" if kind == "image" else "text"), "label"), data.labels), ()
 
 
 def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> tuple[Form, Rows, Rows]:

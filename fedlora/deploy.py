@@ -12,9 +12,10 @@ from . import config as configuration
 from . import data
 from .config import Config, absolute
 from .errors import ClientFailed, ConfigError
+from .folder import RunFolder
 from .model import Model
 from .ranks import ranks
-from .run import Setup, own, resolve
+from .run import Setup, own, prepare, resolve
 from .site import Own, Site
 
 Plain = int | float | str | bool
@@ -43,6 +44,12 @@ def for_server(config: Config, ids: int) -> Setup:
     model = Model(config.model, config.lora, form, config.seed, public)
     their = _ranks(config, model, ids)
     return Setup(config, model, model.read(), (), tuple(their), evaluation)
+
+
+def again(folder: RunFolder, config: Config) -> Setup:
+    """The pieces of a run that lies in a folder: of a deployed one, without the clients' data."""
+    deployed = (folder.path / "flower" / "order.json").is_file()
+    return for_server(config, config.clients) if deployed else prepare(config)
 
 
 def told(config: Config) -> dict[str, Plain]:

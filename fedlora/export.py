@@ -21,14 +21,16 @@ from . import config as configuration
 from .compose import compose
 from .config import Config, ModelConfig
 from .data import Form
+from .deploy import again
+from .encode import Example
 from .errors import CheckpointError, ConfigError, ExportError, nearest
 from .folder import RunFolder
 from .lora import LoRA, compact, join, norm, scale, truncate
 from .model import Model
-from .run import Setup, prepare
+from .run import Setup
 from .simulate import quiet
 from .store import Store
-from .strategy import Job
+from .strategy import Client, Job
 
 FORMS = ("adapter", "merged", "per-client")
 EXAMPLES = 8  # on which the exported model is compared with the worn one
@@ -86,7 +88,7 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
     out = out or path / f"export-{form}"
     config = _checked(path, form, max_rank, out)
     quiet()
-    setup = prepare(config)
+    setup = again(RunFolder(path), config)
     with _whole(out) as place:
         probe, drafts = _write(setup, RunFolder(path), form, max_rank, place)
         del setup  # the base is loaded afresh now: memory may not have room for two
@@ -137,10 +139,19 @@ def _whole(out: Path) -> Iterator[Path]:
 def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
     """Every adapter of this form, with the logits of the model it stands for."""
     model = setup.model
-    examples = setup.evaluation or next(site.train for site in setup.sites if site.train)
+    examples = setup.evaluation or next((site.train for site in setup.sites if site.train), None) or _made_up(setup)
     batch = model.encoder.collate(examples[:EXAMPLES])
     probe = Probe(setup.config.model, model.form, model.device, batch)
     return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
+
+
+def _made_up(setup: Setup) -> list[Example]:
+    """An example for a server that has none; of what, matters little where two models are to agree on it."""
+    form = setup.model.form
+    if form.kind not in ("text", "label"):
+        raise ConfigError(f"there is no example of {form.kind} here to verify the export on: set data.eval")
+    row = dict.fromkeys(form.columns, "federated learning trains on data that stay where they are")
+    return setup.model.encoder([row | ({form.columns[-1]: form.labels[0]} if form.labels else {})])
 
 
 def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
@@ -149,7 +160,7 @@ def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
     last = checkpoint.latest(folder.checkpoints)
     if last is None:
         raise CheckpointError(f"{folder.checkpoints} has no round that can be read; the run has to be made again")
-    clients = [site.client(i, rank) for i, (site, rank) in enumerate(zip(setup.sites, setup.ranks, strict=True))]
+    clients = [Client(i, 1, rank) for i, rank in enumerate(setup.ranks)]
     jobs = {client.id: strategy.client_init(last.state, client) for client in clients}
     own = _keeps(jobs[0])
     if form != "per-client":

@@ -148,13 +148,12 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(s.getsockname()[1])
 
 
-def wait_for_port(port: int, process: Process, seconds: float = 60.0) -> None:
+def wait_for_port(port: int, process: Process, host: str = "127.0.0.1", seconds: float = 60.0) -> None:
     """Until something listens there. Raises `ConfigError` with the process's last words where it ends before that."""
     end = time.monotonic() + seconds
     while process.alive and time.monotonic() < end:
-        with socket.socket() as s:
-            s.settimeout(1)
-            if s.connect_ex(("127.0.0.1", port)) == 0 and process.alive:
+        with suppress(OSError), socket.create_connection((host, port), timeout=1):
+            if process.alive:
                 return
         time.sleep(0.1)
     raise ConfigError(f"{process.name} does not listen on port {port}: {process.last_words(1) or 'it said nothing'}")

@@ -15,6 +15,7 @@ from .compose import accepts, compose
 from .config import FREE, Config
 from .console import Screen
 from .defaults import over_defaults
+from .deploy import again
 from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
 from .metrics import Metrics, spread
@@ -52,7 +53,7 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     folder = RunFolder(path)
     config = configuration.build(folder.config(), given)
     quiet()
-    setup = prepare(config)
+    setup = again(folder, config)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{path} has no adapter yet; finish the run with fedlora simulate --resume {path}")
     adapter = setup.model.open(folder.adapter)

@@ -122,7 +122,7 @@ def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, list[Process]]
             link.start()
             control.wait(180, lambda: link.alive)
             gate.start()
-            wait_for_port(asked.port, gate)
+            wait_for_port(asked.port, gate, "127.0.0.1" if asked.host == "0.0.0.0" else asked.host)
         else:
             control.wait(300)
         control.stop_all()

@@ -126,6 +126,15 @@ def test_no_job_is_done_twice(resumed: Path, federation: Federation) -> None:
     assert trained == 3
 
 
+def test_what_it_delivered_is_evaluated_and_exported_where_it_lies(resumed: Path) -> None:
+    told = fedlora("evaluate", str(resumed), "--json", cwd=resumed)
+    assert told.returncode == 0, told.stderr
+    last = json.loads((resumed / "rounds.jsonl").read_text().splitlines()[-1])
+    assert json.loads(told.stdout)["after"]["loss"] == pytest.approx(last["eval"]["loss"])
+    done = fedlora("export", str(resumed), cwd=resumed)
+    assert done.returncode == 0 and (resumed / "export-adapter" / "adapter_config.json").exists(), done.stderr
+
+
 def test_a_killed_client_is_missed_named_and_back(federation: Federation, resumed: Path) -> None:
     client, server = federation.running[1], federation.server("killed", "--server.deadline", "30", "--rounds", "9")
     federation.until(lambda: federation.is_training(2, "killed", 2))
