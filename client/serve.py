@@ -30,7 +30,7 @@ from fedlora.provision import read_client
 
 CLOCK = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
 AHEAD = 300.0  # and ahead of it
-HANGS = 120.0  # seconds without a sign of life after which a worker is started again
+HANGS = 300.0  # seconds without a sign of life after which a worker is started again
 REFUSED = ("2004", "2001")  # what Flower says of a key: it is not known, or in use
 GIVES_UP = "SSL/TLS handshake error detected"  # and Flower's SuperNode then hangs, for ever
 PORT = 8443
@@ -213,6 +213,7 @@ class Watch:
             self._alive = now
         elif worker.alive and now - self._alive > HANGS:
             print(f"worker has given no sign of life for {HANGS:.0f} s; it is started again", flush=True)
+            self._alive = now
             stop([worker], grace=1)
 
 
