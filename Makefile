@@ -6,9 +6,9 @@ PYTHON ?= python3
 simulate: .venv/installed
 	.venv/bin/fedlora simulate --clients 50
 
-# A process a core, each with one thread of its own; tests that share a federation stay together.
+# A process a core, each with one thread of its own; a file, whose tests may share a federation, stays in one.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
 # mypy is shown the packages as a wheel lays them out: it cannot follow fedlora/__init__.py to the folders beside it.
 lint: .venv/installed

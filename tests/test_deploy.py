@@ -19,7 +19,6 @@ from tests.federation import SLOW, Federation, kill_all, named
 from tests.models import make
 from tests.test_simulate import fedlora
 
-pytestmark = pytest.mark.xdist_group("deploy")
 CONFIG = """
 clients = 3
 cohort = 3

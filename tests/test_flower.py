@@ -33,7 +33,6 @@ from fedlora.strategies.fedex_lora import FedEx
 from fedlora.strategy import Client, Job, Strategy, Update
 from tests.models import make
 
-pytestmark = pytest.mark.xdist_group("flower")
 
 ROOT = Path(__file__).parent.parent
 MARK = "FEDLORA_TEST_FLOWER"  # in the environment of all processes of a test, so that those left behind are found

@@ -43,7 +43,6 @@ from tests.doors import (  # noqa: F401
     wait,
 )
 
-pytestmark = pytest.mark.xdist_group("gate")
 
 TRICKS = [
     *(
