@@ -33,7 +33,6 @@ from fedlora.strategies.fedex_lora import FedEx
 from fedlora.strategy import Client, Job, Strategy, Update
 from tests.models import make
 
-
 ROOT = Path(__file__).parent.parent
 MARK = "FEDLORA_TEST_FLOWER"  # in the environment of all processes of a test, so that those left behind are found
 SMALL = {"train.batch_size": 4, "train.lr": 0.01, "lora.rank": 3, "lora.dropout": 0.1, "model.max_length": 16}

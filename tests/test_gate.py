@@ -43,7 +43,6 @@ from tests.doors import (  # noqa: F401
     wait,
 )
 
-
 TRICKS = [
     *(
         "/v1/control/start-run",

@@ -16,7 +16,6 @@ import pytest
 from fedlora.server.door import KEY_HEADER
 from tests.doors import PATIENCE, PULL, Gate, SuperLink, answer, ask, free, gate, head, own, shared, superlink  # noqa: F401
 
-
 HEALTH = head("GET /health HTTP/1.1", {"Host": "x"})
 
 
