@@ -139,7 +139,7 @@ def _whole(out: Path) -> Iterator[Path]:
 def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
     """Every adapter of this form, with the logits of the model it stands for."""
     model = setup.model
-    examples = setup.evaluation or next((site.train for site in setup.sites if site.train), None) or _made_up(setup)
+    examples = setup.evaluation or next((s.train for s in setup.sites if s.train), []) or _made_up(setup)
     batch = model.encoder.collate(examples[:EXAMPLES])
     probe = Probe(setup.config.model, model.form, model.device, batch)
     return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
