@@ -15,7 +15,7 @@ from fedlora.processes import free_port
 from fedlora.provision import names_for, provision
 
 ROOT = Path(__file__).parent.parent
-SLOW = 240.0  # seconds that anything may take on a busy machine
+SLOW = 600.0  # seconds that anything may take on a busy machine
 
 
 @dataclass
