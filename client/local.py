@@ -33,7 +33,8 @@ def _place(config: Config | None, folder: Path | None, context: Context, run: st
     if config is None:
         config = configuration.build(dict(context.run_config))
     if folder is None:
-        folder = Path(str(context.node_config.get("state-dir", "runs/clients")))
+        state = Path(str(context.node_config.get("state-dir", "runs/clients")))
+        folder = state / (run or str(context.run_id))
     key = repr(config)
     if key not in _ready:
         _ready.clear()
@@ -42,5 +43,5 @@ def _place(config: Config | None, folder: Path | None, context: Context, run: st
     id = int(context.node_config.get("partition-id", -1))
     if not 0 <= id < len(setup.sites):
         raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
-    desk = Desk(id, setup.sites[id], folder / (run or str(context.run_id)) / str(id), own(setup.config))
+    desk = Desk(id, setup.sites[id], folder / str(id), own(setup.config))
     return work.Place(setup.model, desk, PartStore(desk.folder), setup.ranks[id])
