@@ -216,7 +216,7 @@ def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
 def _read_lacks(records: RecordDict) -> Lacks:
     lacks = read_head(records, Lacks)
     if records.array_records:
-        raise WireError("a client that lacks parts sends numbers; it takes the names of the parts alone")
+        raise WireError("a message that parts are lacking has numbers; it takes their names alone")
     if not lacks.lacks or len(lacks.lacks) > 10**5:
         raise WireError(f"a client lacks {len(lacks.lacks)} parts; it takes one or more")
     return lacks

@@ -189,7 +189,7 @@ def test_a_failure_is_of_the_kind_that_its_words_say(reason: str) -> None:
 
 @pytest.mark.parametrize("module", RAISED)
 def test_no_sentence_of_a_client_or_of_the_check_of_its_upload_is_of_another_kind(module: str) -> None:
-    said = list(sentences(ROOT / "fedlora" / f"{module}.py"))
+    said = list(filter(None, sentences(ROOT / "fedlora" / f"{module}.py")))  # of some, the words come from elsewhere
     assert said and {s: kind(s) for s in said if kind(s) not in RAISED[module]} == {}
 
 
