@@ -3,18 +3,18 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import RecordDict
 
 from fedlora import wire, worker
 from fedlora.client.parts import PartStore
 from fedlora.errors import FedloraError
+from fedlora.flat import carried
 from fedlora.journal import Journal
 from fedlora.model import Model
 from fedlora.site import Desk
 from fedlora.store import Store
-from fedlora.strategy import Job, Update
+from fedlora.strategy import Job
 
 log = logging.getLogger("fedlora")
 
@@ -59,10 +59,11 @@ def train(place: Place, content: RecordDict) -> RecordDict:
     if isinstance(job, wire.Lacks):
         return wire.pack_lacks(job)
     update = place.desk.answer(place.model, job)
-    leaves = _leaves(job, update)
-    place.journal.write("left", what="update", round=job.round + 1, **leaves)
+    tensors, nbytes = carried(update)
+    place.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
     if place.told:
-        log.info("round %d of %d: %s", job.round + 1, job.rounds, _in_words(leaves))
+        words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
+        log.info("round %d of %d: %s", job.round + 1, job.rounds, words)
     return wire.pack_update(update, job.round)
 
 
@@ -95,16 +96,3 @@ def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordD
     except Exception as e:
         log.warning("%s failed", kind, exc_info=True)
         return f"{type(e).__name__}: {e}"
-
-
-def _leaves(job: Job, update: Update) -> dict[str, Any]:
-    """What an update brings out of here: the names and bytes of its tensors."""
-    masked = update.masked
-    if masked is not None:
-        return {"bytes": masked.nbytes, "tensors": ["masked"]}
-    own = {f"{s} {m}": t.nbytes for s in job.shares for m, t in update.lora.side(s).items()}
-    return {"bytes": update.packed.nbytes if update.packed else sum(own.values()), "tensors": list(own)}
-
-
-def _in_words(leaves: Mapping[str, Any]) -> str:
-    return f"{leaves['bytes']:,} bytes leave for the server, of {len(leaves['tensors'])} tensors"

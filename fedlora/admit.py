@@ -152,13 +152,11 @@ def _plain(head: UpdateHead, vector: Tensor) -> LoRA:
 def _small(head: UpdateHead, vector: Tensor, job: Job) -> tuple[LoRA, Packed]:
     """A change in few bytes, and what it makes of where the job started."""
     n = vector.numel() - 4 * head.scales
-    scaled = head.scales if job.upload == "int8" else 0
-    if head.dtype != job.upload or head.scales != scaled or head.scales < 0 or n < 0:
+    if head.dtype != job.upload or head.scales < 0 or n < 0 or (head.scales and job.upload != "int8"):
         raise WireError(f"an update is of {head.dtype} with {head.scales} scales; the job asked for {job.upload}")
     scales = vector[n:].clone().view(torch.float32) if head.scales else torch.empty(0)
     packed = Packed(job.upload, vector[:n], scales, _manifest(head.manifest, n))
-    with reading("an update"):
-        return restore(job.start, packed), packed
+    return restore(job.start, packed), packed
 
 
 def _manifest(manifest: str, numbers: int) -> str:

@@ -91,6 +91,14 @@ class Parts:
         return self._made[key][1]
 
 
+def carried(update: Update) -> tuple[list[str], int]:
+    """What an update brings across: its tensors by name, and bytes; numbers that are not packed count as float32."""
+    if update.masked is not None:
+        return ["masked"], 4 * update.masked.numel()
+    tensors = {f"{s} {m}": t for s in SIDES for m, t in update.lora.side(s).items()}
+    return list(tensors), update.packed.nbytes if update.packed else 4 * sum(t.numel() for t in tensors.values())
+
+
 @dataclass
 class Traffic:
     """Bytes of adapters that crossed the wire, or would have, and what every client holds from its last job."""
@@ -106,10 +114,6 @@ class Traffic:
         self.held[client] = frozenset(f.name for f in parts.values())
         return missing
 
-    def receive(self, update: Update, itemsize: int = 4) -> None:
+    def receive(self, update: Update) -> None:
         """Count an update."""
-        self.up += update.masked.numel() * itemsize if update.masked is not None else 0
-        if update.packed:
-            self.up += update.packed.nbytes
-            return
-        self.up += sum(t.numel() * itemsize for s in SIDES for t in update.lora.side(s).values())
+        self.up += carried(update)[1]

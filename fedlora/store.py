@@ -16,7 +16,7 @@ from .flat import flatten, name_of, unflatten
 from .lora import LoRA
 from .strategy import Spent, Update
 
-DAMAGE = SafetensorError, OSError, ValueError, KeyError, TypeError
+DAMAGE = SafetensorError, OSError, ValueError, LookupError, TypeError
 log = logging.getLogger("fedlora")
 
 
@@ -83,7 +83,7 @@ def read(path: Path) -> tuple[LoRA, dict[str, str]]:
     """The adapter of a file, and what is told beside it. Raises one of `DAMAGE` for a file that is not as written."""
     with safe_open(path, framework="pt") as f:
         told = f.metadata()
-        vector = f.get_tensor("numbers")
-    if name_of(vector, told["manifest"]) != told["name"]:
+        vector = f.get_tensor(f.keys()[0])
+    if "name" in told and name_of(vector, told["manifest"]) != told["name"]:  # earlier versions wrote none
         raise ValueError("its numbers are not those that were written")
     return unflatten(vector, told["manifest"]), told

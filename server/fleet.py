@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 from threading import Event
@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedlora import admit, wire
 from fedlora.errors import RoundFailed, WireError
-from fedlora.flat import Parts, Traffic
+from fedlora.flat import Parts, Traffic, carried
 from fedlora.journal import Journal
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
@@ -102,7 +102,7 @@ class FlowerFleet:
 
     def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
-        waiting = self._push(SECURE, {i: wire.pack_ask(a) for i, a in asks.items()})
+        waiting = self._push(SECURE, asks, lambda i: wire.pack_ask(asks[i]))
         said: dict[int, Mapping[str, str] | Failure] = {i: Failure("no answer to secure aggregation") for i in asks}
         for i, reply in self._replies(waiting):
             said[i] = self._open(reply, admit.read_said)
@@ -127,14 +127,14 @@ class FlowerFleet:
             return lambda content: read(content, job)
 
         done = set[int]()
-        waiting = self._push(kind, {i: letter(i) for i in jobs})
+        waiting = self._push(kind, jobs, letter)
         offline = set(jobs) - set(waiting.values())
         for i, reply in self._replies(waiting):
             answer = self._open(reply, at(jobs[i]))
             if isinstance(answer, wire.Lacks) and i not in again:
                 again.add(i)
                 self.traffic.held.pop(i, None)
-                waiting |= self._push(kind, {i: letter(i)})
+                waiting |= self._push(kind, [i], letter)
                 continue
             if isinstance(answer, wire.Lacks):
                 answer = Failure(f"it still lacks {len(answer.lacks)} parts of a job that was sent in full")
@@ -157,21 +157,17 @@ class FlowerFleet:
         if isinstance(answer, Failure):
             self.journal.write("refused" if answer.refused else "failed", **told, reason=answer.reason)
         elif isinstance(answer, Update):
-            names = [f"{s} {m}" for s in job.shares for m in answer.lora.side(s)] or ["masked"]
-            nbytes = sum(t.nbytes for s in job.shares for t in answer.lora.side(s).values())
-            self.journal.write("received", **told, bytes=nbytes, tensors=names)
+            tensors, nbytes = carried(answer)
+            self.journal.write("received", **told, bytes=nbytes, tensors=tensors)
         else:
             self.journal.write("received", **told)
 
-    def _push(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[str, int]:
-        """Send to whoever is online; which message went to which client."""
+    def _push(self, kind: str, clients: Iterable[int], letter: Callable[[int], RecordDict]) -> dict[str, int]:
+        """Write to whoever of them is online; which message went to which client."""
         ttl = self._rules.deadline or None  # what nobody waits for any more is not begun
         online = set(self._grid.get_node_ids())
-        messages = {
-            i: Message(wire.stamp(c, self._rules.run), self._nodes[i], kind, ttl=ttl)
-            for i, c in contents.items()
-            if self._nodes[i] in online
-        }
+        there = [i for i in clients if self._nodes[i] in online]
+        messages = {i: Message(wire.stamp(letter(i), self._rules.run), self._nodes[i], kind, ttl=ttl) for i in there}
         sent = set(self._grid.push_messages(list(messages.values())))
         return {m.metadata.message_id: i for i, m in messages.items() if m.metadata.message_id in sent}
 
