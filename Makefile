@@ -8,7 +8,7 @@ simulate: .venv/installed
 
 # A process a core, each with one thread of its own; a file, whose tests may share a federation, stays in one.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # mypy is shown the packages as a wheel lays them out: it cannot follow fedlora/__init__.py to the folders beside it.
 lint: .venv/installed

@@ -33,7 +33,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record}, tensors)
     metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree), "sha256": _digest(tensors)}
-    write(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
+    try:
+        write(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
+    except CheckpointError as e:
+        again = f"start it again (a simulation: fedlora simulate --resume {folder.parent})"
+        raise CheckpointError(f"{e}, then {again}") from e
     for old in list(_rounds(folder))[:-2]:
         old.unlink(missing_ok=True)
 
@@ -67,8 +71,7 @@ def write(path: Path, content: bytes, private: bool = False) -> None:
         temporary.unlink(missing_ok=True)
         size = len(content) / 1e6
         raise CheckpointError(
-            f"{path} ({size:.1f} MB) could not be written: {e.strerror}; what was there is untouched: "
-            f"make room, then go on with fedlora simulate --resume {path.parent.parent}"
+            f"{path} ({size:.1f} MB) could not be written: {e.strerror}; what was there is untouched: make room"
         ) from e
 
 

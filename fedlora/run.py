@@ -137,7 +137,7 @@ def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "
-            f"make room, then go on with fedlora simulate --resume {folder.path}"
+            f"make room, then start it again (a simulation: fedlora simulate --resume {folder.path})"
         ) from e
 
 

@@ -145,7 +145,7 @@ def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> No
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fedlora", *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "bad.jsonl:2" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == 2 and "bad.jsonl line 2" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
 def test_the_clientapp_loads_neither_torch_nor_transformers() -> None:

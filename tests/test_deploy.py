@@ -4,6 +4,7 @@ import json
 import os
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -44,6 +45,7 @@ quorum = 0.5
 wait = 600
 eval_every = 0
 """
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # Flower starts its own programs by name
 PROTOBUF = {"Content-Type": "application/protobuf"}  # what the SuperLink reads at all
 ATTACKS = {
     "start a run": "/v1/control/start-run",
@@ -147,15 +149,10 @@ def test_a_killed_client_is_missed_named_and_back(federation: Federation, resume
 
 
 @pytest.fixture(scope="module")
-def serving(federation: Federation, resumed: Path) -> Iterator[None]:
-    """A server in the middle of a run, which goes on whatever is tried."""
-    server = federation.server("attacked", "--rounds", "500")
+def serving(federation: Federation, resumed: Path) -> None:
+    """A server in the middle of a run; what ends the federation ends it."""
+    federation.server("attacked", "--rounds", "500")
     federation.until(lambda: federation.records("attacked"))
-    yield
-    before = len(federation.records("attacked"))
-    federation.until(lambda: len(federation.records("attacked")) > before)
-    server.terminate()
-    assert server.wait(SLOW) == 130
 
 
 @pytest.mark.parametrize("what", ATTACKS)
@@ -182,7 +179,7 @@ def supernode(federation: Federation, log: Path, *key: str) -> "subprocess.Popen
     command = [program("flower-supernode"), "--superlink", f"localhost:{federation.port}", "--port", str(free_port())]
     command += ["--root-certificates", str(federation.keys / "server" / "ca.crt"), *key]
     with log.open("wb") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | QUIET)
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | QUIET | {"PATH": PATH})
 
 
 def test_nor_join_with_a_key_of_nobody(federation: Federation, serving: None, tmp_path: Path) -> None:
@@ -205,7 +202,15 @@ def test_nor_join_without_a_key(federation: Federation, serving: None, tmp_path:
         node.wait()
 
 
-def test_ctrl_c_leaves_nothing_behind(federation: Federation) -> None:
+def test_the_run_goes_on_whatever_was_tried(federation: Federation, serving: None) -> None:
+    before = len(federation.records("attacked"))
+    federation.until(lambda: len(federation.records("attacked")) > before)
+    assert all(record["answered"] == 3 for record in federation.records("attacked"))
+
+
+def test_ctrl_c_ends_a_server_in_a_run_and_leaves_nothing_behind(federation: Federation, serving: None) -> None:
+    server = federation.running[-1]
     pids = [pid for process in federation.running for pid in named(process.pid, "")]
     federation.end()
-    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+    assert server.returncode == 130
+    federation.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)  # init reaps orphans
