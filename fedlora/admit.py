@@ -26,6 +26,7 @@ from .wire import Introduction, Lacks, MetricsHead, Said, UpdateHead
 MOST_HEAD = 8 * 2**20  # characters of a head
 PLAIN_HEAD = 2**16  # of one without a manifest
 MOST_COMMAS = 2**17  # in a head: each may part values that are all wrong, at 200 bytes and 10 us an error
+MOST_METRICS = 64 * 2**20  # bytes of counts: 2896 classes by as many
 MOST_EXAMPLES = 10**12
 MOST_RANK = 2**20
 NPY = 1024  # bytes of numpy's own header, generously
@@ -39,7 +40,7 @@ def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Upd
 
     `largest_step`: norm of what the client changed, over all that it sends, above which it is refused.
     """
-    _bounded(records, _most_bytes(job), _most_characters(job))
+    _bounded(records, most_bytes(job), _most_characters(job))
     if _is_lacking(records):
         return _read_lacks(records)
     head = read_head(records, UpdateHead)
@@ -61,7 +62,7 @@ def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Upd
 @reading("metrics")
 def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | Lacks:
     """The answer to a job that asked for an evaluation."""
-    _bounded(records, 64 * 2**20, _most_characters(job) if job else MOST_HEAD)
+    _bounded(records, MOST_METRICS, _most_characters(job) if job else MOST_HEAD)
     if _is_lacking(records):
         return _read_lacks(records)
     head = read_head(records, MetricsHead)
@@ -117,7 +118,7 @@ def _bounded(records: RecordDict, most: int | None, characters: int = MOST_HEAD)
         raise WireError(f"a message's head has {found} characters and commas; {most_of} are the most")
 
 
-def _most_bytes(job: Job) -> int:
+def most_bytes(job: Job) -> int:
     """The largest answer that a job can have, in float64; one that resumes sends up to twice the rank."""
     numbers = sum(t.numel() for s in job.shares for t in job.start.side(s).values())
     return 4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1)

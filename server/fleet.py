@@ -18,6 +18,7 @@ from fedlora.flat import Parts, Traffic, carried
 from fedlora.journal import Journal
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
+from fedlora.server.inflate import bounded
 from fedlora.server.replies import POISON, Pause, reason
 from fedlora.strategy import Ask, Client, Job, Update
 
@@ -96,24 +97,31 @@ class FlowerFleet:
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job on its client's node, handing over each answer as it arrives."""
+        most = max(map(admit.most_bytes, jobs.values()), default=0)
         return self._carry(
-            MessageType.TRAIN, jobs, lambda content, job: admit.read_update(content, job, self._rules.largest_step)
+            MessageType.TRAIN,
+            jobs,
+            lambda content, job: admit.read_update(content, job, self._rules.largest_step),
+            most,
         )
 
     def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
         waiting = self._push(SECURE, asks, lambda i: wire.pack_ask(asks[i]))
         said: dict[int, Mapping[str, str] | Failure] = {i: Failure("no answer to secure aggregation") for i in asks}
-        for i, reply in self._replies(waiting):
+        for i, reply in self._replies(waiting, 0):
             said[i] = self._open(reply, admit.read_said)
         return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
-        return dict(self._carry(MessageType.EVALUATE, jobs, admit.read_metrics))
+        return dict(self._carry(MessageType.EVALUATE, jobs, admit.read_metrics, admit.MOST_METRICS))
 
-    def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T]) -> Iterator[tuple[int, T | Failure]]:
-        """A message a job, and its answer; a client that lost its parts is sent its job again, once, in full."""
+    def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T], most: int) -> Iterator[tuple[int, T | Failure]]:
+        """A message a job, and its answer of at most so many bytes of numbers.
+
+        A client that lost its parts is sent its job again, once, in full.
+        """
         parts, packer, again = Parts(), wire.Packer(), set[int]()
 
         def letter(i: int) -> RecordDict:
@@ -129,7 +137,7 @@ class FlowerFleet:
         done = set[int]()
         waiting = self._push(kind, jobs, letter)
         offline = set(jobs) - set(waiting.values())
-        for i, reply in self._replies(waiting):
+        for i, reply in self._replies(waiting, most):
             answer = self._open(reply, at(jobs[i]))
             if isinstance(answer, wire.Lacks) and i not in again:
                 again.add(i)
@@ -171,26 +179,30 @@ class FlowerFleet:
         sent = set(self._grid.push_messages(list(messages.values())))
         return {m.metadata.message_id: i for i, m in messages.items() if m.metadata.message_id in sent}
 
-    def _replies(self, waiting: dict[str, int]) -> Iterator[tuple[int, Message | Failure]]:
+    def _replies(self, waiting: dict[str, int], most: int) -> Iterator[tuple[int, Message | Failure]]:
         """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
         began, pause, deadline = time.monotonic(), Pause(self._stop), self._rules.deadline
         while waiting and not (deadline and time.monotonic() - began > deadline):
-            replies = list(self._pull(list(waiting)))
+            replies = list(self._pull(list(waiting), most))
             for id, reply in replies:
                 yield waiting.pop(id), reply
             self._waiting(dict.fromkeys(sorted(waiting.values()), time.monotonic() - began))
             if waiting:
                 pause(bool(replies))
 
-    def _pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message | Failure]]:
-        """The replies that are there, by the message that was sent.
+    def _pull(self, ids: Sequence[str], most: int) -> Iterator[tuple[str, Message | Failure]]:
+        """The replies that are there, by the message that was sent; none is unpacked to more than `most` bytes.
 
         One at a time, and by our own record of what was asked: Flower unpacks uploads as it pulls, so that one which
         cannot be unpacked would take the others with it; and whose answer it is, the client itself says.
         """
         for id in ids:
             try:
-                replies = list(self._grid.pull_messages([id]))
+                with bounded(most):
+                    replies = list(self._grid.pull_messages([id]))
+            except WireError as e:
+                yield id, Failure(str(e), refused=True)
+                continue
             except POISON as e:
                 yield id, Failure(f"an answer could not be unpacked: {type(e).__name__}", refused=True)
                 continue
@@ -215,7 +227,7 @@ class FlowerFleet:
         """Ask nodes that are new who they are, and take down what those say that were asked; did any?"""
         self._asked = {id: n for id, n in self._asked.items() if n in online}  # who left is asked anew when it is back
         self._ask(online - set(self._nodes.values()) - set(self._asked.values()))
-        replies = list(self._pull(list(self._asked)))
+        replies = list(self._pull(list(self._asked), 0))
         for id, reply in replies:
             self._know(self._asked.pop(id), reply)
         return bool(replies)
