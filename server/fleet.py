@@ -18,8 +18,7 @@ from fedlora.flat import Parts, Traffic, carried
 from fedlora.journal import Journal
 from fedlora.metrics import Metrics
 from fedlora.rounds import Answers, Failure
-from fedlora.server.inflate import bounded
-from fedlora.server.replies import POISON, Pause, reason
+from fedlora.server.replies import Inbox, Pause, reason
 from fedlora.strategy import Ask, Client, Job, Update
 
 SECURE = f"{MessageType.QUERY}.secure"
@@ -65,7 +64,7 @@ class FlowerFleet:
         self.journal = Journal(None)
         self.online: Callable[[int], None] = lambda _: None  # told how many are connected, at every look
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
-        self._stop = stop or Event()
+        self._stop, self._inbox = stop or Event(), Inbox(grid)
         self._begun = False
         self._clients: dict[int, Client] = {}
         self._nodes: dict[int, int] = {}  # client -> node
@@ -183,32 +182,13 @@ class FlowerFleet:
         """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
         began, pause, deadline = time.monotonic(), Pause(self._stop), self._rules.deadline
         while waiting and not (deadline and time.monotonic() - began > deadline):
-            replies = list(self._pull(list(waiting), most))
+            replies = self._inbox.look_at(waiting, most)
             for id, reply in replies:
                 yield waiting.pop(id), reply
             self._waiting(dict.fromkeys(sorted(waiting.values()), time.monotonic() - began))
             if waiting:
                 pause(bool(replies))
-
-    def _pull(self, ids: Sequence[str], most: int) -> Iterator[tuple[str, Message | Failure]]:
-        """The replies that are there, by the message that was sent; none is unpacked to more than `most` bytes.
-
-        One at a time, and by our own record of what was asked: Flower unpacks uploads as it pulls, so that one which
-        cannot be unpacked would take the others with it; and whose answer it is, the client itself says.
-        """
-        for id in ids:
-            try:
-                with bounded(most):
-                    replies = list(self._grid.pull_messages([id]))
-            except WireError as e:
-                yield id, Failure(str(e), refused=True)
-                continue
-            except POISON as e:
-                yield id, Failure(f"an answer could not be unpacked: {type(e).__name__}", refused=True)
-                continue
-            for reply in replies:  # the SuperLink's own error replies name no node, but the message they answer
-                own = reply.metadata.reply_to_message_id == id
-                yield id, reply if own else Failure("an answer says that it is to another message", refused=True)
+        self._inbox.forget(waiting)
 
     def _open(self, reply: Message | Failure, read: Callable[[RecordDict], X]) -> X | Failure:
         """What a reply says, if it is one, of this run, and passes the checks."""
@@ -227,7 +207,7 @@ class FlowerFleet:
         """Ask nodes that are new who they are, and take down what those say that were asked; did any?"""
         self._asked = {id: n for id, n in self._asked.items() if n in online}  # who left is asked anew when it is back
         self._ask(online - set(self._nodes.values()) - set(self._asked.values()))
-        replies = list(self._pull(list(self._asked), 0))
+        replies = self._inbox.look_at(self._asked, most=0)
         for id, reply in replies:
             self._know(self._asked.pop(id), reply)
         return bool(replies)

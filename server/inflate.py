@@ -1,23 +1,31 @@
-"""What an answer may unpack to: Flower carries equal chunks once, so that few bytes can ask for gigabytes of memory."""
+"""What an answer may take of this machine's memory, looked at before it is taken.
+
+Flower brings in all that a message is made of, however much, and carries equal chunks once, so that a few bytes can ask
+for gigabytes. It has no setting for either; the one file that changes what its own functions do is this.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import inf
+from threading import Lock
 from typing import Any
 
 from flwr.app import Array
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
 
 from fedlora.errors import WireError
 
+BESIDES = 16 * 2**20  # bytes of a message that are no numbers: its head, and names
 _most: ContextVar[float] = ContextVar("_most", default=inf)  # of this thread: a simulation's clients have others
 _inflate = Array.inflate
 
 
 @contextmanager
 def bounded(most: float) -> Iterator[None]:
-    """Within it, this thread is made no array of more than `most` bytes and a chunk: `WireError` is raised before."""
+    """Within it, an answer of more than `most` bytes of numbers raises `WireError`, to this thread alone."""
     before = _most.set(most)
     try:
         yield
@@ -25,8 +33,8 @@ def bounded(most: float) -> Iterator[None]:
         _most.reset(before)
 
 
-def _bounded(object_content: bytes, children: Mapping[str, Any] | None = None) -> Array:
-    """Flower's own `Array.inflate`, once the array's length has been looked at."""
+def _bounded_inflate(object_content: bytes, children: Mapping[str, Any] | None = None) -> Array:
+    """Flower's own `Array.inflate`, once the array's length, give or take a chunk, has been looked at."""
     chunks = json.loads(object_content.partition(b"\0")[2])["arraychunk_ids"]
     largest = max((len(chunk.data) for chunk in (children or {}).values()), default=0)
     if (len(chunks) - 1) * largest > _most.get():
@@ -37,4 +45,21 @@ def _bounded(object_content: bytes, children: Mapping[str, Any] | None = None) -
     return _inflate(object_content, dict(children or {}))
 
 
-Array.inflate = staticmethod(_bounded)  # type: ignore[method-assign, assignment]
+def _bounded_pull(object_ids: Sequence[str], pull_object_fn: Callable[[str], bytes], **more: Any) -> dict[str, bytes]:
+    """Flower's own `pull_objects`, ended as soon as too much has come."""
+    most, lock, came = _most.get(), Lock(), 0
+
+    def pull(object_id: str) -> bytes:
+        nonlocal came
+        content = pull_object_fn(object_id)
+        with lock:
+            came += len(content)
+        if came > most + BESIDES:
+            raise WireError(f"a message brings more than {came / 1e6:.1f} MB; {most / 1e6:.1f} MB were asked for")
+        return content
+
+    return pull_objects(list(object_ids), pull, **more)
+
+
+Array.inflate = staticmethod(_bounded_inflate)  # type: ignore[method-assign]
+http_grid.pull_objects = _bounded_pull  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -95,6 +95,25 @@ def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
     fleet.clients()
     answers = dict(fleet.train(jobs(2)))
     assert answers[0] == Failure("no answer after 0.5 s") and isinstance(answers[1], Update)
+
+
+class Hanging(Threads):
+    """Client 0 announces an update, of which the rest never comes: Flower waits for it as it takes it in."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        if any(r.metadata.message_type == MessageType.TRAIN and r.metadata.src_node_id == 100 for r in replies):
+            time.sleep(60)
+        return replies
+
+
+def test_an_upload_that_hangs_keeps_nobody_else_waiting(tmp_path: Path) -> None:
+    fleet, began = FlowerFleet(Hanging(*[echo(tmp_path)] * 3), Rules(3, deadline=4)), time.monotonic()
+    fleet.clients()
+    answers = dict(fleet.train(jobs(3)))
+    assert answers[0] == Failure("no answer after 4 s")
+    assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
+    assert time.monotonic() - began < 10
 
 
 def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.superlink.grid import http_grid
 
 from fedlora.errors import WireError
 from fedlora.server.inflate import bounded
@@ -45,3 +46,16 @@ def test_an_array_of_what_was_asked_for_comes_through(n: int) -> None:
     with bounded(numbers.nbytes):
         assert np.array_equal(unpack(Array(numbers)), numbers)
     assert np.array_equal(unpack(Array(np.zeros(n))), np.zeros(n))
+
+
+def test_of_a_message_no_more_is_brought_in_than_was_asked_for() -> None:
+    asked = list[str]()
+
+    def upload(object_id: str) -> bytes:
+        asked.append(object_id)
+        return bytes(5 * 2**20)
+
+    with bounded(2**20), pytest.raises(WireError, match=r"brings more than \d+\.\d MB; 1\.0 MB were asked for"):
+        http_grid.pull_objects([str(n) for n in range(400)], upload)
+    assert len(asked) < 20
+    assert len(http_grid.pull_objects(["x", "y"], upload)) == 2
