@@ -83,6 +83,7 @@ WORKS: Mapping[str, Callable[[Place, RecordDict], RecordDict]] = {
     "train": train,
     "evaluate": evaluate,
 }
+CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "training", "evaluate": "evaluating"}
 
 
 def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordDict | str:
@@ -91,8 +92,8 @@ def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordD
         run = wire.run_of(records)
         return wire.stamp(WORKS[kind](place(run), records), run)
     except FedloraError as e:
-        log.warning("%s was not done: %s", kind, e)
+        log.warning("%s failed: %s", CALLED.get(kind, kind), e)
         return str(e)
     except Exception as e:
-        log.warning("%s failed", kind, exc_info=True)
+        log.warning("%s failed", CALLED.get(kind, kind), exc_info=True)
         return f"{type(e).__name__}: {e}"

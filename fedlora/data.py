@@ -266,7 +266,9 @@ def _wrong(form: Form, name: str, value: Any) -> str:
 
 
 def _type(value: Any) -> str:
-    return "null" if value is None else "empty" if value == "" else f"a {type(value).__name__}"
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return "null" if value is None else "empty" if value == "" else f"{article} {name}"
 
 
 def _wrong_chat(messages: Any) -> str:
