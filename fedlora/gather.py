@@ -21,6 +21,7 @@ class Failure:
 
     reason: str
     refused: bool = False  # an answer came, and was not let in
+    away: bool = False  # it could not be reached, and may be asked again
 
 
 Answers = Iterable[tuple[int, Update | Failure]]

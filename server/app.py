@@ -104,6 +104,7 @@ def _serve(grid: Grid, desk: Desk, order: Order, screen: Screen) -> None:
         quorum=policy.quorum,
         wait=policy.wait,
         deadline=policy.deadline,
+        needed=policy.quorum if policy.below_quorum == "stop" else 0.0,
         largest_step=policy.largest_step,
         run=folder.run,
         nodes=nodes,

@@ -22,6 +22,7 @@ from fedlora.server.replies import Inbox, Pause, reason
 from fedlora.strategy import Ask, Client, Job, Update
 
 SECURE = f"{MessageType.QUERY}.secure"
+AWAY = 5  # Flower's code of a node whose heartbeats have ended
 TRIES = 3  # how often a node is asked who it is, one time after another
 AGAIN = 60.0  # seconds after which it is asked again all the same: its owner may have mended what was wrong
 log = logging.getLogger("fedlora")
@@ -38,6 +39,7 @@ class Rules:
     quorum: float = 1.0  # share of them without which it does not begin
     wait: float = 0.0  # seconds for those beyond the quorum
     deadline: float = 0.0  # seconds after which a round's missing clients have failed; 0: wait for all
+    needed: float = 0.0  # share of a round's clients without which those that are away are waited for
     largest_step: float = inf  # norm of an update above which it is refused
     run: str = ""  # by which clients keep what is theirs
     nodes: Mapping[int, int] | None = None  # node -> the client whose key it has; None: nodes are believed
@@ -95,14 +97,23 @@ class FlowerFleet:
             pause(some)
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
-        """Run every job on its client's node, handing over each answer as it arrives."""
+        """Run every job on its client's node, handing over each answer as it arrives.
+
+        A client that cannot be reached has failed, unless too few are left without it: then it is waited for.
+        """
         most = max(map(admit.most_bytes, jobs.values()), default=0)
-        return self._carry(
-            MessageType.TRAIN,
-            jobs,
-            lambda content, job: admit.read_update(content, job, self._rules.largest_step),
-            most,
-        )
+        began, left, short = time.monotonic(), jobs, max(1, ceil(self._rules.needed * len(jobs)))
+        away: dict[int, Failure] = {}
+        while left:
+            away = {}
+            for i, answer in self._carry(MessageType.TRAIN, left, self._read_update, most):
+                if isinstance(answer, Failure) and answer.away:
+                    away[i] = answer
+                    continue
+                short -= isinstance(answer, Update)
+                yield i, answer
+            left = {i: jobs[i] for i in away} if self._rules.needed and self._are_back(away, short, began) else {}
+        yield from away.items()
 
     def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
@@ -149,14 +160,32 @@ class FlowerFleet:
             if isinstance(answer, Update):
                 self.traffic.receive(answer)
             self._note(kind, i, jobs[i], answer)
-            if kind == MessageType.TRAIN:
+            if kind == MessageType.TRAIN and not (isinstance(answer, Failure) and answer.away):
                 self._answered(i)
             yield i, answer
-        late, gone = Failure(f"no answer after {self._rules.deadline:g} s"), Failure("offline: its node is not there")
+        late = Failure(f"no answer after {self._rules.deadline:g} s")
+        gone = Failure("offline: its node is not there", away=True)
         for i in (i for i in jobs if i not in done):
             self.traffic.held.pop(i, None)  # whether it has what was sent, nobody knows
             self._note(kind, i, jobs[i], gone if i in offline else late)
             yield i, gone if i in offline else late
+
+    def _are_back(self, away: Mapping[int, Failure], short: int, began: float) -> bool:
+        """Wait until there are as many of them as a round is short of; false where it is not, or they are too few."""
+        pause, since = Pause(self._stop), time.monotonic()
+        while 0 < short <= len(away) and not self._is_late(began):
+            online = set(self._grid.get_node_ids())
+            if sum(self._nodes[i] in online for i in away) >= short:
+                return True
+            self._waiting(dict.fromkeys(sorted(away), time.monotonic() - since))
+            pause(False)
+        return False
+
+    def _is_late(self, began: float) -> bool:
+        return bool(self._rules.deadline) and time.monotonic() - began > self._rules.deadline
+
+    def _read_update(self, content: RecordDict, job: Job) -> Update | wire.Lacks:
+        return admit.read_update(content, job, self._rules.largest_step)
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
         """The server's log of what came in, or did not."""
@@ -180,8 +209,8 @@ class FlowerFleet:
 
     def _replies(self, waiting: dict[str, int], most: int) -> Iterator[tuple[int, Message | Failure]]:
         """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
-        began, pause, deadline = time.monotonic(), Pause(self._stop), self._rules.deadline
-        while waiting and not (deadline and time.monotonic() - began > deadline):
+        began, pause = time.monotonic(), Pause(self._stop)
+        while waiting and not self._is_late(began):
             replies = self._inbox.look_at(waiting, most)
             for id, reply in replies:
                 yield waiting.pop(id), reply
@@ -195,7 +224,7 @@ class FlowerFleet:
         if isinstance(reply, Failure):
             return reply
         if reply.has_error():
-            return Failure(reason(reply.error))
+            return Failure(reason(reply.error), away=reply.error.code == AWAY)
         try:
             if (run := wire.run_of(reply.content)) != self._rules.run:
                 raise WireError(f"an answer is of run {run!r}; this is {self._rules.run!r}")

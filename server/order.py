@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.errors import CheckpointError
+
 FOLDER = "FEDLORA_RUN"  # in the environment of Flower's SuperExec, and so of the ServerApp: the run directory
 PARENT = "FEDLORA_SERVER"  # and the process of `fedlora server`, without which there is to be no ServerApp
 
@@ -72,7 +74,10 @@ class Desk:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value))
+        temporary.replace(path)
+    except OSError as e:
+        raise CheckpointError(f"{path} could not be written: {e.strerror}; make room, then start it again") from e

@@ -116,6 +116,47 @@ def test_an_upload_that_hangs_keeps_nobody_else_waiting(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
+class Outage(Threads):
+    """From the first job on, nobody is there for so many looks; then all are, or all but client 0."""
+
+    looks = 0
+
+    def __init__(self, *apps: ClientApp, lasts: int, loses: bool = False) -> None:
+        super().__init__(*apps)
+        self._lasts, self._loses = lasts, loses
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        there = list(super().get_node_ids())
+        if self.looks == 1:  # as they introduce themselves
+            return there
+        return [n for n in there if not (self._loses and n == 100)] if self.looks > self._lasts else []
+
+
+def test_clients_without_whom_a_round_fails_are_waited_for_and_asked_again(tmp_path: Path) -> None:
+    told = list[int]()
+    grid = Outage(*[echo(tmp_path)] * 3, lasts=6)
+    fleet = FlowerFleet(grid, Rules(3, needed=1.0), waiting=lambda who: told.append(len(who)))
+    fleet.clients()
+    assert all(isinstance(answer, Update) for answer in dict(fleet.train(jobs(3))).values())
+    assert grid.looks > 6 and 3 in told
+
+
+def test_a_client_that_a_round_can_do_without_is_not_waited_for(tmp_path: Path) -> None:
+    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=3, loses=True), Rules(3, needed=0.5))
+    fleet.clients()
+    answers = dict(fleet.train(jobs(3)))
+    assert answers[0] == Failure("offline: its node is not there", away=True)
+    assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
+
+
+def test_a_deadline_ends_the_wait_for_clients_that_stay_away(tmp_path: Path) -> None:
+    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=10**9), Rules(3, needed=0.5, deadline=0.5))
+    fleet.clients()
+    gone = Failure("offline: its node is not there", away=True)
+    assert dict(fleet.train(jobs(3))) == dict.fromkeys(range(3), gone)
+
+
 def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
     stop, slow = Event(), echo(tmp_path, lambda _: time.sleep(2))
     fleet = FlowerFleet(Threads(slow), Rules(1), stop=stop)

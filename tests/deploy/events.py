@@ -202,17 +202,17 @@ def hang_up(trial: Trial) -> Seen:
 
 
 def outage(trial: Trial, n: int, began: float) -> Seen:
-    """All clients were away: the round is lost to some or all; the run ends with a reason, or goes on."""
+    """All clients were away: they are waited for, asked again, and the round is finished."""
     fed = trial.fed
     until("the round or the run ends", lambda: len(fed.rounds()) >= n or fed.server.code is not None, 300)
-    words = "the run went on"
-    if fed.server.code is not None:
+    words, ended = "waited for, and asked again", fed.server.code is not None
+    if ended:
         words = f"the command ended with code {fed.server.code}: “{fed.last_words()}”; started again"
         fed.server.start()
     back = until("all take part again", lambda: next((r["round"] for r in fed.rounds()[n - 1 :] if not r["failed"]), 0))
     gone = [r["round"] for r in fed.rounds()[n - 1 : back] if r["failed"]]
     after = time.monotonic() - began
-    return Seen(True, f"{words}; all take part in round {back}, {after:.0f} s after it", str(len(gone)), lost(fed))
+    return Seen(not ended, f"{words}; all take part in round {back}, {after:.0f} s after it", str(len(gone)), lost(fed))
 
 
 def clock(trial: Trial) -> Seen:

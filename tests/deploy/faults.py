@@ -63,7 +63,7 @@ MISSED = {
     "cut-120": Row("network of one client cut for 120 s", WITHOUT, events.cut(120)),
     "cut-120-all": Row(
         "network of all clients cut for 120 s",
-        "finished rounds stay; the command goes on, or ends with the reason and goes on when started again",
+        "they are waited for by name, and the round is finished when enough of them are back",
         events.cut(120, all=True),
     ),
 }
