@@ -23,6 +23,7 @@ from fedlora.strategy import Ask, Client, Job, Update
 
 SECURE = f"{MessageType.QUERY}.secure"
 AWAY = 5  # Flower's code of a node whose heartbeats have ended
+GRACE = 30.0  # seconds that the others have to be back, once there are enough
 TRIES = 3  # how often a node is asked who it is, one time after another
 AGAIN = 60.0  # seconds after which it is asked again all the same: its owner may have mended what was wrong
 log = logging.getLogger("fedlora")
@@ -172,12 +173,14 @@ class FlowerFleet:
 
     def _are_back(self, away: Mapping[int, Failure], short: int, began: float) -> bool:
         """Wait until there are as many of them as a round is short of; false where it is not, or they are too few."""
-        pause, since = Pause(self._stop), time.monotonic()
+        pause, since, enough = Pause(self._stop), time.monotonic(), inf
         while 0 < short <= len(away) and not self._is_late(began):
-            online = set(self._grid.get_node_ids())
-            if sum(self._nodes[i] in online for i in away) >= short:
+            online, now = set(self._grid.get_node_ids()), time.monotonic()
+            gone = [i for i in sorted(away) if self._nodes[i] not in online]
+            enough = min(enough, now) if len(away) - len(gone) >= short else inf
+            if not gone or now - enough > GRACE:
                 return True
-            self._waiting(dict.fromkeys(sorted(away), time.monotonic() - since))
+            self._waiting(dict.fromkeys(gone, now - since))
             pause(False)
         return False
 

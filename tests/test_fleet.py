@@ -150,6 +150,18 @@ def test_a_client_that_a_round_can_do_without_is_not_waited_for(tmp_path: Path) 
     assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
 
 
+def test_once_enough_are_back_the_others_have_a_moment_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.server.fleet.GRACE", 0.5)
+    told = list[list[int]]()
+    grid = Outage(*[echo(tmp_path)] * 3, lasts=4, loses=True)
+    fleet = FlowerFleet(grid, Rules(3, needed=0.5), waiting=lambda who: told.append(sorted(who)))
+    fleet.clients()
+    answers = dict(fleet.train(jobs(3)))
+    assert [0, 1, 2] in told and [0] in told
+    assert answers[0] == Failure("offline: its node is not there", away=True)
+    assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
+
+
 def test_a_deadline_ends_the_wait_for_clients_that_stay_away(tmp_path: Path) -> None:
     fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=10**9), Rules(3, needed=0.5, deadline=0.5))
     fleet.clients()
