@@ -18,7 +18,7 @@ from fedlora import wire
 from fedlora.client.parts import PartStore
 from fedlora.errors import RoundFailed
 from fedlora.rounds import Failure
-from fedlora.server.fleet import FlowerFleet, Rules
+from fedlora.server.fleet import AWAY, FlowerFleet, Rules
 from fedlora.server.replies import reason
 from fedlora.strategy import Client, Job, Update
 from tests.conftest import factors
@@ -142,8 +142,14 @@ def test_clients_without_whom_a_round_fails_are_waited_for_and_asked_again(tmp_p
     assert grid.looks > 6 and 3 in told
 
 
+def test_a_node_is_away_where_flower_says_so() -> None:
+    from flwr.common.constant import ErrorCode  # private: the number is what travels
+
+    assert AWAY == ErrorCode.NODE_UNAVAILABLE
+
+
 def test_a_client_that_a_round_can_do_without_is_not_waited_for(tmp_path: Path) -> None:
-    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=3, loses=True), Rules(3, needed=0.5))
+    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=1, loses=True), Rules(3, needed=0.5))
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
     assert answers[0] == Failure("offline: its node is not there", away=True)

@@ -11,10 +11,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora import admit, wire
+from fedlora.envelope import read_vector
 from fedlora.errors import WireError
 from fedlora.flat import name_of
 from fedlora.lora import LoRA
 from fedlora.strategy import Job, Masking, Update
+from tests import malform
 from tests.conftest import factors
 
 JOB = Job(factors(1, dtype=torch.float32))
@@ -81,6 +83,14 @@ def test_a_number_with_more_digits_than_python_writes_is_refused(field: str, val
 def test_a_count_is_a_whole_number_and_nothing_that_can_be_read_as_one(value: str) -> None:
     with pytest.raises(WireError, match="examples"):
         admit.read_update(said("examples", value), JOB)
+
+
+@pytest.mark.parametrize("header", ["-" * 900, "{'descr': '<f4', 'fortran_order': False, 'shape': (20+4,), }", "1"])
+def test_nothing_that_an_array_says_is_evaluated(header: str) -> None:
+    """numpy's reader would: Python's parser, which deep headers upset, for other threads too."""
+    array = Array("float32", (24,), "numpy.ndarray", malform.npy(header.encode() + b"\n", bytes(4 * 24)))
+    with pytest.raises(WireError, match="no vector of numbers"):
+        read_vector(RecordDict({"array": ArrayRecord({"vector": array})}), "float32")
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ OTHER = Array(dtype="float32", shape=(1,), stype="pickle", data=b"\x80\x04K\x01.
         (with_head(SENT, "[4, 6]", '[4, \\"x\\"]'), "could not be read"),
         (with_array(SENT, VECTOR[:-1]), f"{len(VECTOR) - 1} came"),
         (with_array(SENT, damaged(VECTOR)), "damaged"),
-        (with_array(SENT, VECTOR[None]), "of shape"),
+        (with_array(SENT, VECTOR[None]), "no vector"),
         (with_array(SENT, VECTOR.astype(np.float64)), "float64"),
         (with_array(SENT, VECTOR.astype(">f4")), "could not be read"),
         (with_array(SENT, PICKLE), "could not be read"),
