@@ -36,10 +36,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         write(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
     except CheckpointError as e:
-        again = f"start it again (a simulation: fedlora simulate --resume {folder.parent})"
-        raise CheckpointError(f"{e}, then {again}") from e
+        raise CheckpointError(f"{e}, then {again(folder.parent)}") from e
     for old in list(_rounds(folder))[:-2]:
         old.unlink(missing_ok=True)
+
+
+def again(run: Path) -> str:
+    """How a run goes on, in words for whoever reads of a full disk: an engineer at a simulation, or at a server."""
+    return f"start it again (a simulation: fedlora simulate --resume {run})"
 
 
 def latest(folder: Path) -> Checkpoint | None:

@@ -56,7 +56,7 @@ def text(records: RecordDict) -> str:
 def as_array(vector: Tensor) -> ArrayRecord:
     """A vector, as a message carries it."""
     bits = vector.view(CARRIED.get(vector.dtype, vector.dtype))
-    return ArrayRecord({"vector": Array(bits.numpy())})  # numpy's own format, which `Array.numpy` reads without pickle
+    return ArrayRecord({"vector": Array(bits.numpy())})  # in numpy's own format
 
 
 def read_vector(records: RecordDict, dtype: str) -> Tensor:
@@ -85,9 +85,8 @@ def _numbers(array: Array) -> Tensor:
     kind, n = np.dtype(found["type"].decode()), int(found["n"])
     told, here = (array.dtype, tuple(array.shape), len(array.data) - found.end()), (kind.name, (n,), n * kind.itemsize)
     if told != here:
-        raise WireError(
-            brief(f"an array says it is {told[0]} of shape {told[1]}, in {told[2]} bytes; there are {here}")
-        )
+        said, are = ("{} of shape {} in {} bytes".format(*what) for what in (told, here))
+        raise WireError(brief(f"an array says it is {said}; its numbers are {are}"))
     return torch.from_numpy(np.frombuffer(array.data, kind, n, found.end()).copy())
 
 

@@ -100,7 +100,7 @@ class RunFolder:
         except OSError as e:
             raise CheckpointError(
                 f"{self.path}/rounds.jsonl could not be written: {e.strerror}; the round is in the checkpoint: "
-                f"make room, then start it again (a simulation: fedlora simulate --resume {self.path})"
+                f"make room, then {checkpoint.again(self.path)}"
             ) from e
 
     @cached_property

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from . import data, preflight, promise, report
 from .central import Central
+from .checkpoint import again
 from .compose import compose
 from .config import Config, absolute
 from .data import Form
@@ -137,7 +138,7 @@ def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "
-            f"make room, then start it again (a simulation: fedlora simulate --resume {folder.path})"
+            f"make room, then {again(folder.path)}"
         ) from e
 
 
