@@ -34,7 +34,7 @@ from fedlora.encode import Example, length
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.folder import RunFolder
 from fedlora.lora import LoRA
-from fedlora.model import Model
+from fedlora.model import Model, load_peft
 from fedlora.privacy import central, terms
 from fedlora.report import refresh
 from fedlora.run import Setup, prepare
@@ -77,7 +77,7 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
         setup = prepare(settings)
         if not (folder.adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{run} has no adapter yet; finish the run with fedlora simulate --resume {run}")
-        trained = setup.model.open(folder.adapter)
+        trained = load_peft(setup.model, folder.adapter)
         strategy = compose(setup.config, setup.start, setup.ranks)
         base = strategy.adapter(strategy.init(setup.start))
     with console.status("attacking"):

@@ -17,6 +17,7 @@ from fedlora.checks.lab import ALIKE, MIXED, PLAN, lab, model_of
 from fedlora.checks.tiny import KINDS, RANK, Fleets, World, world
 from fedlora.checks.verdict import Skip, agree, identical
 from fedlora.lora import SIDES, LoRA, Side, delta
+from fedlora.model import save_peft
 from fedlora.rounds import sample
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.head import Head
@@ -102,7 +103,7 @@ def check_an_exported_adapter_is_the_model_that_was_trained(strategy: Some, flee
         with lab(strategy, where, fleets) as here, TemporaryDirectory() as folder:
             state, jobs = here.after()
             adapter = strategy.adapter(state)
-            where.model.save(adapter, Path(folder))
+            save_peft(where.model, adapter, Path(folder))
             stranger = {"the logits": where.of(reload.adapter(where.config, where.form, Path(folder)))}
             plain = {"the logits": _plain(where, delta(adapter), adapter.H)}
             agree(strategy, f"{kind}: the export is not what is delivered", stranger, plain)

@@ -26,7 +26,7 @@ from .encode import Example
 from .errors import CheckpointError, ConfigError, ExportError, nearest
 from .folder import RunFolder
 from .lora import LoRA, compact, join, norm, scale, truncate
-from .model import Model
+from .model import Model, save_peft
 from .run import Setup
 from .simulate import quiet
 from .store import Store
@@ -205,7 +205,7 @@ def _draft(model: Model, probe: Probe, worn: Worn, max_rank: int, place: Path) -
             f"({error**2:.2g} of its energy), the largest difference of a logit {(logits - before).abs().max():.4g}"
         )
         lora = cut
-    model.save(lora, place / worn.name)
+    save_peft(model, lora, place / worn.name)
     return Draft(place / worn.name, logits, tuple(notes))
 
 

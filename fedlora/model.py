@@ -182,60 +182,6 @@ class Model:
             total += Metrics(len(batch), len(targets), loss, int((guess == targets).sum()), confusion)
         return total
 
-    def save(self, lora: LoRA, folder: Path) -> None:
-        """Write the adapter as PEFT does, at whatever rank it has, so that every module's s is exactly the run's."""
-        was: Any = self.net.peft_config[NAME]
-        shown = copy(was)
-        shown.inference_mode = True
-        if self.kind != "vera":
-            lora = compact(lora)
-            ranks = {m: a.shape[0] for m, a in lora.A.items()}
-            alphas = {m: self.scales[m] * r for m, r in ranks.items()}
-            shown.r, shown.lora_alpha, shown.use_rslora = max(ranks.values()), max(alphas.values()), False
-            shown.rank_pattern = wear.exactly({m: r for m, r in ranks.items() if r != shown.r})
-            shown.alpha_pattern = wear.exactly({m: alpha for m, alpha in alphas.items() if alpha != shown.lora_alpha})
-            shown.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
-        self.write(lora)
-        self.net.peft_config[NAME] = shown
-        try:
-            self.net.save_pretrained(str(folder))
-        finally:
-            self.net.peft_config[NAME] = was
-
-    def open(self, folder: Path) -> LoRA:
-        """The adapter that `save` wrote, read for this model: with its s, and for VeRA over its own A and B."""
-        shown: Any = PeftConfig.from_pretrained(str(folder))
-        kind = "dora" if getattr(shown, "use_dora", False) else shown.peft_type.value.lower()
-        if kind != self.kind:
-            raise ModelError(f"{folder} holds a {kind} adapter; open it with lora.kind = {kind}")
-        found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "H": {}}
-        for key, t in load_file(folder / "adapter_model.safetensors").items():
-            name = key.removeprefix(PREFIX)
-            module, _, end = name.removesuffix(".weight").rpartition(".")
-            letter = LETTERS.get(end, "H")
-            found[letter][name if letter == "H" else module] = t
-        if kind != "vera":
-            self._rescale(shown, found, folder)
-            return LoRA(**found)
-        for key in ("vera_A", "vera_B"):
-            if not torch.equal(found["H"].pop(f"base_model.{key}"), getattr(self.net.base_model, key)[NAME].cpu()):
-                raise ModelError(
-                    f"{folder}: its {key} is of another seed, and its vectors mean nothing over this model's"
-                )
-        return LoRA(**found)
-
-    def _rescale(self, shown: Any, found: dict[str, dict[str, Tensor]], folder: Path) -> None:
-        """B for this model's s, where the configuration says another."""
-        for name, a in found["A"].items():
-            if name not in self.scales:
-                raise ModelError(f"{folder}: this model has no module {name} to adapt; {nearest(name, self.scales)}")
-            r = shown.rank_pattern.get(get_pattern_key(shown.rank_pattern, name), shown.r)
-            alpha = shown.alpha_pattern.get(get_pattern_key(shown.alpha_pattern, name), shown.lora_alpha)
-            s = alpha / r**0.5 if shown.use_rslora else alpha / r
-            found["B"][name] = found["B"][name] * (s / self.scales[name])
-            if a.shape[0] != r:
-                raise ModelError(f"{folder}: {name} has rank {a.shape[0]}, its configuration says {r}")
-
     def _wear_factors(self, cores: Side, gain: Mapping[str, float]) -> None:
         """What is around A and B: the scale of their product, and the core between them."""
         while self._hooks:
@@ -286,3 +232,86 @@ def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]
     ordered = sorted(examples, key=length)
     for i in range(0, len(ordered), size):
         yield list(ordered[i : i + size])
+
+
+def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
+    """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run."""
+    if model.kind != "vera":
+        lora = compact(lora)
+    model.write(lora)
+    peft_configs: Any = model.net.peft_config
+    of_the_run = peft_configs[NAME]
+    peft_configs[NAME] = _config_of(model, lora)
+    try:
+        model.net.save_pretrained(str(folder))
+    finally:
+        peft_configs[NAME] = of_the_run
+
+
+def _config_of(model: Model, lora: LoRA) -> Any:
+    """PEFT's configuration of this adapter: the run's, with the adapter's own ranks and an alpha that keeps each s."""
+    config: Any = copy(model.net.peft_config[NAME])
+    config.inference_mode = True
+    if model.kind == "vera":
+        return config
+    ranks = {m: a.shape[0] for m, a in lora.A.items()}
+    alphas = {m: model.scales[m] * r for m, r in ranks.items()}
+    config.use_rslora = False
+    config.r = max(ranks.values())
+    config.lora_alpha = max(alphas.values())
+    config.rank_pattern = wear.exactly({m: r for m, r in ranks.items() if r != config.r})
+    config.alpha_pattern = wear.exactly({m: alpha for m, alpha in alphas.items() if alpha != config.lora_alpha})
+    config.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
+    return config
+
+
+def load_peft(model: Model, folder: Path) -> LoRA:
+    """Read the adapter that `save_peft` wrote, for this model: with B scaled to its s, and for VeRA over its A and B.
+
+    Raises `ModelError` for an adapter of another kind, of other modules, or over other random matrices.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
+    if kind != model.kind:
+        raise ModelError(f"{folder} holds a {kind} adapter; open it with lora.kind = {kind}")
+    sides = _sides_in(folder)
+    if kind == "vera":
+        _drop_projections(model, sides["H"], folder)
+    else:
+        sides["B"] = {m: b * _rescaling(model, config, m, sides["A"][m], folder) for m, b in sides["B"].items()}
+    return LoRA(**sides)
+
+
+def _sides_in(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The matrices in PEFT's file by side and module; what is no factor is a part of the head, under its own name."""
+    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "H": {}}
+    for key, t in load_file(folder / "adapter_model.safetensors").items():
+        name = key.removeprefix(PREFIX)
+        module, _, end = name.removesuffix(".weight").rpartition(".")
+        if end in LETTERS:
+            sides[LETTERS[end]][module] = t
+        else:
+            sides["H"][name] = t
+    return sides
+
+
+def _drop_projections(model: Model, head: dict[str, Tensor], folder: Path) -> None:
+    """Remove VeRA's frozen random matrices, which PEFT saves too, from what was read as the head.
+
+    Raises `ModelError` if they are not the model's: the trained vectors mean nothing beside others.
+    """
+    for key in ("vera_A", "vera_B"):
+        if not torch.equal(head.pop(f"base_model.{key}"), getattr(model.net.base_model, key)[NAME].cpu()):
+            raise ModelError(f"{folder}: its {key} is of another seed, and its vectors mean nothing over this model's")
+
+
+def _rescaling(model: Model, config: Any, module: str, a: Tensor, folder: Path) -> float:
+    """The factor that turns B under the s of PEFT's configuration into B under this model's s."""
+    if module not in model.scales:
+        raise ModelError(f"{folder}: this model has no module {module} to adapt; {nearest(module, model.scales)}")
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    if a.shape[0] != r:
+        raise ModelError(f"{folder}: {module} has rank {a.shape[0]}, its configuration says {r}")
+    s: float = alpha / (r**0.5 if config.use_rslora else r)
+    return s / model.scales[module]

@@ -20,7 +20,7 @@ from .errors import CheckpointError, ConfigError, PrivacyError
 from .folder import RunFolder
 from .lora import LoRA
 from .metrics import Metrics
-from .model import Model
+from .model import Model, save_peft
 from .privacy import central, terms
 from .ranks import ranks
 from .rounds import Fleet, Plan, fit
@@ -134,7 +134,7 @@ def _promise(setup: Setup, plan: Plan, strategy: Strategy[Any], state: Any, flee
 
 def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
     try:
-        model.save(adapter, folder.adapter)
+        save_peft(model, adapter, folder.adapter)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "

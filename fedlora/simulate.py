@@ -19,6 +19,7 @@ from .deploy import again
 from .errors import CheckpointError, ConfigError
 from .folder import RunFolder
 from .metrics import Metrics, spread
+from .model import load_peft
 from .rounds import Fleet, split
 from .run import Setup, drive, own, prepare
 from .strategy import Strategy, load
@@ -56,7 +57,7 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     setup = again(folder, config)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{path} has no adapter yet; finish the run with fedlora simulate --resume {path}")
-    adapter = setup.model.open(folder.adapter)
+    adapter = load_peft(setup.model, folder.adapter)
     if not setup.evaluation:
         raise ConfigError("there is nothing to evaluate on: give --eval-data")
     strategy = compose(setup.config, setup.start, setup.ranks)

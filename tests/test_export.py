@@ -28,6 +28,7 @@ from fedlora.errors import CheckpointError, ConfigError, ExportError
 from fedlora.export import EXAMPLES, Draft, Probe, export, verify
 from fedlora.folder import RunFolder
 from fedlora.lora import LoRA, delta
+from fedlora.model import load_peft
 from fedlora.run import Setup, prepare
 from fedlora.simulate import simulate
 from fedlora.store import Store
@@ -190,7 +191,7 @@ def test_a_cut_adapter_is_off_by_what_eckart_and_young_say(run: Run, rank: int, 
     spectra = [torch.linalg.svdvals(d.double()) for d in delta(lora).values()]
     lost, size = (sum(float((s[k:] ** 2).sum()) for s in spectra) for k in (rank, 0))
     assert told == pytest.approx((lost / size) ** 0.5, rel=2e-3) and told > 1e-3
-    cut, probe = setup.model.open(tmp_path / "out"), probe_of(setup)
+    cut, probe = load_peft(setup.model, tmp_path / "out"), probe_of(setup)
     assert {a.shape[0] for a in cut.A.values()} == {rank}
     before = probe.logits(setup.model.net)
     setup.model.write(cut)

@@ -14,7 +14,7 @@ from fedlora.__main__ import dotted
 from fedlora.config import LoRAConfig, ModelConfig
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
 from fedlora.lora import LoRA
-from fedlora.model import Model
+from fedlora.model import Model, load_peft, save_peft
 from fedlora.partition import Rows
 from tests.models import FORMS, TEXT, WORDS, batch, computed, logits, make, plain_logits, stirred
 
@@ -72,10 +72,10 @@ def test_what_is_delivered_gives_its_logits_on_a_clean_base_and_opens_as_it_was(
     assert_close(vars(worn.read()), vars(trained), rtol=0, atol=0)
     wanted = logits(worn, model)
     assert not torch.allclose(wanted, before, rtol=1e-3, atol=1e-3)
-    worn.save(trained, tmp_path)
+    save_peft(worn, trained, tmp_path)
     loaded: Any = PeftModel.from_pretrained(bare(model), str(tmp_path))
     assert_close(plain_logits(loaded, model), wanted, rtol=1e-5, atol=1e-5)
-    assert_close(vars(build(model, **ADAPTERS[adapter]).open(tmp_path)), vars(trained), rtol=1e-6, atol=1e-7)
+    assert_close(vars(load_peft(build(model, **ADAPTERS[adapter]), tmp_path)), vars(trained), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("model", "adapter"), WORN)
@@ -190,16 +190,16 @@ def test_vera_computes_its_formula(build: Maker, model: str) -> None:
 
 def test_veras_vectors_open_over_their_own_matrices_only(build: Maker, tmp_path: Path) -> None:
     worn = build("llama", kind="vera")
-    worn.save(worn.read(), tmp_path)
+    save_peft(worn, worn.read(), tmp_path)
     with pytest.raises(ModelError, match="its vera_A is of another seed"):
-        build("llama", seed=2, kind="vera").open(tmp_path)
+        load_peft(build("llama", seed=2, kind="vera"), tmp_path)
 
 
 def test_an_adapter_of_another_kind_is_not_opened(build: Maker, tmp_path: Path) -> None:
     worn = build("llama", kind="dora")
-    worn.save(worn.read(), tmp_path)
+    save_peft(worn, worn.read(), tmp_path)
     with pytest.raises(ModelError, match=r"holds a dora adapter; open it with lora.kind = dora"):
-        build("llama").open(tmp_path)
+        load_peft(build("llama"), tmp_path)
 
 
 def test_a_pattern_gives_modules_ranks_and_alphas_of_their_own(build: Maker) -> None:

@@ -15,7 +15,7 @@ from fedlora.config import LoRAConfig, ModelConfig
 from fedlora.data import Form
 from fedlora.errors import ModelError, StrategyError
 from fedlora.lora import LoRA, delta, join
-from fedlora.model import Model
+from fedlora.model import Model, load_peft, save_peft
 from tests.models import FORMS, batch, computed, logits, make, plain_logits, stirred
 
 Maker = Callable[..., Model]
@@ -133,14 +133,14 @@ def test_cores_and_dense_sides_are_delivered_as_factors_of_at_most_full_rank(
 ) -> None:
     model = build(kind, alpha=5.0)
     trained = dense(model, 2).over(cored(model, 1, rank=7))
-    model.save(trained, tmp_path)
+    save_peft(model, trained, tmp_path)
     model.write(trained)
     bare, *_ = base.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
     loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
     assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
     layers = model.adapted.values()
     full = [min(layer.in_features, layer.out_features) for layer in layers]
-    assert [a.shape[0] for a in model.open(tmp_path).A.values()] == full
+    assert [a.shape[0] for a in load_peft(model, tmp_path).A.values()] == full
 
 
 def test_taking_an_offset_off_leaves_the_pretrained_weights(build: Maker) -> None:
@@ -159,7 +159,7 @@ def test_the_delivered_adapter_gives_the_trained_logits(
     """At another rank than the run's, loaded by PEFT on a base that has seen nothing of us."""
     model = build(kind, **options)
     trained = stirred(model, 4, rank=7)
-    model.save(trained, tmp_path)
+    save_peft(model, trained, tmp_path)
     model.write(trained)
     bare, *_ = base.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
     loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
@@ -170,8 +170,8 @@ def test_the_delivered_adapter_gives_the_trained_logits(
 def test_a_delivered_adapter_opens_as_it_was(build: Maker, kind: str, tmp_path: Path) -> None:
     model = build(kind, alpha=5.0)
     trained = stirred(model, 4, rank=6)
-    model.save(trained, tmp_path)
-    assert_close(vars(build(kind, alpha=5.0).open(tmp_path)), vars(trained), rtol=1e-6, atol=1e-7)
+    save_peft(model, trained, tmp_path)
+    assert_close(vars(load_peft(build(kind, alpha=5.0), tmp_path)), vars(trained), rtol=1e-6, atol=1e-7)
 
 
 def test_ranks_that_differ_by_module_are_delivered(build: Maker, tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_ranks_that_differ_by_module_are_delivered(build: Maker, tmp_path: Path)
     wide, narrow = stirred(model, 4, rank=6), stirred(model, 5, rank=2)
     first = next(iter(wide.A))
     mixed = LoRA(wide.A | {first: narrow.A[first]}, wide.B | {first: narrow.B[first]})
-    model.save(mixed, tmp_path)
-    assert_close(vars(build("llama").open(tmp_path)), vars(mixed), rtol=1e-6, atol=1e-7)
+    save_peft(model, mixed, tmp_path)
+    assert_close(vars(load_peft(build("llama"), tmp_path)), vars(mixed), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", FORMS)
