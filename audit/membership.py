@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora import checkpoint, config
+from fedlora import config
 from fedlora.audit.numbers import Floats
 from fedlora.compose import compose
 from fedlora.encode import Example, length
 from fedlora.errors import CheckpointError, ConfigError
+from fedlora.files import write_durably
 from fedlora.folder import RunFolder
 from fedlora.lora import LoRA
 from fedlora.model import Model, load_peft
@@ -87,7 +88,7 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
     told: dict[str, Any] = {"members": len(members), "others": len(others), "attacks": [a.record() for a in attacks]}
     if epsilon < inf:
         told |= {"epsilon": epsilon, "delta": delta, "bound": bound(epsilon, delta)}
-    checkpoint.write(run / "membership.json", json.dumps(told, indent=1).encode())
+    write_durably(run / "membership.json", json.dumps(told, indent=1).encode())
     refresh(folder)
     print(json.dumps(told)) if as_json else _show(console, attacks, told)
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora import checkpoint
 from fedlora import config as configuration
 from fedlora.config import Config, flatten
 from fedlora.errors import PrivacyError
+from fedlora.files import write_durably
 from fedlora.folder import RunFolder
 from fedlora.report import refresh
 from fedlora.simulate import quiet
@@ -62,7 +62,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
         told, table = _once(console, level, stage)
     told |= {"seconds": round(time.monotonic() - began, 2), "settings": _settings(config, stage)}
     if run and "tests" in told and FREE.issuperset(given):
-        checkpoint.write(run / "audit.json", json.dumps(told, indent=1).encode())
+        write_durably(run / "audit.json", json.dumps(told, indent=1).encode())
         refresh(RunFolder(run))
     if as_json:
         print(json.dumps(told))

@@ -1,11 +1,11 @@
 """The parts of jobs that a client holds, so that a frozen matrix or an old residual crosses the wire once."""
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
+from fedlora.files import replace_file
 from fedlora.flat import Flat, name_of, unflatten
 from fedlora.lora import LoRA
 from fedlora.wire import Order
@@ -49,11 +49,9 @@ class PartStore:
         return flat if name_of(flat.vector, flat.manifest) == name else None
 
     def _write(self, flat: Flat) -> None:
-        """Whole or not at all; not waited for until it is on the disk, as the hash tells what a crash left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{flat.name}.{os.getpid()}"
-        save_file({"part": flat.vector}, temporary, metadata={"manifest": flat.manifest})
-        temporary.replace(self._path(flat.name))
+        """Keep a part. There is no wait for the disk, as the hash tells what a crash left."""
+        content = to_bytes({"part": flat.vector}, metadata={"manifest": flat.manifest})
+        replace_file(self._path(flat.name), content, wait_for_disk=False)
 
     def _drop_all_but(self, names: dict[str, LoRA]) -> None:
         for path in self.folder.glob("*.part"):

@@ -19,13 +19,14 @@ import grpc
 from flwr.app import RecordDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedlora import checkpoint, wire
+from fedlora import wire
 from fedlora.client import relay, work
 from fedlora.client.health import SERVICE
 from fedlora.client.parts import PartStore
 from fedlora.client.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
 from fedlora.deploy import Party, for_client, insists
 from fedlora.errors import WireError
+from fedlora.files import write_durably
 from fedlora.journal import Journal
 from fedlora.site import Desk
 
@@ -74,7 +75,7 @@ class Bench:
             self._party = None  # two models may be more than there is room for
             self._party, self._key = for_client(settings, self.mine.settings, self.mine.id), key
         if told:
-            checkpoint.write(folder / SETTINGS, json.dumps(dict(told)).encode())
+            write_durably(folder / SETTINGS, json.dumps(dict(told)).encode())
         party, mine = self._party, self.mine
         desk = Desk(mine.id, party.site, folder, insists(mine.settings, mine.state / "ledgers"), once=True)
         journal = Journal(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)

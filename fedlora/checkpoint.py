@@ -1,7 +1,6 @@
 """A run's state on disk: safetensors, its structure as JSON in the header; written whole or not at all, no pickle."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import CheckpointError
+from .files import write_durably
 
 SUFFIX = ".safetensors"
 
@@ -34,7 +34,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record}, tensors)
     metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree), "sha256": _digest(tensors)}
     try:
-        write(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
+        write_durably(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
     except CheckpointError as e:
         raise CheckpointError(f"{e}, then {again(folder.parent)}") from e
     for old in list(_rounds(folder))[:-2]:
@@ -56,29 +56,6 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def write(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole and on the disk.
-
-    A private one can be read by its owner alone.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
-        with os.fdopen(handle, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        size = len(content) / 1e6
-        raise CheckpointError(
-            f"{path} ({size:.1f} MB) could not be written: {e.strerror}; what was there is untouched: make room"
-        ) from e
-
-
 def pack(value: Any) -> tuple[dict[str, Tensor], str]:
     """A tree of LoRAs, tensors and plain values as named tensors, and its structure as JSON."""
     tensors: dict[str, Tensor] = {}
@@ -87,15 +64,6 @@ def pack(value: Any) -> tuple[dict[str, Tensor], str]:
 
 def _rounds(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob(f"round-*{SUFFIX}"))
-
-
-def _sync(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read(path: Path) -> Checkpoint:

@@ -1,7 +1,6 @@
 """A run directory: config.toml, rounds.jsonl, checkpoint/, adapter/, TensorBoard events; resumed after any crash."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from .accounting import Charge
 from .checkpoint import Checkpoint
 from .config import Config
 from .errors import CheckpointError, ConfigError
+from .files import append_durably, write_durably
 from .plan import Past, Round
 from .strategy import Spent
 
@@ -34,9 +34,9 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
             )
-        checkpoint.write(self.path / "config.toml", config.dumps(settings).encode())
+        write_durably(self.path / "config.toml", config.dumps(settings).encode())
         if not self._name.exists():
-            checkpoint.write(self._name, f"{time.strftime('%Y%m%d')}-{token_hex(8)}\n".encode())
+            write_durably(self._name, f"{time.strftime('%Y%m%d')}-{token_hex(8)}\n".encode())
 
     @property
     def run(self) -> str:
@@ -76,7 +76,7 @@ class RunFolder:
         if last:
             records.append(last.record)
         text = "".join(json.dumps(r) + "\n" for r in records)
-        checkpoint.write(self.path / "rounds.jsonl", text.encode())
+        write_durably(self.path / "rounds.jsonl", text.encode())
         if not last:
             return None
         losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
@@ -93,10 +93,7 @@ class RunFolder:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
-            with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
+            append_durably(self.path / "rounds.jsonl", f"{json.dumps(record)}\n".encode())
         except OSError as e:
             raise CheckpointError(
                 f"{self.path}/rounds.jsonl could not be written: {e.strerror}; the round is in the checkpoint: "

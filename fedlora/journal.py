@@ -6,7 +6,6 @@ Lines are whole whatever happens: each is one write to a file that is locked mea
 processes do not mix; the rest of a line that a crash cut short is closed off by the next one.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -14,13 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from errno import ENOSPC
+from errno import EAGAIN
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor, unlock_descriptor
+
 from .errors import ConfigError
+from .files import append_line
 
 TEXT, ENTRIES, DEPTH = 500, 2000, 8  # characters of a text, entries of a list, lists within lists
 KEPT = 3  # files that are full, the newest of which is .1
@@ -72,7 +74,9 @@ class Journal:
             if full:
                 _rotate(path)
             else:
-                _write(handle, size, line)
+                append_line(handle, line)
+                unlock_descriptor(handle)  # the next writer need not wait for the disk
+                os.fsync(handle)
         if full:
             self._append(path, line)
 
@@ -143,24 +147,10 @@ def _locked(path: Path) -> Iterator[int]:
 
 def _lock(handle: int, until: float) -> None:
     """Raises `BlockingIOError` when time is up: a process that hangs with the lock must not hang the others."""
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.002)
-
-
-def _write(handle: int, size: int, line: bytes) -> None:
-    """The whole line or, on a disk that has no room for it, nothing."""
-    torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-    whole = b"\n" * torn + line
-    if os.write(handle, whole) < len(whole):
-        os.ftruncate(handle, size)
-        raise OSError(ENOSPC, os.strerror(ENOSPC))
-    fcntl.flock(handle, fcntl.LOCK_UN)  # the next writer need not wait for the disk
-    os.fsync(handle)
+    while not lock_descriptor(handle, blocking=False):
+        if time.monotonic() > until:
+            raise BlockingIOError(EAGAIN, "another process holds it")
+        time.sleep(0.002)
 
 
 def _rotate(path: Path) -> None:

@@ -18,9 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
 from .accounting import Charge, epsilon
 from .errors import LedgerError
+from .files import append_durably, write_durably
 from .partition import Rows
 from .store import Answer
 from .strategy import Privacy, Spent, Update
@@ -134,23 +134,20 @@ class Ledger:
     def _append(self, entries: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> None:
         """One more line, on the disk before its head is, and both before this returns."""
         if not self._head.exists():
-            checkpoint.write(self._head, f"0 {FIRST}\n".encode())  # a first line without a head would look altered
+            write_durably(self._head, f"0 {FIRST}\n".encode())  # a first line without a head would look altered
         before = self._read_head()[1]
         good = "".join(f"{line}\n" for line in self._lines()[: len(entries)]) if entries else ""
         text = json.dumps({**entry, "data": self.data, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         try:
-            with self._path.open("r+b" if self._path.exists() else "w+b") as f:
-                f.truncate(len(good.encode()))  # what a crash left of a line
-                f.seek(0, os.SEEK_END)
-                f.write(f"{text}\n".encode())
-                f.flush()
-                os.fsync(f.fileno())
+            if self._path.exists():
+                os.truncate(self._path, len(good.encode()))  # drop what a crash left of a line
+            append_durably(self._path, f"{text}\n".encode())
         except OSError as e:
             raise LedgerError(
                 f"{self._path} could not be written: {e.strerror}; make room, as without it none trains"
             ) from e
         digest = sha256((before + text).encode()).hexdigest()
-        checkpoint.write(self._head, f"{len(entries) + 1} {digest}\n".encode())
+        write_durably(self._head, f"{len(entries) + 1} {digest}\n".encode())
 
 
 def charges_of(entries: Sequence[Mapping[str, Any]]) -> list[Charge]:

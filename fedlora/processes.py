@@ -1,7 +1,6 @@
 """Processes that a command starts, watches and ends: none of them outlives it, however it dies."""
 
 import ctypes
-import fcntl
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import ConfigError
+from .files import hold_lock
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -133,11 +133,7 @@ def stop(processes: Sequence[Process], grace: float = 5.0) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """The only process in this folder. Raises `ConfigError` where another one is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ConfigError(f"another fedlora is at work in {folder}; end it first, or choose another folder") from e
+    with hold_lock(folder / "lock", wait=False):
         yield
 
 

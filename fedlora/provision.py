@@ -9,9 +9,7 @@ twice. A client's public key is written last, so that whatever a killed `provisi
 Private files are their owner's alone from the moment they exist.
 """
 
-import fcntl
 import json
-import os
 import re
 import secrets
 from base64 import b64encode
@@ -28,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from . import certificate
 from .errors import ConfigError, nearest
+from .files import hold_lock, replace_file
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")  # none that a command line could take for an option
 _PEM = serialization.Encoding.PEM
@@ -173,7 +172,7 @@ def _secret(path: Path) -> list[str]:
     """What SuperLink and SuperExec know each other by. Flower takes every byte of the file, so no line ends it."""
     if path.exists():
         return []
-    _write(path, b64encode(secrets.token_bytes(32)), private=True)
+    _write(path, b64encode(secrets.token_bytes(32)), mode=0o600)
     return [f"made the SuperExec secret, {path}"]
 
 
@@ -233,7 +232,7 @@ def _key(path: Path, make: bool = False) -> ec.EllipticCurvePrivateKey:
     if make and not path.exists():
         form = serialization.PrivateFormat.OpenSSH if ssh else serialization.PrivateFormat.PKCS8
         fresh = ec.generate_private_key(ec.SECP384R1()).private_bytes(_PEM, form, serialization.NoEncryption())
-        _write(path, fresh, private=True)
+        _write(path, fresh, mode=0o600)
     load = serialization.load_ssh_private_key if ssh else serialization.load_pem_private_key
     key = _read(path, lambda content: load(content, None))
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -265,15 +264,13 @@ def _as_json(value: object) -> bytes:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """One at a time: two at once could give a number twice. A disk that refuses is a `ConfigError`."""
+    """Let one process at a time work in the folder: two at once could give a number twice. Raises `ConfigError`."""
     try:
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with hold_lock(out / ".lock", wait=True):
+            for unfinished in out.rglob(".*.new"):  # of a process that was killed
+                unfinished.unlink()
             yield
-        finally:
-            os.close(handle)
     except OSError as e:
         raise ConfigError(f"{e.filename or out} could not be written ({e.strerror}); make room, or use --out") from e
 
@@ -283,18 +280,8 @@ def _put(path: Path, content: bytes) -> None:
         _write(path, content)
 
 
-def _write(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file whole, or leave the old one; a private one is its owner's alone before a byte is in it."""
+def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace a file whole, in folders that only their owner can open. Raises `OSError`."""
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)  # of a run that was killed
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
-    with os.fdopen(handle, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    os.fsync(handle)  # a rename is on the disk only when its folder is
-    os.close(handle)
+    replace_file(path, content, mode=mode)

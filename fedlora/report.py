@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from . import checkpoint
+from .files import write_durably
 from .folder import RunFolder
 
 TEMPLATE = Path(__file__).parent / "privacy_report.md.jinja"
@@ -36,7 +36,7 @@ def write(folder: RunFolder, facts: Mapping[str, Any]) -> None:
         "refused": sorted(refused),
     }
     content = json.dumps({**facts, "spent": so_far}, indent=1) + "\n"
-    checkpoint.write(folder.path / "privacy.json", content.encode())
+    write_durably(folder.path / "privacy.json", content.encode())
     refresh(folder)
 
 
@@ -50,7 +50,7 @@ def refresh(folder: RunFolder) -> None:
     env.filters["short"] = _short
     env.globals |= {"people": [(g, *group(g, _epsilon(facts), _delta(facts))) for g in PEOPLE], "odds": exp}
     text = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts, **found)
-    checkpoint.write(folder.path / "privacy.md", text.encode())
+    write_durably(folder.path / "privacy.md", text.encode())
 
 
 def group(g: int, epsilon: float, delta: float) -> tuple[float, float]:

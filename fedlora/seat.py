@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import checkpoint
 from .errors import PrivacyError, SecureError
+from .files import write_durably
 from .lora import SIDES, LoRA
 from .secure import Cohort, Keys, Member, encode
 from .strategy import Ask, Job, Masking, Update
@@ -61,7 +61,7 @@ class Seat:
 
     def _keep(self, member: Member) -> None:
         """On the disk before anything is sent, so that no message is answered twice from an older state."""
-        checkpoint.write(self._path, member.dumps(), private=True)
+        write_durably(self._path, member.dumps(), mode=0o600)
 
 
 def cohort(ask: Ask) -> Cohort:

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import checkpoint
+from .files import write_durably
 from .flat import flatten, name_of, unflatten
 from .lora import LoRA
 from .strategy import Spent, Update
@@ -76,7 +76,7 @@ def write(path: Path, lora: LoRA, told: dict[str, str]) -> None:
     """An adapter as a file, with a hash of its numbers and whatever else is to be told beside them."""
     flat = flatten(lora)
     content = save({"numbers": flat.vector}, metadata={"manifest": flat.manifest, "name": flat.name, **told})
-    checkpoint.write(path, content)
+    write_durably(path, content)
 
 
 def read(path: Path) -> tuple[LoRA, dict[str, str]]:

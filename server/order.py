@@ -1,13 +1,13 @@
 """What the server's command tells the ServerApp that it has started by way of Flower: one file in the run directory."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import CheckpointError
+from fedlora.files import replace_file
 
 FOLDER = "FEDLORA_RUN"  # in the environment of Flower's SuperExec, and so of the ServerApp: the run directory
 PARENT = "FEDLORA_SERVER"  # and the process of `fedlora server`, without which there is to be no ServerApp
@@ -74,10 +74,7 @@ class Desk:
 
 
 def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value))
-        temporary.replace(path)
+        replace_file(path, json.dumps(value).encode())
     except OSError as e:
         raise CheckpointError(f"{path} could not be written: {e.strerror}; make room, then start it again") from e

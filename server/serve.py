@@ -20,6 +20,7 @@ from fedlora import config as configuration
 from fedlora.config import FREE, Config, absolute
 from fedlora.defaults import over_defaults
 from fedlora.errors import ConfigError, RoundFailed
+from fedlora.files import write_durably
 from fedlora.processes import Process, Tail, alone, free_port, home, is_alive, kill_marked, program, stop, wait_for_port
 from fedlora.provision import check_private, read_clients
 from fedlora.server.control import Control, ControlError
@@ -169,9 +170,7 @@ def _secret(asked: Asked, desk: Desk) -> Path:
         return asked.credentials / "superexec.secret"
     path = desk.flower / "superexec.secret"
     if not path.exists():
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        with os.fdopen(handle, "w") as f:
-            f.write(token_hex(32))
+        write_durably(path, token_hex(32).encode(), mode=0o600)
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fedlora.errors import ConfigError
+from fedlora.files import write_durably
 
 Results = dict[str, dict[str, dict[str, Any]]]  # line of the table -> run -> what came of it
 Settings = Mapping[str, Any]  # what all results of a file were made with
@@ -70,8 +71,5 @@ def load(out: Path, settings: Settings) -> Results:
 
 
 def save(out: Path, settings: Settings, results: Results) -> None:
-    """Write the results, so that at any moment the file is whole."""
-    part = out.with_name(f".{out.name}.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps({"settings": settings, "runs": results}, indent=1) + "\n", encoding="utf-8")
-    part.replace(out)
+    """Write the results, so that at any moment the file is whole. Raises `CheckpointError` on a full disk."""
+    write_durably(out, (json.dumps({"settings": settings, "runs": results}, indent=1) + "\n").encode())

@@ -36,7 +36,7 @@ WATCHED = """if True:
     from pathlib import Path
     def watch(event, args):
         assert event != "os.chmod"
-        if event == "os.rename" and str(args[0]).endswith((".key.new", ".secret.new")):
+        if event == "os.rename" and str(args[1]).endswith((".key", ".secret")):
             assert os.stat(args[0]).st_mode & 0o777 == 0o600
             print(args[1])
     os.umask(0); sys.addaudithook(watch)
