@@ -39,7 +39,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Federated:
-    """The examples of every client, and those that no client has."""
+    """The rows that one side of a run has: a simulation all of them, a server no client's, a client its own alone."""
 
     form: Form
     clients: tuple[Rows, ...]  # training rows of each client
@@ -66,29 +66,29 @@ def load(data: DataConfig, task: str, clients: int, seed: int) -> Federated:
     return Federated(form, tuple(kept), tuple(held), evaluation)
 
 
-def server(data: DataConfig, task: str, embedded: bool) -> tuple[Form, Rows]:
-    """What the server of a deployed run has: the form, and rows for the global evaluation; of clients' data nothing.
+def server(data: DataConfig, task: str, embedded: bool) -> Federated:
+    """The rows that the server of a deployed run has: those for the global evaluation, and no client's.
 
     Raises `ConfigError` where nothing says which classes there are.
     """
     if data.eval:
         tables = read(data.eval, data.limit)
         form = _labelled(_form(data, task, tables[0]), data, tables)
-        return form, pool([table.rows for table in tables])
+        return Federated(form, (), (), pool([table.rows for table in tables]))
     if embedded:
-        return Form("text", ("text",)), _library(data, task, 1)[1]
+        return Federated(Form("text", ("text",)), (), (), _library(data, task, 1)[1])
     if task in ("auto", "lm") and not data.labels:
-        return Form("text", ("text",)), ()
+        return Federated(Form("text", ("text",)), (), (), ())
     if not data.labels:
         raise ConfigError(f"model.task = {task}: the server has no data to find the classes in; set data.labels")
     kind: Literal["image", "label"] = "image" if task == "image" else "label"
-    return Form(kind, (("image" if kind == "image" else "text"), "label"), data.labels), ()
+    return Federated(Form(kind, (("image" if kind == "image" else "text"), "label"), data.labels), (), (), ())
 
 
-def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> tuple[Form, Rows, Rows]:
-    """What one client of a deployed run has: the form, its rows, and of these the ones it holds out.
+def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> Federated:
+    """The rows that one client of a deployed run has: its own, some of them held out for its own evaluation.
 
-    Without data of its own it has its share of the embedded ones, as in a simulation of so many clients.
+    Without data of its own, a client has its share of the embedded data, as in a simulation of so many clients.
     """
     if data.path:
         tables = read(data.path, data.limit)
@@ -98,7 +98,7 @@ def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> tup
     if form.labels and not data.labels:
         raise ConfigError("the server does not say which classes there are, and in what order; have it set data.labels")
     kept, held = hold_out([rows], data.holdout, seed, "data.holdout", id)
-    return form, kept[0], held[0] if held else ()
+    return Federated(form, tuple(kept), tuple(held), ())
 
 
 def readable(path: str) -> None:

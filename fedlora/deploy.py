@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import config as configuration
 from . import data
-from .config import Config, absolute
+from .config import Config
 from .errors import ClientFailed, ConfigError
 from .folder import RunFolder
 from .model import Model
-from .ranks import ranks
-from .run import Setup, own, prepare, resolve
+from .run import Setup, assemble, localise, own, prepare, resolve
 from .site import Own, Site
 
 Plain = int | float | str | bool
@@ -33,17 +29,11 @@ class Party:
 
 
 def for_server(config: Config, ids: int) -> Setup:
-    """The server's pieces of a run; `ids`: one more than the highest number of a client."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    config = absolute(config)
+    """The server's pieces of a deployed run; `ids` is one more than the highest number of a client."""
+    config = localise(replace(config, engine="flower"))
     embedded = not (config.model.path or config.data.path)  # the small model and text that come with fedlora
-    form, evaluation = data.server(config.data, config.model.task, embedded)
-    config = resolve(replace(config, engine="flower"), form, config.clients)
-    public = data.public(config.lora.init_data, form)
-    model = Model(config.model, config.lora, form, config.seed, public)
-    their = _ranks(config, model, ids)
-    return Setup(config, model, model.read(), (), tuple(their), evaluation)
+    rows = data.server(config.data, config.model.task, embedded)
+    return assemble(resolve(config, rows.form, config.clients), rows, ids)
 
 
 def again(folder: RunFolder, config: Config) -> Setup:
@@ -62,25 +52,16 @@ def told(config: Config) -> dict[str, Plain]:
 
 
 def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> Party:
-    """A client's model and data, by the run's settings and, where its own files and devices are, by its own.
+    """One client's pieces of a deployed run, by the run's settings under those that are the client's own to choose.
 
     Raises `ConfigError`, `DataError` or `ModelError` for what the client itself has to mend.
     """
-    config = _merged(settings, mine)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config = localise(_merged(settings, mine))
     if id >= config.clients and not config.data.path:
         raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
-    form, rows, held = data.client(config.data, config.model.task, id, config.clients, config.seed)
-    model = Model(config.model, config.lora, form, config.seed)
-    unit = config.dp.unit if config.dp.by_record else "row"
-    their = _ranks(config, model, max(id + 1, config.clients))
-    return Party(model, Site(model.encoder, rows, held, unit), their[id])
-
-
-def _ranks(config: Config, model: Model, ids: int) -> list[int]:
-    memory = partial(model.memory, batch_size=config.train.batch_size)
-    return ranks(config.lora.ranks, config.lora.rank, ids, config.seed, memory)
+    rows = data.client(config.data, config.model.task, id, config.clients, config.seed)
+    setup = assemble(config, rows, ids=max(id + 1, config.clients))
+    return Party(setup.model, setup.sites[0], setup.ranks[id])
 
 
 def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:

@@ -65,21 +65,34 @@ class Show(Protocol):
 
 
 def prepare(config: Config) -> Setup:
-    """Load data and model; the config comes back with everything that was left open filled in."""
+    """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
+    config = localise(config)
+    rows = data.load(config.data, config.model.task, config.clients, config.seed)
+    config = resolve(config, rows.form, len(rows.clients))
+    return assemble(config, rows, ids=config.clients)
+
+
+def localise(config: Config) -> Config:
+    """The config with absolute paths, in a process that computes on as many threads as it says."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = absolute(config)
-    federated = data.load(config.data, config.model.task, config.clients, config.seed)
-    config = resolve(config, federated.form, len(federated.clients))
-    public = data.public(config.lora.init_data, federated.form)
-    model = Model(config.model, config.lora, federated.form, config.seed, public)
-    heldout = federated.heldout or ((),) * len(federated.clients)
+    return absolute(config)
+
+
+def assemble(config: Config, rows: data.Federated, ids: int) -> Setup:
+    """The pieces that one side of a run makes of its rows: the model, each client's examples, every client's rank.
+
+    `ids` is one more than the highest number of a client; each number below it has a rank.
+    """
+    public = data.public(config.lora.init_data, rows.form)
+    model = Model(config.model, config.lora, rows.form, config.seed, public)
+    heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
-    both = zip(federated.clients, heldout, strict=True)
-    sites = tuple(Site(model.encoder, rows, held, unit) for rows, held in both)
+    shares = zip(rows.clients, heldout, strict=True)
+    sites = tuple(Site(model.encoder, train, held, unit) for train, held in shares)
     memory = partial(model.memory, batch_size=config.train.batch_size)
-    their = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, memory)
-    return Setup(config, model, model.read(), sites, tuple(their), federated.evaluation)
+    dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
+    return Setup(config, model, model.read(), sites, tuple(dealt), rows.evaluation)
 
 
 def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
