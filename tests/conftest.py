@@ -15,6 +15,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 FIRST = ("test_deploy.py",)  # minutes of waiting for real processes, beside which the other files are done
 
+DATA = Path(__file__).parent / "data"  # files that tests read
 SHAPES = {"q": (8, 6), "v": (5, 6), "out": (6, 8)}  # module -> (d_out, d_in), none of them square
 
 
