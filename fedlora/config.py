@@ -17,6 +17,14 @@ from .options import AggregateConfig, ClientConfig, MessageConfig, Names, Policy
 FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what a run that goes on may change
 MINE = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
 MY = ("model.path", "model.revision", "model.device", "threads")
+SHORT = {  # settings that the commands and `fedlora.simulate` take by a short name too
+    **{key: key for key in ("clients", "rounds", "cohort", "strategy", "engine", "seed")},
+    "model": "model.path",
+    "data": "data.path",
+    "eval_data": "data.eval",
+    "partition": "data.partition",
+    **{f"dp_{key}": f"dp.{key}" for key in ("epsilon", "delta", "clip", "noise", "level")},
+}
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,18 @@ class LoRAConfig:
             if value != int(value):
                 raise ConfigError(f'lora.rank_pattern = "{self.rank_pattern}": {key}={value:g} is no whole number')
         self.pattern("alpha_pattern")
+        for why in self._contradictions():
+            raise ConfigError(why)
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with the settings taken together, each with its remedy."""
         if self.init == "eva" and not self.init_data:
-            raise ConfigError(
-                "lora.init = eva takes A from the inputs of public examples; set lora.init_data to a file"
-            )
+            yield "lora.init = eva takes A from the inputs of public examples; set lora.init_data to a file"
         if self.kind == "dora" and self.init in ("pissa", "olora"):
-            raise ConfigError(
-                f"lora.init = {self.init} needs an offset, which dora's magnitudes would scale; choose another init"
-            )
-        if self.kind == "vera" and (self.init != "kaiming" or self.rslora or self.rank_pattern or self.alpha_pattern):
-            raise ConfigError(
+            yield f"lora.init = {self.init} needs an offset, which dora's magnitudes would scale; choose another init"
+        shape = (self.init, self.rslora, self.rank_pattern, self.alpha_pattern)
+        if self.kind == "vera" and shape != ("kaiming", False, "", ""):
+            yield (
                 "lora.kind = vera has A and B of its own, one rank and no alpha; leave lora.init, lora.rslora, "
                 "lora.rank_pattern and lora.alpha_pattern out"
             )
@@ -79,15 +89,22 @@ class LoRAConfig:
         """Numbers by module name, or end of one; raises `ConfigError` for what is not written NAME=NUMBER,..."""
         text: str = getattr(self, key)
         found = {}
-        for word in filter(None, (w.strip() for w in text.split(","))):
-            name, _, value = (part.strip() for part in word.partition("="))
-            try:
-                found[name] = float(value)
-            except ValueError:
-                found[name] = 0.0
-            if not name or not 0 < found[name] < float("inf"):
+        for word in filter(None, map(str.strip, text.split(","))):
+            name, _, number = word.partition("=")
+            value = self._positive(number)
+            if not name.strip() or not value:
                 raise ConfigError(f'lora.{key} = "{text}": "{word}" is no NAME=NUMBER, as in v_proj=4')
+            found[name.strip()] = value
         return found
+
+    @staticmethod
+    def _positive(text: str) -> float:
+        """The finite number above 0 that the text is, or 0."""
+        try:
+            value = float(text)
+        except ValueError:
+            return 0.0
+        return value if 0 < value < float("inf") else 0.0
 
 
 @dataclass(frozen=True)
@@ -154,8 +171,8 @@ def settings(section: type = Config, prefix: str = "") -> Iterator[Setting]:
         else:
             kind, *notes = get_args(hints[f.name])
             default = {} if f.default is MISSING else f.default
-            help = next(n for n in notes if isinstance(n, str))
-            yield Setting(prefix + f.name, default, kind, help)
+            meaning = next(note for note in notes if isinstance(note, str))
+            yield Setting(prefix + f.name, default, kind, meaning)
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
@@ -163,23 +180,33 @@ def build(*layers: Mapping[str, Any]) -> Config:
 
     Raises `ConfigError` naming the key, with its nearest neighbour where it is unknown.
     """
-    known = {s.key: s for s in settings()}
-    flat: dict[str, Any] = {}
+    known = {setting.key: setting for setting in settings()}
+    flat = {}
     for layer in layers:
         for key, value in _unfold(layer):
-            if key not in known and not key.startswith("option."):
-                raise ConfigError(f'unknown key "{key}"; {nearest(key, known)}')
-            if key in known and known[key].kind == Names and isinstance(value, str):
-                value = [word.strip() for word in value.split(",") if word.strip()]
-            flat[key] = value
+            flat[key] = value if key.startswith("option.") else _listed(known, key, value)
     return _validate(flat)
+
+
+def _listed(known: Mapping[str, Setting], key: str, value: Any) -> Any:
+    """The value of a known key, with a comma-separated text taken apart where the setting is a list of names."""
+    if key not in known:
+        raise ConfigError(f'unknown key "{key}"; {nearest(key, known)}')
+    if known[key].kind == Names and isinstance(value, str):
+        return _words(value)
+    return value
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word for word in map(str.strip, text.split(",")) if word]
 
 
 def _unfold(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Flower's run config has no room for unknown keys: there, options come as one line, `option = "lam=0.5, k=2"`."""
     for key, value in layer.items():
         if key == "option" and isinstance(value, str):
-            for word in filter(None, (w.strip() for w in value.split(","))):
+            for word in _words(value):
                 name, _, text = word.partition("=")
                 yield f"option.{name.strip()}", text.strip()
         else:
@@ -187,21 +214,27 @@ def _unfold(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _validate(flat: Mapping[str, Any]) -> Config:
+    """The config with every value of its setting's type and within its limits."""
     from pydantic import TypeAdapter, ValidationError
 
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        at = nested
-        *sections, name = key.split(".", 1) if key.count(".") else [key]
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[name] = value
     try:
-        return TypeAdapter(Config).validate_python(nested)
+        return TypeAdapter(Config).validate_python(_nested(flat))
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:2] if "." not in str(part))
         raise ConfigError(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from e
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections; an option's name may have dots of its own."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[key] = value
+    return tree
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -241,32 +274,30 @@ def dumps(config: Config) -> str:
     """The config as a TOML file that makes the same run again."""
     import tomli_w
 
-    tree: dict[str, Any] = {}
-    for key, value in flatten(config).items():
-        section, dot, name = key.partition(".")
-        if dot:
-            tree.setdefault(section, {})[name] = value
-        else:
-            tree[key] = value
-    return tomli_w.dumps(tree)
+    return tomli_w.dumps(_nested(flatten(config)))
 
 
 def absolute(config: Config) -> Config:
-    """Paths that still point there when the run is resumed from another folder; hub ids as they are."""
+    """The config with paths that still point there when the run is resumed from another folder; hub ids as they are."""
 
     def full(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path and _on_disk(path) else path
+        return str(Path(path).expanduser().absolute()) if path else ""
 
-    rows = replace(config.data, path=full(config.data.path), eval=full(config.data.eval))
-    model = replace(config.model, path=full(config.model.path))
-    lora = replace(config.lora, init_data=full(config.lora.init_data))
-    dp = replace(config.dp, ledger=str(Path(config.dp.ledger).expanduser().absolute()) if config.dp.ledger else "")
-    return replace(config, data=rows, model=model, lora=lora, dp=dp)
+    def on_disk(path: str) -> str:
+        return full(path) if _on_disk(path) else path
+
+    return replace(
+        config,
+        data=replace(config.data, path=on_disk(config.data.path), eval=on_disk(config.data.eval)),
+        model=replace(config.model, path=on_disk(config.model.path)),
+        lora=replace(config.lora, init_data=on_disk(config.lora.init_data)),
+        dp=replace(config.dp, ledger=full(config.dp.ledger)),
+    )
 
 
 def _on_disk(path: str) -> bool:
-    pattern = Path(path).expanduser()
-    return pattern.exists() or any(c in path for c in "*?[")
+    """Whether a path names files here, or is a pattern of such; an empty one does not."""
+    return any(c in path for c in "*?[") or (bool(path) and Path(path).expanduser().exists())
 
 
 def check_mine(mine: Mapping[str, Any]) -> Config:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
@@ -18,9 +18,12 @@ from .files import append_durably, write_durably
 from .plan import Past, Round
 from .strategy import Spent
 
+CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon")  # of a record
+GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by name
+
 
 class RunFolder:
-    """What a run leaves, and all that it needs to go on."""
+    """What a run leaves on the disk: all that it needs to go on, and all that is read of it later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,19 +75,10 @@ class RunFolder:
     def past(self) -> Past | None:
         """Where the run stopped; rounds.jsonl is put in step with the checkpoint, whatever moment the crash chose."""
         last = checkpoint.latest(self.checkpoints)
-        records = [r for r in self.records() if last and r["round"] < last.round]
-        if last:
-            records.append(last.record)
+        records = [r for r in self.records() if r["round"] < last.round] + [last.record] if last else []
         text = "".join(json.dumps(r) + "\n" for r in records)
         write_durably(self.path / "rounds.jsonl", text.encode())
-        if not last:
-            return None
-        losses = tuple(r["eval"]["loss"] for r in records if r["eval"])
-        spent = {int(i): Spent(*told) for r in records for i, told in r.get("spent", {}).items()}
-        joined = Counter(int(i) for r in records for i in r.get("spent", ()))
-        hidden: dict[str, Any] = next((r for r in reversed(records) if "charges" in r), {})  # none of a skipped round
-        charges = tuple(Charge(*c) for c in hidden.get("charges", ()))
-        return Past(last.round, last.state, losses, spent, joined, hidden.get("next_clip"), charges)
+        return _past(last, records) if last else None
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
@@ -108,15 +102,38 @@ class RunFolder:
         return writer(str(self.path / "tensorboard"))
 
     def _chart(self, record: Mapping[str, Any]) -> None:
-        step = record["round"]
-        for name in ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon"):
-            if record.get(name) is not None:
-                self._events.add_scalar(name, record[name], step)
-        for group in ("eval", "eval_clients", "notes"):
-            for name, value in (record.get(group) or {}).items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{group}/{name}", value, step)
-        if record.get("before"):
-            for name, value in record["before"].items():
-                self._events.add_scalar(f"eval/{name}", value, 0)
+        for name, value in _figures(record).items():
+            self._events.add_scalar(name, value, record["round"])
+        for name, value in record.get("before", {}).items():
+            self._events.add_scalar(f"eval/{name}", value, 0)
         self._events.flush()
+
+
+def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> Past:
+    """Where a run takes up after the round of its last checkpoint, by the lines of all its rounds."""
+    spent: dict[int, Spent] = {}
+    joined: Counter[int] = Counter()
+    for record in records:
+        told = {int(client): Spent(*figures) for client, figures in record.get("spent", {}).items()}
+        spent |= told
+        joined.update(told.keys())
+    hidden = [record for record in records if "charges" in record]  # a skipped round has none
+    newest = hidden[-1] if hidden else {}
+    return Past(
+        rounds=last.round,
+        state=last.state,
+        losses=tuple(record["eval"]["loss"] for record in records if record["eval"]),
+        spent=spent,
+        joined=joined,
+        clip=newest.get("next_clip"),
+        charges=tuple(Charge(*charge) for charge in newest.get("charges", ())),
+    )
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a round that are drawn as curves, by the curve's name."""
+    figures = {name: record.get(name) for name in CURVES}
+    for group in GROUPS:
+        values = record.get(group) or {}
+        figures |= {f"{group}/{name}": value for name, value in values.items()}
+    return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -20,30 +20,30 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """One assignment of ranks to be made."""
+    """A spec of the clients' ranks, and what it takes to give each client its own."""
 
     spec: str
-    largest: int
+    largest: int  # lora.rank
     clients: int
     seed: int
-    memory: Callable[[int], int]
+    memory: Callable[[int], int]  # bytes that training takes, by rank
 
     @property
     def parameter(self) -> str:
-        """What stands behind the colon, or all of it where there is none."""
+        """The part of the spec behind its colon, or all of it where there is none."""
         return self.spec.rpartition(":")[2]
 
     @property
     def words(self) -> list[str]:
-        """What stands between the commas."""
+        """The words of the parameter, which commas part."""
         return [word.strip() for word in self.parameter.split(",")]
 
     def wrong(self, takes: str) -> ConfigError:
-        """The error of a spec that is not what it takes."""
+        """The error to raise for this spec; `takes` says what is wrong and what to write."""
         return ConfigError(f'lora.ranks = "{self.spec}": {takes}')
 
     def rank(self, word: str) -> int:
-        """A rank as it is written."""
+        """The rank that a word writes; raises `ConfigError` where it is none from 1 to the largest."""
         if not word.strip().isdecimal():
             raise self.wrong(f'"{word}" is no rank; write whole numbers, as in 4,8,16')
         if not 1 <= int(word) <= self.largest:
@@ -52,25 +52,25 @@ class Draw:
             )
         return int(word)
 
-    def dealt(self, hands: list[int]) -> list[int]:
-        """One after another to the clients, from the first again where there are more of these."""
-        if len(hands) > self.clients:
-            raise self.wrong(f"{len(hands)} are more than the {self.clients} clients there are; leave some out")
-        return [hands[i % len(hands)] for i in range(self.clients)]
+    def dealt(self, given: list[int]) -> list[int]:
+        """The ranks dealt to the clients in turn, from the first again where there are more clients."""
+        if len(given) > self.clients:
+            raise self.wrong(f"{len(given)} are more than the {self.clients} clients there are; leave some out")
+        return [given[i % len(given)] for i in range(self.clients)]
 
     def drawn(self, weights: dict[int, float]) -> list[int]:
-        """A draw for every client, which does not depend on how many others there are."""
-        each, p = list(weights), list(weights.values())
-        return [Random(derive(self.seed, "rank", i)).choices(each, p)[0] for i in range(self.clients)]
+        """A rank drawn for every client, which does not depend on how many other clients there are."""
+        choices, p = list(weights), list(weights.values())
+        return [Random(derive(self.seed, "rank", i)).choices(choices, p)[0] for i in range(self.clients)]
 
 
-def ranks(spec: str, largest: int, clients: int, seed: int, memory: Callable[[int], int]) -> list[int]:
+def ranks(spec: str, *, largest: int, clients: int, seed: int, memory: Callable[[int], int]) -> list[int]:
     """The rank of every client, in 1..largest; `spec` is as in the head of this module.
 
     `memory(rank)` is what training at a rank takes, in bytes, and does not fall with the rank. Raises `ConfigError` for
     a spec that is not one, a rank above `largest`, and a budget that not even rank 1 fits.
     """
-    draw = Draw(spec.strip(), largest, clients, seed, memory)
+    draw = Draw(spec.strip(), largest=largest, clients=clients, seed=seed, memory=memory)
     name, colon, _ = draw.spec.partition(":")
     if not draw.spec:
         return [largest] * clients
@@ -109,7 +109,7 @@ def _auto(draw: Draw) -> list[int]:
 
 
 def _fitting(draw: Draw, word: str) -> int:
-    """The largest rank that a budget such as 4GB holds, by bisection."""
+    """The largest rank whose training fits a budget such as 4GB, found by bisection."""
     budget = _number(word[:-2]) * UNITS.get(word[-2:].upper(), 0.0)
     if not 0 < budget < inf:
         raise draw.wrong(f'"{word}" is no amount of memory; write it as in auto:4GB,500MB')
@@ -124,7 +124,7 @@ def _fitting(draw: Draw, word: str) -> int:
 
 
 def _number(text: str) -> float:
-    """A positive number, or 0 for what is none."""
+    """The positive number that a text writes, or 0 where it writes none."""
     try:
         return max(float(text), 0.0)
     except ValueError:

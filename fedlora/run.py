@@ -184,31 +184,45 @@ def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:
 
 def resolve(config: Config, form: Form, clients: int) -> Config:
     """The settings with counts and labels as they are. Raises `ConfigError` or `PrivacyError` where they contradict."""
-    cohort = config.cohort or max(FEWEST if config.secure.aggregation else 2, clients // 5)
-    if cohort > clients and config.cohort:
-        raise ConfigError(f"cohort = {cohort} is more than the {clients} clients there are; choose {clients} or fewer")
+    cohort = _cohort(config, clients)
     if config.engine == "stacked":
         raise ConfigError('engine = "stacked" is not in this version; choose "serial" or "flower"')
     if config.dp.on:
         _refuse_what_is_not_private(config)
-    if config.secure.aggregation and min(cohort, clients) < FEWEST:
-        raise PrivacyError(
-            f"secure.aggregation hides a client among {FEWEST} or more, and {min(cohort, clients)} of {clients} would "
-            "be in a round; raise cohort, or have more clients"
-        )
-    if config.secure.aggregation and config.exactness:
-        raise PrivacyError("exactness needs every client's update, which secure.aggregation hides; leave it out")
+    if config.secure.aggregation:
+        _refuse_what_cannot_be_hidden(config, cohort=cohort, clients=clients)
     return replace(
         config,
         clients=clients,
-        cohort=min(cohort, clients),
+        cohort=cohort,
         engine="serial" if config.engine == "auto" else config.engine,
         data=replace(config.data, labels=form.labels),
     )
 
 
+def _cohort(config: Config, clients: int) -> int:
+    """How many clients are asked in a round: as many as the settings say, or a fifth of all."""
+    if config.cohort > clients:
+        raise ConfigError(
+            f"cohort = {config.cohort} is more than the {clients} clients there are; choose {clients} or fewer"
+        )
+    fewest = FEWEST if config.secure.aggregation else 2
+    return config.cohort or min(max(fewest, clients // 5), clients)
+
+
+def _refuse_what_cannot_be_hidden(config: Config, cohort: int, clients: int) -> None:
+    """Raise `PrivacyError` for what secure aggregation leaves no room for."""
+    if cohort < FEWEST:
+        raise PrivacyError(
+            f"secure.aggregation hides a client among {FEWEST} or more, and {cohort} of {clients} would "
+            "be in a round; raise cohort, or have more clients"
+        )
+    if config.exactness:
+        raise PrivacyError("exactness needs every client's update, which secure.aggregation hides; leave it out")
+
+
 def _refuse_what_is_not_private(config: Config) -> None:
-    """What would let out of a client what no noise covers."""
+    """Raise `PrivacyError` for what would leave a client with no noise on it."""
     if config.data.holdout and not config.dp.metrics:
         raise PrivacyError(
             f"data.holdout = {config.data.holdout:g} lets clients tell scores on their own data, with no noise on "

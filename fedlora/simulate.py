@@ -13,7 +13,7 @@ from . import checkpoint
 from . import config as configuration
 from .compose import accepts, compose
 from .config import FREE, Config
-from .console import Screen
+from .console import Screen, figures
 from .defaults import over_defaults
 from .deploy import again
 from .errors import CheckpointError, ConfigError
@@ -28,13 +28,7 @@ from .strategy import Strategy, load
 def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resume: Path | None) -> None:
     """Run, or go on with, a federation on this machine."""
     screen = Screen()
-    if resume:
-        folder = RunFolder(resume)
-        config = _resumed(folder, given)
-    else:
-        config = over_defaults(configuration.read(file) if file else {}, given)
-        accepts(load(config.strategy, **config.option), config.lora.kind)  # told before a model is loaded
-        folder = RunFolder(out or _fresh(config.strategy))
+    folder, config = _resumed(resume, given) if resume else _new(file, given, out)
     screen.say(f"run directory {folder.path}; loading model and data")
     quiet()
     setup = prepare(config)
@@ -49,8 +43,24 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         screen.close()
 
 
+def _new(file: Path | None, given: Mapping[str, Any], out: Path | None) -> tuple[RunFolder, Config]:
+    """The folder and the settings of a run that begins, refused before a model is loaded where they make no sense."""
+    config = over_defaults(configuration.read(file) if file else {}, given)
+    accepts(load(config.strategy, **config.option), config.lora.kind)
+    return RunFolder(out or _fresh(config.strategy)), config
+
+
+def _resumed(path: Path, given: Mapping[str, Any]) -> tuple[RunFolder, Config]:
+    """The folder and the settings of a run that goes on; what its finished rounds do not rest on may be changed."""
+    fixed = sorted(key for key in given if key not in FREE and not key.startswith("server."))
+    if fixed:
+        raise ConfigError(f"{fixed[0]} cannot change in a run that is resumed; {', '.join(FREE)} and server.* can")
+    folder = RunFolder(path)
+    return folder, configuration.build(folder.config(), given)
+
+
 def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
-    """Print how good the delivered adapter is, beside the base model it started from."""
+    """Print how good the delivered adapter is, beside the base model that the run started from."""
     folder = RunFolder(path)
     config = configuration.build(folder.config(), given)
     quiet()
@@ -70,8 +80,7 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for name, values in result.items():
-        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        print(f"{name + ':':9}{', '.join(shown)}")
+        print(f"{name + ':':9}{figures(values)}")
 
 
 def _clients(setup: Setup, strategy: Strategy[Any], folder: RunFolder) -> Mapping[int, Metrics]:
@@ -79,20 +88,13 @@ def _clients(setup: Setup, strategy: Strategy[Any], folder: RunFolder) -> Mappin
     from .simulations.serial import Serial
 
     last = checkpoint.latest(folder.checkpoints)
-    if last is None or not any(len(site.heldout) for site in setup.sites):
+    able = [id for id, site in enumerate(setup.sites) if len(site.heldout)]
+    if last is None or not able:
         return {}
     fleet = Serial(setup.model, setup.sites, setup.ranks, folder.clients)
-    able = [c for c in fleet.clients() if len(setup.sites[c.id].heldout)]
-    jobs = {c.id: replace(strategy.client_init(last.state, c), round=last.round) for c in able}
+    clients = [client for client in fleet.clients() if client.id in able]
+    jobs = {client.id: replace(strategy.client_init(last.state, client), round=last.round) for client in clients}
     return split(jobs, fleet.evaluate(jobs))[0]
-
-
-def _resumed(folder: RunFolder, given: Mapping[str, Any]) -> Config:
-    """The run's own settings; what its finished rounds do not rest on may be changed."""
-    fixed = sorted(key for key in given if key not in FREE and not key.startswith("server."))
-    if fixed:
-        raise ConfigError(f"{fixed[0]} cannot change in a run that is resumed; {', '.join(FREE)} and server.* can")
-    return configuration.build(folder.config(), given)
 
 
 def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable[[Fleet], None]) -> None:

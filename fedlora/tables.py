@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 from rich.console import Console
 from rich.table import Table
 
-from .catalogue import catalogue
+from .catalogue import Entry, catalogue
 from .config import settings as every_setting
 
 LEGEND = """
@@ -14,63 +14,59 @@ needs no single update, so its memory does not grow with the clients. Sides: A, 
 numbers a client sends and is sent a round and adapted module, of rank r and shape d_out x d_in, with K clients of ranks
 R in all, q the rank of the newest offset, t the round from 0; the head comes on top; what a client holds is not sent.
 Round any of them: aggregate.optimizer, aggregate.robust (fedlora settings); Flower's own: flwr:FedAdam and others."""
-COLUMNS = "name", "strategy", "exact", "ranks", "sums", "trains", "sends", "kinds", "up", "down", "options", "paper"
 
 
 def strategies() -> None:
     """Print the catalogue."""
-    columns = (
-        "name",
-        "strategy",
-        "exact",
-        "ranks",
-        "sums",
-        "trains",
-        "sends",
-        "kinds",
-        "up",
-        "down",
-        "options",
-        "paper",
-    )
-    table = Table(*columns, box=None, pad_edge=False)
-    for entry in catalogue():
-        made, (trains, sends) = entry.default, entry.sides
-        table.add_row(
-            entry.name,
-            entry.title,
-            "yes" if made.exact else "no",
-            "mixed" if made.mixed_ranks else "alike",
-            "yes" if made.sums_only else "no",
-            trains,
-            sends,
-            " ".join(made.kinds),
-            made.up or "?",
-            made.down or "?",
-            entry.options or "none",
-            entry.paper,
-        )
+    rows = [_row(entry) for entry in catalogue()]
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
     console = _console()
     console.print(table)
     console.print(LEGEND)
 
 
+def _row(entry: Entry) -> dict[str, str]:
+    """What a strategy declares, by the heading of its column."""
+    made, (trains, sends) = entry.default, entry.sides
+    return {
+        "name": entry.name,
+        "strategy": entry.title,
+        "exact": _yes(made.exact),
+        "ranks": "mixed" if made.mixed_ranks else "alike",
+        "sums": _yes(made.sums_only),
+        "trains": trains,
+        "sends": sends,
+        "kinds": " ".join(made.kinds),
+        "up": made.up or "?",
+        "down": made.down or "?",
+        "options": entry.options or "none",
+        "paper": entry.paper,
+    }
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
 def settings() -> None:
     """Print every dotted key."""
     table = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
-    for s in every_setting():
-        default = ",".join(s.default) if isinstance(s.default, tuple) else str(s.default)
-        table.add_row(s.key, default, _kind(s.kind), s.help)
+    for setting in every_setting():
+        default = ",".join(setting.default) if isinstance(setting.default, tuple) else str(setting.default)
+        table.add_row(setting.key, default, _values(setting.kind), setting.help)
     _console().print(table)
 
 
-def _kind(kind: Any) -> str:
+def _values(kind: Any) -> str:
+    """The values that a setting of this type takes: its choices, or the type's name."""
     if get_origin(kind) is tuple:
         return "names"
     return ", ".join(map(str, get_args(kind))) if type(kind).__name__ == "_LiteralGenericAlias" else kind.__name__
 
 
 def _console() -> Console:
-    """As wide as the terminal, or as wide as needed where there is none."""
+    """A console as wide as the terminal, or as wide as the tables need where there is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=260)

@@ -142,7 +142,13 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
     began = time.monotonic()
     setup = _setup(place, replace(config.lora, ranks=""))
     sites = _sites(place, final, most)
-    theirs = ranks(config.lora.ranks, config.lora.rank, len(sites), config.seed, setup.model.memory)
+    theirs = ranks(
+        config.lora.ranks,
+        largest=config.lora.rank,
+        clients=len(sites),
+        seed=config.seed,
+        memory=setup.model.memory,
+    )
     start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
     strategy = compose(config, start, theirs)
     with TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ def memory(rank: int) -> int:
 
 
 def given_out(spec: str, clients: int = 6, largest: int = 16, seed: int = 0) -> list[int]:
-    return ranks(spec, largest, clients, seed, memory)
+    return ranks(spec, largest=largest, clients=clients, seed=seed, memory=memory)
 
 
 @given(SPECS, st.integers(4, 30), st.integers(0, 2**32))
@@ -94,7 +94,7 @@ def test_memory_is_not_asked_where_no_budget_is_given() -> None:
     def unknown(rank: int) -> int:
         raise AssertionError(rank)
 
-    assert ranks("4,8", 8, 2, 0, unknown) == [4, 8]
+    assert ranks("4,8", largest=8, clients=2, seed=0, memory=unknown) == [4, 8]
 
 
 def test_the_server_is_told_every_clients_own_rank(tmp_path: Path) -> None:
