@@ -19,7 +19,7 @@ from fedlora.audit.stage import flat, worn
 from fedlora.central import Central, Clipping
 from fedlora.config import Config
 from fedlora.flat import Traffic
-from fedlora.lora import SIDES, LoRA
+from fedlora.lora import LoRA, map_factors
 from fedlora.metrics import Metrics
 from fedlora.plan import Plan
 from fedlora.privacy import central
@@ -85,7 +85,7 @@ class Silent:
 def build(config: Config, seed: int = 0) -> Crowd:
     """Everything that an audit of these settings needs. Raises what a run of them would raise."""
     _, start, strategy = worn(config)
-    wide = LoRA(**{s: {m: t.double() for m, t in start.side(s).items()} for s in SIDES})  # where small noise shows
+    wide = map_factors(torch.Tensor.double, start)  # where small noise shows
     clients = config.clients or FEW
     made = central(config.dp, config.cohort or max(2, clients // 5), clients, config.rounds, config.seed)
     return Crowd(config, wide, strategy, made, seed)
@@ -178,13 +178,13 @@ def _stray(job: Job, length: float, seed: int) -> LoRA:
     """An update that is this far from the start over all that is shared, in a direction of its own."""
     generator = torch.Generator().manual_seed(seed)
     start = job.start.only(job.shares)
-    size = sqrt(sum(t.numel() for s in job.shares for t in start.side(s).values()))
+    size = sqrt(start.numel())
 
     def moved(t: torch.Tensor) -> torch.Tensor:
         return t + length / size * torch.randn(t.shape, generator=generator, dtype=t.dtype)
 
-    return LoRA(**{s: {m: moved(t) for m, t in start.side(s).items()} for s in SIDES})
+    return map_factors(moved, start)
 
 
 def _difference(x: LoRA, y: LoRA) -> Floats:
-    return flat({(s, m): x.side(s)[m] - t for s in SIDES for m, t in y.side(s).items()})
+    return flat({(s, m): x.side(s)[m] - t for s, m, t in y.matrices()})

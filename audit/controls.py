@@ -143,9 +143,8 @@ class _ClipsTensors(Clipping):
     """Every tensor cut to C by itself."""
 
     def __call__(self, job: Job, update: LoRA) -> None:
-        for s in SIDES:
-            for m, t in update.side(s).items():
-                super().__call__(job, LoRA(**{s: {m: t}}))
+        for s, m, t in update.matrices():
+            super().__call__(job, LoRA(**{s: {m: t}}))
 
 
 class _NoiseOfAMean(Central):

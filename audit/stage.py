@@ -148,7 +148,7 @@ def build(config: Config, seed: int = 0) -> Stage:
     """Everything that an audit of these settings needs. Raises what a run of them would raise."""
     model, start, strategy = worn(config)
     first = strategy.client_init(strategy.init(start), Client(0, 1, config.lora.rank, 1))
-    trained = sum(t.numel() for s in first.trains for t in first.start.side(s).values())
+    trained = first.start.only(first.trains).numel()
     count = int(min(CANARIES, canaries.room(first), ROOM / (RATE * ROUNDS * STEPS * trained)))
     stage = Stage(config, model, start, strategy, _terms(config, RECORDS + count), count, seed)
     preflight.once(model, replace(narrow(first), privacy=stage.privacy))

@@ -16,7 +16,7 @@ from fedlora.checkpoint import Checkpoint
 from fedlora.checks.clients import RANK, TIGHT, Clients, added, fresh, mean, moved, private, wears
 from fedlora.checks.moments import models, rounds, spread, trained
 from fedlora.checks.verdict import Skip, agree, apart, identical, leaves
-from fedlora.lora import SIDES, LoRA, delta
+from fedlora.lora import SIDES, LoRA, delta, map_factors
 from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.head import Head
 from fedlora.strategy import Job, Strategy
@@ -269,4 +269,4 @@ def _is_personal(job: Job) -> bool:
 
 
 def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:
-    return LoRA(**{s: {m: t.to(dtype) for m, t in lora.side(s).items()} for s in SIDES})
+    return map_factors(lambda t: t.to(dtype), lora)

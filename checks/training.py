@@ -182,11 +182,10 @@ def check_it_works_with_the_kinds_it_declares(strategy: Some, fleets: Fleets = S
 
 
 def _has_moved(who: str, job: Job, before: LoRA, after: LoRA) -> None:
-    for s in SIDES:
-        for m, was in before.side(s).items():
-            moved = not torch.equal(was, after.side(s)[m])
-            did = "moved" if moved else "did not move"
-            assert moved == (s in job.trains), f"{who}, told to train {job.trains}, {did} {s} of {m}"
+    for s, m, was in before.matrices():
+        moved = not torch.equal(was, after.side(s)[m])
+        did = "moved" if moved else "did not move"
+        assert moved == (s in job.trains), f"{who}, told to train {job.trains}, {did} {s} of {m}"
 
 
 def _numbers(formula: str, job: Job, ranks: Sequence[int], i: int) -> int:

@@ -6,7 +6,7 @@ not hold raises `WireError`, in words that name what came and what was asked for
 
 import json
 from collections.abc import Mapping
-from math import inf, isfinite, isnan, prod, sqrt
+from math import hypot, inf, isfinite, isnan, prod
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .compress import Packed, restore
 from .envelope import read_head, read_vector, reading, text
 from .errors import WireError
 from .flat import name_of, unflatten
-from .lora import SIDES, LoRA, norm
+from .lora import SIDES, LoRA, difference, euclidean_norm, norm
 from .metrics import Metrics
 from .seat import size
 from .strategy import Client, Job, Update
@@ -96,10 +96,9 @@ def read_said(records: RecordDict) -> Mapping[str, str]:
 
 def change(lora: LoRA, job: Job) -> float:
     """The norm of what a client changed: of all the numbers it sends, or of a product where it sends its change."""
-    products = norm(LoRA(lora.A, lora.B)) if job.resumes else 0.0
-    plain = [s for s in SIDES if not (job.resumes and s in "AB")]
-    steps = (t.double() - job.start.side(s)[m].double() for s in plain for m, t in lora.side(s).items())
-    return sqrt(products**2 + sum(float(step.square().sum()) for step in steps))
+    if not job.resumes:
+        return euclidean_norm(difference(lora, job.start))
+    return hypot(norm(lora.only("AB")), euclidean_norm(difference(lora.only("HRD"), job.start)))
 
 
 def _bounded(records: RecordDict, most: int | None, characters: int = MOST_HEAD) -> None:
@@ -120,7 +119,7 @@ def _bounded(records: RecordDict, most: int | None, characters: int = MOST_HEAD)
 
 def most_bytes(job: Job) -> int:
     """The largest answer that a job can have, in float64; one that resumes sends up to twice the rank."""
-    numbers = sum(t.numel() for s in job.shares for t in job.start.side(s).values())
+    numbers = job.start.only(job.shares).numel()
     return 4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1)
 
 
@@ -199,10 +198,9 @@ def _of_the_shapes(lora: LoRA, job: Job) -> None:
 
 
 def _finite(lora: LoRA) -> None:
-    for s in SIDES:
-        for m, t in lora.side(s).items():
-            if not bool(torch.isfinite(t).all()):
-                raise WireError(f"an update's {s} of {m} has a number that is not finite")
+    for s, m, t in lora.matrices():
+        if not bool(torch.isfinite(t).all()):
+            raise WireError(f"an update's {s} of {m} has a number that is not finite")
 
 
 def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .accounting import Charge, epsilon, merged
 from .errors import PrivacyError
-from .lora import SIDES, LoRA
+from .lora import LoRA, difference, euclidean_norm, from_matrices
 from .noise import Source
 from .seeds import derive
 from .strategy import Client, Job
@@ -58,13 +58,13 @@ class Clipping:
 
     def __call__(self, job: Job, update: LoRA) -> None:
         """Take in one client's update; one that is not finite counts as zero."""
-        delta = {(s, m): t.double() - job.start.side(s)[m].double() for s in SIDES for m, t in update.side(s).items()}
-        norm = sqrt(sum(float(d.square().sum()) for d in delta.values()))
+        delta = difference(update, job.start)
+        norm = euclidean_norm(delta)
         self.below += 0.5 if norm <= self.clip else -0.5
         if isfinite(norm):
             c = min(1.0, self.clip / norm) if norm else 0.0
-            for key, d in delta.items():
-                self.total[key] = self.total[key] + c * d if key in self.total else c * d
+            for s, m, d in delta.matrices():
+                self.total[s, m] = self.total.get((s, m), 0.0) + c * d
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class Central:
             noisy = got.total.get((s, m), 0.0) + self.sum_noise * got.clip * numbers.normal(*x.shape)
             return (x.double() + noisy / expected).to(torch.promote_types(x.dtype, torch.float32))
 
-        sides = {s: {m: moved(s, m, x) for m, x in start.side(s).items()} for s in SIDES}
+        noised = from_matrices((s, m, moved(s, m, x)) for s, m, x in start.matrices())
         following = got.clip
         if self.quantile:
             within = 0.5 + (got.below + self.count_noise * float(numbers.normal(1))) / expected
             following = got.clip * exp(-self.lr * (within - self.quantile))
-        spent, ratio = epsilon(charges, self.delta), self.noise_to_signal(_numbers(start))
-        return Release(LoRA(**sides), following, got.clip, charges, spent, ratio)
+        spent, ratio = epsilon(charges, self.delta), self.noise_to_signal(start.numel())
+        return Release(noised, following, got.clip, charges, spent, ratio)
 
     def noise_to_signal(self, numbers: int) -> float:
         """Norm of the noise on the mean of this many numbers, over the clip."""
@@ -129,7 +129,3 @@ class Central:
 
     def _source(self, purpose: str, t: int) -> Source:
         return Source.secret() if self.seed is None else Source.seeded(derive(self.seed, "central", purpose, t))
-
-
-def _numbers(lora: LoRA) -> int:
-    return sum(t.numel() for s in SIDES for t in lora.side(s).values())

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .errors import ClientFailed
 from .flat import flatten, name_of, unflatten
-from .lora import SIDES, LoRA
+from .lora import LoRA, from_matrices, map_factors
 from .options import Encoding
 
 DTYPES: dict[Encoding, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -61,17 +61,16 @@ class Packed:
 
 def compress(delta: LoRA, encoding: Encoding) -> Packed:
     """The change rounded to nearest, ties to even. Raises `ClientFailed` where a matrix is not finite in float32."""
-    for s in SIDES:
-        for m, t in delta.side(s).items():
-            if not bool(torch.isfinite(t.float()).all()):
-                raise ClientFailed(
-                    f"the change of {s} of {m} is not finite, and would spoil what is sent after it; "
-                    "a lower train.lr may help"
-                )
+    for s, m, t in delta.matrices():
+        if not bool(torch.isfinite(t.float()).all()):
+            raise ClientFailed(
+                f"the change of {s} of {m} is not finite, and would spoil what is sent after it; "
+                "a lower train.lr may help"
+            )
     flat = flatten(delta)
     none = torch.empty(0)
     if encoding == "int8":
-        pairs = [_quantise(s, t) for s in SIDES for t in delta.side(s).values()]
+        pairs = [_quantise(s, t) for s, _, t in delta.matrices()]
         numbers = torch.cat([q for q, _ in pairs]) if pairs else torch.empty(0, dtype=torch.int8)
         return Packed(encoding, numbers, torch.cat([none, *(scale for _, scale in pairs)]), flat.manifest)
     most = torch.finfo(DTYPES[encoding]).max  # float32's largest numbers would round to bfloat16's infinity
@@ -112,7 +111,7 @@ def with_feedback(start: LoRA, lora: LoRA, residual: LoRA, encoding: Encoding) -
     meant = _each(lora, lambda s, m, t: t.float() - _of(start, s, m, t) + _of(residual, s, m, t))
     packed = compress(meant, encoding)
     sent = expand(packed)
-    return packed, restore(start, packed), _each(meant, lambda s, m, t: t - sent.side(s)[m])
+    return packed, restore(start, packed), map_factors(torch.sub, meant, sent)
 
 
 def _quantise(side: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,4 +149,4 @@ def _of(lora: LoRA, side: str, module: str, like: Tensor) -> Tensor:
 
 def _each(lora: LoRA, change: Callable[[str, str, Tensor], Tensor]) -> LoRA:
     """The adapter with every matrix changed, told its side and its module."""
-    return LoRA(**{s: {m: change(s, m, t.detach().cpu()) for m, t in lora.side(s).items()} for s in SIDES})
+    return from_matrices((s, m, change(s, m, t.detach().cpu())) for s, m, t in lora.matrices())

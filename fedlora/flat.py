@@ -12,7 +12,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from .lora import SIDES, LoRA
+from .lora import SIDES, LoRA, from_matrices
 from .strategy import Job, Update
 
 
@@ -31,7 +31,7 @@ class Flat:
 
 def flatten(lora: LoRA, dtype: torch.dtype = torch.float32) -> Flat:
     """The adapter as one vector, in the order of its sides and modules."""
-    items = [(s, m, t) for s in SIDES for m, t in lora.side(s).items()]
+    items = list(lora.matrices())
     manifest = json.dumps([[s, m, list(t.shape)] for s, m, t in items])
     vectors = [t.detach().reshape(-1).to("cpu", dtype) for _, _, t in items]
     vector = torch.cat(vectors) if vectors else torch.empty(0, dtype=dtype)
@@ -65,10 +65,8 @@ def unflatten(vector: Tensor, manifest: str) -> LoRA:
     sizes = [torch.Size(shape).numel() for _, _, shape in entries]
     if sum(sizes) != vector.numel():
         raise ValueError(f"the manifest names {sum(sizes)} numbers, the vector has {vector.numel()}")
-    sides: dict[str, dict[str, Tensor]] = {s: {} for s in SIDES}
-    for (side, module, shape), piece in zip(entries, torch.split(vector, sizes), strict=True):
-        sides[side][module] = piece.view(shape)
-    return LoRA(**sides)
+    pieces = zip(entries, torch.split(vector, sizes), strict=True)
+    return from_matrices((side, module, piece.view(shape)) for (side, module, shape), piece in pieces)
 
 
 class Parts:
@@ -95,8 +93,8 @@ def carried(update: Update) -> tuple[list[str], int]:
     """What an update brings across: its tensors by name, and bytes; numbers that are not packed count as float32."""
     if update.masked is not None:
         return ["masked"], 4 * update.masked.numel()
-    tensors = {f"{s} {m}": t for s in SIDES for m, t in update.lora.side(s).items()}
-    return list(tensors), update.packed.nbytes if update.packed else 4 * sum(t.numel() for t in tensors.values())
+    names = [f"{s} {m}" for s, m, _ in update.lora.matrices()]
+    return names, update.packed.nbytes if update.packed else 4 * update.lora.numel()
 
 
 @dataclass

@@ -8,7 +8,7 @@ from math import fsum
 import torch
 from torch import Tensor
 
-from .lora import SIDES, LoRA
+from .lora import LoRA, from_matrices
 from .sketch import widen
 from .strategy import Job, Spent, Update
 
@@ -40,19 +40,18 @@ class Sum:
     def add(self, lora: LoRA, weight: float) -> None:
         """Take in one adapter; one of lower rank than others counts as if zeros stood where it has nothing."""
         self.weight += weight
-        for s in SIDES:
-            for m, t in lora.side(s).items():
-                total, dtype = self._totals.get((s, m), (torch.zeros(t.shape, dtype=torch.float64), t.dtype))
-                total = _grown(total, t.shape)
-                total[tuple(map(slice, t.shape))].add_(t, alpha=weight)
-                self._totals[s, m] = total, torch.promote_types(dtype, t.dtype)  # whoever came first
+        for s, m, t in lora.matrices():
+            total, dtype = self._totals.get((s, m), (torch.zeros(t.shape, dtype=torch.float64), t.dtype))
+            total = _grown(total, t.shape)
+            total[tuple(map(slice, t.shape))].add_(t, alpha=weight)
+            self._totals[s, m] = total, torch.promote_types(dtype, t.dtype)  # whoever came first
 
     def mean(self) -> LoRA:
         """The weighted mean, in float32 or wider."""
-        sides: dict[str, dict[str, Tensor]] = {s: {} for s in SIDES}
-        for (s, m), (total, dtype) in self._totals.items():
-            sides[s][m] = (total / self.weight).to(torch.promote_types(dtype, torch.float32))
-        return LoRA(**sides)
+        return from_matrices((s, m, self._mean(*total)) for (s, m), total in self._totals.items())
+
+    def _mean(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        return (total / self.weight).to(torch.promote_types(dtype, torch.float32))
 
 
 def _grown(total: Tensor, shape: torch.Size) -> Tensor:

@@ -5,16 +5,17 @@ every client and every rank, so that it never appears in an algorithm. Sums run 
 factors' own type, small cores (R, R) in float64, and nothing of size (d_out, d_in) is built, except by `delta`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from hashlib import sha256
-from math import sqrt
+from math import copysign, sqrt
 from operator import add
 
 import torch
 from torch import Tensor
 
+from .seeds import derive
+from .svd import row_signs
 from .svd import svd as svd
 from .svd import wide as wide
 
@@ -24,7 +25,7 @@ SIDES = "ABRDH"
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """An adapter by sides; a side that is not trained, or not sent, is empty."""
+    """An adapter: five sides, each with one matrix a module. A side that is not trained, or not sent, is empty."""
 
     A: Side = field(default_factory=dict)  # (r, d_in)
     B: Side = field(default_factory=dict)  # (d_out, r)
@@ -33,60 +34,101 @@ class LoRA:
     D: Side = field(default_factory=dict)  # (d_out, d_in), added: only in an offset that has outgrown factors
 
     def side(self, name: str) -> Side:
-        """One side by its letter."""
+        """The side with this letter."""
         found: Side = getattr(self, name)
         return found
 
     def only(self, sides: str) -> "LoRA":
-        """Drop all but the named sides: `only("BH")`."""
+        """The adapter without all but the named sides: `only("BH")`."""
         return LoRA(**{s: self.side(s) for s in sides})
 
     def over(self, other: "LoRA") -> "LoRA":
-        """This adapter where it has a matrix, `other` where it has not."""
+        """The matrices of both adapters; where both have one, it is this adapter's."""
         return LoRA(**{s: {**other.side(s), **self.side(s)} for s in SIDES})
+
+    def matrices(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the letter of the side, the name of the module and the matrix, for every matrix in order."""
+        for s in SIDES:
+            for m, t in self.side(s).items():
+                yield s, m, t
+
+    def numel(self) -> int:
+        """The count of numbers in all matrices."""
+        return sum(t.numel() for _, _, t in self.matrices())
 
     def __bool__(self) -> bool:
         return any(self.side(s) for s in SIDES)
 
 
+def from_matrices(matrices: Iterable[tuple[str, str, Tensor]]) -> LoRA:
+    """The adapter with these matrices, each given with its side and its module, as `LoRA.matrices` yields them."""
+    sides: dict[str, dict[str, Tensor]] = {s: {} for s in SIDES}
+    for s, m, t in matrices:
+        sides[s][m] = t
+    return LoRA(**sides)
+
+
+def map_factors(f: Callable[..., Tensor], first: LoRA, *others: LoRA) -> LoRA:
+    """Apply `f` to every matrix of `first` and the matrices at the same side and module of the others.
+
+    Raises `KeyError` where another adapter lacks a matrix of the first.
+    """
+    return from_matrices((s, m, f(t, *(x.side(s)[m] for x in others))) for s, m, t in first.matrices())
+
+
+def difference(after: LoRA, before: LoRA) -> LoRA:
+    """Every matrix of `after` minus the same matrix of `before`, in float64."""
+    return map_factors(lambda x, y: x.double() - y.double(), after, before)
+
+
+def euclidean_norm(lora: LoRA) -> float:
+    """The norm of all the adapter's numbers as one vector; `norm` is that of its product."""
+    return sqrt(sum(float(t.square().sum()) for _, _, t in lora.matrices()))
+
+
 def shares(weights: Sequence[float]) -> list[float]:
-    """Weights made to sum to one."""
+    """The weights divided by their sum."""
     total = float(sum(weights))
     return [w / total for w in weights]
 
 
 def average(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
-    """Weighted mean, matrix by matrix, in float32 or wider; of equal matrices it is that matrix to the last bit."""
+    """The weighted mean, matrix by matrix, in float32 or wider; that of equal matrices is the same to the last bit."""
     p = shares(weights)
 
-    def mean(terms: list[Tensor]) -> Tensor:
-        so_far, seen = wide(terms[0]).clone(), p[0]
+    def mean(*terms: Tensor) -> Tensor:
+        so_far, weight = wide(terms[0]).clone(), p[0]
         for c, term in zip(p[1:], terms[1:], strict=True):
-            seen += c
-            so_far.lerp_(wide(term), c / seen if seen else 0.0)  # so that what nobody trained keeps its bits
+            weight += c
+            so_far.lerp_(wide(term), c / weight if weight else 0.0)  # a sum would change bits that all have alike
         return so_far
 
-    return LoRA(**{s: {m: mean([x.side(s)[m] for x in loras]) for m in loras[0].side(s)} for s in SIDES})
+    return map_factors(mean, *loras)
 
 
 def scale(lora: LoRA, c: float) -> LoRA:
-    """The adapter whose product is c times this one's; sqrt|c| goes to each factor, which keeps them of like size."""
+    """The adapter whose product is c times as large; each factor takes sqrt|c|, which keeps them of like size."""
     root = abs(c) ** 0.5
+    signed_root = copysign(root, c)
     return LoRA(
         A={m: root * wide(a) for m, a in lora.A.items()},
-        B={m: (root if c >= 0 else -root) * wide(b) for m, b in lora.B.items()},
+        B={m: signed_root * wide(b) for m, b in lora.B.items()},
         R=lora.R,
         D={m: c * wide(d) for m, d in lora.D.items()},
     )
 
 
 def modules(*loras: LoRA) -> list[str]:
-    """The modules that any of them has a product for."""
-    return list(dict.fromkeys(m for x in loras for m in (*x.A, *x.D) if m in x.B or m in x.D))
+    """The names of the modules that at least one adapter has a product for, each once."""
+    return list(dict.fromkeys(m for x in loras for m in _modules(x)))
+
+
+def _modules(lora: LoRA) -> list[str]:
+    return [m for m in (*lora.A, *lora.D) if m in lora.B or m in lora.D]
 
 
 def factored(lora: LoRA) -> LoRA:
-    """The same product in two factors: a core goes into B, a dense matrix stands beside an identity."""
+    """The same product in two factors: a core is multiplied into B, a dense matrix is paired with an identity."""
     A, B = dict(lora.A), dict(lora.B)
     for m in modules(lora):
         B[m], A[m] = _pair(lora, m)
@@ -97,21 +139,23 @@ def join(*loras: LoRA) -> LoRA:
     """The adapter whose product is the sum of the products; its rank is the sum of the ranks. Heads are dropped."""
     A, B = {}, {}
     for m in modules(*loras):
-        B[m], A[m] = _beside([_pair(x, m) for x in loras if m in x.A or m in x.D])
+        B[m], A[m] = _beside([_pair(x, m) for x in _with_module(loras, m)])
     return LoRA(A, B)
 
 
 def stack(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     """The adapter whose product is exactly the weighted mean of the products (FLoRA, arXiv 2409.05976).
 
-    The square root of a client's weight goes to each of its factors, which keeps them of like size.
+    Each factor of a client takes the square root of the client's weight, which keeps them of like size.
     """
-    A, B = {}, {}
-    some = [(p**0.5, x) for p, x in zip(shares(weights), loras, strict=True)]
-    for m in modules(*loras):
-        pairs = [(root, _pair(x, m)) for root, x in some if m in x.A or m in x.D]
-        B[m], A[m] = _beside([(root * wide(b), root * wide(a)) for root, (b, a) in pairs])
-    return LoRA(A, B)
+    weighted = [_weighted(x, p**0.5) for p, x in zip(shares(weights), loras, strict=True)]
+    return join(*weighted)
+
+
+def _weighted(lora: LoRA, root: float) -> LoRA:
+    """The adapter in two factors, each multiplied by `root`."""
+    two = factored(lora)
+    return LoRA({m: root * wide(a) for m, a in two.A.items()}, {m: root * wide(b) for m, b in two.B.items()})
 
 
 def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
@@ -123,13 +167,13 @@ def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     """
     p = torch.tensor(shares(weights), dtype=torch.float64)
     e, Q = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))  # ascending; the first is zero
-    kept = [j for j in range(1, len(loras)) if e[j] > 0]
-    if not kept:
+    e, Q = e[1:], Q[:, 1:]
+    if not bool((e > 0).any()):
         return LoRA()
-    mixing = (e[kept].sqrt() * Q[:, kept]).T  # (K - 1, K)
+    mixing = (e[e > 0].sqrt() * Q[:, e > 0]).T  # (at most K - 1, K)
 
     def mix(own: Tensor) -> Tensor:
-        """The clients' matrices (..., K, n), each less their mean, in K - 1 mixtures (..., K - 1, n)."""
+        """Subtract from the clients' matrices (..., K, n) their mean, and mix the rest to (..., K - 1, n)."""
         own -= torch.matmul(p.to(own), own).unsqueeze(-2)
         return torch.matmul(mixing.to(own), own)
 
@@ -152,13 +196,13 @@ def truncate(lora: LoRA, rank: int) -> LoRA:
 
 def compact(lora: LoRA) -> LoRA:
     """The same product in two factors, with no module's rank above its smaller dimension; other modules are left."""
-    A, B = dict(lora.A), dict(lora.B)
+    two = factored(lora)
+    A, B = dict(two.A), dict(two.B)
     for m in modules(lora):
-        B[m], A[m] = _pair(lora, m)
-        full = min(B[m].shape[0], A[m].shape[1])
-        if A[m].shape[0] > full:
-            small = truncate(LoRA({m: A[m]}, {m: B[m]}), full)
-            A[m], B[m] = small.A[m], small.B[m]
+        full_rank = min(B[m].shape[0], A[m].shape[1])
+        if A[m].shape[0] > full_rank:
+            smaller = truncate(LoRA({m: A[m]}, {m: B[m]}), full_rank)
+            A[m], B[m] = smaller.A[m], smaller.B[m]
     return LoRA(A, B, lora.H)
 
 
@@ -171,13 +215,13 @@ def principal(lora: LoRA, rank: int) -> LoRA:
     A, B = {}, {}
     for m in modules(lora):
         u, s, vh = svd(*_pair(lora, m), rank)
-        sign = torch.where(vh.gather(1, vh.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0).to(vh.dtype)  # (rank, 1)
+        sign = row_signs(vh)  # (rank, 1)
         B[m], A[m] = u * s * sign.T, sign * vh
     return LoRA(A, B)
 
 
 def orthonormal(lora: LoRA) -> LoRA:
-    """The same product with orthonormal rows in A, which span what they spanned; the head is kept."""
+    """The same product with orthonormal rows in A, whose span is that of A's rows before; the head is kept."""
     A, B = {}, {}
     for m, a in lora.A.items():
         q, t = torch.linalg.qr(wide(a).T)  # (d_in, r), (r, r)
@@ -191,55 +235,72 @@ def leading(lora: LoRA, rank: int) -> LoRA:
 
 
 def redraw(lora: LoRA, seed: str) -> LoRA:
-    """A start of the same shape: A anew as PEFT draws it, uniform within 1/sqrt(d_in), B zero; the head is kept."""
+    """A new start of the same shape: A drawn as by PEFT, uniform within 1/sqrt(d_in), B zero; the head is kept."""
     A = {}
     for m, a in lora.A.items():
-        generator = torch.Generator().manual_seed(int.from_bytes(sha256(f"{seed}/{m}".encode()).digest()[:8]) >> 1)
+        generator = torch.Generator().manual_seed(derive(seed, m))
         A[m] = torch.empty(a.shape).uniform_(-1, 1, generator=generator).to(a.dtype) / a.shape[1] ** 0.5
     return LoRA(A, {m: torch.zeros_like(b) for m, b in lora.B.items()}, lora.H)
 
 
 def settle(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
-    """The parts as they are while their factors are smaller than dense matrices; from then on as one dense part.
+    """Bound the size of an offset, whose product is the sum of its parts' products.
 
-    So old parts keep their content, and with it the name under which clients hold them already, and what is held never
-    grows past twice the adapted weights.
+    While its low-rank parts together hold fewer numbers than one dense matrix per module, return them unchanged:
+    clients already hold them by their hashes. Beyond that, return their sum as a single dense part. So an offset never
+    holds more than twice the numbers of the adapted weights.
     """
-    some = tuple(p for p in parts if p.A or p.D)
-    factors = [p for p in some if not p.D]
-    held = sum(t.numel() for p in factors for s in "AB" for t in p.side(s).values())
-    shapes = {m: (p.B[m].shape[0], a.shape[1]) for p in factors for m, a in p.A.items()}
-    if held <= sum(d_out * d_in for d_out, d_in in shapes.values()):
-        return some
-    return (LoRA(D={m: reduce(add, (_dense(p, m) for p in some if m in p.A or m in p.D)) for m in modules(*some)}),)
+    parts = tuple(p for p in parts if p.A or p.D)
+    if _is_smaller_than_dense([p for p in parts if not p.D]):
+        return parts
+    return (LoRA(D={m: reduce(add, _products(parts, m)) for m in modules(*parts)}),)
+
+
+def _is_smaller_than_dense(parts: Sequence[LoRA]) -> bool:
+    """Do the factors of all parts have no more numbers than one dense matrix for each module?"""
+    dense = {m: p.B[m].shape[0] * a.shape[1] for p in parts for m, a in p.A.items()}
+    return sum(p.only("AB").numel() for p in parts) <= sum(dense.values())
+
+
+def _products(loras: Sequence[LoRA], m: str) -> list[Tensor]:
+    """The product of module m in every adapter that has it: (d_out, d_in) each."""
+    return [_dense(x, m) for x in _with_module(loras, m)]
 
 
 def norm(lora: LoRA) -> float:
     """Frobenius norm of the product over all modules; by thin QRs, so that small differences keep their digits."""
+    return sqrt(sum(_squared_norm(*_pair(lora, m)) for m in modules(lora)))
 
-    def one(b: Tensor, a: Tensor) -> float:
-        rb, ra = (torch.linalg.qr(x.double(), mode="r")[1] for x in (b, a.T))
-        return float((rb @ ra.T).square().sum())
 
-    return sqrt(sum(one(*_pair(lora, m)) for m in modules(lora)))
+def _squared_norm(b: Tensor, a: Tensor) -> float:
+    rb = torch.linalg.qr(b.double(), mode="r")[1]
+    ra = torch.linalg.qr(a.T.double(), mode="r")[1]
+    return float((rb @ ra.T).square().sum())
 
 
 def inner(x: LoRA, y: LoRA) -> float:
     """Frobenius inner product of the two products, summed over modules: tr((B_x A_x)^T B_y A_y)."""
+    of_y = set(modules(y))
+    return sum(_inner_product(_pair(x, m), _pair(y, m)) for m in modules(x) if m in of_y)
 
-    def one(bx: Tensor, ax: Tensor, by: Tensor, ay: Tensor) -> float:
-        return float(((wide(bx).T @ wide(by)) * (wide(ax) @ wide(ay).T)).double().sum())
 
-    both = set(modules(x)) & set(modules(y))
-    return sum(one(*_pair(x, m), *_pair(y, m)) for m in modules(x) if m in both)
+def _inner_product(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> float:
+    (bx, ax), (by, ay) = x, y
+    return float(((wide(bx).T @ wide(by)) * (wide(ax) @ wide(ay).T)).double().sum())
 
 
 def delta(lora: LoRA) -> Side:
-    """The product for every module: (d_out, d_in). For tests, small models and offsets that are smaller so."""
+    """The product of every module as a dense matrix (d_out, d_in), for tests, small models and offsets of high rank."""
     return {m: _dense(lora, m) for m in modules(lora)}
 
 
+def _with_module(loras: Sequence[LoRA], m: str) -> list[LoRA]:
+    """The adapters that have module m."""
+    return [x for x in loras if m in x.A or m in x.D]
+
+
 def _dense(lora: LoRA, m: str) -> Tensor:
+    """The product of one module: (d_out, d_in)."""
     if m not in lora.A:
         return lora.D[m]
     b, a = _pair(LoRA(lora.A, lora.B, R=lora.R), m)

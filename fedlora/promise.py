@@ -11,7 +11,6 @@ from . import config as configuration
 from .accounting import Charge, prv, rdp
 from .central import Central
 from .config import Config
-from .lora import SIDES
 from .plan import Plan
 from .preflight import Findings
 from .privacy import Terms
@@ -146,7 +145,7 @@ def _range(small: Mapping[str, Any], large: Mapping[str, Any], key: str) -> str:
 
 
 def _numbers(job: Job, sides: str) -> int:
-    return sum(t.numel() for s in SIDES if s in sides for t in job.start.side(s).values())
+    return job.start.only(sides).numel()
 
 
 def _told(epsilon: float) -> float | None:

@@ -17,7 +17,7 @@ from .errors import RoundFailed, StrategyError
 from .exactness import distance
 from .flat import Traffic
 from .gather import Answers, Failure, Gathered, Sum, gather
-from .lora import SIDES, LoRA
+from .lora import LoRA, map_factors
 from .metrics import Metrics, spread
 from .plan import Past, Plan, Policy, Round
 from .sketch import narrow
@@ -209,8 +209,7 @@ def _job(
 def _small(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
     """The job with how its numbers travel; masks, and changes of a product, go as they are."""
     if plan.messages.down == "bfloat16":
-        sides = {s: {m: t.bfloat16().to(t.dtype) for m, t in job.start.side(s).items()} for s in SIDES}
-        job = replace(job, start=LoRA(**sides))
+        job = replace(job, start=map_factors(lambda t: t.bfloat16().to(t.dtype), job.start))
     if plan.secure or job.resumes:
         return job
     stays = strategy.continues and not job.sketch  # what was left out is a change of the same factors as next time's

@@ -3,7 +3,7 @@
 from hashlib import sha256
 
 
-def derive(seed: int, *purpose: str | int) -> int:
+def derive(seed: int | str, *purpose: str | int) -> int:
     """A seed for one purpose: `derive(seed, "batches", client, round)`; 63 bits."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(sha256(text.encode()).digest()[:8]) >> 1

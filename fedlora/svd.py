@@ -13,6 +13,12 @@ def wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def row_signs(A: Tensor) -> Tensor:
+    """The sign of each row's entry of largest absolute value, by which that entry becomes positive: (r, 1)."""
+    largest = A.gather(1, A.abs().argmax(1, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(A)
+
+
 def svd(B: Tensor, A: Tensor, rank: int | None = None, energy: float = inf) -> Triplets:
     """The `rank` largest singular values of B A, or all, with their vectors: (d_out, k), (k,), (k, d_in).
 

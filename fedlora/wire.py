@@ -20,7 +20,7 @@ from .compress import Packed
 from .envelope import as_array, dtype_name, pack, read_head, read_vector, reading, text
 from .errors import WireError
 from .flat import Flat, count, flatten, name_of
-from .lora import SIDES, LoRA
+from .lora import LoRA
 from .metrics import Metrics
 from .options import Encoding
 from .strategy import Ask, Client, Job, Masking, Privacy, Spent, Training, Update
@@ -175,7 +175,7 @@ def pack_update(update: Update, round: int) -> RecordDict:
         return pack(hidden, as_array(update.masked))
     if update.packed:
         return _pack_small(update, update.packed, round)
-    dtypes = {t.dtype for s in SIDES for t in update.lora.side(s).values()}
+    dtypes = {t.dtype for _, _, t in update.lora.matrices()}
     flat = flatten(update.lora, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     told = update.examples, update.loss, update.spent, flat.manifest
     return pack(UpdateHead(*told, dtype_name(flat.vector), flat.name, round), as_array(flat.vector))

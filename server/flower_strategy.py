@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedlora.errors import StrategyError, nearest
 from fedlora.flat import flatten, unflatten
-from fedlora.lora import SIDES, LoRA
+from fedlora.lora import LoRA, map_factors
 from fedlora.strategy import Client, Job, Strategy
 
 WRAPS = "it goes round another strategy, which a name cannot say; take privacy from this program's own settings"
@@ -171,10 +171,7 @@ def to_numpy(value: Any) -> Any:
 def typed(lora: LoRA, like: LoRA) -> LoRA:
     """Every matrix in the type that it has in `like`, or in float32 where that is wider."""
 
-    def one(t: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-        return t.to(torch.promote_types(there.dtype, torch.float32))
-
-    return LoRA(**{s: {m: one(t, like.side(s)[m]) for m, t in lora.side(s).items()} for s in SIDES})
+    return map_factors(lambda t, there: t.to(torch.promote_types(there.dtype, torch.float32)), lora, like)
 
 
 @contextmanager

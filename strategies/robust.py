@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import StrategyError
-from fedlora.lora import SIDES, LoRA, average
+from fedlora.lora import LoRA, average, difference, euclidean_norm, map_factors
 from fedlora.strategy import Client, Job, Strategy, declare
 
 ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
@@ -90,12 +90,11 @@ class Robust(Strategy[Any]):
 def centre(updates: Sequence[LoRA], k: int) -> LoRA:
     """Mean without the k lowest and the k highest of every coordinate; what is not a number counts as highest."""
 
-    def one(matrices: list[Tensor]) -> Tensor:
+    def trimmed_mean(*matrices: Tensor) -> Tensor:
         ordered = torch.stack(matrices).double().sort(dim=0).values[k : len(matrices) - k]
         return ordered.mean(0).to(torch.promote_types(matrices[0].dtype, torch.float32))
 
-    first = updates[0]
-    return LoRA(**{s: {m: one([u.side(s)[m] for u in updates]) for m in first.side(s)} for s in SIDES})
+    return map_factors(trimmed_mean, *updates)
 
 
 def ranking(updates: Sequence[LoRA], f: int) -> list[int]:
@@ -107,11 +106,10 @@ def ranking(updates: Sequence[LoRA], f: int) -> list[int]:
             "ask a larger cohort, or set a smaller byzantine"
         )
     d2 = torch.zeros(n, n, dtype=torch.float64)
-    for s in SIDES:
-        for m in updates[0].side(s):
-            x = torch.stack([u.side(s)[m].double().flatten() for u in updates])  # (n, numel)
-            # of differences, not of x x^T, which has no digits left where updates differ by little
-            d2 += torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    for s, m, _ in updates[0].matrices():
+        x = torch.stack([u.side(s)[m].double().flatten() for u in updates])  # (n, numel)
+        # of differences, not of x x^T, which has no digits left where updates differ by little
+        d2 += torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     near = d2.nan_to_num(nan=inf, posinf=inf).fill_diagonal_(0).sort(dim=1).values  # (n, n), 0 to itself first
     scores, rows = near[:, : n - f - 1].sum(1).tolist(), near.tolist()
     return sorted(range(n), key=lambda i: (scores[i], rows[i]))  # each other's nearest tie on scores where f = 0, n = 3
@@ -119,14 +117,13 @@ def ranking(updates: Sequence[LoRA], f: int) -> list[int]:
 
 def bounded(update: LoRA, start: LoRA, bound: float) -> LoRA:
     """The update with its step from the start no longer than `bound`; no step where it is not finite."""
-    x = LoRA(**{s: {m: start.side(s)[m] for m in update.side(s)} for s in SIDES})
-    pairs = [(t, x.side(s)[m]) for s in SIDES for m, t in update.side(s).items()]
-    if any(t.shape != there.shape for t, there in pairs):
+    if any(t.shape != start.side(s)[m].shape for s, m, t in update.matrices()):
         raise StrategyError(
             "norm_bound measures a step from where the round started, and an update has another shape than that: "
             "give all clients lora.rank, or take a strategy without mixed ranks, as fedavg"
         )
-    size = sum(float((t.double() - there.double()).square().sum()) for t, there in pairs) ** 0.5
+    x = map_factors(lambda _, there: there, update, start)  # the start of what the update has
+    size = euclidean_norm(difference(update, x))
     if not isfinite(size):
         return x
     c = min(1.0, bound / size) if size else 1.0

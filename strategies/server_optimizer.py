@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import StrategyError
-from fedlora.lora import SIDES, LoRA, average, wide
+from fedlora.lora import LoRA, average, map_factors
 from fedlora.strategy import Client, Job, Strategy, declare
 
 ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
@@ -67,11 +67,11 @@ class ServerOptimizer(Strategy[State]):
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
         x = self.inner.client_init(state.inner, ANYONE).start
-        D = each(torch.sub, average(updates, weights), x)
-        m, v = self._moments(D, state.m.over(each(torch.zeros_like, D)), state.v)
-        step = each(lambda m, v: self.lr * m / (v.sqrt() + self.tau), m, v) if v else each(lambda m: self.lr * m, m)
-        shift = each(torch.sub, step, D)
-        shifted = [each(torch.add, u, shift) for u in updates]
+        D = map_factors(torch.sub, average(updates, weights), x)
+        m, v = self._moments(D, state.m.over(map_factors(torch.zeros_like, D)), state.v)
+        step = self._step(m, v)
+        shift = map_factors(torch.sub, step, D)
+        shifted = [map_factors(torch.add, u, shift) for u in updates]
         return State(self.inner.aggregate(state.inner, shifted, weights), m.over(state.m), v.over(state.v))
 
     def adapter(self, state: State) -> LoRA:
@@ -80,20 +80,21 @@ class ServerOptimizer(Strategy[State]):
     def notes(self, state: State) -> Mapping[str, float]:
         return self.inner.notes(state.inner)
 
+    def _step(self, m: LoRA, v: LoRA) -> LoRA:
+        """The server's step from the moments; momentum has no second ones."""
+        if not v:
+            return map_factors(lambda m: self.lr * m, m)
+        return map_factors(lambda m, v: self.lr * m / (v.sqrt() + self.tau), m, v)
+
     def _moments(self, D: LoRA, m: LoRA, v: LoRA) -> tuple[LoRA, LoRA]:
         """The moments of the sides that D has, from those so far."""
         b1, b2 = self.beta1, self.beta2
         if self.kind == "momentum":
-            return each(lambda d, m: b1 * m + d, D, m), LoRA()
-        v = v.over(each(lambda d: torch.full_like(d, self.tau**2), D))
+            return map_factors(lambda d, m: b1 * m + d, D, m), LoRA()
+        v = v.over(map_factors(lambda d: torch.full_like(d, self.tau**2), D))
         second: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "adagrad": lambda d, v: v + d**2,
             "adam": lambda d, v: b2 * v + (1 - b2) * d**2,
             "yogi": lambda d, v: v - (1 - b2) * d**2 * torch.sign(v - d**2),
         }
-        return each(lambda d, m: b1 * m + (1 - b1) * d, D, m), each(second[self.kind], D, v)
-
-
-def each(f: Callable[..., Tensor], first: LoRA, *others: LoRA) -> LoRA:
-    """f of every matrix of the first and of those in its place in the others, in float32 or wider."""
-    return LoRA(**{s: {m: f(*(wide(x.side(s)[m]) for x in (first, *others))) for m in first.side(s)} for s in SIDES})
+        return map_factors(lambda d, m: b1 * m + (1 - b1) * d, D, m), map_factors(second[self.kind], D, v)
