@@ -13,6 +13,8 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlora.errors import Failure
+
 RAISED = 2  # Flower's code for an exception in a ClientApp
 Do = Callable[[str, RecordDict, Context], RecordDict | str]  # the answer, or why there is none
 log = logging.getLogger("fedlora")
@@ -28,7 +30,7 @@ def build(do: Do) -> ClientApp:
 
 
 def _serve(do: Do, kind: str, message: Message, context: Context) -> Message:
-    """Do the work; what goes wrong in it is the reply, in a sentence that reaches the server's log."""
+    """Do the work; what goes wrong in it is the reply, as a failure that reaches the server's log."""
     answer = do(kind, message.content, context)
     return Message(Error(RAISED, answer) if isinstance(answer, str) else answer, reply_to=message)
 
@@ -48,8 +50,10 @@ def _do(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
     deadline = float(context.run_config.get("deadline", 0)) or None
     try:
         return ask(f"unix:{worker}", kind, content, deadline)
-    except (WorkerGone, RuntimeError) as e:
-        return str(e)
+    except WorkerGone as e:
+        return Failure.because_of(e).dumps()
+    except RuntimeError as e:
+        return str(e)  # a failure as the worker wrote it
 
 
 app = build(_do)

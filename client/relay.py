@@ -6,6 +6,7 @@ import grpc
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.client.worker_pb2 import Answer, AnswerPiece, Kind, Numbers, Task, TaskPiece
+from fedlora.errors import ClientFailed, FailureKind
 
 METHOD = "/fedlora.client.v1.Worker/Do"
 CHUNK = 2**20  # bytes of numbers in a piece
@@ -14,8 +15,10 @@ COMES_BACK = 120.0  # seconds that a worker which died is given to be there agai
 TRIES = 2  # times a job is handed to a worker that dies of it
 
 
-class WorkerGone(Exception):
+class WorkerGone(ClientFailed):
     """No worker answers: `fedlora client` starts it again, and it did not come back, or died of the job twice."""
+
+    kind = FailureKind.CRASHED
 
 
 def ask(address: str, kind: str, content: RecordDict, timeout: float | None) -> RecordDict:

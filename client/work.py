@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 
 from fedlora import wire, worker
 from fedlora.client.parts import PartStore
-from fedlora.errors import FedloraError
+from fedlora.errors import Failure, FedloraError
 from fedlora.flat import carried
 from fedlora.journal import Journal
 from fedlora.model import Model
@@ -87,13 +87,13 @@ CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "tr
 
 
 def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordDict | str:
-    """Do the work at the place that a run has here; what goes wrong is one sentence, for the server's log."""
+    """Do the work at the place that a run has here; what goes wrong is a failure's kind and one sentence about it."""
     try:
         run = wire.run_of(records)
         return wire.stamp(WORKS[kind](place(run), records), run)
     except FedloraError as e:
         log.warning("%s failed: %s", CALLED.get(kind, kind), e)
-        return str(e)
+        return Failure.because_of(e).dumps()
     except Exception as e:
         log.warning("%s failed", CALLED.get(kind, kind), exc_info=True)
-        return f"{type(e).__name__}: {e}"
+        return Failure.because_of(e).dumps()

@@ -28,7 +28,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from .errors import ClientFailed
+from .errors import TrainingDiverged
 from .flat import flatten, name_of, unflatten
 from .lora import LoRA, from_matrices, map_factors
 from .options import Encoding
@@ -60,10 +60,10 @@ class Packed:
 
 
 def compress(delta: LoRA, encoding: Encoding) -> Packed:
-    """The change rounded to nearest, ties to even. Raises `ClientFailed` where a matrix is not finite in float32."""
+    """The change rounded to nearest, ties to even. Raises `TrainingDiverged` for a matrix not finite in float32."""
     for s, m, t in delta.matrices():
         if not bool(torch.isfinite(t.float()).all()):
-            raise ClientFailed(
+            raise TrainingDiverged(
                 f"the change of {s} of {m} is not finite, and would spoil what is sent after it; "
                 "a lower train.lr may help"
             )
@@ -106,7 +106,7 @@ def restore(start: LoRA, packed: Packed) -> LoRA:
 def with_feedback(start: LoRA, lora: LoRA, residual: LoRA, encoding: Encoding) -> tuple[Packed, LoRA, LoRA]:
     """What travels of a trained `lora`, what the server then has, and what is left for this client's next round.
 
-    A matrix that the residual lacks, or has in another shape, counts as zero there. Raises `ClientFailed`.
+    A matrix that the residual lacks, or has in another shape, counts as zero there. Raises `TrainingDiverged`.
     """
     meant = _each(lora, lambda s, m, t: t.float() - _of(start, s, m, t) + _of(residual, s, m, t))
     packed = compress(meant, encoding)

@@ -12,6 +12,7 @@ from rich.status import Status
 
 from .catalogue import title
 from .config import Config
+from .errors import Failure
 from .folder import RunFolder
 from .metrics import headline
 from .run import Setup
@@ -87,7 +88,7 @@ class Screen:
             self._told = 2 * longest
             self.say(f"waiting for {self._who(clients)}, for {longest:.0f} s now")
 
-    def round(self, record: Mapping[str, Any]) -> None:
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
         self._number, self._answers, self._last = record["round"], 0, record
         self._seconds.append(record["seconds"])
         left = median(self._seconds[-5:]) * (self._rounds - self._number)

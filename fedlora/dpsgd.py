@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import optimize
 from .base import seeded
 from .encode import Example, length
-from .errors import ClientFailed, PrivacyError
+from .errors import PrivacyError, TrainingDiverged
 from .lora import wide
 from .model import Model
 from .noise import Source
@@ -79,7 +79,7 @@ def descend(
 ) -> None:
     """All steps of a private job. Raises `PrivacyError` for a model that cannot have it, before a record is looked at.
 
-    Raises `ClientFailed` where the parameters are no longer numbers; they are functions of what was released already.
+    Raises `TrainingDiverged` where the parameters are no longer numbers; these are functions of what was released.
     """
     privacy = terms(job)
     parameters = [p for side in sides.values() for p in side]
@@ -100,7 +100,7 @@ def descend(
             steps.step()
             steps.zero_grad()
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
-        raise ClientFailed(
+        raise TrainingDiverged(
             f"client {client}: the adapter is not finite after round {job.round + 1}; a train.lr below "
             f"{job.training.lr:g} may help"
         )

@@ -9,6 +9,7 @@ FedloraError
 ├── SecureError       secure aggregation stops: to go on would give a client's update away, or bring out a wrong sum
 ├── LedgerError       a client's ledger is lost, altered, of other data, or has no room for what a job would spend
 ├── ClientFailed      one client could not do its job; the round goes on without it
+│   └── TrainingDiverged  its loss or its adapter is not finite
 ├── WireError         a message that is damaged, or not what it says it is
 ├── RoundFailed       too few clients answered
 ├── CheckpointError   a run's state could not be written or read
@@ -16,11 +17,33 @@ FedloraError
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
+from enum import StrEnum
+from errno import EDQUOT, ENOSPC
+from typing import ClassVar
+
+
+class FailureKind(StrEnum):
+    """What kept a client from answering; the words are values of the label `reason` of Prometheus' metrics too."""
+
+    LATE = "late"  # no answer in time
+    OFFLINE = "offline"  # the client could not be reached, and may be asked again
+    CRASHED = "crashed"  # a process of the client ended
+    DAMAGED = "damaged"  # what the server sent arrived damaged
+    REFUSED = "refused"  # an answer came, and did not pass the server's checks
+    DISK = "disk"  # no room on the client's disk
+    SECURE = "secure"  # secure aggregation could not go on
+    PRIVACY = "privacy"  # the client would have given away more than it may
+    DIVERGED = "diverged"  # the loss or the adapter is not finite
+    MEMORY = "memory"  # too little memory
+    ERROR = "error"  # anything else
 
 
 class FedloraError(Exception):
     """Every mistake that a user can mend; its text is one sentence with the value, the place and the remedy."""
+
+    kind: ClassVar[FailureKind] = FailureKind.ERROR  # of the failure, where the error ends a client's work
 
 
 class ConfigError(FedloraError):
@@ -40,23 +63,27 @@ class StrategyError(FedloraError):
 
 
 class PrivacyError(FedloraError):
-    pass
+    kind = FailureKind.PRIVACY
 
 
 class SecureError(FedloraError):
-    pass
+    kind = FailureKind.SECURE
 
 
 class LedgerError(FedloraError):
-    pass
+    kind = FailureKind.PRIVACY
 
 
 class ClientFailed(FedloraError):
     pass
 
 
+class TrainingDiverged(ClientFailed):
+    kind = FailureKind.DIVERGED
+
+
 class WireError(FedloraError):
-    pass
+    kind = FailureKind.DAMAGED
 
 
 class RoundFailed(FedloraError):
@@ -64,7 +91,7 @@ class RoundFailed(FedloraError):
 
 
 class CheckpointError(FedloraError):
-    pass
+    kind = FailureKind.DISK
 
 
 class ExportError(FedloraError):
@@ -80,3 +107,50 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"known are: {', '.join(known) or 'none'}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client has no answer in a round."""
+
+    reason: str  # one sentence
+    kind: FailureKind = FailureKind.ERROR
+
+    @classmethod
+    def because_of(cls, error: BaseException) -> "Failure":
+        """The failure of a client whose work this error ended."""
+        sentence = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"
+        return cls(sentence, _kind_of(error))
+
+    @classmethod
+    def parse(cls, text: str) -> "Failure":
+        """The failure that a client sent with `dumps`. A first word that no client may say is part of the sentence.
+
+        >>> Failure.parse("memory: too little").kind, Failure.parse("late: so it says").kind
+        (<FailureKind.MEMORY: 'memory'>, <FailureKind.ERROR: 'error'>)
+        """
+        word, colon, sentence = text.partition(": ")
+        if colon and word in CLIENT_KINDS:
+            return cls(sentence, FailureKind(word))
+        return cls(text)
+
+    def dumps(self) -> str:
+        """The kind and the sentence as one text, for the server."""
+        return f"{self.kind}: {self.reason}"
+
+
+# The kinds that a client may give itself; whether an answer is late or refused, the server alone knows.
+CLIENT_KINDS = frozenset(FailureKind) - {FailureKind.LATE, FailureKind.OFFLINE, FailureKind.REFUSED}
+
+
+def _kind_of(error: BaseException) -> FailureKind:
+    if _is_full_disk(error) or _is_full_disk(error.__cause__):
+        return FailureKind.DISK
+    if isinstance(error, FedloraError):
+        return error.kind
+    out_of_memory = {"MemoryError", "OutOfMemoryError"} & {cls.__name__ for cls in type(error).__mro__}  # torch's too
+    return FailureKind.MEMORY if out_of_memory else FailureKind.ERROR
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)

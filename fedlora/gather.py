@@ -8,20 +8,13 @@ from math import fsum
 import torch
 from torch import Tensor
 
+from .errors import Failure as Failure
+from .errors import FailureKind
 from .lora import LoRA, from_matrices
 from .sketch import widen
 from .strategy import Job, Spent, Update
 
 log = logging.getLogger("fedlora")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a client has no update this round."""
-
-    reason: str
-    refused: bool = False  # an answer came, and was not let in
-    away: bool = False  # it could not be reached, and may be asked again
 
 
 Answers = Iterable[tuple[int, Update | Failure]]
@@ -74,7 +67,7 @@ class Gathered:
         default_factory=dict
     )  # client -> update and weight, where they are kept
     answered: int = 0
-    failed: dict[int, str] = field(default_factory=dict)  # client -> reason
+    failed: dict[int, Failure] = field(default_factory=dict)
     loss: float | None = None  # mean over clients by weight, of those that tell
     spent: dict[int, Spent] = field(default_factory=dict)  # client -> what its ledger says
 
@@ -98,7 +91,7 @@ def gather(
     for i, answer in answers:
         arrived.add(i)
         if isinstance(answer, Failure):
-            got.failed[i] = answer.reason
+            got.failed[i] = answer
             continue
         lora, weight = widen(jobs[i], answer.lora), weigh(answer)
         got.answered += 1
@@ -123,6 +116,6 @@ def gather(
 
 
 def _name_the_missing(got: Gathered, missing: Iterable[int]) -> None:
-    got.failed |= dict.fromkeys(sorted(missing), "no answer")
-    for i, reason in got.failed.items():
-        log.warning("client %d failed: %s", i, reason)
+    got.failed |= dict.fromkeys(sorted(missing), Failure("no answer", FailureKind.LATE))
+    for i, failure in got.failed.items():
+        log.warning("client %d failed: %s", i, failure.reason)

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from .central import Clipping
-from .errors import SecureError
-from .gather import Answers, Failure, Gathered
+from .errors import Failure, FailureKind, SecureError
+from .gather import Answers, Gathered
 from .lora import LoRA, shares
 from .options import SecureConfig as SecureConfig
 from .seat import MOST_LOSS, cohort, layout, masking, size
@@ -68,7 +68,8 @@ def gather(
         jobs = _train(fleet, jobs, table, config, instead.clip if instead else 0.0, got)
         plain = _unmask(fleet, table, got)
     except (SecureError, ValueError, KeyError) as e:
-        got.failed = {i: got.failed.get(i, f"secure aggregation: {e}") for i in jobs}
+        stopped = Failure(f"secure aggregation: {e}", FailureKind.SECURE)
+        got.failed = {i: got.failed.get(i, stopped) for i in jobs}
         log.warning("secure aggregation: %s", e)
         return got
     _read(got, next(iter(jobs.values())), decode(plain, config.reach, len(table.members.keys)), table, instead)
@@ -106,8 +107,9 @@ def _train(
     table.ring = np.zeros(size(next(iter(sent.values()))), "<u4")
     for i, answer in fleet.train(sent):
         if isinstance(answer, Failure) or answer.masked is None:
-            got.failed[i] = answer.reason if isinstance(answer, Failure) else "its update is not masked"
-            log.warning("client %d failed: %s", i, got.failed[i])
+            bare = Failure("its update is not masked", FailureKind.REFUSED)
+            got.failed[i] = answer if isinstance(answer, Failure) else bare
+            log.warning("client %d failed: %s", i, got.failed[i].reason)
         else:
             table.ring += answer.masked.numpy().view(np.uint32)
             table.there.add(i)
@@ -130,7 +132,7 @@ def _answers(got: Gathered, replies: Mapping[int, T | Failure]) -> dict[int, T]:
     """The replies that are one; the reasons of the others are taken down."""
     for i, reply in replies.items():
         if isinstance(reply, Failure):
-            got.failed[i] = reply.reason
+            got.failed[i] = reply
             log.warning("client %d failed: %s", i, reply.reason)
     return {i: reply for i, reply in replies.items() if not isinstance(reply, Failure)}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .accounting import Charge
 from .central import Central, Release
+from .errors import Failure
 from .lora import LoRA
 from .masking import SecureConfig
 from .metrics import Metrics
@@ -36,7 +37,7 @@ class Round:
     number: int  # from 1
     state: Any
     asked: tuple[int, ...]
-    failed: Mapping[int, str]  # client -> reason
+    failed: Mapping[int, Failure]
     train_loss: float | None  # mean over clients by weight; none where the round was skipped
     eval: Mapping[str, float] | None  # of the global model
     eval_clients: Mapping[str, float | int | str] | None  # of each client's model on its own held-out examples
@@ -54,7 +55,7 @@ class Round:
             "round": self.number,
             "clients": len(self.asked),
             "answered": len(self.asked) - len(self.failed),
-            "failed": {str(i): why for i, why in self.failed.items()},
+            "failed": {str(i): failure.reason for i, failure in self.failed.items()},
             "train_loss": self.train_loss,
             "eval": self.eval,
             "eval_clients": self.eval_clients,

@@ -229,9 +229,9 @@ def _evaluate(
     return values, spread(split(jobs, fleet.evaluate(jobs))[0])
 
 
-def _too_few(t: int, answered: int, failed: Mapping[int, str], plan: Plan) -> str:
+def _too_few(t: int, answered: int, failed: Mapping[int, Failure], plan: Plan) -> str:
     asked = answered + len(failed)
-    why = "; ".join(f"client {i}: {reason}" for i, reason in list(failed.items())[:3])
+    why = "; ".join(f"client {i}: {failure.reason}" for i, failure in list(failed.items())[:3])
     more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
     return (
         f"round {t + 1}: {answered} of {asked} clients answered, "

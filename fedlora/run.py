@@ -16,7 +16,7 @@ from .checkpoint import again
 from .compose import compose
 from .config import Config, absolute
 from .data import Form
-from .errors import CheckpointError, ConfigError, PrivacyError
+from .errors import CheckpointError, ConfigError, Failure, PrivacyError
 from .folder import RunFolder
 from .lora import LoRA
 from .metrics import Metrics
@@ -60,7 +60,7 @@ class Show(Protocol):
     ) -> None: ...
     def answered(self, client: int) -> None: ...
     def waiting(self, clients: Mapping[int, float]) -> None: ...
-    def round(self, record: Mapping[str, Any]) -> None: ...
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None: ...
     def finished(self, folder: RunFolder, stopped: bool) -> None: ...
 
 
@@ -127,7 +127,7 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
             folder.save(done, record)
             if promised:
                 report.write(folder, promised)
-            show.round(record)
+            show.round(record, done.failed)
     finally:
         if folder.records():
             _deliver(setup.model, strategy.adapter(state), folder)

@@ -10,7 +10,7 @@ from . import dpsgd, optimize
 from .base import seeded
 from .dpsgd import STANDARD, Mechanism, Records
 from .encode import Example, length
-from .errors import ClientFailed
+from .errors import TrainingDiverged
 from .lora import SIDES, LoRA, join, scale, wide
 from .metrics import Metrics
 from .model import Model
@@ -22,7 +22,7 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
     """Train what the job names; return what it shares, and what stays with the client.
 
     Of a job that resumes, A and B of the update hold the change of the product: [A'; A] and [B', -B].
-    Raises `ClientFailed` where the loss is no longer a number.
+    Raises `TrainingDiverged` where the loss is no longer a number.
     """
     taken = _wear(model, job, kept)
     with seeded(derive(job.seed, "dropout", client, job.round)):
@@ -98,7 +98,7 @@ def _descend(
         else:
             loss, n = _gradient(model, chunk, training.batch_size)
         if not isfinite(loss):
-            raise ClientFailed(
+            raise TrainingDiverged(
                 f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
                 f"a train.lr below {training.lr:g} may help"
             )

@@ -7,22 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora import admit, wire
-from fedlora.errors import RoundFailed, WireError
+from fedlora.errors import Failure, FailureKind, RoundFailed, WireError
 from fedlora.flat import Parts, Traffic, carried
 from fedlora.journal import Journal
 from fedlora.metrics import Metrics
-from fedlora.rounds import Answers, Failure
-from fedlora.server.replies import Inbox, Pause, reason
+from fedlora.rounds import Answers
+from fedlora.server.replies import Inbox, Pause, read_error
 from fedlora.strategy import Ask, Client, Job, Update
 
 SECURE = f"{MessageType.QUERY}.secure"
-AWAY = 5  # Flower's code of a node whose heartbeats have ended
 GRACE = 30.0  # seconds that the others have to be back, once there are enough
 TRIES = 3  # how often a node is asked who it is, one time after another
 AGAIN = 60.0  # seconds after which it is asked again all the same: its owner may have mended what was wrong
@@ -108,7 +107,7 @@ class FlowerFleet:
         while left:
             away = {}
             for i, answer in self._carry(MessageType.TRAIN, left, self._read_update, most):
-                if isinstance(answer, Failure) and answer.away:
+                if _is_offline(answer):
                     away[i] = answer
                     continue
                 short -= isinstance(answer, Update)
@@ -119,7 +118,8 @@ class FlowerFleet:
     def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
         waiting = self._push(SECURE, asks, lambda i: wire.pack_ask(asks[i]))
-        said: dict[int, Mapping[str, str] | Failure] = {i: Failure("no answer to secure aggregation") for i in asks}
+        silent = Failure("no answer to secure aggregation", FailureKind.LATE)
+        said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(waiting, 0):
             said[i] = self._open(reply, admit.read_said)
         return said
@@ -156,16 +156,18 @@ class FlowerFleet:
                 waiting |= self._push(kind, [i], letter)
                 continue
             if isinstance(answer, wire.Lacks):
-                answer = Failure(f"it still lacks {len(answer.lacks)} parts of a job that was sent in full")
+                answer = Failure(
+                    f"it still lacks {len(answer.lacks)} parts of a job that was sent in full", FailureKind.REFUSED
+                )
             done.add(i)
             if isinstance(answer, Update):
                 self.traffic.receive(answer)
             self._note(kind, i, jobs[i], answer)
-            if kind == MessageType.TRAIN and not (isinstance(answer, Failure) and answer.away):
+            if kind == MessageType.TRAIN and not _is_offline(answer):
                 self._answered(i)
             yield i, answer
-        late = Failure(f"no answer after {self._rules.deadline:g} s")
-        gone = Failure("offline: its node is not there", away=True)
+        late = Failure(f"no answer after {self._rules.deadline:g} s", FailureKind.LATE)
+        gone = Failure("offline: its node is not there", FailureKind.OFFLINE)
         for i in (i for i in jobs if i not in done):
             self.traffic.held.pop(i, None)  # whether it has what was sent, nobody knows
             self._note(kind, i, jobs[i], gone if i in offline else late)
@@ -194,7 +196,8 @@ class FlowerFleet:
         """The server's log of what came in, or did not."""
         told: dict[str, Any] = {"what": kind, "client": i, "round": job.round + 1}
         if isinstance(answer, Failure):
-            self.journal.write("refused" if answer.refused else "failed", **told, reason=answer.reason)
+            event = "refused" if answer.kind == FailureKind.REFUSED else "failed"
+            self.journal.write(event, **told, reason=answer.reason)
         elif isinstance(answer, Update):
             tensors, nbytes = carried(answer)
             self.journal.write("received", **told, bytes=nbytes, tensors=tensors)
@@ -227,13 +230,13 @@ class FlowerFleet:
         if isinstance(reply, Failure):
             return reply
         if reply.has_error():
-            return Failure(reason(reply.error), away=reply.error.code == AWAY)
+            return read_error(reply.error)
         try:
             if (run := wire.run_of(reply.content)) != self._rules.run:
                 raise WireError(f"an answer is of run {run!r}; this is {self._rules.run!r}")
             return read(reply.content)
         except WireError as e:
-            return Failure(str(e), refused=True)
+            return Failure(str(e), FailureKind.REFUSED)
 
     def _meet(self, online: set[int]) -> bool:
         """Ask nodes that are new who they are, and take down what those say that were asked; did any?"""
@@ -298,3 +301,8 @@ class FlowerFleet:
                 "the same files"
             )
         return ""
+
+
+def _is_offline(answer: object) -> TypeGuard[Failure]:
+    """Could the client not be reached? Then it may be asked again."""
+    return isinstance(answer, Failure) and answer.kind == FailureKind.OFFLINE

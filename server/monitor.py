@@ -1,46 +1,17 @@
 """What Prometheus can read of a run, on a port of its own: rounds, clients, failures by kind, bytes and seconds."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, Failure, FailureKind
 from fedlora.folder import RunFolder
 from fedlora.run import Setup, Show
 from fedlora.strategy import Strategy
 
-# What is wrong with a client, by the words it is said in; the first that holds. A client's own words are among them, so
-# that they choose one of these kinds, and never make a new one.
-KINDS = {
-    "late": "^no answer|^Error: (Reply )?Message Unavailable|^Flower's error [34]$|deadline",
-    "offline": "^offline|^Error: Node Unavailable|^Flower's error 5$|^its job could not be sent",
-    "crashed": "^(Client|Agent)App (stopped|failed)|^Flower's error 8$|worker (died|stopped|ended|was killed|is gone)",
-    "damaged": r"^a message is no (JobHead|Ask)|^a job('s parts| could)|^part \w+ of a job|^WireError",
-    "refused": "^(an? )?(upload|update|answer|metrics|message|array)('s)? |^a client (says|lacks)|^it still lacks"
-    "|^its update",
-    "disk": "could not be written|No space left",
-    "secure": r"(?<!terms of )secure aggregation|^round \d+ \(\w+\)|^client \d+ is in|^SecureError|^a weight is"
-    r"|not a public key|secure\.reach|^a member's state",
-    "privacy": "privacy|^PrivacyError|ledger|egress|the server asks for|no noise|single (examples|records)|by example"
-    "|one (record|example)|records of a batch|layer that holds it|no terms of",
-    "diverged": r"^client \d+: the (loss|adapter) is",
-    "memory": "out of memory|MemoryError",
-    "error": "",
-}
-_PATTERNS = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in KINDS.items()}
 SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
-
-
-def kind(reason: str) -> str:
-    """Which of `KINDS` a failure is.
-
-    >>> kind("no answer after 600 s"), kind("an update's B of q has a number that is not finite")
-    ('late', 'refused')
-    """
-    return next(kind for kind, pattern in _PATTERNS.items() if pattern.search(reason[:1000]))
 
 
 class Monitor:
@@ -76,8 +47,8 @@ class Monitor:
         """Every series is there from the start, so that its first increase is seen."""
         for state in ("known", "online", "asked", "answered"):
             self._clients.labels(state)
-        for reason in KINDS:
-            self._failures.labels(reason)
+        for kind in FailureKind:
+            self._failures.labels(kind)
         for direction in ("up", "down"):
             self._bytes.labels(direction)
         self._loss.set(nan)  # 0 would be taken for one
@@ -107,14 +78,14 @@ class Monitor:
         self._waiting.set(max(clients.values(), default=0.0))
         self._inner.waiting(clients)
 
-    def round(self, record: Mapping[str, Any]) -> None:
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
         self._rounds.inc()
         self._round.set(record["round"])
         self._clients.labels("asked").set(record["clients"])
         self._clients.labels("answered").set(record["answered"])
-        for reason in map(kind, record["failed"].values()):
-            self._failures.labels(reason).inc()
-            self._refused.inc(reason == "refused")
+        for failure in failed.values():
+            self._failures.labels(failure.kind).inc()
+            self._refused.inc(failure.kind == FailureKind.REFUSED)
         self._bytes.labels("up").inc(record["bytes_up"])
         self._bytes.labels("down").inc(record["bytes_down"])
         self._seconds.observe(record["seconds"])
@@ -123,7 +94,7 @@ class Monitor:
         self._epsilon.set(record.get("epsilon", nan))
         self._waiting.set(0)
         self._done.clear()
-        self._inner.round(record)
+        self._inner.round(record, failed)
 
     def finished(self, folder: RunFolder, stopped: bool) -> None:
         self._waiting.set(0)

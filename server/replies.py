@@ -10,12 +10,17 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from fedlora.envelope import brief
-from fedlora.errors import WireError
-from fedlora.rounds import Failure
+from fedlora.errors import Failure, FailureKind, WireError
 from fedlora.server.inflate import bounded
 
 POISON = AttributeError, DecodeError, KeyError, RecursionError, TypeError, ValueError  # of content, not of the network
 
+KIND_OF_CODE = {  # Flower's codes of errors that no client's work raised
+    3: FailureKind.LATE,  # the message expired
+    4: FailureKind.LATE,  # the reply expired
+    5: FailureKind.OFFLINE,  # the node's heartbeats have ended
+    8: FailureKind.CRASHED,  # the process of the ClientApp ended
+}
 GLANCE = 2.0  # seconds that a reply is waited for while it is brought in; then the others have their turn
 
 
@@ -53,13 +58,15 @@ class Inbox:
         try:
             replies = coming.result()
         except WireError as e:
-            return Failure(str(e), refused=True)
+            return Failure(str(e), FailureKind.REFUSED)
         except POISON as e:
-            return Failure(f"an answer could not be unpacked: {type(e).__name__}", refused=True)
+            return Failure(f"an answer could not be unpacked: {type(e).__name__}", FailureKind.REFUSED)
         for reply in replies:  # the SuperLink's own error replies name no node, but the message they answer
             if reply.metadata.reply_to_message_id == id:
                 return reply
-        return Failure("an answer says that it is to another message", refused=True) if replies else None
+        if replies:
+            return Failure("an answer says that it is to another message", FailureKind.REFUSED)
+        return None
 
     def look_at(self, ids: Iterable[str], most: float) -> list[tuple[str, Message | Failure]]:
         """Those replies that are there, by the messages that they answer."""
@@ -86,12 +93,19 @@ class Inbox:
         return coming
 
 
-def reason(error: Error) -> str:
-    """What an error reply says, as one line: Flower wraps exceptions in their class and, through Ray, in tracebacks."""
+def read_error(error: Error) -> Failure:
+    """The failure that an error reply tells of, from Flower's code where that says what failed, else from the text."""
+    line = _one_line(error)
+    if kind := KIND_OF_CODE.get(error.code):
+        return Failure(line, kind)
+    return Failure.parse(line)
+
+
+def _one_line(error: Error) -> str:
+    """The text of an error reply without what Flower and Ray add: exceptions come in their class or in tracebacks."""
     text = brief(error.reason or f"Flower's error {error.code}", "\n")
     if wrapped := re.fullmatch(r"<class '(?:.*\.)?(\w+)[^']*'>:<'(.*)'>", text, re.DOTALL):
         text = f"{wrapped[1]}: {wrapped[2]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if any("Traceback" in line or line.startswith(("ray::", "File ")) for line in lines):
-        return lines[-1]
-    return lines[0]
+    has_traceback = any("Traceback" in line or line.startswith(("ray::", "File ")) for line in lines)
+    return lines[-1] if has_traceback else lines[0]

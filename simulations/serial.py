@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedlora import worker
-from fedlora.errors import ClientFailed, LedgerError, PrivacyError, SecureError
+from fedlora.errors import ClientFailed, Failure, LedgerError, PrivacyError, SecureError
 from fedlora.flat import Parts, Traffic
 from fedlora.metrics import Metrics
 from fedlora.model import Model
-from fedlora.rounds import Answers, Failure
+from fedlora.rounds import Answers
 from fedlora.site import Desk, Own, Site
 from fedlora.store import Store
 from fedlora.strategy import Ask, Client, Job
@@ -41,7 +41,7 @@ class Serial:
                 update = self._desks[i].answer(self._model, job)
             except REFUSALS as e:
                 self._answered(i)
-                yield i, Failure(str(e))
+                yield i, Failure.because_of(e)
             else:
                 self.traffic.receive(update)
                 self._answered(i)
@@ -53,7 +53,7 @@ class Serial:
             try:
                 replies[i] = self._desks[i].reply(ask)
             except SecureError as e:
-                replies[i] = Failure(str(e))
+                replies[i] = Failure.because_of(e)
         return replies
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:

@@ -16,10 +16,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
 from fedlora.client.parts import PartStore
-from fedlora.errors import RoundFailed
-from fedlora.rounds import Failure
-from fedlora.server.fleet import AWAY, FlowerFleet, Rules
-from fedlora.server.replies import reason
+from fedlora.errors import Failure, FailureKind, RoundFailed
+from fedlora.server.fleet import FlowerFleet, Rules
+from fedlora.server.replies import KIND_OF_CODE, read_error
 from fedlora.strategy import Client, Job, Update
 from tests.conftest import factors
 
@@ -94,7 +93,7 @@ def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
     fleet = FlowerFleet(Threads(slow, slow), Rules(2, deadline=0.5))
     fleet.clients()
     answers = dict(fleet.train(jobs(2)))
-    assert answers[0] == Failure("no answer after 0.5 s") and isinstance(answers[1], Update)
+    assert answers[0] == Failure("no answer after 0.5 s", FailureKind.LATE) and isinstance(answers[1], Update)
 
 
 class Hanging(Threads):
@@ -111,7 +110,7 @@ def test_an_upload_that_hangs_keeps_nobody_else_waiting(tmp_path: Path) -> None:
     fleet, began = FlowerFleet(Hanging(*[echo(tmp_path)] * 3), Rules(3, deadline=4)), time.monotonic()
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
-    assert answers[0] == Failure("no answer after 4 s")
+    assert answers[0] == Failure("no answer after 4 s", FailureKind.LATE)
     assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
     assert time.monotonic() - began < 10
 
@@ -142,17 +141,19 @@ def test_clients_without_whom_a_round_fails_are_waited_for_and_asked_again(tmp_p
     assert grid.looks > 6 and 3 in told
 
 
-def test_a_node_is_away_where_flower_says_so() -> None:
+def test_flowers_own_errors_have_the_codes_that_are_known_here() -> None:
     from flwr.common.constant import ErrorCode  # private: the number is what travels
 
-    assert AWAY == ErrorCode.NODE_UNAVAILABLE
+    late = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+    kinds = dict.fromkeys(late, FailureKind.LATE) | {ErrorCode.NODE_UNAVAILABLE: FailureKind.OFFLINE}
+    assert kinds | {ErrorCode.CLIENT_APP_CRASHED: FailureKind.CRASHED} == KIND_OF_CODE
 
 
 def test_a_client_that_a_round_can_do_without_is_not_waited_for(tmp_path: Path) -> None:
     fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=1, loses=True), Rules(3, needed=0.5))
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
-    assert answers[0] == Failure("offline: its node is not there", away=True)
+    assert answers[0] == Failure("offline: its node is not there", FailureKind.OFFLINE)
     assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
 
 
@@ -164,14 +165,14 @@ def test_once_enough_are_back_the_others_have_a_moment_more(tmp_path: Path, monk
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
     assert [0, 1, 2] in told and [0] in told
-    assert answers[0] == Failure("offline: its node is not there", away=True)
+    assert answers[0] == Failure("offline: its node is not there", FailureKind.OFFLINE)
     assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
 
 
 def test_a_deadline_ends_the_wait_for_clients_that_stay_away(tmp_path: Path) -> None:
     fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=10**9), Rules(3, needed=0.5, deadline=0.5))
     fleet.clients()
-    gone = Failure("offline: its node is not there", away=True)
+    gone = Failure("offline: its node is not there", FailureKind.OFFLINE)
     assert dict(fleet.train(jobs(3))) == dict.fromkeys(range(3), gone)
 
 
@@ -204,7 +205,8 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
     fleet = FlowerFleet(Threads(app), Rules(1))
     fleet.clients()
     dict(fleet.train(jobs(1)))
-    assert fleet.evaluate(jobs(1))[0] == Failure("it still lacks 1 parts of a job that was sent in full")
+    lacking = Failure("it still lacks 1 parts of a job that was sent in full", FailureKind.REFUSED)
+    assert fleet.evaluate(jobs(1))[0] == lacking
     assert asked == [0, 3]
 
 
@@ -218,7 +220,7 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
     ],
 )
 def test_an_error_reply_is_one_readable_line(said: str, line: str) -> None:
-    assert reason(Error(2, said)) == line
+    assert read_error(Error(2, said)).reason == line
 
 
 class Poisoned(Threads):
@@ -254,5 +256,6 @@ def test_an_answer_that_is_poisoned_or_anothers_is_its_clients_failure_alone(
     fleet = FlowerFleet(Poisoned(how, echo(tmp_path), echo(tmp_path), echo(tmp_path)), Rules(3))
     fleet.clients()
     answers = dict(fleet.train(dict(sorted(jobs(3).items()))))
-    assert isinstance(answers[0], Failure) and answers[0].refused and said in answers[0].reason
+    assert isinstance(answers[0], Failure) and answers[0].kind == FailureKind.REFUSED
+    assert said in answers[0].reason
     assert isinstance(answers[1], Update) and isinstance(answers[2], Update)

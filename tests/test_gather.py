@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 from torch.testing import assert_close
 
-from fedlora.gather import Failure, Sum, gather
+from fedlora.errors import Failure, FailureKind
+from fedlora.gather import Sum, gather
 from fedlora.lora import LoRA, average
 from fedlora.strategy import Job, Update
 from tests.conftest import factors, fresh
@@ -75,7 +76,8 @@ def test_without_sums_updates_come_in_the_order_of_the_jobs() -> None:
 def test_who_failed_and_who_is_missing_are_named() -> None:
     jobs = {i: Job(fresh()) for i in range(3)}
     got = gather(jobs, [(0, Failure("no power")), (2, updates(3)[2])], weigh, sums=True, keep=True)
-    assert got.failed == {0: "no power", 1: "no answer"} and got.answered == 1 and list(got.each) == [2]
+    assert got.failed == {0: Failure("no power"), 1: Failure("no answer", FailureKind.LATE)}
+    assert got.answered == 1 and list(got.each) == [2]
 
 
 def test_a_sketch_is_put_back_where_it_was_cut_out() -> None:

@@ -4,71 +4,96 @@ import ast
 import json
 import socket
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from errno import EIO, ENOSPC
 from io import StringIO
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from flwr.app import Error
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from fedlora import config
+from fedlora import config, errors
+from fedlora.client.relay import WorkerGone
 from fedlora.console import Screen
-from fedlora.errors import ConfigError
+from fedlora.errors import (
+    CLIENT_KINDS,
+    CheckpointError,
+    ClientFailed,
+    ConfigError,
+    Failure,
+    FailureKind,
+    FedloraError,
+    LedgerError,
+    PrivacyError,
+    SecureError,
+    TrainingDiverged,
+    WireError,
+)
 from fedlora.folder import RunFolder
 from fedlora.plan import Round
 from fedlora.run import drive, prepare
-from fedlora.server.monitor import KINDS, Monitor, kind
+from fedlora.server.monitor import Monitor
+from fedlora.server.replies import read_error
 from fedlora.simulations.serial import Serial
 from tests.models import make
 
 ROOT = Path(__file__).parent.parent
 Seen = dict[str, float]
 Rows = list[dict[str, Any]]
-WAYS = {  # to fail -> kind
-    "no answer after 600 s": "late",
-    "no answer to secure aggregation": "late",
-    "Error: Reply Message Unavailable - The reply message has expired.": "late",
-    "Flower's error 3": "late",
-    "Error: Node Unavailable — The destination node failed to report a heartbeat within 2 × its interval.": "offline",
-    "its job could not be sent": "offline",
-    "offline: its node is not there": "offline",
-    "an answer is of run 'a'; this is 'b'": "refused",
-    "ClientApp stopped responding.": "crashed",
-    "it still lacks 2 parts of a job that was sent in full": "refused",
-    "its update is not masked": "refused",
-    "an update could not be read: ValueError: x": "refused",
-    "a job could not be read: ValueError: x": "damaged",
-    "a message is no JobHead: round: Field required": "damaged",
-    "a message is no UpdateHead: round: Field required": "refused",
-    "PrivacyError: whatever": "privacy",
-    "secure aggregation: too few": "secure",
-    "OutOfMemoryError: CUDA out of memory.": "memory",
-    "OSError: [Errno 28] No space left on device": "disk",
-    "ZeroDivisionError: division by zero": "error",
-    "": "error",
+TOLD = {  # Flower's code, and the text of an error reply -> kind
+    (3, "Error: Message Unavailable - The requested message could not be found in the database."): "late",
+    (4, "Error: Reply Message Unavailable - The reply message has expired."): "late",
+    (3, ""): "late",
+    (
+        5,
+        "Error: Node Unavailable — The destination node failed to report a heartbeat.",
+    ): "offline",
+    (5, "privacy: whatever a client adds"): "offline",
+    (8, "ClientApp stopped responding."): "crashed",
+    (2, "crashed: no worker came back within 120 s"): "crashed",
+    (2, "damaged: a message is no JobHead: round: Field required"): "damaged",
+    (2, "privacy: the server asks for single examples"): "privacy",
+    (2, "disk: answer.safetensors could not be written: No space left on device"): "disk",
+    (2, "memory: OutOfMemoryError: CUDA out of memory."): "memory",
+    (2, "refused: so it says itself"): "error",
+    (2, "late: so it says itself"): "error",
+    (2, "offline: so it says itself"): "error",
+    (2, "nonsense: x"): "error",
+    (2, "PrivacyError: of a client of an older version"): "error",
+    (2, "<class 'a.b.ActorDiedError'>:<'The actor died.'>"): "error",
+    (1, "no such app"): "error",
+    (2, ""): "error",
 }
-ERRORS = {"ClientFailed", "LedgerError", "PrivacyError", "SecureError", "WireError"}
-FILLED = {  # what it is not a 7 for
-    "context": "round 3 (0123456789abcdef)",
-    "cohort.context": "round 3 (0123456789abcdef)",
-    "self.context": "round 3 (0123456789abcdef)",
-    "what": "an update",
-    "self._path": "0/ledger.jsonl",
-    "self._head": "0/ledger.head",
-}
-RAISED = {  # file -> the kinds that what it raises may be
-    "admit": {"refused"},
-    "envelope": {"refused"},
-    "wire": {"damaged", "refused"},
+ENDED = [  # an error that ended a client's work -> kind
+    (PrivacyError("the server asks for single examples"), "privacy"),
+    (LedgerError("its privacy budget is spent"), "privacy"),
+    (SecureError("a weight is not finite"), "secure"),
+    (WireError("a message is no JobHead"), "damaged"),
+    (CheckpointError("answer.safetensors could not be written"), "disk"),
+    (TrainingDiverged("client 1: the loss is nan"), "diverged"),
+    (WorkerGone("the worker died 2 times at this job"), "crashed"),
+    (ClientFailed("client 7 has no share of the data"), "error"),
+    (OSError(ENOSPC, "No space left on device"), "disk"),
+    (OSError(EIO, "Input/output error"), "error"),
+    (MemoryError(), "memory"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "memory"),
+    (ZeroDivisionError("division by zero"), "error"),
+]
+RAISED = {  # file -> the kinds of the errors that it raises
+    "admit": {"damaged"},  # read by the server, which makes it `refused`
+    "envelope": {"damaged"},
+    "wire": {"damaged"},
     "site": {"privacy"},
     "seat": {"privacy", "secure"},
     "secure": {"secure"},
-    "ledger": {"privacy", "disk"},
+    "ledger": {"privacy"},
     "persample": {"privacy"},
     "preflight": {"privacy"},
     "dpsgd": {"privacy", "diverged"},
@@ -105,24 +130,16 @@ def scrape(monitor: Monitor) -> dict[str, float]:
     return {" ".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
 
 
-def record(failed: Mapping[int, str], asked: int = 3) -> dict[str, object]:
-    """A round's line, as a run makes it."""
-    return Round(1, None, tuple(range(asked)), failed, None, None, None, 10, 20, 1.5).record()
+def tell(monitor: Monitor, failed: Mapping[int, Failure]) -> None:
+    """A round of three clients is over, of whom these failed."""
+    monitor.round(Round(1, None, (0, 1, 2), failed, None, None, None, 10, 20, 1.5).record(), failed)
 
 
-def sentences(path: Path) -> Iterator[str]:
-    """What a module's own errors say, with a 7 for most of what is filled in."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and node.args:
-            text = node.args[0]
-            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-            yield "".join(map(filled, parts))
-
-
-def filled(part: ast.expr) -> str:
-    if isinstance(part, ast.FormattedValue):
-        return FILLED.get(ast.unparse(part.value), "7")
-    return ast.literal_eval(part) if isinstance(part, ast.Constant) else ""
+def raised(path: Path) -> set[str]:
+    """The kinds of this program's own errors that a module makes."""
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    classes = (getattr(errors, func.id, None) for func in calls if isinstance(func, ast.Name))
+    return {str(cls.kind) for cls in classes if isinstance(cls, type) and issubclass(cls, FedloraError)}
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +177,11 @@ def test_it_shows_what_the_last_round_came_to(run: tuple[Seen, Rows]) -> None:
 def test_failures_are_counted_by_kind_from_none_on() -> None:
     monitor = Monitor(Quiet())
     before = scrape(monitor)
-    monitor.round(record({0: "no answer after 600 s", 2: "an update's loss is nan"}))
+    late, refused = Failure("no answer after 600 s", FailureKind.LATE), Failure("its loss is nan", FailureKind.REFUSED)
+    tell(monitor, {0: late, 2: refused})
     after = scrape(monitor)
-    kinds = {k: after[f"fedlora_failures_total {k}"] for k in KINDS}
-    assert all(before[f"fedlora_failures_total {k}"] == 0 for k in KINDS)
+    kinds = {k: after[f"fedlora_failures_total {k}"] for k in FailureKind}
+    assert all(before[f"fedlora_failures_total {k}"] == 0 for k in FailureKind)
     assert {k: n for k, n in kinds.items() if n} == {"late": 1, "refused": 1}
     assert (before["fedlora_refused_uploads_total"], after["fedlora_refused_uploads_total"]) == (0, 1)
     assert after["fedlora_clients answered"] == 1 and isnan(after["fedlora_train_loss"])
@@ -178,24 +196,44 @@ def test_who_is_waited_for_is_shown_and_told_on() -> None:
     seen = scrape(monitor)
     assert seen["fedlora_waiting_seconds"] == 31 and screen.waited == {1: 4.5, 2: 31.0}
     assert (seen["fedlora_clients online"], seen["fedlora_clients answered"]) == (5, 1)
-    monitor.round(record({}))
+    tell(monitor, {})
     assert scrape(monitor)["fedlora_waiting_seconds"] == 0
 
 
-@pytest.mark.parametrize("reason", WAYS)
-def test_a_failure_is_of_the_kind_that_its_words_say(reason: str) -> None:
-    assert kind(reason) == WAYS[reason]
+def test_the_kinds_are_the_label_values_that_dashboards_know() -> None:
+    known = "late offline crashed damaged refused disk secure privacy diverged memory error"
+    assert sorted(FailureKind) == sorted(known.split())
+
+
+@pytest.mark.parametrize(("told", "kind"), TOLD.items())
+def test_an_error_reply_is_of_the_kind_that_flowers_code_or_its_first_word_says(
+    told: tuple[int, str], kind: str
+) -> None:
+    assert read_error(Error(*told)).kind == kind
+
+
+@pytest.mark.parametrize(("error", "kind"), ENDED, ids=lambda x: x if isinstance(x, str) else type(x).__name__)
+def test_an_error_that_ends_a_clients_work_arrives_as_its_kind_and_its_sentence(error: Exception, kind: str) -> None:
+    failure = Failure.because_of(error)
+    assert failure.kind == kind and str(error) in failure.reason
+    assert Failure.parse(failure.dumps()) == failure
+
+
+def test_a_full_disk_is_told_as_one_whatever_error_says_it() -> None:
+    error = LedgerError("ledger.jsonl could not be written")
+    error.__cause__ = OSError(ENOSPC, "No space left on device")
+    assert Failure.because_of(error).kind == "disk"
 
 
 @pytest.mark.parametrize("module", RAISED)
-def test_no_sentence_of_a_client_or_of_the_check_of_its_upload_is_of_another_kind(module: str) -> None:
-    said = list(filter(None, sentences(ROOT / "fedlora" / f"{module}.py")))  # of some, the words come from elsewhere
-    assert said and {s: kind(s) for s in said if kind(s) not in RAISED[module]} == {}
+def test_no_error_of_a_client_or_of_the_check_of_its_upload_is_of_another_kind(module: str) -> None:
+    assert raised(ROOT / "fedlora" / f"{module}.py") == RAISED[module]
 
 
 @given(st.text())
 def test_no_words_make_a_kind_of_their_own(reason: str) -> None:
-    assert kind(reason) in KINDS and kind(reason * 1000) in KINDS
+    failure = Failure.parse(reason)
+    assert failure.kind in CLIENT_KINDS and reason.endswith(failure.reason)
 
 
 def test_two_runs_have_metrics_of_their_own() -> None:

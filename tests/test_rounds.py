@@ -72,7 +72,7 @@ def test_a_job_knows_its_place_in_the_run() -> None:
 
 def test_a_client_that_fails_is_named_and_the_round_goes_on() -> None:
     done = run(Few(deaf={2: 0}), Plan(1, 4))[0]
-    assert done.failed == {2: "the line is dead"} and done.record()["answered"] == 3
+    assert done.failed == {2: Failure("the line is dead")} and done.record()["answered"] == 3
 
 
 def test_below_quorum_the_run_stops_and_says_why() -> None:
