@@ -31,14 +31,20 @@ SHORT = {  # settings that the commands and `fedlora.simulate` take by a short n
 class ModelConfig:
     """The frozen base model."""
 
-    path: Annotated[str, "folder or hub id; empty: the small one that comes with fedlora"] = ""
-    revision: Annotated[str, "of a hub id"] = ""
-    task: Annotated[Literal["auto", "lm", "classify", "image"], "auto: by the columns of the data"] = "auto"
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], "of the base; adapters are float32"] = "float32"
-    quantize: Annotated[Literal["none", "8bit", "4bit"], "of the base, by bitsandbytes on a GPU"] = "none"
+    path: Annotated[str, "folder or hub id of the base model; empty: the small one that comes with fedlora"] = ""
+    revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
+    task: Annotated[
+        Literal["auto", "lm", "classify", "image"], "what the model learns; auto: by the columns of the data"
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters are float32"
+    ] = "float32"
+    quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes on a GPU"] = (
+        "none"
+    )
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
     max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
-    device: Annotated[str, "auto: a GPU where there is one"] = "auto"
+    device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,14 @@ class LoRAConfig:
     rank: Annotated[int, Ge(1), "r"] = 8
     alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
     ranks: Annotated[
-        str, "of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"
+        str, "ranks of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"
     ] = ""
     rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
-    dropout: Annotated[float, Ge(0), Lt(1), "of the adapter's input"] = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1), "dropout of the adapter's input"] = 0.0
     targets: Annotated[Names, "modules to adapt, by the end of their names; empty: query and value; or all-linear"] = ()
     init: Annotated[
         Literal["kaiming", "gaussian", "orthonormal", "pissa", "olora", "eva"],
-        "of A, with B = 0; of both with pissa and olora, whose start is taken off again",
+        "start of A, with B = 0; of A and B with pissa and olora, whose product is taken off again",
     ] = "kaiming"
     init_data: Annotated[str, "file of public examples, in the columns of the run's, that init = eva looks at"] = ""
     rank_pattern: Annotated[str, "other ranks by the end of a module's name: v_proj=4,layers.0.q_proj=16"] = ""
@@ -112,8 +118,10 @@ class DataConfig:
     """Whose examples are whose."""
 
     path: Annotated[str, "file, pattern (one file a client), datasets folder or hub id; empty: Python's library"] = ""
-    eval: Annotated[str, "the same, for the global evaluation"] = ""
-    partition: Annotated[str, "iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"] = "auto"
+    eval: Annotated[str, "data for the global evaluation, written as data.path is"] = ""
+    partition: Annotated[
+        str, "how rows are shared out: iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"
+    ] = "auto"
     holdout: Annotated[float, Ge(0), Lt(1), "share of each client's examples kept for its own evaluation"] = 0.0
     eval_share: Annotated[float, Ge(0), Lt(1), "share of all examples kept for the global one, without data.eval"] = 0.1
     eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
@@ -133,10 +141,10 @@ class Config:
 
     strategy: Annotated[str, "name from `fedlora strategies`, or package.module:Class"] = "fedavg"
     option: Annotated[dict[str, bool | int | float | str], "the strategy's own options"] = field(default_factory=dict)
-    clients: Annotated[int, Ge(0), "0: one a file or natural id, else 50"] = 0
+    clients: Annotated[int, Ge(0), "clients there are; 0: one a file or natural id, else 50"] = 0
     rounds: Annotated[int, Ge(1), "federated rounds"] = 10
     cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2 (3 under masks)"] = 0
-    seed: Annotated[int, Ge(0), "of every random draw"] = 0
+    seed: Annotated[int, Ge(0), "seed of every random draw"] = 0
     engine: Annotated[Literal["auto", "serial", "stacked", "flower"], "where clients run"] = "auto"
     exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
     threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0

@@ -15,13 +15,15 @@ from .run import Setup, assemble, localise, own, prepare, resolve
 from .site import Own, Site
 
 Plain = int | float | str | bool
-AWAY = ("data.path", "data.eval", "lora.init_data", "dp.ledger")  # of the server's disk: not told, and not believed
+# Settings that are paths on the server's disk: removed from what clients are sent, and ignored by a client if they come
+# all the same.
+AWAY = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
 ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
 
 
 @dataclass(frozen=True, eq=False)
 class Party:
-    """What one client's process has, whatever the run."""
+    """One client's pieces of a run: the model, its own examples and its rank."""
 
     model: Model
     site: Site
@@ -37,18 +39,22 @@ def for_server(config: Config, ids: int) -> Setup:
 
 
 def again(folder: RunFolder, config: Config) -> Setup:
-    """The pieces of a run that lies in a folder: of a deployed one, without the clients' data."""
+    """The pieces of the run in a folder; of a deployed run those of its server, which has no clients' data."""
     deployed = (folder.path / "flower" / "order.json").is_file()
     return for_server(config, config.clients) if deployed else prepare(config)
 
 
 def told(config: Config) -> dict[str, Plain]:
-    """What clients are told of a run's settings: all but where the server has its own files."""
-    flat = configuration.flatten(config)
-    plain = {k: ", ".join(v) if isinstance(v, list) else v for k, v in flat.items() if not k.startswith("option.")}
-    path = config.model.path
-    model = f"{ELSEWHERE}{Path(path).name}" if Path(path).is_dir() and path else path
-    return plain | dict.fromkeys(AWAY, "") | {"model.path": model, "data.partition": "auto"}
+    """The settings of a run that its clients are sent: all but where the server has its own files."""
+    flat = {key: value for key, value in configuration.flatten(config).items() if not key.startswith("option.")}
+    plain = {key: ", ".join(value) if isinstance(value, list) else value for key, value in flat.items()}
+    changed = {"model.path": _model_name(config.model.path), "data.partition": "auto"}
+    return plain | dict.fromkeys(AWAY, "") | changed
+
+
+def _model_name(path: str) -> str:
+    """A hub id as it is; of a folder its last name, marked as the server's own."""
+    return f"{ELSEWHERE}{Path(path).name}" if path and Path(path).is_dir() else path
 
 
 def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> Party:
@@ -72,16 +78,25 @@ def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:
 
 
 def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
-    """The run's settings under the client's own; what is private to either disk is the client's or nothing."""
-    known = {s.key for s in configuration.settings()}
-    run = {k: v for k, v in settings.items() if k in known and k not in AWAY}
-    over = {k: v for k, v in mine.items() if not k.startswith(("secure.", "client.", "dp.")) or k == "dp.unit"}
+    """The run's settings under the client's own; a path is the client's own or none."""
+    known = {setting.key for setting in configuration.settings()} - {*AWAY}
+    run = {key: value for key, value in settings.items() if key in known}
+    if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
+        run["lora.init"] = "kaiming"
+    return configuration.build(run, {key: value for key, value in mine.items() if _shapes_data(key)}, _base(run, mine))
+
+
+def _shapes_data(key: str) -> bool:
+    """Whether a client's own setting changes its model or data; the others say what it insists on (`insists`)."""
+    return key == "dp.unit" or not key.startswith(("secure.", "client.", "dp."))
+
+
+def _base(run: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, str]:
+    """Where the base model is for this client: where it says itself, or the hub id of the run."""
     path = str(mine.get("model.path") or run.get("model.path", ""))
     if path.startswith(ELSEWHERE):
         raise ConfigError(
             f"the server has the base model in a folder of its own, {path.removeprefix(ELSEWHERE)}; give --model the "
             "folder of the same files here"
         )
-    if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
-        run["lora.init"] = "kaiming"
-    return configuration.build(run, over, {"model.path": path})
+    return {"model.path": path}

@@ -7,7 +7,7 @@ wears it. Until then it lies in a hidden folder beside its place, which an error
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +102,7 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
 
 
 def _checked(path: Path, form: str, max_rank: int, out: Path) -> Config:
-    """The run's settings; all that can be refused without a model is refused."""
+    """The run's settings, after everything is refused that can be refused without a model."""
     if form not in FORMS:
         raise ConfigError(f"--as {form} is no form of export; {nearest(form, FORMS)}")
     config = configuration.build(RunFolder(path).config())
@@ -110,21 +110,27 @@ def _checked(path: Path, form: str, max_rank: int, out: Path) -> Config:
         raise ConfigError(f"{out} is there already; remove it, or choose another folder with --out")
     if not any((path / "checkpoint").glob("round-*")):
         raise CheckpointError(f"{path} has no finished round yet; go on with fedlora simulate --resume {path}")
-    if form == "merged" and config.model.quantize != "none":
-        raise ConfigError(
-            f"a base with model.quantize = {config.model.quantize} cannot take an adapter into its weights; "
-            "use --as adapter"
-        )
-    if form == "merged" and max_rank:
-        raise ConfigError(f"--max-rank {max_rank}: a merged model has no rank; leave it out, or use --as adapter")
+    if form == "merged":
+        _check_mergeable(config, max_rank)
     if max_rank and config.lora.kind == "vera":
         raise ConfigError(f"--max-rank {max_rank}: lora.kind = vera has no product to cut; leave it out")
     return config
 
 
+def _check_mergeable(config: Config, max_rank: int) -> None:
+    """Raise `ConfigError` where the adapter cannot go into the weights of the base model."""
+    if config.model.quantize != "none":
+        raise ConfigError(
+            f"a base with model.quantize = {config.model.quantize} cannot take an adapter into its weights; "
+            "use --as adapter"
+        )
+    if max_rank:
+        raise ConfigError(f"--max-rank {max_rank}: a merged model has no rank; leave it out, or use --as adapter")
+
+
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A folder to write to, which takes its place when all went well and is gone otherwise."""
+    """A hidden folder to write to, which becomes `out` when all went well and is removed otherwise."""
     place = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         place.mkdir(parents=True)
@@ -137,50 +143,66 @@ def _whole(out: Path) -> Iterator[Path]:
 
 
 def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
-    """Every adapter of this form, with the logits of the model it stands for."""
+    """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
     model = setup.model
-    examples = setup.evaluation or next((s.train for s in setup.sites if s.train), []) or _made_up(setup)
-    batch = model.encoder.collate(examples[:EXAMPLES])
+    batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
     probe = Probe(setup.config.model, model.form, model.device, batch)
     return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
 
 
+def _examples(setup: Setup) -> list[Example]:
+    """Examples to compare two models on: of the evaluation, else of a client, else a made-up one."""
+    if setup.evaluation:
+        return setup.evaluation
+    for site in setup.sites:
+        if site.train:
+            return site.train
+    return _made_up(setup)
+
+
 def _made_up(setup: Setup) -> list[Example]:
-    """An example for a server that has none; of what, matters little where two models are to agree on it."""
+    """One example for a server that has none; its content matters little where two models are to agree on it."""
     form = setup.model.form
     if form.kind not in ("text", "label"):
         raise ConfigError(f"there is no example of {form.kind} here to verify the export on: set data.eval")
     row = dict.fromkeys(form.columns, "federated learning trains on data that stay where they are")
-    return setup.model.encoder([row | ({form.columns[-1]: form.labels[0]} if form.labels else {})])
+    if form.labels:
+        row[form.columns[-1]] = form.labels[0]
+    return setup.model.encoder([row])
 
 
 def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
-    """What is to be exported, from the newest checkpoint."""
+    """The models to export, from the newest checkpoint: the run's, or with per-client each client's own."""
     strategy = compose(setup.config, setup.start, setup.ranks)  # first: it defines the types of what is read next
     last = checkpoint.latest(folder.checkpoints)
     if last is None:
         raise CheckpointError(f"{folder.checkpoints} has no round that can be read; the run has to be made again")
-    clients = [Client(i, 1, rank) for i, rank in enumerate(setup.ranks)]
+    clients = [Client(id=i, examples=1, rank=rank) for i, rank in enumerate(setup.ranks)]
     jobs = {client.id: strategy.client_init(last.state, client) for client in clients}
-    own = _keeps(jobs[0])
-    if form != "per-client":
-        note = f"{own} stays with the clients: this is where a new one starts; --as per-client has each one's model"
-        return [Worn("", strategy.adapter(last.state), note=note if own else "")]
-    if not own:
-        raise ConfigError(f"with {setup.config.strategy} all clients have the same model; use --as adapter")
-    kept = {i: Store(folder.clients / str(i)).before(last.round) for i in jobs}
+    sides = _keeps(jobs[0])
+    if form == "per-client":
+        return _of_each_client(setup.config.strategy, jobs, sides, folder, last.round)
+    note = f"{sides} stays with the clients: this is where a new one starts; --as per-client has each one's model"
+    return [Worn("", strategy.adapter(last.state), note=note if sides else "")]
+
+
+def _of_each_client(strategy: str, jobs: Mapping[int, Job], sides: str, folder: RunFolder, rounds: int) -> list[Worn]:
+    """Every client's own model after so many rounds; `sides` are those that clients keep for themselves."""
+    if not sides:
+        raise ConfigError(f"with {strategy} all clients have the same model; use --as adapter")
+    kept = {i: Store(folder.clients / str(i)).before(rounds) for i in jobs}
     if not any(kept.values()):
         raise ConfigError(f"{folder.clients} has nothing that a client kept; it is on the clients' own machines")
     return [_personal(i, job, kept[i]) for i, job in jobs.items()]
 
 
 def _keeps(job: Job) -> str:
-    """The sides by which clients come to differ."""
+    """The sides that a client trains and keeps for itself, by which clients come to differ."""
     return "".join(side for side in job.trains if side not in job.shares)
 
 
 def _personal(client: int, job: Job, kept: LoRA) -> Worn:
-    """The model that this client would use: what it keeps over what the job brings."""
+    """The model that this client would use: the factors it kept over those that the job brings."""
     note = "" if kept else f"client {client} has not trained yet: its adapter is the start that it would have"
     lora = kept.only(_keeps(job)).over(job.start)
     if job.resumes:  # the offset is the model; the factors are no more than where training goes on from

@@ -22,14 +22,16 @@ class Training:
     lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
     head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
     lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
-    momentum: Annotated[float, Ge(0), Lt(1), "of sgd"] = 0.0
-    weight_decay: Annotated[float, Ge(0), "decoupled with adamw, L2 with sgd"] = 0.0
+    momentum: Annotated[float, Ge(0), Lt(1), "momentum of sgd"] = 0.0
+    weight_decay: Annotated[float, Ge(0), "weight decay: decoupled with adamw, L2 with sgd"] = 0.0
     epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0
     steps: Annotated[int, Ge(0), "optimizer steps a round; 0: as many as the epochs take"] = 0
     batch_size: Annotated[int, Ge(1), "examples in a forward pass"] = 16
     accumulate: Annotated[int, Ge(1), "forward passes in an optimizer step"] = 1
     clip: Annotated[float, Ge(0), "largest norm of a step's gradient; 0: not clipped"] = 1.0
-    schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate, over all rounds"] = "constant"
+    schedule: Annotated[Literal["constant", "linear", "cosine"], "course of the learning rate over all rounds"] = (
+        "constant"
+    )
     warmup: Annotated[float, Ge(0), Le(1), "share of the whole run in which the learning rate rises"] = 0.0
     prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
 
@@ -52,23 +54,41 @@ class Policy:
 class PrivacyConfig:
     """Differential privacy; on where epsilon or noise is given."""
 
-    epsilon: Annotated[float, Gt(0), "most that the run may spend of a client's data; inf: no privacy"] = inf
+    epsilon: Annotated[
+        float, Gt(0), "privacy budget: most that the run may spend of a client's data; inf: no privacy"
+    ] = inf
     noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
-    delta: Annotated[float, Ge(0), Lt(1), "0: 1e-5, or a tenth of 1/N if less; N: records of the largest client"] = 0.0
+    delta: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        "delta of the guarantee; 0: 1e-5, or a tenth of 1/N if less; N: records of the largest client",
+    ] = 0.0
     clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
     level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
     unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
-    head_share: Annotated[float, Gt(0), Lt(1), "of C squared for a head that is trained beside factors"] = 0.5
+    head_share: Annotated[
+        float,
+        Gt(0),
+        Lt(1),
+        "share of the squared clipping norm that is spent on a classifier head when LoRA factors are trained too",
+    ] = 0.5
     rate: Annotated[float, Ge(0), Le(1), "probability q of a record in a step; 0: by batch size"] = 0.0
     joins: Annotated[int, Ge(0), "rounds that a client may take part in at most; 0: all"] = 0
     budget: Annotated[float, Gt(0), "epsilon a client's ledger allows over all runs; inf: that of this run"] = inf
     ledger: Annotated[str, "folder of the clients' ledgers, kept over runs; empty: in the run directory"] = ""
     metrics: Annotated[bool, "let clients tell losses and scores as they are: they are not private"] = False
     seeded: Annotated[bool, "noise and samples from the seed: an experiment that is NOT PRIVATE"] = False
-    engine: Annotated[Literal["auto", "lora", "hooks", "one"], "of single gradients; hooks: Opacus's"] = "auto"
-    quantile: Annotated[float, Ge(0), Lt(1), "of clients' norms that the clip follows (level client); 0: fixed"] = 0.0
-    quantile_lr: Annotated[float, Gt(0), "how fast it follows"] = 0.2
-    quantile_share: Annotated[float, Gt(0), Lt(1), "of the privacy spent on following"] = 0.05
+    engine: Annotated[
+        Literal["auto", "lora", "hooks", "one"], "how single records' gradients are found; hooks: Opacus's"
+    ] = "auto"
+    quantile: Annotated[
+        float, Ge(0), Lt(1), "quantile of clients' norms that the clip follows (level client); 0: fixed"
+    ] = 0.0
+    quantile_lr: Annotated[float, Gt(0), "how fast the clip follows that quantile"] = 0.2
+    quantile_share: Annotated[
+        float, Gt(0), Lt(1), "share of the privacy budget that is spent on following the quantile"
+    ] = 0.05
 
     @property
     def on(self) -> bool:
@@ -101,13 +121,16 @@ class SecureConfig:
 class AggregateConfig:
     """What goes round the strategy on the server."""
 
-    optimizer: Annotated[Literal["none", "momentum", "adam", "yogi", "adagrad"], "of the aggregated step"] = "none"
-    lr: Annotated[float, Gt(0), "of that optimizer"] = 1.0
-    beta1: Annotated[float, Ge(0), Lt(1), "decay of its first moment"] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1), "decay of its second moment"] = 0.99
-    tau: Annotated[float, Gt(0), "added to the root of its second moment"] = 1e-3
+    optimizer: Annotated[
+        Literal["none", "momentum", "adam", "yogi", "adagrad"], "server optimizer of the aggregated step"
+    ] = "none"
+    lr: Annotated[float, Gt(0), "learning rate of the server optimizer"] = 1.0
+    beta1: Annotated[float, Ge(0), Lt(1), "decay of the server optimizer's first moment"] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), "decay of the server optimizer's second moment"] = 0.99
+    tau: Annotated[float, Gt(0), "added to the root of the server optimizer's second moment"] = 1e-3
     robust: Annotated[
-        Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound"], "against clients that lie"
+        Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound"],
+        "robust aggregation, against clients that lie",
     ] = "none"
     trim: Annotated[float, Ge(0), Lt(0.5), "share of values trimmed_mean drops at either end"] = 0.1
     byzantine: Annotated[int, Ge(0), "clients that krum and multi_krum expect to lie"] = 1
@@ -126,6 +149,14 @@ class ClientConfig:
 class MessageConfig:
     """How the numbers travel."""
 
-    up: Annotated[Encoding, "a client's change; int8 has a scale a row or column"] = "float32"
-    feedback: Annotated[bool, "a client adds what rounding left out to its next change, where the factors stay"] = True
-    down: Annotated[Literal["float32", "bfloat16"], "where a client starts; offsets stay float32"] = "float32"
+    up: Annotated[Encoding, "number type of a client's update; int8 has a scale for each row or column"] = "float32"
+    feedback: Annotated[
+        bool,
+        (
+            "error feedback: add the last round's rounding error to the next update (only for strategies that keep the "
+            "factors)"
+        ),
+    ] = True
+    down: Annotated[
+        Literal["float32", "bfloat16"], "number type of what a client starts from; offsets stay float32"
+    ] = "float32"
