@@ -1,10 +1,15 @@
 """The commands round a run: what they print, and how they end."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from fedlora.__main__ import app
 from tests.models import make
 from tests.test_simulate import fedlora
 
@@ -64,3 +69,52 @@ def test_a_run_measures_exactness_and_evaluate_knows_what_clients_keep(tmp_path:
     assert "exactness" not in lines[-1]
     again = json.loads(fedlora("evaluate", "own", "--json", cwd=tmp_path).stdout.splitlines()[-1])
     assert again["clients"] == lines[-1]["eval_clients"]
+
+
+OPTIONS = {  # of every command: its options, an argument in capitals; !: required, *: may be given more than once
+    "simulate": """--clients int>=1, --rounds int>=1, --cohort int>=1, --strategy text, --option* text, --model text,
+        --data text, --eval-data text, --partition text, --engine text, --config path, --seed int, --dp-epsilon float,
+        --dp-delta float, --dp-clip float, --dp-noise float, --dp-level text, --out path, --resume path""",
+    "strategies": "",
+    "settings": "",
+    "evaluate": "FOLDER! path, --eval-data text, --json flag",
+    "check": "NAMES* text, --option* text",
+    "audit": """RUN text, --strategy text, --option* text, --model text, --dp-epsilon float, --dp-delta float,
+        --dp-clip float, --dp-noise float, --dp-level text, --seed int, --repeat int>=1, --controls flag,
+        --membership flag, --json flag""",
+    "export": "FOLDER! path, --as text, --max-rank int>=0, --out path",
+    "provision": """--out! path, --host* text, --clients int>=0, --client* text, --remove text, --days int,
+        --renew flag""",
+    "server": """--out! path, --credentials path, --insecure flag, --config path, --clients int>=1, --rounds int>=1,
+        --cohort int>=1, --strategy text, --option* text, --model text, --eval-data text, --seed int, --host text,
+        --port int, --superlink text, --metrics-port int>=0, --metrics-host text""",
+    "client": """--state! path, --server text, --credentials path, --insecure flag, --id int>=0, --data text,
+        --model text, --config path, --worker path, --cold flag""",
+    "worker": """--socket! path, --state path, --credentials path, --id int>=0, --data text, --model text,
+        --config path, --told text""",
+}
+
+
+def described(parameter: Any) -> str:
+    """An option or argument of a command, as `OPTIONS` has it."""
+    name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+    marks = ("*" if parameter.nargs == -1 or getattr(parameter, "multiple", False) else "") + "!" * parameter.required
+    kind = {"STRING": "text", "INT": "int", "FLOAT": "float", "BOOL": "flag"}.get(str(parameter.type), "path")
+    least = getattr(parameter.type, "min", None)
+    return f"{name}{marks} {kind if least is None else f'int>={least}'}"
+
+
+def test_every_command_has_the_options_it_is_known_for() -> None:
+    """What scripts and documents of others rest on: an option may come, and none may go or take another type."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(OPTIONS)
+    for name, command in commands.items():
+        known = {" ".join(word.split()) for word in OPTIONS[name].split(",") if word.strip()}
+        assert {described(p) for p in command.params} == known, name
+
+
+def test_a_command_shows_its_help_without_torch() -> None:
+    code = "import sys; from fedlora.__main__ import app; app(['simulate', '--help'], standalone_mode=False)"
+    code += "; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("False False\n") and "--partition" in said
