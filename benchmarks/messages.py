@@ -35,6 +35,7 @@ from fedlora import config as configuration
 from fedlora import simulations, worker
 from fedlora.compose import compose
 from fedlora.compress import Encoding, compress, expand, with_feedback
+from fedlora.defaults import EMBEDDED
 from fedlora.flat import Traffic
 from fedlora.gather import Sum
 from fedlora.lora import SIDES, LoRA
@@ -46,12 +47,12 @@ from fedlora.simulations.serial import Serial
 from fedlora.store import Store
 from fedlora.strategy import Ask, Client, Job
 
-HERE = Path(simulations.__file__ or "").parent
+SST2 = Path(simulations.__file__ or "").parent / "sst2.toml"
 STRATEGIES = "fedavg", "ffa_lora", "fedsa_lora"
 SHORT = {"train.accumulate": 1, "train.steps": 3, "threads": 1}
-PLACES: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "embedded": ("stdlib.toml", {"model.max_length": 32, "train.batch_size": 2, "data.eval_limit": 60}),
-    "sst2": ("sst2.toml", {"rounds": 3, "train.batch_size": 4, "data.limit": 400, "data.eval_limit": 120}),
+PLACES: Mapping[str, tuple[Path, dict[str, Any]]] = {
+    "embedded": (EMBEDDED, {"model.max_length": 32, "train.batch_size": 2, "data.eval_limit": 60}),
+    "sst2": (SST2, {"rounds": 3, "train.batch_size": 4, "data.limit": 400, "data.eval_limit": 120}),
 }
 
 
@@ -142,7 +143,7 @@ def setup(place: str, data: Path) -> Setup | None:
             return None
         where = {"model.path": model, "data.path": rows / "client_*.jsonl", "data.eval": rows / "val.jsonl"}
     texts = {key: str(path) for key, path in where.items()}
-    return prepare(configuration.build(configuration.read(HERE / file), SHORT, own, texts))
+    return prepare(configuration.build(configuration.read(file), SHORT, own, texts))
 
 
 def minilm() -> Path | None:

@@ -10,11 +10,11 @@ from inspect import getdoc, isabstract, signature
 from pkgutil import iter_modules
 from typing import Any, get_type_hints
 
-from . import strategies
 from .errors import StrategyError, nearest
 from .strategy import Client, Strategy
 
 GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
+BUILT_IN = "fedlora.strategies"  # the package whose files are the strategies that come with fedlora
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def title(strategy: Strategy[Any]) -> str:
 
 def catalogue() -> Iterator[Entry]:
     """Every strategy that has a name: the files of `strategies/`, then the entry points of what is installed."""
-    for module in sorted(m.name for m in iter_modules(strategies.__path__)):
-        for cls in _strategies_in(f"{strategies.__name__}.{module}"):
+    for module in sorted(_built_in()):
+        for cls in _strategies_in(f"{BUILT_IN}.{module}"):
             yield Entry(module, cls)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         yield Entry(point.name, point.load())
@@ -84,8 +84,7 @@ def find(spec: str) -> type[Strategy[Any]]:
     module, colon, name = spec.partition(":")
     if not colon:
         return _by_name(spec)
-    builtin = {m.name for m in iter_modules(strategies.__path__)}
-    module = f"{strategies.__name__}.{module}" if module in builtin else module
+    module = f"{BUILT_IN}.{module}" if module in _built_in() else module
     try:
         found = getattr(import_module(module), name)
     except ModuleNotFoundError as e:
@@ -147,6 +146,11 @@ def _by_name(name: str) -> type[Strategy[Any]]:
         return known[plain(name)].cls
     names = {e.name for e in known.values()}
     raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is package.module:Class')
+
+
+def _built_in() -> set[str]:
+    """The names of the files in `strategies/`. They are found, not imported: strategies import this module."""
+    return {m.name for m in iter_modules(import_module(BUILT_IN).__path__)}
 
 
 def _strategies_in(module: str) -> Iterator[type[Strategy[Any]]]:

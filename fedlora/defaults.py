@@ -6,11 +6,13 @@ from typing import Any
 
 from .config import Config, build, read
 
+EMBEDDED = (
+    Path(__file__).parent / "tiny" / "run.toml"
+)  # the settings of the small model and text that come with fedlora
+
 
 def over_defaults(file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     """The file's settings under those of the command line; with no model and no data, both over the embedded run's."""
-    from . import simulations
-
     embedded = not any(layer.get(key) for layer in (file, given) for key in ("model.path", "data.path"))
-    under = read(Path(simulations.__file__ or "").parent / "stdlib.toml") if embedded else {}
+    under = read(EMBEDDED) if embedded else {}
     return build(under, file, given)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import inf
@@ -102,7 +102,7 @@ class Desk:
     id: int
     site: Site
     folder: Path  # of what it keeps
-    own: Own = Own()
+    own: Own = field(default_factory=Own)
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
     once: bool = (
         False  # keep the last answer, so that a job which comes again is not done again; a private one always is
