@@ -15,7 +15,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	rm -rf build/typed && mkdir -p build/typed && cp -r fedlora build/typed/
-	cp -r server client strategies simulations checks audit build/typed/fedlora/
+	cp -r server client strategies simulations build/typed/fedlora/
 	cd build/typed && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fedlora
 
 # The exact versions that were run. A torch that is installed already is kept where it satisfies them.

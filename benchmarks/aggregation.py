@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from uploads import KINDS, D, Module
 
-from fedlora.gather import Sum
 from fedlora.lora import LoRA, delta
+from fedlora.server.aggregation import Sum
 from fedlora.strategy import Client, Strategy, load
 
 REPEATS = 3

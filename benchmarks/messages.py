@@ -32,20 +32,24 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import config as configuration
-from fedlora import simulations, worker
-from fedlora.compose import compose
-from fedlora.compress import Encoding, compress, expand, with_feedback
-from fedlora.defaults import EMBEDDED
-from fedlora.flat import Traffic
-from fedlora.gather import Sum
+from fedlora import simulations
+from fedlora.client import training as worker
+from fedlora.config import EMBEDDED
+from fedlora.errors import Failure
+from fedlora.jobs import Ask
 from fedlora.lora import SIDES, LoRA
+from fedlora.messages.compression import compress, expand, with_feedback
+from fedlora.messages.parts import Traffic
 from fedlora.metrics import Metrics
-from fedlora.rounds import Answers, Failure, Plan, fit
-from fedlora.run import Setup, prepare
-from fedlora.simulate import quiet
+from fedlora.run.compose import compose
+from fedlora.run.plan import Plan
+from fedlora.run.setup import Setup, prepare, quiet
+from fedlora.sections import Encoding
+from fedlora.server.aggregation import Answers, Sum
+from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
-from fedlora.store import Store
-from fedlora.strategy import Ask, Client, Job
+from fedlora.storage.client_state import Store
+from fedlora.strategy import Client, Job
 
 SST2 = Path(simulations.__file__ or "").parent / "sst2.toml"
 STRATEGIES = "fedavg", "ffa_lora", "fedsa_lora"

@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedlora import worker
-from fedlora.config import LoRAConfig, ModelConfig
-from fedlora.data import Form
-from fedlora.encode import Example
+from fedlora.client import training as worker
+from fedlora.data.encoding import Example
+from fedlora.data.schema import Form
+from fedlora.jobs import Privacy
 from fedlora.lora import LoRA
-from fedlora.model import Model
-from fedlora.strategy import Job, Privacy, Training
+from fedlora.models.model import Model
+from fedlora.sections import LoRAConfig, ModelConfig, Training
+from fedlora.strategy import Job
 
 LABEL = Form("label", ("text", "label"), ("no", "yes"))
 TEXT = Form("text", ("text",))

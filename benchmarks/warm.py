@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
-from fedlora.processes import free_port
+from fedlora.deployment.processes import free_port
 
 WORDS = ("dull", "clever", "warm", "flat", "bright", "poor", "fine", "great", "long", "film", "well", "made")
 

@@ -9,10 +9,22 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge
 
 from .errors import ConfigError, nearest
-from .options import AggregateConfig, ClientConfig, MessageConfig, Names, Policy, PrivacyConfig, SecureConfig, Training
+from .sections import (
+    AggregateConfig,
+    ClientConfig,
+    DataConfig,
+    LoRAConfig,
+    MessageConfig,
+    ModelConfig,
+    Names,
+    Policy,
+    PrivacyConfig,
+    SecureConfig,
+    Training,
+)
 
 FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what a run that goes on may change
 MINE = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
@@ -25,114 +37,6 @@ SHORT = {  # settings that the commands and `fedlora.simulate` take by a short n
     "partition": "data.partition",
     **{f"dp_{key}": f"dp.{key}" for key in ("epsilon", "delta", "clip", "noise", "level")},
 }
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The frozen base model."""
-
-    path: Annotated[str, "folder or hub id of the base model; empty: the small one that comes with fedlora"] = ""
-    revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
-    task: Annotated[
-        Literal["auto", "lm", "classify", "image"], "what the model learns; auto: by the columns of the data"
-    ] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters are float32"
-    ] = "float32"
-    quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes on a GPU"] = (
-        "none"
-    )
-    head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
-    max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
-    device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """The adapter that every client trains; a contradiction in it is a `ConfigError` where it is built."""
-
-    kind: Annotated[
-        Literal["lora", "dora", "vera"], "dora: magnitudes too; vera: two vectors a module, A, B shared"
-    ] = "lora"
-    rank: Annotated[int, Ge(1), "r"] = 8
-    alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
-    ranks: Annotated[
-        str, "ranks of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"
-    ] = ""
-    rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
-    dropout: Annotated[float, Ge(0), Lt(1), "dropout of the adapter's input"] = 0.0
-    targets: Annotated[Names, "modules to adapt, by the end of their names; empty: query and value; or all-linear"] = ()
-    init: Annotated[
-        Literal["kaiming", "gaussian", "orthonormal", "pissa", "olora", "eva"],
-        "start of A, with B = 0; of A and B with pissa and olora, whose product is taken off again",
-    ] = "kaiming"
-    init_data: Annotated[str, "file of public examples, in the columns of the run's, that init = eva looks at"] = ""
-    rank_pattern: Annotated[str, "other ranks by the end of a module's name: v_proj=4,layers.0.q_proj=16"] = ""
-    alpha_pattern: Annotated[str, "other alphas, written alike; the longest name that fits a module counts"] = ""
-
-    def __post_init__(self) -> None:
-        for key, value in self.pattern("rank_pattern").items():
-            if value != int(value):
-                raise ConfigError(f'lora.rank_pattern = "{self.rank_pattern}": {key}={value:g} is no whole number')
-        self.pattern("alpha_pattern")
-        for why in self._contradictions():
-            raise ConfigError(why)
-
-    def _contradictions(self) -> Iterator[str]:
-        """What is wrong with the settings taken together, each with its remedy."""
-        if self.init == "eva" and not self.init_data:
-            yield "lora.init = eva takes A from the inputs of public examples; set lora.init_data to a file"
-        if self.kind == "dora" and self.init in ("pissa", "olora"):
-            yield f"lora.init = {self.init} needs an offset, which dora's magnitudes would scale; choose another init"
-        shape = (self.init, self.rslora, self.rank_pattern, self.alpha_pattern)
-        if self.kind == "vera" and shape != ("kaiming", False, "", ""):
-            yield (
-                "lora.kind = vera has A and B of its own, one rank and no alpha; leave lora.init, lora.rslora, "
-                "lora.rank_pattern and lora.alpha_pattern out"
-            )
-
-    def pattern(self, key: Literal["rank_pattern", "alpha_pattern"]) -> dict[str, float]:
-        """Numbers by module name, or end of one; raises `ConfigError` for what is not written NAME=NUMBER,..."""
-        text: str = getattr(self, key)
-        found = {}
-        for word in filter(None, map(str.strip, text.split(","))):
-            name, _, number = word.partition("=")
-            value = self._positive(number)
-            if not name.strip() or not value:
-                raise ConfigError(f'lora.{key} = "{text}": "{word}" is no NAME=NUMBER, as in v_proj=4')
-            found[name.strip()] = value
-        return found
-
-    @staticmethod
-    def _positive(text: str) -> float:
-        """The finite number above 0 that the text is, or 0."""
-        try:
-            value = float(text)
-        except ValueError:
-            return 0.0
-        return value if 0 < value < float("inf") else 0.0
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Whose examples are whose."""
-
-    path: Annotated[str, "file, pattern (one file a client), datasets folder or hub id; empty: Python's library"] = ""
-    eval: Annotated[str, "data for the global evaluation, written as data.path is"] = ""
-    partition: Annotated[
-        str, "how rows are shared out: iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"
-    ] = "auto"
-    holdout: Annotated[float, Ge(0), Lt(1), "share of each client's examples kept for its own evaluation"] = 0.0
-    eval_share: Annotated[float, Ge(0), Lt(1), "share of all examples kept for the global one, without data.eval"] = 0.1
-    eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
-    limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
-    text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()
-    label: Annotated[str, "label column"] = ""
-    prompt: Annotated[str, "prompt column; the loss is on the response"] = ""
-    response: Annotated[str, "response column"] = ""
-    messages: Annotated[str, "chat column; the loss is on the assistant's turns"] = ""
-    image: Annotated[str, "image column: files or image data"] = ""
-    labels: Annotated[Names, "names of the classes in order; empty: as found in the data"] = ()
 
 
 @dataclass(frozen=True)
@@ -316,3 +220,15 @@ def check_mine(mine: Mapping[str, Any]) -> Config:
             f"{wrong[0]} is the server's to set; a client's own are data.*, dp.*, secure.*, {', '.join(MY)}"
         )
     return absolute(build(mine))
+
+
+EMBEDDED = (
+    Path(__file__).parent / "tiny" / "run.toml"
+)  # the settings of the small model and text that come with fedlora
+
+
+def over_defaults(file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The file's settings under those of the command line; with no model and no data, both over the embedded run's."""
+    embedded = not any(layer.get(key) for layer in (file, given) for key in ("model.path", "data.path"))
+    under = read(EMBEDDED) if embedded else {}
+    return build(under, file, given)

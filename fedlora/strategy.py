@@ -5,109 +5,28 @@ A strategy never runs on a client: all that a client must do is data in a `Job`,
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
-
+from .jobs import Client as Client
+from .jobs import Job as Job
+from .jobs import Update as Update
 from .lora import LoRA
-from .options import Encoding
-from .options import Training as Training
+from .sections import Training as Training
 
 if TYPE_CHECKING:
-    from .compress import Packed
+    pass
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import getdoc, isabstract, signature
+from pkgutil import iter_modules
+from typing import get_type_hints
 
-
-@dataclass(frozen=True)
-class Client:
-    """What the server knows of a client."""
-
-    id: int
-    examples: int
-    rank: int
-    records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """What makes a client's work in a round differentially private: the terms of its DP-SGD (docs/privacy.md)."""
-
-    noise: float  # sigma: the noise's standard deviation over the clip
-    clip: float  # C: the largest norm of one record's gradient over all that is trained
-    head_share: float  # of C^2, for the head, where it is trained beside factors: C_A^2 + C_H^2 = C^2
-    rate: float  # q: the probability that a record is in a step, each by itself
-    steps: int  # in a round
-    delta: float
-    engine: str = "auto"  # of the gradients of single examples
-    seeded: bool = False  # noise and samples from the run's seed: an experiment, and NOT PRIVATE
-    known: int = 0  # charges in this client's ledger that the server has seen: one with fewer has lost some
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Server to client: a step of secure aggregation (see `secure`)."""
-
-    step: Literal["join", "share", "reveal"]
-    context: str  # the round, with a word that makes every attempt at it another
-    roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
-    threshold: int = 0
-    survivors: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Masking:
-    """How a client hides its update in the sum of a round's."""
-
-    context: str
-    weight: float  # p: its share, of shares that sum to 1
-    reach: float  # largest change of a number
-    members: int
-    inbox: Mapping[int, str]  # sender -> its shares for this client, sealed, in hexadecimal
-    clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: as it is
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a client's ledger says after a round."""
-
-    epsilon: float  # of all its charges, at the run's delta
-    charges: int
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """Server to client: one round's work, complete in itself."""
-
-    start: LoRA  # where local training starts
-    trains: str = "ABH"  # the sides that are trained
-    shares: str = "ABH"  # the sides that are sent back; what is trained and not sent the client keeps for next time
-    offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights (absolute, not since last time)
-    sketch: Mapping[str, Sequence[int]] = field(default_factory=dict)  # train only these rows of A and columns of B
-    gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; the loop sets it for a sketch
-    resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
-    example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
-    privacy: Privacy | None = None  # DP-SGD instead; the run fills it in, as all below
-    masking: Masking | None = None  # of the update, by secure aggregation
-    metrics: bool = True  # may the client tell its training loss?
-    upload: Encoding = "float32"  # what its change travels in (see `compress`)
-    feedback: bool = False  # and whether what rounding left out is added to its next
-    training: Training = field(default_factory=Training)
-    seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
-    round: int = 0  # from 0
-    rounds: int = 1  # in the whole run
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """Client to server: what one job came to."""
-
-    lora: LoRA  # the shared sides, trained; of a job that resumes, A and B hold the change of the product
-    examples: int
-    loss: float | None  # mean over the round's training; None where it is not to be told
-    spent: Spent | None = None  # of a private job
-    packed: "Packed | None" = None  # the change from the job's start as it travels, where `lora` is what that brings
-    masked: Tensor | None = None  # of a job with masking, instead of the lora: (n,) int32, to be read as unsigned
-
+from .errors import StrategyError, nearest
 
 State = TypeVar("State")
 
@@ -167,6 +86,154 @@ def load(spec: str, **options: Any) -> Strategy[Any]:
     >>> load("fedavg")
     FedAvg()
     """
-    from .catalogue import build, find, foreign
+    pass  # import gone
 
     return foreign(spec, options) if spec.startswith("flwr:") else build(find(spec), options)
+
+
+GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
+BUILT_IN = "fedlora.strategies"  # the package whose files are the strategies that come with fedlora
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the catalogue."""
+
+    name: str  # what `--strategy` takes
+    cls: type[Strategy[Any]]
+
+    @property
+    def doc(self) -> str:
+        """The paper: the docstring of the file the strategy lies in."""
+        return sys.modules[self.cls.__module__].__doc__ or getdoc(self.cls) or ""
+
+    @property
+    def title(self) -> str:
+        """How the paper calls it: the docstring up to its first colon."""
+        return self.doc.split(":", 1)[0].strip() if ":" in self.doc.split("\n", 1)[0] else self.cls.__name__
+
+    @property
+    def paper(self) -> str:
+        """The first address in the docstring."""
+        return next((word.rstrip(".,)") for word in self.doc.split() if word.startswith("https://")), "")
+
+    @cached_property
+    def default(self) -> Strategy[Any]:
+        """The strategy with the options it has by default."""
+        return build(self.cls, {})
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What clients train and what they send in the first round, by the letters of the sides."""
+        import torch
+
+        from .lora import LoRA
+
+        start = LoRA({"m": torch.eye(2, 3)}, {"m": torch.zeros(4, 2)}, {"head": torch.zeros(1)})
+        job = self.default.client_init(self.default.init(start), Client(id=0, examples=1, rank=2))
+        return job.trains, job.shares
+
+    @property
+    def options(self) -> str:
+        """The strategy's own options, as `name=default`."""
+        if not is_dataclass(self.cls):
+            return ""
+        return ", ".join(f"{f.name}={f.default}" for f in fields(self.cls))
+
+
+def title(strategy: Strategy[Any]) -> str:
+    """How the paper of a strategy calls it, whatever is wrapped round it."""
+    while inner := getattr(strategy, "inner", None):
+        strategy = inner
+    return Entry("", type(strategy)).title
+
+
+def catalogue() -> Iterator[Entry]:
+    """Every strategy that has a name: the files of `strategies/`, then the entry points of what is installed."""
+    for module in sorted(_built_in()):
+        for cls in _strategies_in(f"{BUILT_IN}.{module}"):
+            yield Entry(module, cls)
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        yield Entry(point.name, point.load())
+
+
+def find(spec: str) -> type[Strategy[Any]]:
+    """The class that `spec` names: `fedavg`, `FedIT`, `fedavg:FedAvg`, an entry point, `my_package.module:Mine`."""
+    module, colon, name = spec.partition(":")
+    if not colon:
+        return _by_name(spec)
+    module = f"{BUILT_IN}.{module}" if module in _built_in() else module
+    try:
+        found = getattr(import_module(module), name)
+    except ModuleNotFoundError as e:
+        raise StrategyError(
+            f'strategy "{spec}": no module named "{e.name}"; run from its folder, or add that folder to PYTHONPATH'
+        ) from e
+    except AttributeError as e:
+        there = [n for n, v in vars(sys.modules[module]).items() if isinstance(v, type)]
+        raise StrategyError(f'strategy "{spec}": {module} has no class "{name}"; {nearest(name, there)}') from e
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise StrategyError(f'strategy "{spec}": {name} is not a subclass of fedlora.strategy.Strategy')
+    return found
+
+
+def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]:
+    """The strategy with its options, refused where it has none of that name or of that type."""
+    if isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise StrategyError(f"strategy {cls.__name__} does not define {missing}")
+    known = signature(cls).parameters
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in options.items():
+        if name not in known:
+            raise StrategyError(f'strategy {cls.__name__} has no option "{name}"; {nearest(name, known)}')
+        values[name] = _typed(f"option {name} of strategy {cls.__name__}", value, hints.get(name, Any))
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as e:
+        raise StrategyError(f"strategy {cls.__name__} cannot be built: {e}") from e
+
+
+def foreign(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:
+    """A strategy of Flower's own; where Flower is known is not for the core to import."""
+    flower = import_module(f"{__package__}.server.flower_strategy")
+    made: Strategy[Any] = flower.load(spec.removeprefix("flwr:"), options)
+    return made
+
+
+def _typed(where: str, value: Any, kind: Any) -> Any:
+    """The value as the annotated type; a word from the command line may become a number."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise StrategyError(f"{where} = {value!r}: {e.errors()[0]['msg']}") from e
+
+
+def _by_name(name: str) -> type[Strategy[Any]]:
+    def plain(word: str) -> str:
+        return "".join(c for c in word.lower() if c.isalnum())
+
+    known: dict[str, Entry] = {}
+    for entry in catalogue():
+        for alias in (entry.name, entry.cls.__name__, entry.title):
+            known.setdefault(plain(alias), entry)
+    if plain(name) in known:
+        return known[plain(name)].cls
+    names = {e.name for e in known.values()}
+    raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is package.module:Class')
+
+
+def _built_in() -> set[str]:
+    """The names of the files in `strategies/`. They are found, not imported: strategies import this module."""
+    return {m.name for m in iter_modules(import_module(BUILT_IN).__path__)}
+
+
+def _strategies_in(module: str) -> Iterator[type[Strategy[Any]]]:
+    """The strategies a file defines; a wrapper, which has a field `inner`, is not one by itself."""
+    for cls in vars(import_module(module)).values():
+        ours = isinstance(cls, type) and issubclass(cls, Strategy) and cls.__module__ == module
+        if ours and "inner" not in getattr(cls, "__dataclass_fields__", {}):
+            yield cls

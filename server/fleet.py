@@ -12,14 +12,15 @@ from typing import Any, TypeGuard, TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import admit, wire
 from fedlora.errors import Failure, FailureKind, RoundFailed, WireError
-from fedlora.flat import Parts, Traffic, carried
-from fedlora.journal import Journal
+from fedlora.jobs import Ask, Client, Job, Update
+from fedlora.messages import codec
+from fedlora.messages.parts import Parts, Traffic, carried
 from fedlora.metrics import Metrics
-from fedlora.rounds import Answers
+from fedlora.server import upload_checks
+from fedlora.server.aggregation import Answers
 from fedlora.server.replies import Inbox, Pause, read_error
-from fedlora.strategy import Ask, Client, Job, Update
+from fedlora.storage.event_log import Journal
 
 SECURE = f"{MessageType.QUERY}.secure"
 GRACE = 30.0  # seconds that the others have to be back, once there are enough
@@ -28,7 +29,7 @@ AGAIN = 60.0  # seconds after which it is asked again all the same: its owner ma
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
 X = TypeVar("X")
-Read = Callable[[RecordDict, Job], T | wire.Lacks]
+Read = Callable[[RecordDict, Job], T | codec.Lacks]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class FlowerFleet:
 
         A client that cannot be reached has failed, unless too few are left without it: then it is waited for.
         """
-        most = max(map(admit.most_bytes, jobs.values()), default=0)
+        most = max(map(upload_checks.most_bytes, jobs.values()), default=0)
         began, left, short = time.monotonic(), jobs, max(1, ceil(self._rules.needed * len(jobs)))
         away: dict[int, Failure] = {}
         while left:
@@ -117,23 +118,23 @@ class FlowerFleet:
 
     def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
-        waiting = self._push(SECURE, asks, lambda i: wire.pack_ask(asks[i]))
+        waiting = self._push(SECURE, asks, lambda i: codec.pack_ask(asks[i]))
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(waiting, 0):
-            said[i] = self._open(reply, admit.read_said)
+            said[i] = self._open(reply, upload_checks.read_said)
         return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job on its client's held-out examples."""
-        return dict(self._carry(MessageType.EVALUATE, jobs, admit.read_metrics, admit.MOST_METRICS))
+        return dict(self._carry(MessageType.EVALUATE, jobs, upload_checks.read_metrics, upload_checks.MOST_METRICS))
 
     def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T], most: int) -> Iterator[tuple[int, T | Failure]]:
         """A message a job, and its answer of at most so many bytes of numbers.
 
         A client that lost its parts is sent its job again, once, in full.
         """
-        parts, packer, again = Parts(), wire.Packer(), set[int]()
+        parts, packer, again = Parts(), codec.Packer(), set[int]()
 
         def letter(i: int) -> RecordDict:
             whole = parts.of(jobs[i])
@@ -142,7 +143,7 @@ class FlowerFleet:
             self.journal.write("sent", what=kind, client=i, round=jobs[i].round + 1, bytes=nbytes, parts=list(missing))
             return packer.job(jobs[i], whole, missing)
 
-        def at(job: Job) -> Callable[[RecordDict], T | wire.Lacks]:
+        def at(job: Job) -> Callable[[RecordDict], T | codec.Lacks]:
             return lambda content: read(content, job)
 
         done = set[int]()
@@ -150,12 +151,12 @@ class FlowerFleet:
         offline = set(jobs) - set(waiting.values())
         for i, reply in self._replies(waiting, most):
             answer = self._open(reply, at(jobs[i]))
-            if isinstance(answer, wire.Lacks) and i not in again:
+            if isinstance(answer, codec.Lacks) and i not in again:
                 again.add(i)
                 self.traffic.held.pop(i, None)
                 waiting |= self._push(kind, [i], letter)
                 continue
-            if isinstance(answer, wire.Lacks):
+            if isinstance(answer, codec.Lacks):
                 answer = Failure(
                     f"it still lacks {len(answer.lacks)} parts of a job that was sent in full", FailureKind.REFUSED
                 )
@@ -189,8 +190,8 @@ class FlowerFleet:
     def _is_late(self, began: float) -> bool:
         return bool(self._rules.deadline) and time.monotonic() - began > self._rules.deadline
 
-    def _read_update(self, content: RecordDict, job: Job) -> Update | wire.Lacks:
-        return admit.read_update(content, job, self._rules.largest_step)
+    def _read_update(self, content: RecordDict, job: Job) -> Update | codec.Lacks:
+        return upload_checks.read_update(content, job, self._rules.largest_step)
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
         """The server's log of what came in, or did not."""
@@ -209,7 +210,7 @@ class FlowerFleet:
         ttl = self._rules.deadline or None  # what nobody waits for any more is not begun
         online = set(self._grid.get_node_ids())
         there = [i for i in clients if self._nodes[i] in online]
-        messages = {i: Message(wire.stamp(letter(i), self._rules.run), self._nodes[i], kind, ttl=ttl) for i in there}
+        messages = {i: Message(codec.stamp(letter(i), self._rules.run), self._nodes[i], kind, ttl=ttl) for i in there}
         sent = set(self._grid.push_messages(list(messages.values())))
         return {m.metadata.message_id: i for i, m in messages.items() if m.metadata.message_id in sent}
 
@@ -232,7 +233,7 @@ class FlowerFleet:
         if reply.has_error():
             return read_error(reply.error)
         try:
-            if (run := wire.run_of(reply.content)) != self._rules.run:
+            if (run := codec.run_of(reply.content)) != self._rules.run:
                 raise WireError(f"an answer is of run {run!r}; this is {self._rules.run!r}")
             return read(reply.content)
         except WireError as e:
@@ -263,15 +264,15 @@ class FlowerFleet:
         some = [n for n in sorted(nodes) if self._tries[n] < TRIES or now - self._tried.get(n, 0.0) > AGAIN]
         if some:
             self._tried |= dict.fromkeys(some, now)
-            hello = wire.pack_hello(self._rules.told)
-            messages = [Message(wire.stamp(hello, self._rules.run), n, MessageType.QUERY) for n in some]
+            hello = codec.pack_hello(self._rules.told)
+            messages = [Message(codec.stamp(hello, self._rules.run), n, MessageType.QUERY) for n in some]
             sent = set(self._grid.push_messages(messages))
             asked = {m.metadata.message_id: n for m, n in zip(messages, some, strict=True)}
             self._asked |= {id: n for id, n in asked.items() if id in sent}
 
     def _know(self, node: int, reply: Message | Failure) -> None:
         """Take down who a node is, or why it cannot say."""
-        said = self._open(reply, admit.read_client)
+        said = self._open(reply, upload_checks.read_client)
         why = said.reason if isinstance(said, Failure) else self._wrong_about(node, *said)
         if why or isinstance(said, Failure):
             self._tries[node] += 1

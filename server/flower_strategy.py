@@ -25,9 +25,10 @@ from flwr.serverapp.strategy import FedAvg
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.errors import StrategyError, nearest
-from fedlora.flat import flatten, unflatten
+from fedlora.jobs import Client, Job
 from fedlora.lora import LoRA, map_factors
-from fedlora.strategy import Client, Job, Strategy
+from fedlora.strategy import Strategy
+from fedlora.vectors import flatten, unflatten
 
 WRAPS = "it goes round another strategy, which a name cannot say; take privacy from this program's own settings"
 TREES = "it joins decision trees, and an adapter has none; take flwr:FedAvg"

@@ -9,9 +9,9 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
-from fedlora.envelope import brief
 from fedlora.errors import Failure, FailureKind, WireError
-from fedlora.server.inflate import bounded
+from fedlora.messages.envelope import brief
+from fedlora.server.memory_bounds import bounded
 
 POISON = AttributeError, DecodeError, KeyError, RecursionError, TypeError, ValueError  # of content, not of the network
 

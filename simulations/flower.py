@@ -20,10 +20,10 @@ from queue import Queue
 from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-from fedlora.base import device
 from fedlora.config import Config
 from fedlora.errors import ConfigError, RoundFailed
-from fedlora.rounds import Fleet
+from fedlora.models.base_model import device
+from fedlora.server.rounds import Fleet
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -122,12 +122,12 @@ class Flower(Thread):
         self._served.wait()
 
     def _server(self) -> Any:
-        from fedlora.server.app import build
+        from fedlora.server.flower_app import build
 
         return build(self._lend)
 
     def _client(self) -> Any:
-        from fedlora.client.local import build
+        from fedlora.client.in_process import build
 
         app, flag = build(replace(self._config, threads=self._cpus()), self._folder), str(_flag(self._scratch))
 

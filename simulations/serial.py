@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedlora import worker
+from fedlora.client import training
+from fedlora.client.policy import Own
+from fedlora.client.runner import Desk
+from fedlora.data.client_data import Site
 from fedlora.errors import ClientFailed, Failure, LedgerError, PrivacyError, SecureError
-from fedlora.flat import Parts, Traffic
+from fedlora.jobs import Ask, Client, Job
+from fedlora.messages.parts import Parts, Traffic
 from fedlora.metrics import Metrics
-from fedlora.model import Model
-from fedlora.rounds import Answers
-from fedlora.site import Desk, Own, Site
-from fedlora.store import Store
-from fedlora.strategy import Ask, Client, Job
+from fedlora.models.model import Model
+from fedlora.server.aggregation import Answers
+from fedlora.storage.client_state import Store
 
 REFUSALS = ClientFailed, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
 
@@ -62,5 +64,5 @@ class Serial:
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
             kept = Store(self._desks[i].folder).before(job.round + 1)
-            answers[i] = worker.evaluate(self._model, job, self._sites[i].heldout, kept)
+            answers[i] = training.evaluate(self._model, job, self._sites[i].heldout, kept)
         return answers

@@ -21,8 +21,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from fedlora.provision import provision
-from fedlora.server.door import CALLS, KEY_HEADER
+from fedlora.deployment.provision import provision
+from fedlora.server.deployment.gate_rules import CALLS, KEY_HEADER
 
 ROOT = Path(__file__).parent.parent
 FILES = {"ca": "ca.crt", "cert": "server.crt", "key": "server.key"}
@@ -125,7 +125,7 @@ def start_gate(superlink: SuperLink, folder: Path, *options: str) -> Gate:
     files = [f"--{name}={superlink.certificates / file}" for name, file in FILES.items()]
     port, log = free(), folder / "log"
     where = ["--host=127.0.0.1", f"--port={port}", f"--superlink=127.0.0.1:{superlink.port}", f"--log={log}"]
-    process = subprocess.Popen([sys.executable, "-m", "fedlora.server.gate", *where, *files, *options])
+    process = subprocess.Popen([sys.executable, "-m", "fedlora.server.deployment.gate", *where, *files, *options])
     return Gate(port, superlink.certificates, log, process)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.processes import free_port
-from fedlora.provision import names_for, provision
+from fedlora.deployment.processes import free_port
+from fedlora.deployment.provision import names_for, provision
 
 ROOT = Path(__file__).parent.parent
 SLOW = 600.0  # seconds that anything may take on a busy machine

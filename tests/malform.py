@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto  # type: ignore[attr-defined]
 
-from fedlora.flat import name_of
+from fedlora.vectors import name_of
 
 INF, NAN = float("inf"), float("nan")
 NOT_TEXT: list[Any] = [1, 1.5, True, None, [], {}, ["x"], [[[]]]]

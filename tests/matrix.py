@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedlora.encode import Example
+from fedlora.data.encoding import Example
 from fedlora.errors import PrivacyError
-from fedlora.persample import Gradients, Hooks, OneByOne, OnePass, PerExample
+from fedlora.privacy.per_sample_gradients import Gradients, Hooks, OneByOne, OnePass, PerExample
 from tests.zoo import ROWS, Learner, Row, apart, build, examples, quiet
 
 Cell = Callable[[Row, type[PerExample]], float]

@@ -17,9 +17,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from fedlora.data import Form
+from fedlora.data.schema import Form
 from fedlora.lora import LoRA
-from fedlora.model import Model
+from fedlora.models.model import Model
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>"]

@@ -4,7 +4,8 @@ import dp_accounting
 import pytest
 from dp_accounting import dp_event, pld
 
-from fedlora.accounting import Charge, calibrate, epsilon, merged, prv, rdp
+from fedlora.jobs import Charge
+from fedlora.privacy.accounting import calibrate, epsilon, merged, prv, rdp
 
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 CASES = [(1.0, 0.032, 1000, 1e-5), (2.0, 0.1, 200, 1e-4), (0.8, 128 / 60000, 500, 1e-6), (3.0, 0.25, 60, 1e-5)]

@@ -15,30 +15,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedlora import config as configuration
-from fedlora.audit import canaries, cohorts, controls, forms, numbers, record, report, stage
-from fedlora.audit.controls import Control
-from fedlora.audit.numbers import Finding
-from fedlora.audit.stage import Stage
-from fedlora.checks.tiny import Kind, world
+from fedlora import jobs
+from fedlora.audit import canaries, client_level, planted_bugs, record_level, report, schemas, statistics, subject
+from fedlora.audit.planted_bugs import Control
+from fedlora.audit.statistics import Finding
+from fedlora.audit.subject import Stage
+from fedlora.checks.small_models import Kind, world
 from fedlora.errors import PrivacyError
-from fedlora.folder import RunFolder
-from fedlora.model import Model
+from fedlora.models.model import Model
+from fedlora.privacy import client_level as client_level_dp
+from fedlora.run.directory import RunFolder
 from tests.models import make
 from tests.test_simulate import Done, fedlora
 
-SOUND = stage.Subject()
+SOUND = subject.Subject()
 LOOKS: dict[str, Callable[[Any, Any], Iterator[Finding]]] = {  # by the number of what it finds
-    "T1": record.sensitivity,
-    "T2": record.noise,
-    "T3": record.noise,
-    "T4": record.training,
-    "T5": record.training,
-    "T6": record.training,
+    "T1": record_level.sensitivity,
+    "T2": record_level.noise,
+    "T3": record_level.noise,
+    "T4": record_level.training,
+    "T5": record_level.training,
+    "T6": record_level.training,
 }
-COUNTS = {"T1": cohorts.sensitivity, "T2": cohorts.noise, "T3": cohorts.noise, "T4": cohorts.noise, "T5": cohorts.draws}
+COUNTS = {
+    "T1": client_level.sensitivity,
+    "T2": client_level.noise,
+    "T3": client_level.noise,
+    "T4": client_level.noise,
+    "T5": client_level.draws,
+}
 ATTACKED = ["no clipping", "noise divided by the root of the batch", "one seed for the noise of all clients"]
 CROWD = ["--dp-level", "client", "--dp-noise", "1"]  # noise that is given need not be reckoned out first
-BY_NAME = {c.name: c for c in controls.RECORD}
+BY_NAME = {c.name: c for c in planted_bugs.RECORD}
 
 
 @cache
@@ -46,27 +54,27 @@ def staged(kind: Kind = "bert", **given: Any) -> Stage:
     """What `fedlora audit` builds, on a tiny model of a kind."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     path = {"model.path": world(kind).config.path}
-    return stage.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
+    return subject.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
 
 
 @cache
-def crowd(**given: Any) -> cohorts.Crowd:
+def crowd(**given: Any) -> client_level.Crowd:
     """The same, of a run that hides clients."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     hidden = {"model.path": world("bert").config.path, "dp.level": "client", "dp.noise": 1.0}
-    return cohorts.build(configuration.build(report.EMBEDDED, hidden, settings))
+    return client_level.build(configuration.build(report.EMBEDDED, hidden, settings))
 
 
 def failed(findings: Iterator[Finding]) -> list[str]:
     return [f.name for f in findings if not f.passed]
 
 
-@pytest.mark.parametrize("look", record.TESTS)
-def test_a_sound_product_passes(look: Callable[[Stage, stage.Subject], Iterator[Finding]]) -> None:
+@pytest.mark.parametrize("look", record_level.TESTS)
+def test_a_sound_product_passes(look: Callable[[Stage, subject.Subject], Iterator[Finding]]) -> None:
     assert failed(look(staged(), SOUND)) == []
 
 
-@pytest.mark.parametrize("control", controls.RECORD, ids=lambda c: c.name)
+@pytest.mark.parametrize("control", planted_bugs.RECORD, ids=lambda c: c.name)
 def test_a_planted_bug_is_caught_by_its_test(control: Control) -> None:
     found = failed(LOOKS[control.caught_by[:2]](staged(), control.plant(staged())))
     assert any(name.startswith(control.caught_by) for name in found)
@@ -74,7 +82,7 @@ def test_a_planted_bug_is_caught_by_its_test(control: Control) -> None:
 
 @pytest.mark.parametrize("name", ATTACKED)
 def test_canaries_catch_it_too(name: str) -> None:
-    assert "T6 canaries" in failed(record.training(staged(), BY_NAME[name].plant(staged())))
+    assert "T6 canaries" in failed(record_level.training(staged(), BY_NAME[name].plant(staged())))
 
 
 def test_a_mean_over_all_tokens_of_a_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,18 +94,18 @@ def test_a_mean_over_all_tokens_of_a_batch_is_caught(monkeypatch: pytest.MonkeyP
         each = F.cross_entropy(scores, targets, ignore_index=-100, reduction="none").view(len(batch["labels"]), -1)
         return each.sum(1) * len(each) / (targets != -100).sum()
 
-    assert failed(record.sensitivity(here, SOUND)) == []
+    assert failed(record_level.sensitivity(here, SOUND)) == []
     monkeypatch.setattr(here.model, "losses", losses)
-    assert failed(record.sensitivity(here, SOUND)) == ["T1 sensitivity"]
+    assert failed(record_level.sensitivity(here, SOUND)) == ["T1 sensitivity"]
 
 
 @pytest.mark.parametrize(
     ("strategy", "looks"),
     [
-        ("fedsa_lora", (record.sensitivity, record.noise)),  # B and the head are trained, and never leave
-        ("fed_sb", (record.sensitivity,)),  # a core
-        ("rolora", (record.noise,)),  # another side every round
-        ("fedex_lora", (record.training,)),  # whose clients go on from factors of their own
+        ("fedsa_lora", (record_level.sensitivity, record_level.noise)),  # B and the head are trained, and never leave
+        ("fed_sb", (record_level.sensitivity,)),  # a core
+        ("rolora", (record_level.noise,)),  # another side every round
+        ("fedex_lora", (record_level.training,)),  # whose clients go on from factors of their own
     ],
 )
 def test_what_is_trained_is_seen_whatever_a_strategy_sends(strategy: str, looks: tuple[Any, ...]) -> None:
@@ -108,33 +116,33 @@ def test_what_is_trained_is_seen_whatever_a_strategy_sends(strategy: str, looks:
 
 @pytest.mark.parametrize("given", [{"model.head": "frozen"}, {"dp.engine": "one", "lora.kind": "dora"}], ids=str)
 def test_other_heads_and_adapters_are_audited_too(given: dict[str, Any]) -> None:
-    assert failed(record.noise(staged(**{key.replace(".", "__"): v for key, v in given.items()}), SOUND)) == []
+    assert failed(record_level.noise(staged(**{key.replace(".", "__"): v for key, v in given.items()}), SOUND)) == []
 
 
 def test_noise_from_a_seed_is_found_out() -> None:
-    assert failed(record.noise(staged(dp__seeded=True), SOUND)) == ["T3 noise, done again"]
+    assert failed(record_level.noise(staged(dp__seeded=True), SOUND)) == ["T3 noise, done again"]
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_a_sound_crowd_passes(quantile: float) -> None:
     here = crowd(dp__quantile=quantile)
-    findings = [f for look in cohorts.TESTS for f in look(here, cohorts.Subject())]
+    findings = [f for look in client_level.TESTS for f in look(here, client_level.Subject())]
     assert failed(iter(findings)) == [] and len(findings) == (9 if quantile else 7)
 
 
-@pytest.mark.parametrize("control", controls.CLIENT, ids=lambda c: c.name)
+@pytest.mark.parametrize("control", planted_bugs.CLIENT, ids=lambda c: c.name)
 def test_a_bug_planted_in_the_crowd_is_caught_by_its_test(control: Control) -> None:
     found = failed(COUNTS[control.caught_by[:2]](crowd(), control.plant(crowd())))
     assert any(name.startswith(control.caught_by) for name in found)
 
 
 def test_too_little_noise_on_the_count_is_caught() -> None:
-    class Less(cohorts.Central):
+    class Less(client_level_dp.Central):
         @property
         def count_noise(self) -> float:
             return super().count_noise / 2
 
-    assert "T2 count, size" in failed(cohorts.noise(crowd(dp__quantile=0.5), cohorts.Subject(central=Less)))
+    assert "T2 count, size" in failed(client_level.noise(crowd(dp__quantile=0.5), client_level.Subject(central=Less)))
 
 
 def test_canaries_bound_epsilon_from_below_and_not_too_high() -> None:
@@ -152,27 +160,27 @@ def test_canaries_bound_epsilon_from_below_and_not_too_high() -> None:
 
 def test_a_stream_that_is_taken_up_later_is_the_same_stream() -> None:
     x = np.random.default_rng(0).standard_normal(5000)
-    assert not numbers.apart("", x[:-3], x[3:]).passed
-    assert numbers.apart("", x[:2500], x[2500:]).passed and not numbers.apart("", x, 0 * x).passed
+    assert not statistics.apart("", x[:-3], x[3:]).passed
+    assert statistics.apart("", x[:2500], x[2500:]).passed and not statistics.apart("", x, 0 * x).passed
 
 
 def test_sizes_of_samples_must_vary_and_have_their_mean() -> None:
     draw = np.random.default_rng(0)
     for n, rate, steps in ((1208, 0.25, 60), (50, 0.02, 400)):
         sizes = draw.binomial(n, rate, steps).astype(float)
-        assert numbers.drawn("", sizes, n, rate).passed
-        assert not numbers.drawn("", np.full(steps, n * rate), n, rate).passed
-        assert not numbers.drawn("", sizes + np.sqrt(n * rate), n, rate).passed
+        assert statistics.drawn("", sizes, n, rate).passed
+        assert not statistics.drawn("", np.full(steps, n * rate), n, rate).passed
+        assert not statistics.drawn("", sizes + np.sqrt(n * rate), n, rate).passed
 
 
 @pytest.mark.parametrize(("kind", "form"), [("llama", "text"), ("llama-cls", "label"), ("vit", "image")])
 def test_a_model_without_data_is_audited_at_what_it_was_made_for(kind: str, form: str, tmp_path: Path) -> None:
     made = str(make(kind, tmp_path / "model"))
     settings = configuration.build(report.EPSILON, {"model.path": made, "threads": 1, "lora.rank": 3})
-    assert forms.of(settings).kind == form
-    here = stage.build(settings)
-    assert failed(record.noise(here, SOUND)) == []
-    assert len(here.made_up(0)) == stage.RECORDS
+    assert schemas.of(settings).kind == form
+    here = subject.build(settings)
+    assert failed(record_level.noise(here, SOUND)) == []
+    assert len(here.made_up(0)) == subject.RECORDS
 
 
 def test_an_audit_is_a_table_with_a_verdict() -> None:
@@ -196,7 +204,7 @@ def test_a_runs_settings_are_audited_and_the_findings_left_with_it(tmp_path: Pat
     done = fedlora("audit", tmp_path / "run", "--json")
     told = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert done.returncode == 0 and told == json.loads(done.stdout), done.stderr
-    assert told["settings"]["strategy"] == "ffa_lora" and told["settings"]["audit.rounds"] == stage.ROUNDS
+    assert told["settings"]["strategy"] == "ffa_lora" and told["settings"]["audit.rounds"] == subject.ROUNDS
     assert [t["name"][:2] for t in told["tests"]] == ["T1", "T2", "T2", "T3", "T3", "T3", "T4", "T5", "T6"]
 
 
@@ -233,7 +241,7 @@ def test_what_cannot_be_audited_is_one_sentence(words: list[str], says: str) -> 
 def test_without_a_second_accountant_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(PrivacyError, match=r"pip install 'fedlora\[dev\]'"):
-        numbers.epsilon(numbers.Charge(1.0, 0.1, 10), 1e-5)
+        statistics.epsilon(jobs.Charge(1.0, 0.1, 10), 1e-5)
 
 
 def test_a_client_that_refuses_ends_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,4 +250,4 @@ def test_a_client_that_refuses_ends_the_audit(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Model, "losses", breaks)
     with pytest.raises(PrivacyError):
-        next(record.training(staged("gpt2", lora__targets="c_attn"), SOUND))
+        next(record_level.training(staged("gpt2", lora__targets="c_attn"), SOUND))

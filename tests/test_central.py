@@ -6,10 +6,11 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.accounting import Charge, epsilon
-from fedlora.central import Central, Clipping
 from fedlora.errors import PrivacyError
+from fedlora.jobs import Charge
 from fedlora.lora import SIDES, LoRA
+from fedlora.privacy.accounting import epsilon
+from fedlora.privacy.client_level import Central, Clipping
 from fedlora.strategy import Client, Job
 from tests.conftest import factors
 

@@ -12,9 +12,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from fedlora.certificate import hosts_of, server
+from fedlora.deployment.certificates import hosts_of, server
+from fedlora.deployment.provision import names_for, provision, read_clients
 from fedlora.errors import ConfigError
-from fedlora.provision import names_for, provision, read_clients
 
 HOSTS = ["fed.example.org", "10.0.0.5"]
 LOCAL = ["localhost", "127.0.0.1", "::1"]

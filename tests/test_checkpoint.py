@@ -8,11 +8,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fedlora import checkpoint
-from fedlora.checkpoint import Checkpoint
 from fedlora.errors import CheckpointError
 from fedlora.lora import LoRA
-from fedlora.store import Store
+from fedlora.storage import checkpoint
+from fedlora.storage.checkpoint import Checkpoint
+from fedlora.storage.client_state import Store
 from tests.conftest import factors
 
 
@@ -68,7 +68,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> No
     checkpoint.save(tmp_path / "checkpoint", Checkpoint(1, STATE, {}))
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from fedlora import checkpoint; from fedlora.checkpoint import Checkpoint; import torch\n"
+        "from fedlora import checkpoint; from fedlora.storage.checkpoint import Checkpoint; import torch\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "checkpoint.save(Path(sys.argv[1]), Checkpoint(2, torch.zeros(100_000), {}))"
     )

@@ -17,13 +17,15 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from fedlora import admit, config, wire
-from fedlora.client import relay
-from fedlora.client.health import is_serving
-from fedlora.deploy import for_server, told
-from fedlora.flat import Parts
-from fedlora.run import Setup
-from fedlora.strategy import Job, Training, Update
+from fedlora import config
+from fedlora.client.deployment import relay
+from fedlora.client.deployment.health import is_serving
+from fedlora.messages import codec
+from fedlora.messages.parts import Parts
+from fedlora.run.setup import Setup, for_server, told
+from fedlora.sections import Training
+from fedlora.server import upload_checks
+from fedlora.strategy import Job, Update
 from tests.models import make
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +59,7 @@ class Beside:
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
     def ask(self, kind: str, content: RecordDict) -> RecordDict:
-        return relay.ask(f"unix:{self.socket}", kind, wire.stamp(content, RUN), None)
+        return relay.ask(f"unix:{self.socket}", kind, codec.stamp(content, RUN), None)
 
     @property
     def log(self) -> str:
@@ -68,7 +70,7 @@ class Beside:
 def beside(setup: Setup, tmp_path: Path) -> Iterator[Beside]:
     made = Beside(tmp_path, setup.config.model.path)
     try:
-        made.ask("who", wire.pack_hello(told(setup.config)))
+        made.ask("who", codec.pack_hello(told(setup.config)))
         yield made
     finally:
         made.process.kill()
@@ -81,11 +83,11 @@ def job(setup: Setup, steps: int = 1, round: int = 0) -> Job:
 
 def letter(a_job: Job) -> RecordDict:
     parts = Parts().of(a_job)
-    return wire.Packer().job(a_job, parts, parts)
+    return codec.Packer().job(a_job, parts, parts)
 
 
 def update(records: RecordDict, a_job: Job) -> Update:
-    read = admit.read_update(records, a_job)
+    read = upload_checks.read_update(records, a_job)
     assert isinstance(read, Update)
     return read
 
@@ -127,11 +129,11 @@ def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside,
 
 def test_what_it_refuses_is_a_reason(beside: Beside, setup: Setup) -> None:
     with pytest.raises(RuntimeError, match="settings are not known here"):
-        relay.ask(f"unix:{beside.socket}", "train", wire.stamp(letter(job(setup)), "other-run"), None)
+        relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "other-run"), None)
     with pytest.raises(RuntimeError, match="a run's name has up to 40"):
-        relay.ask(f"unix:{beside.socket}", "train", wire.stamp(letter(job(setup)), "../../etc"), None)
+        relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "../../etc"), None)
     with pytest.raises(RuntimeError, match="a message is no JobHead"):
-        beside.ask("train", wire.pack_hello({}))
+        beside.ask("train", codec.pack_hello({}))
 
 
 def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(beside: Beside) -> None:
@@ -149,9 +151,7 @@ def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> No
 
 
 def test_the_clientapp_loads_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys, fedlora.client.app, fedlora.client.relay; sys.exit(not {'torch', 'peft'}.isdisjoint(sys.modules))"
-    )
+    code = "import sys, fedlora.client.deployment.app, fedlora.client.deployment.relay; sys.exit(not {'torch', 'peft'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -171,8 +171,8 @@ def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
 
 
 def test_a_job_with_another_policy_than_the_clients_is_refused(setup: Setup, tmp_path: Path) -> None:
+    from fedlora.client.policy import Own
     from fedlora.errors import PrivacyError
-    from fedlora.site import Own
 
     asked = replace(job(setup), shares="AB")
     Own(egress=("A *", "B *")).refuse(asked, 10)

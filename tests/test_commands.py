@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from fedlora.__main__ import app
+from fedlora.cli.app import app
 from tests.models import make
 from tests.test_simulate import fedlora
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.compose import accepts, compose
 from fedlora.config import build
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, delta
+from fedlora.run.compose import accepts, compose
 from fedlora.strategy import Client, load
 from tests.conftest import factors, fresh
 

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.compress import DTYPES, SMALLEST, Encoding, Packed, compress, expand, restore, with_feedback
 from fedlora.errors import ClientFailed
-from fedlora.flat import name_of
+from fedlora.jobs import Packed
 from fedlora.lora import SIDES, LoRA
+from fedlora.messages.compression import DTYPES, SMALLEST, compress, expand, restore, with_feedback
+from fedlora.sections import Encoding
+from fedlora.vectors import name_of
 from tests.conftest import factors
 
 ENCODINGS = st.sampled_from(["bfloat16", "int8"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import fedlora
-from fedlora.__main__ import dotted, pair
+from fedlora.cli.options import dotted, pair
 from fedlora.config import build, dotted_keys, dumps, flatten, read, settings
 from fedlora.errors import ConfigError
 

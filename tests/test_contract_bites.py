@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedlora.checks import algebra, declarations, training
+from fedlora.checks import declarations, on_random_factors, on_small_models
 from fedlora.checks.contract import CHECKS, Check, verify
 from fedlora.checks.report import check as report
-from fedlora.errors import StrategyError
+from fedlora.errors import Failure, StrategyError
 from fedlora.metrics import Metrics
-from fedlora.rounds import Answers, Failure
+from fedlora.server.aggregation import Answers
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx
@@ -62,42 +62,42 @@ from tests.bugs import (
 
 BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (TransposesTheResidual(), FedEx(), declarations.check_exact_is_as_declared),
-    (TransposesTheResidual(), FedEx(), training.check_real_training_is_exact_where_declared),
+    (TransposesTheResidual(), FedEx(), on_small_models.check_real_training_is_exact_where_declared),
     (WeighsTwice(), FedAvg(), declarations.check_sums_only_is_as_declared),
-    (TakesTheFirstOnly(), FedAvg(), algebra.check_order_of_clients_changes_nothing),
-    (TakesTheFirstOnly(), FedAvg(), algebra.check_equal_updates_do_what_one_does),
+    (TakesTheFirstOnly(), FedAvg(), on_random_factors.check_order_of_clients_changes_nothing),
+    (TakesTheFirstOnly(), FedAvg(), on_random_factors.check_equal_updates_do_what_one_does),
     (MergesTheLastOnly(), FLoRA(), declarations.check_exact_is_as_declared),
     (IgnoresTheWeights(), FedEx(), declarations.check_exact_is_as_declared),
-    (IgnoresTheWeights(), FedEx(), training.check_real_training_is_exact_where_declared),
-    (SquaresTheWeights(), FedAvg(), algebra.check_twice_the_weight_counts_as_two_clients),
-    (WeighsByTheScale(), FedAvg(), algebra.check_scale_of_weights_changes_nothing),
-    (TellsFactorsByShape(), FLoRA(), algebra.check_rank_may_be_a_dimension),
-    (SendsTheLastResidualOnly(), FedEx(), algebra.check_a_client_that_slept_is_right_after_one_job),
-    (SendsTheLastResidualOnly(), FedEx(), training.check_a_client_that_slept_wears_the_model),
-    (DeliversNoOffset(), FedEx(), algebra.check_what_is_delivered_is_what_clients_start_from),
-    (DeliversNoOffset(), FedEx(), training.check_an_exported_adapter_is_the_model_that_was_trained),
-    (TakesTheStartForZero(), FLoRA(), algebra.check_a_start_that_is_not_zero_is_taken_off),
-    (NeverSketches(), FSLoRA(), training.check_numbers_sent_are_as_declared),
+    (IgnoresTheWeights(), FedEx(), on_small_models.check_real_training_is_exact_where_declared),
+    (SquaresTheWeights(), FedAvg(), on_random_factors.check_twice_the_weight_counts_as_two_clients),
+    (WeighsByTheScale(), FedAvg(), on_random_factors.check_scale_of_weights_changes_nothing),
+    (TellsFactorsByShape(), FLoRA(), on_random_factors.check_rank_may_be_a_dimension),
+    (SendsTheLastResidualOnly(), FedEx(), on_random_factors.check_a_client_that_slept_is_right_after_one_job),
+    (SendsTheLastResidualOnly(), FedEx(), on_small_models.check_a_client_that_slept_wears_the_model),
+    (DeliversNoOffset(), FedEx(), on_random_factors.check_what_is_delivered_is_what_clients_start_from),
+    (DeliversNoOffset(), FedEx(), on_small_models.check_an_exported_adapter_is_the_model_that_was_trained),
+    (TakesTheStartForZero(), FLoRA(), on_random_factors.check_a_start_that_is_not_zero_is_taken_off),
+    (NeverSketches(), FSLoRA(), on_small_models.check_numbers_sent_are_as_declared),
     (NeverSketches(), FSLoRA(), declarations.check_mixed_ranks_are_as_declared),
-    (SketchesTwiceTheSame(), FSLoRA(), algebra.check_jobs_are_complete),
-    (SumsInHalf(), FedAvg(), algebra.check_half_precision_is_summed_in_single),
-    (KeepsHalf(), FedAvg(), algebra.check_half_precision_is_summed_in_single),
-    (AddsInPlace(), FedAvg(), algebra.check_arguments_are_left_alone),
-    (Interpolates(), FedAvg(), algebra.check_order_of_clients_changes_nothing),
-    (KeepsASet(), FedAvg(), algebra.check_state_survives_a_checkpoint),
-    (CountsOnItself(), FedAvg(), algebra.check_nothing_is_remembered_but_the_state),
-    (CountsOnItself(), FedAvg(), algebra.check_options_are_those_of_a_frozen_dataclass),
+    (SketchesTwiceTheSame(), FSLoRA(), on_random_factors.check_jobs_are_complete),
+    (SumsInHalf(), FedAvg(), on_random_factors.check_half_precision_is_summed_in_single),
+    (KeepsHalf(), FedAvg(), on_random_factors.check_half_precision_is_summed_in_single),
+    (AddsInPlace(), FedAvg(), on_random_factors.check_arguments_are_left_alone),
+    (Interpolates(), FedAvg(), on_random_factors.check_order_of_clients_changes_nothing),
+    (KeepsASet(), FedAvg(), on_random_factors.check_state_survives_a_checkpoint),
+    (CountsOnItself(), FedAvg(), on_random_factors.check_nothing_is_remembered_but_the_state),
+    (CountsOnItself(), FedAvg(), on_random_factors.check_options_are_those_of_a_frozen_dataclass),
     (FoldsAlphaTwice(), FLoRA(), declarations.check_exact_is_as_declared),
-    (FoldsAlphaTwice(), FLoRA(), algebra.check_one_client_alone_is_followed),
-    (BuildsTheProduct(), FedEx(), algebra.check_no_product_is_built_on_the_server),
-    (BringsNoA(), FFALoRA(), algebra.check_jobs_are_complete),
+    (FoldsAlphaTwice(), FLoRA(), on_random_factors.check_one_client_alone_is_followed),
+    (BuildsTheProduct(), FedEx(), on_random_factors.check_no_product_is_built_on_the_server),
+    (BringsNoA(), FFALoRA(), on_random_factors.check_jobs_are_complete),
     (CutsToOwnRank(), HetLoRA(), declarations.check_mixed_ranks_are_as_declared),
-    (DecaysTheHead(), FedAvg(), algebra.check_a_head_that_is_not_shared_stays_with_its_owner),
+    (DecaysTheHead(), FedAvg(), on_random_factors.check_a_head_that_is_not_shared_stays_with_its_owner),
     (TruncatedSaysExact(), FLoRIST(), declarations.check_exact_is_as_declared),
     (PaddedSaysExact(), HetLoRA(), declarations.check_exact_is_as_declared),
     (FedExSaysSums(), FedEx(), declarations.check_sums_only_is_as_declared),
-    (FedExSaysLittleIsSent(), FedEx(), training.check_numbers_sent_are_as_declared),
-    (FedExSaysDora(), FedAvg(), training.check_it_works_with_the_kinds_it_declares),
+    (FedExSaysLittleIsSent(), FedEx(), on_small_models.check_numbers_sent_are_as_declared),
+    (FedExSaysDora(), FedAvg(), on_small_models.check_it_works_with_the_kinds_it_declares),
     (FFASaysInexact(), FFALoRA(), declarations.check_exact_is_as_declared),
     (FLoRASaysItContinues(), FLoRA(), declarations.check_continues_is_as_declared),
 ]
@@ -185,18 +185,18 @@ class SendsTheHead(Serial):
 
 
 CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
-    (ThawsA, FFALoRA(), training.check_what_trains_moves_and_nothing_else),
-    (ThawsA, FFALoRA(), training.check_gradients_reach_what_trains_alone),
-    (NeverTrains, FedAvg(), training.check_what_trains_moves_and_nothing_else),
-    (TransposesTheOffset, FedEx(), training.check_a_model_is_its_weights_plus_s_times_the_product),
-    (WearsTheLastPartOnly, FedEx(), training.check_a_client_that_slept_wears_the_model),
-    (TakesSTwice, FedAvg(), training.check_a_model_is_its_weights_plus_s_times_the_product),
-    (TakesSTwice, FedAvg(), training.check_an_exported_adapter_is_the_model_that_was_trained),
-    (ForgetsTheGain, FSLoRA(), training.check_a_model_is_its_weights_plus_s_times_the_product),
-    (HandsOneAdapterAround, FedSALoRA(), training.check_what_a_client_keeps_is_its_own),
-    (HandsOneAdapterAround, FedAvg(), training.check_what_a_client_keeps_is_its_own),
-    (SendsTheHead, FedSALoRA(), training.check_messages_hold_what_is_shared_alone),
-    (SendsTheHead, Head(FedAvg(), "local"), training.check_messages_hold_what_is_shared_alone),
+    (ThawsA, FFALoRA(), on_small_models.check_what_trains_moves_and_nothing_else),
+    (ThawsA, FFALoRA(), on_small_models.check_gradients_reach_what_trains_alone),
+    (NeverTrains, FedAvg(), on_small_models.check_what_trains_moves_and_nothing_else),
+    (TransposesTheOffset, FedEx(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
+    (WearsTheLastPartOnly, FedEx(), on_small_models.check_a_client_that_slept_wears_the_model),
+    (TakesSTwice, FedAvg(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
+    (TakesSTwice, FedAvg(), on_small_models.check_an_exported_adapter_is_the_model_that_was_trained),
+    (ForgetsTheGain, FSLoRA(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
+    (HandsOneAdapterAround, FedSALoRA(), on_small_models.check_what_a_client_keeps_is_its_own),
+    (HandsOneAdapterAround, FedAvg(), on_small_models.check_what_a_client_keeps_is_its_own),
+    (SendsTheHead, FedSALoRA(), on_small_models.check_messages_hold_what_is_shared_alone),
+    (SendsTheHead, Head(FedAvg(), "local"), on_small_models.check_messages_hold_what_is_shared_alone),
 ]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import DataConfig
-from fedlora.data import Federated, load
+from fedlora.data.federated import Federated, load
 from fedlora.errors import ConfigError, DataError
+from fedlora.sections import DataConfig
 
 
 def jsonl(path: Path, *rows: Any) -> str:
@@ -44,7 +44,7 @@ def test_without_a_path_the_standard_library_is_the_data() -> None:
 def test_the_embedded_data_does_not_wait_for_datasets() -> None:
     code = "import sys; from fedlora.data import *; load(DataConfig(), 'auto', 3, 0); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert {"fedlora.stdlib"} <= set(loaded)
+    assert {"fedlora.data.python_stdlib"} <= set(loaded)
     assert not {"datasets", "pandas", "flwr_datasets", "pyarrow"} & set(loaded)
 
 

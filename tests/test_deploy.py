@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.processes import QUIET, free_port, program
+from fedlora.deployment.processes import QUIET, free_port, program
 from tests.federation import SLOW, Federation, kill_all, named
 from tests.models import make
 from tests.test_simulate import fedlora

@@ -13,16 +13,18 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora import dpsgd, worker
-from fedlora.base import seeded
-from fedlora.config import LoRAConfig, ModelConfig
-from fedlora.dpsgd import STANDARD, Mechanism, Records
-from fedlora.encode import Example
+from fedlora.client import training
+from fedlora.data.encoding import Example, Records
 from fedlora.errors import ClientFailed, PrivacyError
+from fedlora.jobs import Privacy
 from fedlora.lora import LoRA
-from fedlora.model import Model
-from fedlora.preflight import synthetic
-from fedlora.strategy import Job, Privacy, Training
+from fedlora.models.model import Model
+from fedlora.privacy import dpsgd
+from fedlora.privacy.dpsgd import STANDARD, Mechanism
+from fedlora.privacy.preflight import synthetic
+from fedlora.sections import LoRAConfig, ModelConfig, Training
+from fedlora.seeds import seeded
+from fedlora.strategy import Job
 from tests.models import FORMS, make
 
 C = 0.05  # about half of the examples' gradients are longer
@@ -69,7 +71,7 @@ def alone(examples: list[Example]) -> Records:
 
 def step(model: Model, job: Job, records: Records, mechanism: Mechanism = STANDARD) -> list[Tensor]:
     """What is taken off all that is trained, whether it is shared or kept."""
-    update, kept = worker.train_privately(model, job, 0, records, LoRA(), mechanism)
+    update, kept = training.train_privately(model, job, 0, records, LoRA(), mechanism)
     after = update.lora.over(kept)
     return [t - after.side(s)[m] for s in job.trains for m, t in job.start.side(s).items()]
 
@@ -198,7 +200,7 @@ def test_what_is_kept_is_clipped_and_noised_too(model: Model, job: Job) -> None:
     """FedSA-LoRA's B never leaves, and moves the next A."""
     own = replace(job, shares="A")
     assert size(step(model, replace(own, privacy=replace(EXACT, clip=1e-3)), alone(made_up(model, 1)))) <= 1.001e-3
-    update, kept = worker.train_privately(model, replace(own, privacy=NEVER), 0, alone(made_up(model)), LoRA())
+    update, kept = training.train_privately(model, replace(own, privacy=NEVER), 0, alone(made_up(model)), LoRA())
     assert not update.lora.B and set(kept.B) == set(job.start.B)
     noise = flat([kept.B[m] - b for m, b in job.start.B.items()]) / (2.0 * C / (1e-9 * 10))
     assert stats.kstest(noise, "norm").pvalue > LIKELY
@@ -236,7 +238,7 @@ def test_dropout_is_as_secret_as_the_noise(build: Callable[..., Model]) -> None:
 
 
 def test_no_loss_is_told(model: Model, job: Job) -> None:
-    update, _ = worker.train_privately(model, replace(job, metrics=True), 0, alone(made_up(model)), LoRA())
+    update, _ = training.train_privately(model, replace(job, metrics=True), 0, alone(made_up(model)), LoRA())
     assert update.loss is None and update.examples == 10
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fedlora.config import DataConfig
-from fedlora.data import Form, Rows, load
-from fedlora.encode import Encoder
+from fedlora.data.encoding import Encoder
+from fedlora.data.federated import load
+from fedlora.data.rows import Rows
+from fedlora.data.schema import Form
 from fedlora.errors import DataError
+from fedlora.sections import DataConfig
 from models import tokenizer
 
 BOS, EOS, FIRST = 2, 3, 4  # <s>, </s>, w0
@@ -106,7 +108,7 @@ def test_the_first_token_alone_is_nothing_to_learn() -> None:
 def test_a_newline_stands_between_prompt_and_response() -> None:
     from transformers import AutoTokenizer
 
-    from fedlora.base import TINY
+    from fedlora.models.base_model import TINY
 
     t = AutoTokenizer.from_pretrained(TINY)
     [example] = Encoder(t, ANSWER, 32)([{"ask": "def f():", "answer": "return 1"}])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.exactness import distance
 from fedlora.lora import LoRA, delta, join, stack
+from fedlora.server.exactness import distance
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx
 from fedlora.strategy import Client, Job

@@ -20,18 +20,20 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedlora import base, checkpoint, worker
 from fedlora import config as configuration
-from fedlora.__main__ import app
-from fedlora.compose import compose
+from fedlora.cli.app import app
+from fedlora.cli.simulate import simulate
+from fedlora.client import training
 from fedlora.errors import CheckpointError, ConfigError, ExportError
-from fedlora.export import EXAMPLES, Draft, Probe, export, verify
-from fedlora.folder import RunFolder
 from fedlora.lora import LoRA, delta
-from fedlora.model import load_peft
-from fedlora.run import Setup, prepare
-from fedlora.simulate import simulate
-from fedlora.store import Store
+from fedlora.models import base_model
+from fedlora.models.peft_files import load_peft
+from fedlora.run.compose import compose
+from fedlora.run.directory import RunFolder
+from fedlora.run.export import EXAMPLES, Draft, Probe, export, verify
+from fedlora.run.setup import Setup, prepare
+from fedlora.storage import checkpoint
+from fedlora.storage.client_state import Store
 from tests.models import make
 
 Run = Callable[[str], Path]
@@ -105,7 +107,7 @@ def logits(net: Any) -> torch.Tensor:
 
 def stranger(setup: Setup, adapter: Path) -> torch.Tensor:
     """The logits of a clean base with this adapter, as PEFT loads it."""
-    bare, *_ = base.load(setup.config.model, setup.model.form, seed=99)
+    bare, *_ = base_model.load(setup.config.model, setup.model.form, seed=99)
     loaded: Any = PeftModel
     return logits(loaded.from_pretrained(bare, str(adapter)))
 
@@ -130,7 +132,7 @@ def test_a_stranger_gets_the_runs_logits(run: Run, words: str, form: str, tmp_pa
     setup, _ = delivered(path)
     wanted = logits(setup.model.net)
     alike(stranger(setup, out) if form == "adapter" else logits(whole(out)), wanted)
-    bare, *_ = base.load(setup.config.model, setup.model.form, seed=99)
+    bare, *_ = base_model.load(setup.config.model, setup.model.form, seed=99)
     assert not torch.allclose(logits(bare), wanted, atol=1e-3)
 
 
@@ -140,7 +142,7 @@ def test_the_command_leaves_a_model_that_is_of_transformers_alone(run: Run, tmp_
     done = CliRunner().invoke(app, ["export", str(path), "--as", "merged", "--out", str(out)])
     assert f'load it: transformers.BertForSequenceClassification.from_pretrained("{out}")' in done.stdout
     setup, net = opened(path)[0], whole(out)
-    bare, processor, _ = base.load(setup.config.model, setup.model.form, seed=99)
+    bare, processor, _ = base_model.load(setup.config.model, setup.model.form, seed=99)
     assert net.state_dict().keys() == bare.state_dict().keys() and not list(out.glob("adapter*"))
     assert net.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
     assert AutoTokenizer.from_pretrained(out)("w3 w4") == processor("w3 w4")
@@ -168,7 +170,7 @@ def test_every_client_gets_its_own_model(run: Run, words: str, tmp_path: Path, c
     for i, site in enumerate(setup.sites):
         kept = Store(path / "checkpoint" / "clients" / str(i)).before(2)
         job = strategy.client_init(state, site.client(i, setup.ranks[i]))
-        worker.evaluate(setup.model, job, setup.evaluation, kept)
+        training.evaluate(setup.model, job, setup.evaluation, kept)
         alike(got := stranger(setup, tmp_path / "out" / f"client-{i}"), logits(setup.model.net))
         found += [got] if kept else []
         assert bool(kept) == (str(i) not in named)

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
 from fedlora.lora import LoRA, average, contrast, delta, orthonormal, stack
-from fedlora.sketch import narrow, widen
+from fedlora.messages.sketch import narrow, widen
 from fedlora.strategies.dp_lora import DPLoRA
 from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedavg import FedAvg

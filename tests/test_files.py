@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.files import append_durably, hold_lock, replace_file, write_durably
+from fedlora.storage.files import append_durably, hold_lock, replace_file, write_durably
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def test_of_a_line_without_room_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_refused_while_another_process_holds_it(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from fedlora.files import hold_lock\n"
+    code = "import sys; from pathlib import Path; from fedlora.storage.files import hold_lock\n"
     code += "with hold_lock(Path(sys.argv[1]), wait=False): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

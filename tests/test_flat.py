@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fedlora.flat import Parts, Traffic, flatten, unflatten
 from fedlora.lora import LoRA
+from fedlora.messages.parts import Parts, Traffic
 from fedlora.strategy import Job, Update
+from fedlora.vectors import flatten, unflatten
 from tests.conftest import factors
 
 

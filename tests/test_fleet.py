@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora import wire
-from fedlora.client.parts import PartStore
+from fedlora.client.part_cache import PartStore
 from fedlora.errors import Failure, FailureKind, RoundFailed
+from fedlora.messages import codec
 from fedlora.server.fleet import FlowerFleet, Rules
 from fedlora.server.replies import KIND_OF_CODE, read_error
 from fedlora.strategy import Client, Job, Update
@@ -61,16 +61,16 @@ def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | N
     @app.query()
     def describe(message: Message, context: Context) -> Message:
         id = int(context.node_config["partition-id"]) if say is None else say
-        return Message(wire.pack_client(Client(id, 10, 4)), reply_to=message)
+        return Message(codec.pack_client(Client(id, 10, 4)), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         before(int(context.node_config["partition-id"]))
-        order = wire.read_order(message.content)
+        order = codec.read_order(message.content)
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
-            return Message(wire.pack_lacks(wire.Lacks(lacks)), reply_to=message)
-        return Message(wire.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
+            return Message(codec.pack_lacks(codec.Lacks(lacks)), reply_to=message)
+        return Message(codec.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
 
     return app
 
@@ -199,8 +199,8 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        asked.append(len(wire.read_order(message.content).sent))
-        return Message(wire.pack_lacks(wire.Lacks(("x",))), reply_to=message)
+        asked.append(len(codec.read_order(message.content).sent))
+        return Message(codec.pack_lacks(codec.Lacks(("x",))), reply_to=message)
 
     fleet = FlowerFleet(Threads(app), Rules(1))
     fleet.clients()

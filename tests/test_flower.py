@@ -19,13 +19,15 @@ import pytest
 import torch
 
 from fedlora import config
-from fedlora.flat import Parts
+from fedlora.errors import Failure
 from fedlora.lora import SIDES, LoRA, average
-from fedlora.masking import SecureConfig
+from fedlora.messages.parts import Parts
 from fedlora.metrics import Metrics
-from fedlora.privacy import PrivacyConfig, Terms
-from fedlora.rounds import Failure, Fleet, Plan, Round, fit
-from fedlora.run import Setup, prepare
+from fedlora.privacy.record_level import Terms
+from fedlora.run.plan import Plan, Round
+from fedlora.run.setup import Setup, prepare
+from fedlora.sections import PrivacyConfig, SecureConfig
+from fedlora.server.rounds import Fleet, fit
 from fedlora.simulations import flower
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.fedavg import FedAvg

@@ -11,15 +11,14 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import Grid, strategy
 from torch.testing import assert_close
 
-from fedlora import checkpoint
-from fedlora.catalogue import title
-from fedlora.checkpoint import Checkpoint
 from fedlora.errors import StrategyError
-from fedlora.flat import flatten
 from fedlora.lora import LoRA, average
 from fedlora.server.flower_strategy import OFFERED, REFUSED, Flower, State, arrays, load, reply
+from fedlora.storage import checkpoint
+from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategy import Client
+from fedlora.strategy import Client, title
+from fedlora.vectors import flatten
 from tests.conftest import factors, fresh
 
 OPTIONS: dict[str, dict[str, Any]] = {  # such that every rule does something

@@ -21,8 +21,8 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedlora.provision import provision
-from fedlora.server.door import CALLS, HEADERS, KEY_HEADER, KEYLESS_CALLS, Limits
+from fedlora.deployment.provision import provision
+from fedlora.server.deployment.gate_rules import CALLS, HEADERS, KEY_HEADER, KEYLESS_CALLS, Limits
 from tests.doors import (  # noqa: F401
     LARGE,
     OPEN,

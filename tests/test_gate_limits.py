@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.server.door import KEY_HEADER
+from fedlora.server.deployment.gate_rules import KEY_HEADER
 from tests.doors import PATIENCE, PULL, Gate, SuperLink, answer, ask, free, gate, head, own, shared, superlink  # noqa: F401
 
 HEALTH = head("GET /health HTTP/1.1", {"Host": "x"})
@@ -113,11 +113,18 @@ def test_it_ends_within_three_seconds_whoever_is_connected(own: Callable[..., Ga
 
 
 def test_without_certificates_it_stays_shut_or_is_told_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fedlora.server.gate", f"--port={free()}", "--ca", str(tmp_path / "none")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedlora.server.deployment.gate",
+        f"--port={free()}",
+        "--ca",
+        str(tmp_path / "none"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: --ca") and "--insecure" in done.stderr
 
 
 def test_it_knows_no_model_and_no_flower() -> None:
-    code = "import sys, fedlora.server.gate; sys.exit(bool({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
+    code = "import sys, fedlora.server.deployment.gate; sys.exit(bool({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

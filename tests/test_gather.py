@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from fedlora.errors import Failure, FailureKind
-from fedlora.gather import Sum, gather
 from fedlora.lora import LoRA, average
+from fedlora.server.aggregation import Sum, gather
 from fedlora.strategy import Job, Update
 from tests.conftest import factors, fresh
 

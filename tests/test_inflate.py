@@ -10,7 +10,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.superlink.grid import http_grid
 
 from fedlora.errors import WireError
-from fedlora.server.inflate import bounded
+from fedlora.server.memory_bounds import bounded
 
 BOMB = 400 * 2**20
 

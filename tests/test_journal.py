@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import journal
 from fedlora.errors import ConfigError
-from fedlora.journal import Journal, entries, harmless
+from fedlora.storage import event_log
+from fedlora.storage.event_log import Journal, entries, harmless
 
 WRITER = """
 import sys
 from pathlib import Path
-from fedlora.journal import Journal
+from fedlora.storage.event_log import Journal
 log = Journal(Path(sys.argv[1]), limit=int(sys.argv[3]), who=int(sys.argv[2]))
 for n in range(int(sys.argv[4])):
     log.write("left", n=n, tensors=[f"A model.layers.{i}.q_proj" for i in range(50)])
@@ -123,7 +123,7 @@ def test_the_first_line_after_a_full_disk_says_how_many_are_missing(tmp_path: Pa
 def test_a_process_that_hangs_with_the_lock_does_not_hang_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(journal, "PATIENCE", 0.05)
+    monkeypatch.setattr(event_log, "PATIENCE", 0.05)
     log = Journal(tmp_path / "audit.jsonl")
     with (tmp_path / "audit.jsonl").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)

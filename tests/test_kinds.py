@@ -9,13 +9,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
-from fedlora import base, config, wear
-from fedlora.__main__ import dotted
-from fedlora.config import LoRAConfig, ModelConfig
+from fedlora import config
+from fedlora.cli.options import dotted
+from fedlora.data.rows import Rows
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
 from fedlora.lora import LoRA
-from fedlora.model import Model, load_peft, save_peft
-from fedlora.partition import Rows
+from fedlora.models import adapter as wear
+from fedlora.models import base_model
+from fedlora.models.model import Model
+from fedlora.models.peft_files import load_peft, save_peft
+from fedlora.sections import LoRAConfig, ModelConfig
 from tests.models import FORMS, TEXT, WORDS, batch, computed, logits, make, plain_logits, stirred
 
 Maker = Callable[..., Model]
@@ -57,7 +60,7 @@ def build(folders: dict[str, Path]) -> Maker:
 
 @pytest.fixture
 def bare(folders: dict[str, Path]) -> Callable[[str], Any]:
-    return lambda model: base.load(ModelConfig(path=str(folders[model])), FORMS[model], seed=1)[0]
+    return lambda model: base_model.load(ModelConfig(path=str(folders[model])), FORMS[model], seed=1)[0]
 
 
 @pytest.mark.parametrize(("model", "adapter"), WORN)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.accounting import Charge, epsilon
+from fedlora.client.ledger import Ledger
+from fedlora.data.client_data import fingerprint
 from fedlora.errors import LedgerError
-from fedlora.ledger import Ledger, fingerprint
-from fedlora.strategy import Privacy, Update
+from fedlora.jobs import Charge, Privacy
+from fedlora.privacy.accounting import epsilon
+from fedlora.strategy import Update
 from tests.conftest import factors
 
 TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.1, steps=10, delta=1e-5)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from fedlora.deployment.json_logs import about, structured
 from fedlora.errors import ConfigError
-from fedlora.logs import about, structured
 
 log = logging.getLogger("fedlora")
 

@@ -9,19 +9,21 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.catalogue import catalogue
-from fedlora.central import Central
-from fedlora.checks.tiny import RANK, world
-from fedlora.errors import RoundFailed
-from fedlora.flat import Traffic
+from fedlora.checks.small_models import RANK, world
+from fedlora.data.client_data import Site
+from fedlora.errors import Failure, RoundFailed
+from fedlora.jobs import Ask
 from fedlora.lora import SIDES, LoRA, delta
-from fedlora.masking import SecureConfig
+from fedlora.messages.parts import Traffic
 from fedlora.metrics import Metrics
-from fedlora.privacy import PrivacyConfig, Terms
-from fedlora.rounds import Answers, Failure, Plan, Policy, Round, fit
+from fedlora.privacy.client_level import Central
+from fedlora.privacy.record_level import Terms
+from fedlora.run.plan import Plan, Round
+from fedlora.sections import Policy, PrivacyConfig, SecureConfig, Training
+from fedlora.server.aggregation import Answers
+from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
-from fedlora.site import Site
-from fedlora.strategy import Ask, Client, Job, Strategy, Training, Update, load
+from fedlora.strategy import Client, Job, Strategy, Update, catalogue, load
 
 SGD = Training(optimizer="sgd", lr=0.1, steps=2, batch_size=4, clip=0.0)
 PLAN = Plan(rounds=1, cohort=5, training=SGD)

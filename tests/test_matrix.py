@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 from torch import Tensor, nn
 
-from fedlora.encode import Example
+from fedlora.data.encoding import Example
 from fedlora.errors import PrivacyError
-from fedlora.persample import Hooks, OneByOne, OnePass, PerExample
+from fedlora.privacy.per_sample_gradients import Hooks, OneByOne, OnePass, PerExample
 from tests.zoo import ROWS, Learner, apart, build, examples, quiet
 
 EXACT = 5e-6  # float32's rounding is up to 3e-6; what is wrong is wrong by tenths

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora import worker
-from fedlora.audit.membership import MOST, Records, against, bound, losses, measures, some
-from fedlora.checks.tiny import LABELS, WORDS, world
+from fedlora.audit.membership_inference import MOST, Records, against, bound, losses, measures, some
+from fedlora.checks.small_models import LABELS, WORDS, world
+from fedlora.client import training as worker
 from fedlora.lora import LoRA
-from fedlora.strategy import Job, Training
+from fedlora.sections import Training
+from fedlora.strategy import Job
 from tests.models import make
 from tests.test_simulate import fedlora
 

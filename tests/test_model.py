@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
-from fedlora import base
-from fedlora.config import LoRAConfig, ModelConfig
-from fedlora.data import Form
+from fedlora.data.schema import Form
 from fedlora.errors import ModelError, StrategyError
 from fedlora.lora import LoRA, delta, join
-from fedlora.model import Model, load_peft, save_peft
+from fedlora.models import base_model
+from fedlora.models.model import Model
+from fedlora.models.peft_files import load_peft, save_peft
+from fedlora.sections import LoRAConfig, ModelConfig
 from tests.models import FORMS, batch, computed, logits, make, plain_logits, stirred
 
 Maker = Callable[..., Model]
@@ -135,7 +136,7 @@ def test_cores_and_dense_sides_are_delivered_as_factors_of_at_most_full_rank(
     trained = dense(model, 2).over(cored(model, 1, rank=7))
     save_peft(model, trained, tmp_path)
     model.write(trained)
-    bare, *_ = base.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
+    bare, *_ = base_model.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
     loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
     assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
     layers = model.adapted.values()
@@ -161,7 +162,7 @@ def test_the_delivered_adapter_gives_the_trained_logits(
     trained = stirred(model, 4, rank=7)
     save_peft(model, trained, tmp_path)
     model.write(trained)
-    bare, *_ = base.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
+    bare, *_ = base_model.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
     loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
     assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
 

@@ -20,8 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from fedlora import config, errors
-from fedlora.client.relay import WorkerGone
-from fedlora.console import Screen
+from fedlora.client.deployment.relay import WorkerGone
 from fedlora.errors import (
     CLIENT_KINDS,
     CheckpointError,
@@ -36,11 +35,13 @@ from fedlora.errors import (
     TrainingDiverged,
     WireError,
 )
-from fedlora.folder import RunFolder
-from fedlora.plan import Round
-from fedlora.run import drive, prepare
-from fedlora.server.monitor import Monitor
+from fedlora.run.console import Screen
+from fedlora.run.directory import RunFolder
+from fedlora.run.plan import Round
+from fedlora.run.setup import prepare
+from fedlora.server.deployment.prometheus import Monitor
 from fedlora.server.replies import read_error
+from fedlora.server.run import drive
 from fedlora.simulations.serial import Serial
 from tests.models import make
 

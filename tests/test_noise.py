@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.noise import Source
+from fedlora.privacy.noise import Source
 
 LIKELY = 1e-4  # the seeds are fixed: a p-value below it is a fault, not bad luck
 MANY = 200_000

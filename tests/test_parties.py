@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedlora import config
+from fedlora.client.policy import insists
 from fedlora.config import check_mine
-from fedlora.deploy import for_client, for_server, insists, told
 from fedlora.errors import ClientFailed, ConfigError
-from fedlora.run import Setup, prepare
+from fedlora.run.setup import Setup, for_client, for_server, prepare, told
 from tests.models import make
 
 SETTINGS = {"cohort": 2, "lora.rank": 4, "lora.ranks": "2,4,3", "strategy": "flora", "model.max_length": 16}

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedlora.config import DataConfig
-from fedlora.data import load
+from fedlora.data.federated import load
+from fedlora.data.partition import hold_out, split
 from fedlora.errors import ConfigError, DataError
-from fedlora.partition import hold_out, split
+from fedlora.sections import DataConfig
 
 SPECS = ("auto", "iid", "dirichlet:0.5", "dirichlet:100", "labels:1", "labels:2", "natural:user", "size:linear",
          "size:square", "size:exponential", "size:0.5")  # fmt: skip

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fedlora.base import seeded
-from fedlora.config import LoRAConfig, ModelConfig
-from fedlora.encode import Example
+from fedlora.data.encoding import Example
 from fedlora.errors import PrivacyError
 from fedlora.lora import LoRA
-from fedlora.model import Model
-from fedlora.persample import Gradients, Hooks, OneByOne, OnePass, PerExample, add_up, clip
-from fedlora.preflight import synthetic
+from fedlora.models.model import Model
+from fedlora.privacy.per_sample_gradients import Gradients, Hooks, OneByOne, OnePass, PerExample, add_up, clip
+from fedlora.privacy.preflight import synthetic
+from fedlora.sections import LoRAConfig, ModelConfig
+from fedlora.seeds import seeded
 from tests.models import FORMS, make
 from tests.zoo import apart
 

@@ -19,16 +19,17 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from fedlora import dpsgd, preflight
-from fedlora.config import LoRAConfig, ModelConfig
-from fedlora.data import Form
-from fedlora.dpsgd import STANDARD
-from fedlora.encode import Example
+from fedlora.data.encoding import Example
+from fedlora.data.schema import Form
 from fedlora.errors import PrivacyError
+from fedlora.jobs import Privacy
 from fedlora.lora import LoRA
-from fedlora.model import Model
-from fedlora.persample import LAYERS, Hooks, OnePass
-from fedlora.strategy import Job, Privacy
+from fedlora.models.model import Model
+from fedlora.privacy import dpsgd, per_sample_gradients, preflight
+from fedlora.privacy.dpsgd import STANDARD
+from fedlora.privacy.per_sample_gradients import LAYERS, Hooks, OnePass
+from fedlora.sections import LoRAConfig, ModelConfig
+from fedlora.strategy import Job
 from tests.models import FORMS, LABEL, TEXT, make, tokenizer
 from tests.zoo import MIXTRAL, OPT, QWEN_MOE, WIDE
 
@@ -199,7 +200,7 @@ def test_a_clip_that_does_not_hold_is_found(build: Callable[..., Model]) -> None
     """Without one, and with one for every tensor, as if each were alone."""
 
     def apart(g: list[Tensor], groups: Any, bounds: Any) -> list[Tensor]:
-        return [dpsgd.clip([t], [0], bounds[:1])[0] for t in g]
+        return [per_sample_gradients.clip([t], [0], bounds[:1])[0] for t in g]
 
     model = build("llama")
     for bad in (lambda g, *_: [torch.ones(len(t)) for t in g], apart):

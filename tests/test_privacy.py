@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 
 from fedlora import config as configuration
-from fedlora.compose import compose
 from fedlora.config import Config
 from fedlora.errors import ConfigError, PrivacyError
-from fedlora.privacy import PrivacyConfig, central, terms
-from fedlora.report import group
-from fedlora.strategy import Client, Training
+from fedlora.privacy.client_level import central
+from fedlora.privacy.record_level import terms
+from fedlora.run.compose import compose
+from fedlora.run.privacy_report import group
+from fedlora.sections import PrivacyConfig, Training
+from fedlora.strategy import Client
 from tests.conftest import fresh
 
 CLIENTS = [Client(0, 400, 4, records=400), Client(1, 100, 4, records=100)]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.accounting import Charge, epsilon
+from fedlora.jobs import Charge
+from fedlora.privacy.accounting import epsilon
 from tests.test_simulate import SMALL, Done, adapter, fedlora, given, records, same, site, start  # noqa: F401
 
 DP = ["--dp-epsilon", "6", "--dp.rate", "0.4", "--train.steps", "2", "--train.optimizer", "sgd", "--rounds", "3"]

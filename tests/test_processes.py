@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.deployment.processes import Process, Tail, alone, free_port, is_alive, kill_marked, stop, wait_for_port
 from fedlora.errors import ConfigError
-from fedlora.processes import Process, Tail, alone, free_port, is_alive, kill_marked, stop, wait_for_port
 
 SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
 PARENT = """
 import sys, time
 from pathlib import Path
-from fedlora.processes import Process
+from fedlora.deployment.processes import Process
 child = Process("child", [sys.executable, "-c", "import time; time.sleep(601)"], Path(sys.argv[1]))
 child.start()
 print(child.pid, flush=True)

@@ -9,14 +9,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from fedlora.deployment.provision import Identity, names_for, provision, read_client, read_clients, remove
 from fedlora.errors import ConfigError
-from fedlora.provision import Identity, names_for, provision, read_client, read_clients, remove
 
 HOSTS = ["fed.example.org", "10.0.0.5"]
 DIES = """if True:
     import os, sys
     from pathlib import Path
-    from fedlora.provision import provision
+    from fedlora.deployment.provision import provision
     seen = []
     def die(event, args):
         if event == "os.rename":
@@ -40,7 +40,7 @@ WATCHED = """if True:
             assert os.stat(args[0]).st_mode & 0o777 == 0o600
             print(args[1])
     os.umask(0); sys.addaudithook(watch)
-    from fedlora.provision import provision
+    from fedlora.deployment.provision import provision
     provision(Path(sys.argv[1]), ["a"], ["one"])"""
 
 
@@ -159,7 +159,7 @@ def test_killed_at_any_moment_the_next_run_completes_it(tmp_path: Path) -> None:
 
 
 def test_two_at_once_give_no_number_twice(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from fedlora.provision import provision\n"
+    code = "import sys; from pathlib import Path; from fedlora.deployment.provision import provision\n"
     code += "for i in range(8): provision(Path(sys.argv[1]), ['a'], [f'{sys.argv[2]}-{i}'])"
     both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, who]) for who in ("x", "y")]
     assert [process.wait(60) for process in both] == [0, 0]
@@ -226,7 +226,9 @@ def test_a_client_without_its_public_key_is_named(out: Path) -> None:
 
 def test_a_full_disk_says_so_and_leaves_what_was_there(out: Path) -> None:
     before = contents(out)
-    code = "import resource, signal, sys; from pathlib import Path; from fedlora.provision import provision\n"
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from fedlora.deployment.provision import provision\n"
+    )
     code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
     code += "provision(Path(sys.argv[1]), ['new'], [])"
     told = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, check=False)
@@ -235,5 +237,5 @@ def test_a_full_disk_says_so_and_leaves_what_was_there(out: Path) -> None:
 
 
 def test_nothing_heavy_is_needed() -> None:
-    code = "import sys, fedlora.provision; sys.exit(bool({'torch', 'flwr', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, fedlora.deployment.provision; sys.exit(bool({'torch', 'flwr', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fedlora.config import build
 from fedlora.errors import ConfigError
-from fedlora.ranks import ranks
-from fedlora.run import prepare
+from fedlora.run.client_ranks import ranks
+from fedlora.run.setup import prepare
 from fedlora.simulations.serial import Serial
 from tests.models import make
 

@@ -10,9 +10,9 @@ import yaml
 from typer.main import get_command
 
 from fedlora import config as configuration
-from fedlora import operate
-from fedlora.__main__ import dotted
-from fedlora.catalogue import catalogue
+from fedlora.cli import operate
+from fedlora.cli.options import dotted
+from fedlora.strategy import catalogue
 from tests.test_simulate import fedlora
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_the_tables_of_strategies_are_the_catalogues() -> None:
 
 
 def test_the_keys_of_a_round_are_all_named() -> None:
-    from fedlora.rounds import Round
+    from fedlora.run.plan import Round
 
     record = Round(1, None, (), {}, None, None, None, 0, 0, 0.0, {"kept": 1.0}, 0.5).record()
     assert all(f"`{key}`" in README for key in record)

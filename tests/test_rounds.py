@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.errors import RoundFailed, StrategyError
-from fedlora.flat import Traffic
+from fedlora.errors import Failure, RoundFailed, StrategyError
 from fedlora.lora import LoRA
+from fedlora.messages.parts import Traffic
 from fedlora.metrics import Metrics
-from fedlora.rounds import Answers, Failure, Past, Plan, Policy, Round, fit, sample, stalled
+from fedlora.run.plan import Past, Plan, Round
+from fedlora.sections import Policy
+from fedlora.server.aggregation import Answers
+from fedlora.server.rounds import fit, sample, stalled
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategy import Client, Job, Update, load
 from tests.conftest import factors, fresh

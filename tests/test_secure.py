@@ -10,8 +10,9 @@ from Crypto.Protocol.SecretSharing import Shamir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import secure
-from fedlora.secure import Cohort, Keys, Member, Ring, SecureError, unmask
+from fedlora.errors import SecureError
+from fedlora.privacy import secure_aggregation
+from fedlora.privacy.secure_aggregation import Cohort, Keys, Member, Ring, unmask
 
 ROUND = "run 7, round 3"
 STEPS = ("joined", "shared", "masked", "revealed")  # the last thing that a member did before it fell silent
@@ -138,8 +139,10 @@ def test_a_vector_that_comes_too_late_is_still_masked() -> None:
     members, cohort, vectors, masked = to_masked(5, 1000)
     revealed = {i: members[i].reveal([10, 11, 12, 13]) for i in (10, 11, 12, 13)}
     seed = combine(cohort, revealed, 14)
-    assert secure._public(secure._masking_key(seed, ROUND, 14)) == cohort.keys[14].masking  # the server has this key
-    bare = masked[14] - add({i: secure._pairwise(seed, cohort, 14, i, 1000) for i in revealed})
+    assert (
+        secure_aggregation._public(secure_aggregation._masking_key(seed, ROUND, 14)) == cohort.keys[14].masking
+    )  # the server has this key
+    bare = masked[14] - add({i: secure_aggregation._pairwise(seed, cohort, 14, i, 1000) for i in revealed})
     assert chi_square(bare - vectors[14]) < 400 and (bare != vectors[14]).all()  # and yet not the vector
 
 
@@ -150,8 +153,8 @@ def combine(cohort: Cohort, revealed: Mapping[int, Mapping[int, bytes]], owner: 
 
 def self_mask(cohort: Cohort, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> Ring:
     seed = combine(cohort, revealed, owner)
-    assert secure._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].mark  # the server has this seed
-    return secure._stream(secure._derive(seed, "self-mask", ROUND, owner), 1000)
+    assert secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].mark  # the server has this seed
+    return secure_aggregation._stream(secure_aggregation._derive(seed, "self-mask", ROUND, owner), 1000)
 
 
 def test_fewer_shares_than_threshold_give_another_secret() -> None:

@@ -8,7 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedlora.secure import SecureError, decode, encode, unmask
+from fedlora.errors import SecureError
+from fedlora.privacy.masked_update import decode, encode
+from fedlora.privacy.secure_aggregation import unmask
 from tests.test_secure import Sealed, add, joined, mask
 
 REACH = st.sampled_from([1.0, 0.1, 3.7, 1e-3, 2.0**-5, 1e6])

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlora.errors import FedloraError
-from fedlora.secure import Cohort, Member, SecureError, unmask
+from fedlora.errors import FedloraError, SecureError
+from fedlora.privacy.secure_aggregation import Cohort, Member, unmask
 from tests.test_secure import ROUND, Sealed, add, again, inbox, joined, mask, random, to_masked
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.__main__ import main
+from fedlora.cli.app import main
 from tests.models import make
 
 ROOT = Path(__file__).parent.parent

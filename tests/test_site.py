@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.checks.tiny import world
+from fedlora.checks.small_models import world
+from fedlora.client.policy import Own
+from fedlora.client.runner import Desk
+from fedlora.data.client_data import Site
 from fedlora.errors import LedgerError, PrivacyError
-from fedlora.site import Desk, Own, Site
-from fedlora.strategy import Job, Privacy, Training
+from fedlora.jobs import Privacy
+from fedlora.sections import Training
+from fedlora.strategy import Job
 
 TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
 WORLD = world("gpt2")  # 16 tokens in an example

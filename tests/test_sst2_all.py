@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fedlora.catalogue import catalogue
+from benchmarks.sst2_all import GRID, Place, Variant, best_rate, load, ready, save, table, variants
 from fedlora.errors import ConfigError
-from fedlora.simulations.sst2_all import GRID, Place, Variant, best_rate, load, ready, save, table, variants
+from fedlora.strategy import catalogue
 
 PLACE = Place("model", "data", 1, False)
 

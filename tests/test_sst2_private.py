@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks import sst2_private
+from benchmarks.sst2_private import CLIPS, RATES, Line, best, grid, lines, ready, table
 from fedlora import config as configuration
 from fedlora.errors import ConfigError
-from fedlora.simulations import sst2_private
-from fedlora.simulations.sst2_private import CLIPS, RATES, Line, best, grid, lines, ready, table
 
 LINE = Line("FedIT", "fedavg", epsilon=3.0)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from fedlora import stdlib
-from fedlora.stdlib import Document, clients, heldout, packages, pretraining
+from fedlora.data import python_stdlib
+from fedlora.data.python_stdlib import Document, clients, heldout, packages, pretraining
 
 
 def text_by_path(documents: Iterable[Document]) -> dict[str, str]:
@@ -66,7 +66,7 @@ def test_two_calls_give_the_same_partition() -> None:
 
 
 def test_as_many_clients_as_the_text_supplies_each_have_text() -> None:
-    most = sum(len(document.text) for document in clients(1)[0]) // stdlib.SMALLEST_SHARE
+    most = sum(len(document.text) for document in clients(1)[0]) // python_stdlib.SMALLEST_SHARE
     assert all(sum(len(document.text) for document in share) > 3000 for share in clients(most))
     with pytest.raises(ValueError, match=f"1 to {most} clients, .* among {most + 1}"):
         clients(most + 1)

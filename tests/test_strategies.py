@@ -4,15 +4,14 @@ from typing import Any
 
 import pytest
 
-from fedlora.catalogue import catalogue
-from fedlora.checks import algebra, declarations, training
+from fedlora.checks import declarations, on_random_factors, on_small_models
 from fedlora.checks.contract import CHECKS, Check, label, words
 from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.capped import Capped
 from fedlora.strategies.head import Head
 from fedlora.strategies.robust import Robust
 from fedlora.strategies.server_optimizer import ServerOptimizer
-from fedlora.strategy import Strategy, load
+from fedlora.strategy import Strategy, catalogue, load
 
 ENTRIES = [entry for entry in catalogue() if entry.cls.__module__.startswith("fedlora.strategies.")]
 OPTIONS = [  # what changes a declaration, or what is sent
@@ -43,18 +42,21 @@ WRAPPED = [
     ServerOptimizer(Head(load("fedsa_lora"), "local"), "adagrad"),
 ]
 LET_OFF = {  # of what all others keep, by their own rule
-    ("florist", algebra.check_one_client_alone_is_followed),  # it cuts even a single client's product
-    ("hetlora", algebra.check_twice_the_weight_counts_as_two_clients),  # it weighs by norms
+    ("florist", on_random_factors.check_one_client_alone_is_followed),  # it cuts even a single client's product
+    ("hetlora", on_random_factors.check_twice_the_weight_counts_as_two_clients),  # it weighs by norms
 }
-QUICK = [check for check in CHECKS if check.__module__ in (algebra.__name__, declarations.__name__)]
-QUICK += [training.check_numbers_sent_are_as_declared, training.check_a_model_is_its_weights_plus_s_times_the_product]
+QUICK = [check for check in CHECKS if check.__module__ in (on_random_factors.__name__, declarations.__name__)]
+QUICK += [
+    on_small_models.check_numbers_sent_are_as_declared,
+    on_small_models.check_a_model_is_its_weights_plus_s_times_the_product,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=label)
 @pytest.mark.parametrize("name", [entry.name for entry in ENTRIES])
 def test_a_built_in_keeps_the_contract(name: str, check: Check) -> None:
     skip = check(load(name))
-    assert bool(skip) == ((name, check) in LET_OFF) or check.__module__ != algebra.__name__
+    assert bool(skip) == ((name, check) in LET_OFF) or check.__module__ != on_random_factors.__name__
     if skip:
         pytest.skip(skip.reason)
 

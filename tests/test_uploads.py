@@ -18,16 +18,20 @@ from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora import admit, wire
-from fedlora.compress import compress, restore
-from fedlora.errors import WireError
-from fedlora.flat import unflatten
+from fedlora.errors import Failure, WireError
+from fedlora.jobs import Masking
 from fedlora.lora import SIDES, LoRA
+from fedlora.messages import codec
+from fedlora.messages.compression import compress, restore
 from fedlora.metrics import Metrics
-from fedlora.rounds import Failure, Plan, Policy, Round, fit
-from fedlora.seat import size
+from fedlora.privacy.masked_update import size
+from fedlora.run.plan import Plan, Round
+from fedlora.sections import Policy
+from fedlora.server import upload_checks
 from fedlora.server.fleet import FlowerFleet, Rules
-from fedlora.strategy import Client, Job, Masking, Update, load
+from fedlora.server.rounds import fit
+from fedlora.strategy import Client, Job, Update, load
+from fedlora.vectors import unflatten
 from tests import malform
 from tests.conftest import factors
 from tests.malform import INF, NAN, NO_COUNT, NOT_FLOAT, NOT_TEXT, Kind
@@ -77,13 +81,13 @@ def update_kind(job: Job, update: Update) -> Kind:
     """An upload that answers a job; of what is read, its numbers are the valid one's to the last bit."""
 
     def same(got: Any) -> bool:
-        if isinstance(got, wire.Lacks):
+        if isinstance(got, codec.Lacks):
             return False
         hidden = update.masked is None or torch.equal(got.masked, update.masked)
-        return hidden and equal(got.lora, update.lora) and 0 <= got.examples <= admit.MOST_EXAMPLES
+        return hidden and equal(got.lora, update.lora) and 0 <= got.examples <= upload_checks.MOST_EXAMPLES
 
-    read = partial(admit.read_update, job=job, largest_step=STEP)
-    return Kind(wire.pack_update(update, job.round), read, same, UPDATE, optional=("scales",))
+    read = partial(upload_checks.read_update, job=job, largest_step=STEP)
+    return Kind(codec.pack_update(update, job.round), read, same, UPDATE, optional=("scales",))
 
 
 def possible(got: Any) -> bool:
@@ -104,7 +108,7 @@ def kinds() -> dict[str, Kind]:
     masked = Job(start, masking=Masking("round 2", 0.5, 1.0, 3, {}), round=1)
     numbers = torch.arange(size(masked), dtype=torch.int32) * 7919
     table = torch.arange(9).view(3, 3)
-    lacks, introduced = wire.Lacks(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
+    lacks, introduced = codec.Lacks(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
     made = {
         "plain": update_kind(Job(start, round=1), Update(trained, 17, 0.5)),
         "half": update_kind(Job(start, round=1), Update(factors(2, dtype=torch.float16), 17, 0.5)),
@@ -112,20 +116,20 @@ def kinds() -> dict[str, Kind]:
         "small": update_kind(Job(start, upload="int8", round=1), small(start, trained)),
         "masked": update_kind(masked, Update(LoRA(), 17, None, masked=numbers)),
         "metrics": Kind(
-            wire.pack_metrics(Metrics(4, 9, 0.5, 3, table)), admit.read_metrics, possible, METRICS, ("dtype",)
+            codec.pack_metrics(Metrics(4, 9, 0.5, 3, table)), upload_checks.read_metrics, possible, METRICS, ("dtype",)
         ),
         "introduction": Kind(
-            wire.pack_client(introduced, "ab"), admit.read_client, lambda got: got[0].rank > 0, CLIENT
+            codec.pack_client(introduced, "ab"), upload_checks.read_client, lambda got: got[0].rank > 0, CLIENT
         ),
         "said": Kind(
-            wire.pack_said({"1": "ab", "2": "cd"}),
-            admit.read_said,
+            codec.pack_said({"1": "ab", "2": "cd"}),
+            upload_checks.read_said,
             lambda got: all(isinstance(x, str) for pair in got.items() for x in pair),
             {("said",): NOT_TEXT[:-3], ("said", "1"): NOT_TEXT},
         ),
         "lacks": Kind(
-            wire.pack_lacks(lacks),
-            partial(admit.read_update, job=Job(start)),
+            codec.pack_lacks(lacks),
+            partial(upload_checks.read_update, job=Job(start)),
             lambda got: bool(got.lacks) and all(isinstance(x, str) for x in got.lacks),
             {("lacks",): [*NOT_TEXT[:6], "x", [1], [None], [["x"]], ["x", 1], {"x": "y"}]},
         ),
@@ -206,7 +210,7 @@ class Held:
         self._parts: dict[str, LoRA] = {}
 
     def job(self, message: Message) -> Job:
-        order = wire.read_order(message.content)
+        order = codec.read_order(message.content)
         self._parts |= {n: unflatten(f.vector, f.manifest) for n, f in order.sent.items()}
         return order.job(self._parts)
 
@@ -217,19 +221,19 @@ def honest(i: int) -> ClientApp:
 
     @app.query()
     def describe(message: Message, context: Context) -> Message:
-        return reply(message, wire.pack_client(Client(i, 10 + i, 4)))
+        return reply(message, codec.pack_client(Client(i, 10 + i, 4)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         told = held.job(message)
         away = factors(100 * told.round + i, dtype=torch.float32)
         moved = LoRA(**{s: {m: t + 0.1 * away.side(s)[m] for m, t in told.start.side(s).items()} for s in "ABH"})
-        return reply(message, wire.pack_update(Update(moved, 10 + i, 0.5), told.round))
+        return reply(message, codec.pack_update(Update(moved, 10 + i, 0.5), told.round))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return reply(
-            message, wire.pack_metrics(Metrics(9, 9, 4.5 + held.job(message).round, i, torch.eye(3).long() * 3))
+            message, codec.pack_metrics(Metrics(9, 9, 4.5 + held.job(message).round, i, torch.eye(3).long() * 3))
         )
 
     return app
@@ -237,7 +241,7 @@ def honest(i: int) -> ClientApp:
 
 def reply(message: Message, records: RecordDict) -> Message:
     if isinstance(records.get("head"), ConfigRecord):
-        wire.stamp(records, wire.run_of(message.content))
+        codec.stamp(records, codec.run_of(message.content))
     return Message(records, reply_to=message)
 
 
@@ -252,7 +256,7 @@ def liar(i: int) -> ClientApp:
         answer = reply(message, random.choice(kind.ways)(kind, random))
         if random.random() < 0.1:
             answer = reply(message, kind.records)
-            wire.stamp(answer.content, random.choice(["another-run", "", "../x", "x" * 10**5]))
+            codec.stamp(answer.content, random.choice(["another-run", "", "../x", "x" * 10**5]))
         return answer
 
     @lies.evaluate()

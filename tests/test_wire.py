@@ -10,14 +10,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import admit, wire
-from fedlora.compress import with_feedback
 from fedlora.errors import WireError
-from fedlora.flat import Parts, Traffic, unflatten
 from fedlora.lora import SIDES, LoRA
+from fedlora.messages import codec
+from fedlora.messages.compression import with_feedback
+from fedlora.messages.parts import Parts, Traffic
 from fedlora.metrics import Metrics
-from fedlora.options import Encoding
-from fedlora.strategy import Client, Job, Training, Update
+from fedlora.sections import Encoding, Training
+from fedlora.server import upload_checks
+from fedlora.strategy import Client, Job, Update
+from fedlora.vectors import unflatten
 from tests.conftest import factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,10 +34,10 @@ def equal(x: LoRA, y: LoRA) -> bool:
 
 def send(job: Job, traffic: Traffic | None = None, dtype: torch.dtype = torch.float32) -> RecordDict:
     parts = Parts(dtype).of(job)
-    return wire.Packer().job(job, parts, (traffic or Traffic()).send(0, parts))
+    return codec.Packer().job(job, parts, (traffic or Traffic()).send(0, parts))
 
 
-def receive(order: wire.Order) -> Job:
+def receive(order: codec.Order) -> Job:
     """The job where all its parts came with it."""
     return order.job({n: unflatten(f.vector, f.manifest) for n, f in order.sent.items()})
 
@@ -62,7 +64,7 @@ def test_a_job_comes_back_as_it_was(
     start = factors(1, rank, dtype).only(sides)
     job = Job(start, offset=offset, training=training, seed=seed, round=round, rounds=rounds, **plain)  # type: ignore[arg-type]
     records = send(job, dtype=dtype)
-    back = receive(wire.read_order(records))
+    back = receive(codec.read_order(records))
     assert equal(back.start, job.start)
     assert len(back.offset) == offsets and all(map(equal, back.offset, offset))
     assert replace(back, start=job.start, offset=job.offset).__dict__ == job.__dict__
@@ -73,8 +75,8 @@ def test_a_job_comes_back_as_it_was(
 def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
     job = Job(factors(1, dtype=dtype), shares="AH")
     update = Update(factors(2, dtype=dtype).only("AH"), 17, 0.1)
-    records = wire.pack_update(update, 0)
-    back = admit.read_update(records, job)
+    records = codec.pack_update(update, 0)
+    back = upload_checks.read_update(records, job)
     assert isinstance(back, Update)
     assert equal(back.lora, update.lora) and (back.examples, back.loss) == (17, 0.1)
     assert len(arrays(records)) == 1
@@ -83,7 +85,7 @@ def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("loss", [1.5, math.inf])
 @pytest.mark.parametrize("table", [None, torch.arange(9).view(3, 3)], ids=["lm", "classify"])
 def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
-    back = admit.read_metrics(wire.pack_metrics(Metrics(4, 9, loss, 3, table)))
+    back = upload_checks.read_metrics(codec.pack_metrics(Metrics(4, 9, loss, 3, table)))
     assert isinstance(back, Metrics)
     assert (back.examples, back.targets, back.loss, back.correct) == (4, 9, loss, 3)
     assert (back.confusion is None) == (table is None)
@@ -91,12 +93,16 @@ def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
 
 
 def test_a_client_comes_back() -> None:
-    assert admit.read_client(wire.pack_client(Client(3, 99, 8), "ab")) == (Client(3, 99, 8), "ab")
+    assert upload_checks.read_client(codec.pack_client(Client(3, 99, 8), "ab")) == (Client(3, 99, 8), "ab")
 
 
 def test_what_a_client_lacks_comes_back() -> None:
-    records = wire.pack_lacks(wire.Lacks(("ab", "cd")))
-    assert admit.read_update(records, Job(factors(1))) == admit.read_metrics(records) == wire.Lacks(("ab", "cd"))
+    records = codec.pack_lacks(codec.Lacks(("ab", "cd")))
+    assert (
+        upload_checks.read_update(records, Job(factors(1)))
+        == upload_checks.read_metrics(records)
+        == codec.Lacks(("ab", "cd"))
+    )
 
 
 def test_only_parts_that_the_client_lacks_travel() -> None:
@@ -105,10 +111,10 @@ def test_only_parts_that_the_client_lacks_travel() -> None:
     first = Job(factors(1), offset=(old,))
     second = Job(LoRA(first.start.A, factors(2).B, first.start.H), offset=(old, new))
     traffic = Traffic()
-    assert len(wire.read_order(send(first, traffic)).sent) == 4
+    assert len(codec.read_order(send(first, traffic)).sent) == 4
     before = traffic.down
     records = send(second, traffic)
-    order = wire.read_order(records)
+    order = codec.read_order(records)
     sent = [unflatten(f.vector, f.manifest) for f in order.sent.values()]
     assert [(list(x.A) != [], list(x.B) != []) for x in sent] == [(False, True), (True, True)]  # B, and `new`
     assert arrays(records)[0].numpy().nbytes == traffic.down - before
@@ -117,12 +123,12 @@ def test_only_parts_that_the_client_lacks_travel() -> None:
 
 def test_a_part_that_is_there_twice_travels_once() -> None:
     part = factors(5).only("AB")
-    order = wire.read_order(send(Job(factors(1), offset=(part, part))))
+    order = codec.read_order(send(Job(factors(1), offset=(part, part))))
     assert len(order.sent) == 4 and len(receive(order).offset) == 2
 
 
 def test_clients_that_lack_the_same_share_one_array() -> None:
-    job, packer = Job(factors(1)), wire.Packer()
+    job, packer = Job(factors(1)), codec.Packer()
     parts = Parts().of(job)
     first, second = (packer.job(job, parts, parts) for _ in range(2))
     assert first["array"] is second["array"]
@@ -130,7 +136,7 @@ def test_clients_that_lack_the_same_share_one_array() -> None:
 
 def test_no_array_is_pickled() -> None:
     """Every array is in numpy's own format, which Flower reads with `allow_pickle=False`."""
-    for records in (send(Job(factors(1))), wire.pack_update(Update(factors(1, dtype=torch.bfloat16), 1, 0.0), 0)):
+    for records in (send(Job(factors(1))), codec.pack_update(Update(factors(1, dtype=torch.bfloat16), 1, 0.0), 0)):
         assert all(a.stype == "numpy.ndarray" and a.data.startswith(b"\x93NUMPY") for a in arrays(records))
 
 
@@ -185,7 +191,7 @@ OTHER = Array(dtype="float32", shape=(1,), stype="pickle", data=b"\x80\x04K\x01.
 )
 def test_a_malformed_job_is_refused_with_what_is_wrong(records: RecordDict, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        wire.read_order(records)
+        codec.read_order(records)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +204,12 @@ def test_a_malformed_job_is_refused_with_what_is_wrong(records: RecordDict, said
 )
 def test_an_update_of_other_shapes_than_the_job_s_is_refused(lora: LoRA, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        admit.read_update(wire.pack_update(Update(lora, 1, 0.0), 0), JOB)
+        upload_checks.read_update(codec.pack_update(Update(lora, 1, 0.0), 0), JOB)
 
 
 def test_an_update_may_not_share_more_than_was_asked() -> None:
     with pytest.raises(WireError, match=r"H is .* asked for nothing"):
-        admit.read_update(wire.pack_update(Update(factors(1), 1, 0.0), 0), Job(factors(1), shares="AB"))
+        upload_checks.read_update(codec.pack_update(Update(factors(1), 1, 0.0), 0), Job(factors(1), shares="AB"))
 
 
 @settings(max_examples=300)
@@ -215,10 +221,10 @@ def test_no_byte_can_be_changed_unseen(at: int, byte: int) -> None:
     data[at % len(data)] = byte
     made = with_array(SENT, Array(array.dtype, array.shape, array.stype, bytes(data)))
     try:
-        back = receive(wire.read_order(made))
+        back = receive(codec.read_order(made))
     except WireError:
         return
-    assert equal(back.start, receive(wire.read_order(SENT)).start)
+    assert equal(back.start, receive(codec.read_order(SENT)).start)
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
@@ -226,8 +232,8 @@ def test_a_small_update_arrives_as_its_client_reckons_with_it(encoding: Encoding
     """In a half or a quarter of the bytes, and bit for bit what `with_feedback` says that the server will have."""
     start, trained = factors(1, dtype=torch.float32), factors(2, dtype=torch.float32)
     packed, received, _ = with_feedback(start, trained, LoRA(), encoding)
-    records = wire.pack_update(Update(received, 1, 0.5, packed=packed), 0)
-    back = admit.read_update(records, Job(start, upload=encoding))
+    records = codec.pack_update(Update(received, 1, 0.5, packed=packed), 0)
+    back = upload_checks.read_update(records, Job(start, upload=encoding))
     assert isinstance(back, Update) and back.packed is not None and back.packed.nbytes == packed.nbytes
     assert all(torch.equal(t, back.lora.side(s)[m]) for s in "ABH" for m, t in received.side(s).items())
 
@@ -235,7 +241,7 @@ def test_a_small_update_arrives_as_its_client_reckons_with_it(encoding: Encoding
 def test_an_update_in_another_encoding_than_asked_for_is_refused() -> None:
     start = factors(1, dtype=torch.float32)
     packed, received, _ = with_feedback(start, factors(2, dtype=torch.float32), LoRA(), "int8")
-    records = wire.pack_update(Update(received, 1, 0.5, packed=packed), 0)
+    records = codec.pack_update(Update(received, 1, 0.5, packed=packed), 0)
     for asked in ("float32", "bfloat16"):
         with pytest.raises(WireError, match="an update is of int8"):
-            admit.read_update(records, Job(start, upload=asked))
+            upload_checks.read_update(records, Job(start, upload=asked))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora import worker
-from fedlora.config import LoRAConfig, ModelConfig
+from fedlora.client import training as worker
 from fedlora.errors import ClientFailed
 from fedlora.lora import LoRA, delta, join, scale, stack
-from fedlora.model import Model
-from fedlora.optimize import count_steps, factor
-from fedlora.strategy import Job, Training
+from fedlora.models.model import Model
+from fedlora.models.optimizer import count_steps, factor
+from fedlora.sections import LoRAConfig, ModelConfig, Training
+from fedlora.strategy import Job
 from tests.models import LABEL, TEXT, make
 
 FAST = Training(lr=1e-2, batch_size=4, epochs=1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora import checkpoint
-from fedlora.checkpoint import Checkpoint
 from fedlora.errors import StrategyError
 from fedlora.lora import SIDES, LoRA, average, contrast, delta, join, stack
-from fedlora.sketch import narrow, widen
+from fedlora.messages.sketch import narrow, widen
+from fedlora.storage import checkpoint
+from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.capped import Capped
 from fedlora.strategies.head import Head

@@ -16,9 +16,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fedlora.data import Form
-from fedlora.encode import Encoder, Example
-from fedlora.persample import Gradients
+from fedlora.data.encoding import Encoder, Example
+from fedlora.data.schema import Form
+from fedlora.privacy.per_sample_gradients import Gradients
 
 N, WORDS, CLASSES = 5, 67, 3  # examples in a batch, vocabulary, labels
 WIDE = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

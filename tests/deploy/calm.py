@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from fedlora.console import Screen
-from fedlora.defaults import over_defaults
-from fedlora.folder import RunFolder
-from fedlora.plan import Round
-from fedlora.rounds import Answers, Failure
-from fedlora.run import drive, prepare
-from fedlora.simulate import quiet
+from fedlora.config import over_defaults
+from fedlora.errors import Failure
+from fedlora.run.console import Screen
+from fedlora.run.directory import RunFolder
+from fedlora.run.plan import Round
+from fedlora.run.setup import prepare, quiet
+from fedlora.server.aggregation import Answers
+from fedlora.server.run import drive
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Job
 

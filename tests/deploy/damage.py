@@ -130,7 +130,11 @@ def enormous(n: int) -> Event:
     def do(trial: Trial) -> Seen:
         fed = trial.fed
         fed.wait_round(n - 1)  # all that is measured runs, and has loaded what it needs
-        names = {"SuperLink": "flower-superlink", "gate": "fedlora.server.gate", "ServerApp": "flwr-serverapp"}
+        names = {
+            "SuperLink": "flower-superlink",
+            "gate": "fedlora.server.deployment.gate",
+            "ServerApp": "flwr-serverapp",
+        }
         pids = {who: below(fed.server.pid, name)[:1] for who, name in names.items()}
         before = {who: memory(pid[0]) for who, pid in pids.items()}
         most: dict[str, float] = dict(before)

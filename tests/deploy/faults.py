@@ -39,7 +39,9 @@ ALONE = {  # rows after which the run is to be as if nothing had happened
     "cut-10": Row("network of all clients cut for 10 s", AGAIN, events.cut(10, all=True)),
     "same-key": Row("two clients with one key", "the second is refused; " + AGAIN, events.same_key),
     "superlink": Row("kill -9 of the SuperLink", AGAIN, events.killed("flower-superlink", "server", "started again")),
-    "gate": Row("kill -9 of the gate", AGAIN, events.killed("fedlora.server.gate", "server", "started again")),
+    "gate": Row(
+        "kill -9 of the gate", AGAIN, events.killed("fedlora.server.deployment.gate", "server", "started again")
+    ),
     "serverapp": Row("kill -9 of the ServerApp", AGAIN, events.killed("flwr-serverapp", "server", "begun again")),
     "server": Row("kill -9 of `fedlora server`", "started again, it goes on; " + AGAIN, events.server),
     "machine": Row("kill -9 of all of the server at once", "started again, it goes on; " + AGAIN, events.machine),

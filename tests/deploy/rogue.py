@@ -20,10 +20,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedlora.client import relay, service
-from fedlora.client.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Numbers, TaskPiece
-from fedlora.envelope import as_array, read_vector, text
-from fedlora.flat import name_of
+from fedlora.client.deployment import health, relay, worker
+from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Numbers, TaskPiece
+from fedlora.messages.envelope import as_array, read_vector, text
+from fedlora.vectors import name_of
 
 HUGE = 2 * 2**30  # bytes
 PIECES = HUGE // relay.CHUNK
@@ -89,7 +89,7 @@ def huge(honest: RecordDict, same: bool) -> Iterator[AnswerPiece]:
         yield AnswerPiece(chunk=bytes(relay.CHUNK) if same else os.urandom(relay.CHUNK))
 
 
-def handle(bench: service.Bench, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+def handle(bench: worker.Bench, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
     """Answer a task: who it is honestly, a round's work as the words say."""
     task, data = next(pieces).task, b"".join(piece.chunk for piece in pieces)
     honest = bench.do(task, data)
@@ -116,18 +116,18 @@ def main() -> None:
     for name in ("socket", "state", "id", "sends"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
-    bench = service.Bench(service.Mine(int(options.id), Path(options.state), {}))
+    bench = worker.Bench(worker.Mine(int(options.id), Path(options.state), {}))
     server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
     words = options.sends.split(",")
     method = grpc.stream_stream_rpc_method_handler(
         lambda pieces, _: handle(bench, words, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.SERVICE, {"Do": method}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE, {"Do": method}),))
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     server.add_insecure_port(f"unix:{options.socket}")
     server.start()
-    state.set(service.SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    state.set(health.SERVICE, health_pb2.HealthCheckResponse.SERVING)
     Event().wait()
 
 

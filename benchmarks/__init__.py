@@ -1,0 +1,1 @@
+"""Benchmarks and experiments, one command each; not part of the wheel."""

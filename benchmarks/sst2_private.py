@@ -1,0 +1,198 @@
+"""What privacy costs on SST-2's six label-skewed clients with MiniLM: epsilon 3 and none, five strategies, head frozen.
+
+    python -m benchmarks.sst2_private --model MINILM --data sst2 --out sst2_private.json
+
+MINILM and sst2 are as in sst2_all.py. Every strategy has the same grid of learning rates and, where it is private, of
+clips, up to the rate from which its loss rises; the pair with the lowest mean of the clients' losses on examples that
+they hold out is shown, with its accuracy on val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA
+with an orthonormal A are one process from the second round on. Noise comes from the seed, so that the table can be made
+again: these runs are NOT PRIVATE, and the choice of rate and clip would not be if they were. What is in the file is not
+redone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sst2_all import TOML, Place, arguments, carry_out, config_of
+from benchmarks.sweep import Results, sweep
+from fedlora.errors import ConfigError, FedloraError, nearest
+
+RATES = (1.0, 3.0, 9.0)
+CLIPS = (1.0, 3.0)
+EPSILON = 3.0
+OWN = 120  # examples at most, of those that a client holds out
+HEAD = 10.0  # times transformers' random head: a smaller one asks the frozen model for larger changes
+SETTINGS: Mapping[str, Any] = {
+    "data.holdout": 0.05,
+    "model.head": "frozen",
+    "lora.targets": [f"layer.{i}.attention.self.{name}" for i in (4, 5) for name in ("query", "value")],
+    "rounds": 15,
+    "train.optimizer": "sgd",
+    "train.schedule": "linear",
+    "train.steps": 2,
+    "train.batch_size": 16,
+    "train.accumulate": 4,
+    "server.eval_every": 15,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A strategy with its options, private or not."""
+
+    name: str
+    strategy: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: float | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}, {'none' if self.epsilon is None else f'epsilon {self.epsilon:g}'}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid."""
+
+    of: Line
+    lr: float
+    clip: float
+
+    @property
+    def line(self) -> str:
+        return self.of.key
+
+    @property
+    def name(self) -> str:
+        return f"{self.lr:g}" if self.of.epsilon is None else f"{self.lr:g}, clip {self.clip:g}"
+
+
+STRATEGIES = (
+    Line("FedIT", "fedavg"),
+    Line("FFA-LoRA, A by Kaiming", "ffa_lora"),
+    Line("FFA-LoRA, A orthonormal", "ffa_lora", {"option.orthonormal": True}),
+    Line("FedSVD", "fedsvd"),
+    Line("FedEx-LoRA", "fedex_lora"),
+)
+
+
+def lines(only: Sequence[str] = ()) -> list[Line]:
+    """Every strategy without privacy and with it; of these those whose strategy is named."""
+    known = sorted({line.strategy for line in STRATEGIES})
+    for name in only:
+        if name not in known:
+            raise ConfigError(f'--only: there is no "{name}"; {nearest(name, known)}')
+    return [replace(s, epsilon=e) for s in STRATEGIES if not only or s.strategy in only for e in (None, EPSILON)]
+
+
+def grid(line: Line) -> Iterator[Run]:
+    """Every rate, and of a private line every clip with it."""
+    for lr in RATES:
+        for clip in CLIPS if line.epsilon else (0.0,):
+            yield Run(line, lr, clip)
+
+
+def ready(chosen: Sequence[Line], results: Results) -> Iterator[Run]:
+    """The runs that are not done, one rate after another; of a line whose loss has risen with the rate no more."""
+    for lr in RATES:
+        for line in chosen:
+            done = results.get(line.key, {})
+            if not rose(done, lr):
+                yield from (run for run in grid(line) if run.lr == lr and run.name not in done)
+
+
+def rose(done: Mapping[str, Mapping[str, Any]], lr: float) -> bool:
+    """Was the lowest loss of any clip already higher at one rate below this than at the rate before that?"""
+    good = [run for run in done.values() if "own" in run and run["lr"] < lr]
+    lowest = [min(run["own"]["loss"] for run in good if run["lr"] == r) for r in sorted({run["lr"] for run in good})]
+    return any(b > a for a, b in pairwise(lowest))
+
+
+def measure(place: Place, run: Run) -> dict[str, Any]:
+    """Do one run in this process."""
+    private = {"dp.epsilon": run.of.epsilon, "dp.clip": run.clip, "dp.seeded": True, "dp.metrics": True}
+    chosen = {"strategy": run.of.strategy, "train.lr": run.lr, **(private if run.of.epsilon else {})}
+    smoke = {"rounds": 1, "train.batch_size": 4} if place.smoke else {}
+    config = config_of(place, SETTINGS, chosen, run.of.options, smoke)
+    return {"lr": run.lr, "clip": run.clip, **carry_out(place, config, final=True, most=OWN, head=HEAD)}
+
+
+def best(done: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The run with the lowest mean of the clients' losses; none where all failed."""
+    good = [run for run in done.values() if "own" in run]
+    return min(good, key=lambda run: (run["own"]["loss"], run["lr"], run["clip"]), default=None)
+
+
+def table(chosen: Sequence[Line], results: Results) -> str:
+    """The chosen runs in Markdown; a star where a better rate may lie beyond the grid."""
+    head = (
+        "strategy",
+        "epsilon",
+        "rate",
+        "clip",
+        "val, last round",
+        "clients' own",
+        "loss",
+        "sigma",
+        "spent",
+    )
+    rows = [head, tuple("---" for _ in head)]
+    for line in chosen:
+        run = best(results.get(line.key, {}))
+        rows.append(_row(line, run) if run else (line.name, "not run", *[""] * (len(head) - 2)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(line: Line, run: Mapping[str, Any]) -> tuple[str, ...]:
+    noise = run.get("noise", ())
+    return (
+        line.name,
+        "none" if line.epsilon is None else f"{line.epsilon:g}",
+        _starred(run["lr"], RATES),
+        f"{run['clip']:g}" if line.epsilon else "",
+        f"{100 * run['rounds'][-1]['eval']['accuracy']:.1f}",
+        f"{100 * run['own']['mean']:.1f}",
+        f"{run['own']['loss']:.4f}",
+        f"{min(noise):.2f} to {max(noise):.2f}" if noise else "",
+        f"{run['rounds'][-1]['epsilon']:.2f}" if noise else "",
+    )
+
+
+def _starred(value: float, among: Sequence[float]) -> str:
+    return f"{value:g}{'*' if value in (min(among), max(among)) else ''}"
+
+
+def _settings(place: Place) -> dict[str, Any]:
+    """What all results of a file were made with, wherever model and data lie."""
+    grid = {"rates": RATES, "clips": CLIPS, "epsilon": EPSILON, "own": OWN, "head": HEAD, "smoke": place.smoke}
+    return {"file": TOML.name, **SETTINGS, **grid}
+
+
+def _said(run: Run, done: Mapping[str, Any]) -> str:
+    own = "clients' own loss {loss:.4f}, accuracy {mean:.4f}".format(**done.get("own", {"loss": 0.0, "mean": 0.0}))
+    said = done.get("error") or f"{own} in {done['seconds']:.0f} s"
+    return f"{run.line} at {run.name}: {said}"
+
+
+def run_all(place: Place, chosen: Sequence[Line], out: Path, jobs: int) -> Results:
+    """Do every run that is not in the file."""
+    return sweep(partial(ready, chosen), partial(measure, place), _said, (out, _settings(place)), jobs)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    place, only, out, jobs = arguments(__doc__ or "")
+    try:
+        chosen = lines(only)
+        results = run_all(place, chosen, out, jobs)
+    except FedloraError as e:
+        raise SystemExit(str(e)) from e
+    print(table(chosen, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Many runs, some at a time in processes of their own, each kept in one file as soon as it is done."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fedlora.errors import ConfigError
+from fedlora.storage.files import write_durably
+
+Results = dict[str, dict[str, dict[str, Any]]]  # line of the table -> run -> what came of it
+Settings = Mapping[str, Any]  # what all results of a file were made with
+
+
+class Run(Protocol):
+    """One run: the line of the table that it is of, and its name there."""
+
+    @property
+    def line(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=Run)
+
+
+def sweep(
+    ready: Callable[[Results], Iterator[R]],
+    measure: Callable[[R], dict[str, Any]],
+    said: Callable[[R, Mapping[str, Any]], str],
+    file: tuple[Path, Settings],
+    jobs: int,
+) -> Results:
+    """Do every run that is not in the file, `jobs` at a time, and write the file after each.
+
+    `ready` gives the runs that can be done with the results so far; `measure` does one, in another process.
+    """
+    results = load(*file)
+    running: dict[Future[dict[str, Any]], R] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        while True:
+            waiting = (run for run in ready(results) if run not in running.values())
+            while len(running) < jobs and (run := next(waiting, None)):
+                running[pool.submit(measure, run)] = run
+            if not running:
+                return results
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                results.setdefault(run.line, {})[run.name] = _result(future)
+                save(*file, results)
+                print(said(run, results[run.line][run.name]), flush=True)
+
+
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    """What came of a run; its error where it failed, so that the others go on, and the next call tries it again."""
+    error = future.exception()
+    return {"error": f"{type(error).__name__}: {error}"} if error else future.result()
+
+
+def load(out: Path, settings: Settings) -> Results:
+    """The results there are, without the runs that failed. Raises `ConfigError` for those of other settings."""
+    if not out.exists():
+        return {}
+    found = json.loads(out.read_text(encoding="utf-8"))
+    if found["settings"] != json.loads(json.dumps(settings)):
+        raise ConfigError(f"{out} holds results of other settings; give --out another file, or remove it")
+    runs: Results = found["runs"]
+    return {name: {k: run for k, run in done.items() if "error" not in run} for name, done in runs.items()}
+
+
+def save(out: Path, settings: Settings, results: Results) -> None:
+    """Write the results, so that at any moment the file is whole. Raises `CheckpointError` on a full disk."""
+    write_durably(out, (json.dumps({"settings": settings, "runs": results}, indent=1) + "\n").encode())

@@ -1,0 +1,87 @@
+"""From Flower's ClientApp, a new process for every message, to the warm worker beside it. Light: no torch, no model."""
+
+from collections.abc import Iterator
+
+import grpc
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Kind, Numbers, Task, TaskPiece
+from fedlora.errors import ClientFailed, FailureKind
+
+METHOD = "/fedlora.client.v1.Worker/Do"
+CHUNK = 2**20  # bytes of numbers in a piece
+OPTIONS = [("grpc.max_receive_message_length", 32 * 2**20), ("grpc.max_send_message_length", 32 * 2**20)]
+COMES_BACK = 120.0  # seconds that a worker which died is given to be there again
+TRIES = 2  # times a job is handed to a worker that dies of it
+
+
+class WorkerGone(ClientFailed):
+    """No worker answers: `fedlora client` starts it again, and it did not come back, or died of the job twice."""
+
+    kind = FailureKind.CRASHED
+
+
+def ask(address: str, kind: str, content: RecordDict, timeout: float | None) -> RecordDict:
+    """Have the worker do a message's work. Raises `WorkerGone`, or `RuntimeError` with the worker's own reason.
+
+    Twice is as good as once: a job that is done already has the same answer again.
+    """
+    for tries in range(1, TRIES + 1):
+        try:
+            with grpc.insecure_channel(address, options=OPTIONS) as channel:  # a Unix socket that its owner alone opens
+                grpc.channel_ready_future(channel).result(timeout=COMES_BACK)
+                call = channel.stream_stream(METHOD, TaskPiece.SerializeToString, AnswerPiece.FromString)
+                return _gather(call(_pieces(kind, content), timeout=timeout))
+        except grpc.FutureTimeoutError as e:
+            raise WorkerGone(f"no worker came back within {COMES_BACK:.0f} s") from e
+        except grpc.RpcError as e:
+            code, details = e.code(), e.details()
+            if code != grpc.StatusCode.UNAVAILABLE:
+                raise WorkerGone(f"the worker said {code.name}: {details}") from e
+            if tries == TRIES:
+                raise WorkerGone(f"the worker died {TRIES} times at this job") from e
+    raise AssertionError
+
+
+def split(content: RecordDict) -> tuple[str, str, Array | None]:
+    """A message's head, its run, and its numbers."""
+    head = content.config_records.get("head", ConfigRecord())
+    arrays = [a for record in content.array_records.values() for a in record.values()]
+    return str(head.get("json", "")), str(head.get("run", "")), arrays[0] if len(arrays) == 1 else None
+
+
+def records(head: str, run: str, numbers: Numbers | None, data: bytes) -> RecordDict:
+    """The message that a head, its run and its numbers are."""
+    content = RecordDict({"head": ConfigRecord({"json": head, "run": run})})
+    if numbers is not None:
+        shape = tuple(numbers.shape)
+        content["array"] = ArrayRecord({"vector": Array(numbers.dtype, shape, "numpy.ndarray", data)})
+    return content
+
+
+def numbers(array: Array | None) -> Numbers | None:
+    """What is said of an array before its bytes."""
+    return Numbers(dtype=array.dtype, shape=array.shape, bytes=len(array.data)) if array else None
+
+
+def chunks(array: Array | None) -> Iterator[bytes]:
+    """An array's bytes, piece by piece."""
+    data = array.data if array else b""
+    yield from (data[i : i + CHUNK] for i in range(0, len(data), CHUNK))
+
+
+def _pieces(kind: str, content: RecordDict) -> Iterator[TaskPiece]:
+    head, run, array = split(content)
+    task = Task(kind=Kind.Value(kind.upper()), run=run, head=head, numbers=numbers(array))
+    yield TaskPiece(task=task)
+    yield from (TaskPiece(chunk=chunk) for chunk in chunks(array))
+
+
+def _gather(pieces: Iterator[AnswerPiece]) -> RecordDict:
+    first, data = next(pieces), bytearray()
+    if first.HasField("failed"):
+        raise RuntimeError(first.failed.reason)
+    for piece in pieces:
+        data += piece.chunk
+    answer: Answer = first.answer
+    return records(answer.head, answer.run, answer.numbers if answer.HasField("numbers") else None, bytes(data))

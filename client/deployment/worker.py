@@ -1,0 +1,157 @@
+"""The warm worker: one process that holds a client's model, data and kept state, and does jobs over a Unix socket.
+
+It loads the base model once per run. Jobs are done one at a time, in the order they come; one that is asked for again,
+because whoever asked died meanwhile, has the answer that lies on the disk.
+"""
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import grpc
+from flwr.app import RecordDict
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedlora.client import handlers
+from fedlora.client.deployment import relay
+from fedlora.client.deployment.health import SERVICE
+from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
+from fedlora.client.part_cache import PartStore
+from fedlora.client.policy import insists
+from fedlora.client.runner import Desk
+from fedlora.errors import WireError
+from fedlora.messages import codec
+from fedlora.run.setup import Party, for_client
+from fedlora.storage.event_log import Journal
+from fedlora.storage.files import write_durably
+
+SETTINGS = "settings.json"
+MOST = 64 * 2**30  # bytes of numbers in a job
+log = logging.getLogger("fedlora")
+
+
+@dataclass(frozen=True)
+class Mine:
+    """Who this client is, and what is its own."""
+
+    id: int
+    state: Path
+    settings: Mapping[str, Any]  # its own: data, devices, what it insists on
+
+
+@dataclass
+class Bench:
+    """What stays warm between messages."""
+
+    mine: Mine
+    _key: str = ""
+    _party: Party | None = None
+    _lock: Lock = field(default_factory=Lock)
+
+    def do(self, task: Task, data: bytes) -> RecordDict | str:
+        """One task's work, alone."""
+        content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
+        with self._lock:
+            return self.answer(Kind.Name(task.kind).lower(), content)
+
+    def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
+        """A message's work; who is asked who it is, is told the run's settings."""
+        if kind == "who":
+            return handlers.do(kind, content, lambda run: self._place(run, codec.read_hello(content).settings))
+        return handlers.do(kind, content, self._place)
+
+    def _place(self, run: str, told: Mapping[str, Any] | None = None) -> handlers.Place:
+        if not run:
+            raise WireError("a message names no run, and this client keeps its state by it")
+        folder = self.mine.state / run / str(self.mine.id)
+        settings = told or _settings(folder)
+        key = repr(sorted(settings.items()))
+        if self._party is None or key != self._key:
+            self._party = None  # two models may be more than there is room for
+            self._party, self._key = for_client(settings, self.mine.settings, self.mine.id), key
+        if told:
+            write_durably(folder / SETTINGS, json.dumps(dict(told)).encode())
+        party, mine = self._party, self.mine
+        desk = Desk(mine.id, party.site, folder, insists(mine.settings, mine.state / "ledgers"), once=True)
+        journal = Journal(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
+        return handlers.Place(party.model, desk, PartStore(folder), party.rank, journal, told=True)
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """The run's settings, as they were told when this client was asked who it is."""
+    try:
+        settings: Mapping[str, Any] = json.loads((folder / SETTINGS).read_text())
+    except (OSError, ValueError) as e:
+        raise WireError(f"{folder / SETTINGS} cannot be read, so this run's settings are not known here: {e}") from e
+    return settings
+
+
+def cold(told: Path, kind: str, content: RecordDict) -> RecordDict | str:
+    """A message's work in this process, which loads the model for it; `told` is the file that says whose it is."""
+    mine = json.loads(told.read_text())
+    return Bench(Mine(int(mine["id"]), Path(mine["state"]), mine["settings"])).answer(kind, content)
+
+
+def serve(socket: Path, mine: Mine) -> None:
+    """Serve until SIGTERM or SIGINT; the socket can be opened by its owner alone."""
+    ended = Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: ended.set())
+    _shows(mine.state / "logs" / "screen.log")
+    server, state = start(socket, Bench(mine).do)
+    log.info("worker of client %d is ready", mine.id)
+    ended.wait()
+    state.enter_graceful_shutdown()
+    server.stop(grace=1).wait()
+    os._exit(0)  # a job that is being trained ends here; it is done again when it is asked for again
+
+
+def _shows(screen: Path) -> None:
+    """What a person is to see goes to the file that `fedlora client` shows; all of it to this process's log."""
+    screen.parent.mkdir(parents=True, exist_ok=True)
+    shown = logging.FileHandler(screen)
+    shown.setLevel(logging.INFO)
+    log.addHandler(shown)
+    log.setLevel(logging.DEBUG)
+
+
+def start(socket: Path, do: Callable[[Task, bytes], RecordDict | str]) -> tuple[grpc.Server, health.HealthServicer]:
+    """A server on the socket that has `do` do the tasks."""
+    socket.unlink(missing_ok=True)
+    os.umask(0o077)
+    server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
+    method = grpc.stream_stream_rpc_method_handler(
+        lambda pieces, context: _handle(do, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Do": method}),))
+    state = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    server.add_insecure_port(f"unix:{socket}")
+    server.start()
+    state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    return server, state
+
+
+def _handle(do: Callable[[Task, bytes], RecordDict | str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+    task, data = next(pieces).task, bytearray()
+    for piece in pieces:
+        data += piece.chunk
+        if len(data) > min(task.numbers.bytes, MOST):
+            break
+    if len(data) != task.numbers.bytes:
+        yield AnswerPiece(failed=Failed(reason=f"a task brought {len(data)} bytes; it said {task.numbers.bytes}"))
+        return
+    answer = do(task, bytes(data))
+    if isinstance(answer, str):
+        yield AnswerPiece(failed=Failed(reason=answer))
+        return
+    head, run, array = relay.split(answer)
+    yield AnswerPiece(answer=Answer(run=run, head=head, numbers=relay.numbers(array)))
+    yield from (AnswerPiece(chunk=chunk) for chunk in relay.chunks(array))

@@ -1,0 +1,48 @@
+"""A client whose worker is the ClientApp's own process: in Flower's simulation, where a process serves many clients."""
+
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlora import config as configuration
+from fedlora.client import flower_app, handlers
+from fedlora.client.part_cache import PartStore
+from fedlora.client.policy import own
+from fedlora.client.runner import Desk
+from fedlora.config import Config
+from fedlora.errors import ClientFailed
+from fedlora.run.setup import Setup, prepare
+
+_ready: dict[str, Setup] = {}  # by config: a process loads the model once, and serves any client with it
+
+
+def build(config: Config, folder: Path) -> ClientApp:
+    """An app that serves any client of a run and keeps their files in `folder`."""
+    return flower_app.build(partial(do, config=config, folder=folder))
+
+
+def do(
+    kind: str, content: RecordDict, context: Context, config: Config | None = None, folder: Path | None = None
+) -> RecordDict | str:
+    """A message's work. Without a config it is Flower's run config; without a folder, the node's `state-dir`."""
+    return handlers.do(kind, content, lambda run: _place(config, folder, context, run))
+
+
+def _place(config: Config | None, folder: Path | None, context: Context, run: str) -> handlers.Place:
+    if config is None:
+        config = configuration.build(dict(context.run_config))
+    if folder is None:
+        state = Path(str(context.node_config.get("state-dir", "runs/clients")))
+        folder = state / (run or str(context.run_id))
+    key = repr(config)
+    if key not in _ready:
+        _ready.clear()
+        _ready[key] = prepare(config)
+    setup = _ready[key]
+    id = int(context.node_config.get("partition-id", -1))
+    if not 0 <= id < len(setup.sites):
+        raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
+    desk = Desk(id, setup.sites[id], folder / str(id), own(setup.config))
+    return handlers.Place(setup.model, desk, PartStore(desk.folder), setup.ranks[id])

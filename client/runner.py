@@ -1,0 +1,101 @@
+"""A client's place: its own data, what it keeps on its own disk, and its word on what it will do."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedlora.client import training
+from fedlora.client.ledger import Ledger
+from fedlora.client.policy import Own
+from fedlora.client.secure_aggregation import Seat
+from fedlora.data.client_data import Site
+from fedlora.jobs import Ask, Job, Privacy, Update
+from fedlora.lora import LoRA
+from fedlora.messages.compression import with_feedback
+from fedlora.messages.parts import digest
+from fedlora.messages.sketch import narrow, widen
+from fedlora.models.model import Model
+from fedlora.privacy import preflight
+from fedlora.privacy.dpsgd import STANDARD, Mechanism
+from fedlora.storage.client_state import Answer, Store
+
+log = logging.getLogger("fedlora")
+
+
+@dataclass(frozen=True, eq=False)
+class Desk:
+    """One client at a model: its site, and its folder."""
+
+    id: int
+    site: Site
+    folder: Path  # of what it keeps
+    own: Own = field(default_factory=Own)
+    mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
+    once: bool = (
+        False  # keep the last answer, so that a job which comes again is not done again; a private one always is
+    )
+
+    def answer(self, model: Model, job: Job) -> Update:
+        """Do a round's work. A private job is charged first; one that was done already has the same answer again.
+
+        Raises `ClientFailed`; `PrivacyError` or, of a private job, `LedgerError`, and then nothing was trained;
+        `SecureError` of one that is to be masked and may not be.
+        """
+        self.own.refuse(job, self.site.client(self.id, 0).records)
+        inner = narrow(job)  # of a sketch, if the server has not; it cannot where it is not to see the update
+        update = self._private(model, inner, job.privacy) if job.privacy else self._plain(model, inner)
+        update = replace(update, lora=widen(job, update.lora))
+        return self.seat.mask(job, update) if job.masking else self._small(job, update)
+
+    def _small(self, job: Job, update: Update) -> Update:
+        """The update as it travels in few bytes, and as the server will have it."""
+        if job.upload == "float32":
+            return update
+        store = Store(self.folder, "left")
+        residual = store.before(job.round) if job.feedback else LoRA()
+        packed, received, left = with_feedback(job.start, update.lora, residual, job.upload)
+        if job.feedback:
+            store.keep(job.round, left)
+        return replace(update, lora=received, packed=packed)
+
+    def _plain(self, model: Model, job: Job) -> Update:
+        store, last = Store(self.folder), Answer(self.folder)
+        name = digest(job) if self.once else ""
+        if self.once and (done := last.to(name)):
+            return done
+        update, kept = training.train(model, job, self.id, self.site.train, store.before(job.round))
+        log.debug("trained round %d", job.round + 1)
+        store.keep(job.round, kept)
+        if self.once:
+            last.keep(name, update)
+        return update
+
+    def _private(self, model: Model, job: Job, privacy: Privacy) -> Update:
+        preflight.once(model, job)
+        store, ledger, name = Store(self.folder), self.ledger, digest(job)
+        ledger.charge(name, privacy, job.round, self.own.budget)
+        answer = ledger.answer(name)
+        if answer is None:
+            records, before = self.site.records, store.before(job.round)
+            answer, kept = training.train_privately(model, job, self.id, records, before, self.mechanism)
+            store.keep(job.round, kept)
+            ledger.keep(name, answer)
+        return replace(answer, spent=ledger.spent(privacy.delta))
+
+    def reply(self, ask: Ask) -> dict[str, str]:
+        """Do a step of secure aggregation; who joins says how much it weighs. Raises `SecureError`."""
+        said = self.seat.reply(ask)
+        if ask.step == "join":
+            said |= {"examples": str(len(self.site.train)), "records": str(len(self.site.records))}
+        return said
+
+    @property
+    def seat(self) -> Seat:
+        """Its part in secure aggregation."""
+        return Seat(self.folder, self.id)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What its data have been charged with."""
+        folder = self.own.ledgers / str(self.id) if self.own.ledgers else self.folder
+        return Ledger(folder, self.site.fingerprint)

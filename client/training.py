@@ -1,0 +1,158 @@
+"""A client's side of a round: a Job and some examples in, an Update out. Knows no algorithm."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.data.encoding import Example, Records, length
+from fedlora.errors import TrainingDiverged
+from fedlora.jobs import Job, Update
+from fedlora.lora import SIDES, LoRA, join, scale, wide
+from fedlora.metrics import Metrics
+from fedlora.models import optimizer as optimize
+from fedlora.models.model import Model
+from fedlora.privacy import dpsgd
+from fedlora.privacy.dpsgd import STANDARD, Mechanism
+from fedlora.sections import Training
+from fedlora.seeds import derive, seeded
+
+
+def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> tuple[Update, LoRA]:
+    """Train what the job names; return what it shares, and what stays with the client.
+
+    Of a job that resumes, A and B of the update hold the change of the product: [A'; A] and [B', -B].
+    Raises `TrainingDiverged` where the loss is no longer a number.
+    """
+    taken = _wear(model, job, kept)
+    with seeded(derive(job.seed, "dropout", client, job.round)):
+        loss = _descend(model, _sides(model, job), job, client, examples)
+    return _told(model, job, taken, len(examples), loss if job.metrics else None)
+
+
+def train_privately(
+    model: Model, job: Job, client: int, records: Records, kept: LoRA, mechanism: Mechanism = STANDARD
+) -> tuple[Update, LoRA]:
+    """The same by DP-SGD, on the job's terms; no loss is told, as it would not be private.
+
+    Raises `PrivacyError` for a model that cannot be trained so.
+    """
+    taken = _wear(model, job, kept)
+    dpsgd.descend(model, _sides(model, job), job, client, records, mechanism)
+    return _told(model, job, taken, len(records), None)
+
+
+def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
+    """The model that this client would use: what it keeps over what the job brings."""
+    _wear(model, job, kept)
+    return model.metrics(examples)
+
+
+def _wear(model: Model, job: Job, kept: LoRA) -> LoRA:
+    """Put the client where it starts; of a job that resumes, return what this takes off the weights, -B A."""
+    start = kept.only(_keeps(job)).over(job.start)
+    moved = job.resumes and any(bool(b.any()) for b in start.B.values())
+    taken = scale(start.only("AB"), -1) if moved else LoRA()
+    model.write(start, (*job.offset, taken) if taken else job.offset, job.gain)
+    return taken
+
+
+def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
+    """The parameters that the job trains, by side, with gradients let through to them alone."""
+    sides = {side: model.trains(side) for side in job.trains}
+    model.trains(job.trains)
+    return sides
+
+
+def _told(model: Model, job: Job, taken: LoRA, examples: int, loss: float | None) -> tuple[Update, LoRA]:
+    """What the client sends of what it has trained, and what it keeps."""
+    lora = model.read()
+    shared = lora.only(job.shares)
+    change = join(shared.only("AB"), taken) if taken else LoRA()
+    return Update(change.over(shared), examples, loss), lora.only(_keeps(job))
+
+
+def _keeps(job: Job) -> str:
+    """The sides that stay with the client."""
+    own = set(job.trains) - set(job.shares) | set("AB" if job.resumes else "")
+    return "".join(s for s in SIDES if s in own)
+
+
+def _descend(
+    model: Model, sides: Mapping[str, list[nn.Parameter]], job: Job, client: int, examples: Sequence[Example]
+) -> float:
+    """All of a round's optimizer steps; the mean loss over the targets seen."""
+    training, parameters = job.training, [p for side in sides.values() for p in side]
+    start = [p.detach().clone() for p in parameters]
+    optimizer = optimize.make(training, model, sides)
+    optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
+    model.net.train()
+    total, targets = 0.0, 0
+    steps = optimize.count_steps(training, len(examples))
+    chunks = _chunks(len(examples), training, job, client)
+    for step in range(steps):
+        optimize.set_rates(optimizer, training, (job.round + (step + 1) / steps) / job.rounds)
+        chunk = [examples[i] for i in next(chunks)]
+        if job.example_clip:
+            loss, n = _clipped_gradients(model, parameters, chunk, job.example_clip)
+        else:
+            loss, n = _gradient(model, chunk, training.batch_size)
+        if not isfinite(loss):
+            raise TrainingDiverged(
+                f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
+                f"a train.lr below {training.lr:g} may help"
+            )
+        optimize.attract(parameters, start, training.prox)
+        if training.clip and not job.example_clip:
+            nn.utils.clip_grad_norm_(parameters, training.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        total, targets = total + loss, targets + n
+    return total / targets
+
+
+def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[float, int]:
+    """Leave in `.grad` the gradient of the mean loss over the whole chunk's targets; return loss sum and targets."""
+    n = max(model.targets(chunk), 1)
+    total = 0.0
+    chunk = sorted(chunk, key=length)  # like lengths together: the sum is the same, with less padding
+    for i in range(0, len(chunk), batch_size):
+        loss: Tensor = model.loss(model.encoder.collate(chunk[i : i + batch_size]))
+        (loss / n).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total, n
+
+
+def _clipped_gradients(
+    model: Model, parameters: Sequence[nn.Parameter], chunk: list[Example], largest: float
+) -> tuple[float, int]:
+    """Leave in `.grad` the mean over examples of their gradients, none longer than `largest` over all parameters.
+
+    An example's loss is the mean over its own targets: divided by all the chunk's, one example's gradient would depend
+    on the lengths of the others. Returns loss sum and targets of the chunk.
+    """
+    means = [torch.zeros_like(wide(p)) for p in parameters]
+    total, targets = 0.0, 0
+    for example in chunk:  # one at a time: the reference that faster ways answer to
+        n = max(model.targets([example]), 1)
+        loss: Tensor = model.loss(model.encoder.collate([example]))
+        grads = [wide(g) for g in torch.autograd.grad(loss / n, parameters, materialize_grads=True)]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        for mean, g in zip(means, grads, strict=True):
+            mean.add_(g * (largest / norm.clamp(min=largest)) / len(chunk))
+        total, targets = total + float(loss.detach()), targets + n
+    for p, mean in zip(parameters, means, strict=True):
+        p.grad = mean.to(p.dtype)
+    return total, targets
+
+
+def _chunks(n: int, training: Training, job: Job, client: int) -> Iterator[list[int]]:
+    """The examples of one optimizer step after another, every epoch in an order of its own."""
+    size, epoch = training.batch_size * training.accumulate, 0
+    while True:
+        generator = torch.Generator().manual_seed(derive(job.seed, "batches", client, job.round, epoch))
+        order = torch.randperm(n, generator=generator).tolist()
+        for i in range(0, n, size):
+            yield order[i : i + size]
+        epoch += 1

@@ -1,0 +1,85 @@
+"""What a check says: nothing if all is well, a `Skip` where it has no meaning, else an AssertionError with numbers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.lora import Side
+from fedlora.storage import checkpoint
+from fedlora.strategy import Strategy
+
+CLOSE = 1e-5  # relative, of a matrix: far above the rounding of float32, far below what a wrong rule leaves
+TINY = 1e-5  # the size below which a matrix counts as zero
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a check has no meaning for a strategy."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Where two sets of matrices differ most."""
+
+    place: str
+    gap: float  # Frobenius norm of the difference
+    size: float  # Frobenius norm of what was wanted
+
+    @property
+    def relative(self) -> float:
+        return self.gap / max(self.size, TINY)
+
+    @property
+    def near(self) -> bool:
+        return self.relative <= CLOSE
+
+    def or_worse(self, other: "Distance") -> "Distance":
+        """The larger of two."""
+        return other if other.relative > self.relative else self
+
+    def __str__(self) -> str:
+        return f"by {self.gap:.2g} of {self.size:.3g} at {self.place}"
+
+
+NOWHERE = Distance("any module", 0.0, 0.0)
+
+
+def apart(got: Side, want: Side) -> Distance:
+    """How far `got` is from `want` where it is farthest; a matrix missing or of another shape is infinitely far."""
+    return max((_gap(m, got.get(m), t) for m, t in want.items()), key=lambda d: d.relative, default=NOWHERE)
+
+
+def agree(strategy: Strategy[Any], claim: str, got: Side, want: Side, close: float = CLOSE) -> None:
+    """Raise AssertionError where the matrices differ by more than rounding; `claim` says what that means."""
+    distance = apart(got, want)
+    assert distance.relative <= close, f"{strategy}: {claim}: off {distance}"
+
+
+def declared(strategy: Strategy[Any], name: str, happened: bool, evidence: str) -> None:
+    """Raise AssertionError where a declaration is not what happened, in either direction."""
+    said = bool(getattr(strategy, name))
+    says = "declares" if said else "does not declare"
+    modest = hasattr(strategy, "inner") and not said  # a wrapper may promise less than holds round some strategy
+    assert said == happened or modest, f"{strategy} {says} {name}, and {evidence}"
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a state, in a fixed order."""
+    return list(checkpoint.pack(tree)[0].values())
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Are two trees the same: structure, plain values, and tensors to the bit?"""
+    (these, tree), (those, its) = checkpoint.pack(one), checkpoint.pack(other)
+    return tree == its and all(t.dtype == those[n].dtype and torch.equal(t, those[n]) for n, t in these.items())
+
+
+def _gap(place: str, got: Tensor | None, want: Tensor) -> Distance:
+    size = float(want.double().norm())
+    if got is None or got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return Distance(place, float("inf"), size)
+    return Distance(place, float((got.double() - want.double()).norm()), size)

@@ -1,0 +1,1 @@
+"""Data: files to rows, rows to clients, rows to tensors."""

@@ -1,0 +1,218 @@
+"""Rows to tensors: what the model sees, and on which tokens it is to learn."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fedlora.errors import DataError
+
+from .rows import Rows
+from .schema import Form
+
+Example = dict[str, Tensor]
+IGNORED = -100  # the label of a token that is not learned
+SHORTEST = 8  # tokens of the last block of a long text
+IMAGES = 64  # images that are held in memory as they were before they were scaled
+MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")  # in a chat template
+
+
+def length(example: Example) -> int:
+    """Tokens of an example; images are all alike."""
+    return len(example["input_ids"]) if "input_ids" in example else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Rows of one form as examples for one model."""
+
+    processor: Any  # a tokenizer, or an image processor
+    form: Form
+    max_length: int
+
+    def __call__(self, rows: Rows) -> list[Example]:
+        """Every row as an example, without padding.
+
+        Of a language model: input_ids, attention_mask and labels, each (tokens,), labels = -100 where nothing is to be
+        learned; a long text gives several examples, a row with nothing to learn none. Of a classifier: what its
+        tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a scalar.
+        Raises `DataError` for rows that cannot be encoded, or where not one has something to learn.
+        """
+        return [example for one in self.by_row(rows) for example in one]
+
+    def by_row(self, rows: Rows) -> list[list[Example]]:
+        """The same, and which row each example is of."""
+        every = [list(one) for one in KINDS[self.form.kind](self, rows)] if len(rows) else []
+        if len(rows) and not any(every):
+            raise DataError(
+                f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
+                "raise model.max_length, or look whether they are empty"
+            )
+        return every
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch, padded on the right to its longest example."""
+        padding = {"input_ids": getattr(self.processor, "pad_token_id", None) or 0, "labels": IGNORED}
+        padding["token_type_ids"] = getattr(self.processor, "pad_token_type_id", 0)
+        return {
+            key: pad_sequence([e[key] for e in examples], True, padding.get(key, 0))
+            if examples[0][key].dim() == 1
+            else torch.stack([e[key] for e in examples])
+            for key in examples[0]
+        }
+
+
+def _text(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
+    """Consecutive blocks of every text."""
+    first, last = _ends(encoder.processor)
+    for ids in _tokens(encoder, [row[encoder.form.columns[0]] for row in rows]):
+        yield _blocks([*first, *ids, *last], encoder.max_length) if ids else ()
+
+
+def _blocks(whole: list[int], size: int) -> Iterator[Example]:
+    for start in range(0, len(whole), size):
+        block = whole[start : start + size]
+        if start == 0 or len(block) >= SHORTEST:
+            yield from _causal(block, block)
+
+
+def _response(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
+    """Prompt, newline, response; the prompt gives way first, from its left, and then the response, from its right."""
+    first, last = _ends(encoder.processor)
+    ask, answer = encoder.form.columns
+    prompts = _tokens(encoder, [row[ask] + "\n" for row in rows])
+    responses = _tokens(encoder, [row[answer] for row in rows])
+    for prompt, response in zip(prompts, responses, strict=True):
+        learned = [*response, *last][: encoder.max_length - len(first)]
+        left = encoder.max_length - len(first) - len(learned)
+        given = [*first, *prompt[max(0, len(prompt) - left) :]]
+        yield _causal(given + learned, [IGNORED] * len(given) + learned)
+
+
+def _chat(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
+    """The conversation as its template writes it; of one that is too long, the end."""
+    tokenizer = encoder.processor
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; use an instruction-tuned model, "
+            "or data.prompt and data.response"
+        )
+    marks = bool(MARKS_ANSWERS.search(str(tokenizer.chat_template)))
+    first, _ = _ends(tokenizer)
+    for row in rows:
+        ids, learned = (_marked if marks else _found)(tokenizer, row[encoder.form.columns[0]])
+        labels = [i if yes else IGNORED for i, yes in zip(ids, learned, strict=True)]
+        if len(ids) > encoder.max_length:
+            keep = len(first) if ids[: len(first)] == first else 0
+            cut = len(ids) - encoder.max_length + keep
+            ids, labels = ids[:keep] + ids[cut:], labels[:keep] + labels[cut:]
+        yield _causal(ids, labels)
+
+
+def _marked(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+    """The tokens, and which of them the template itself marks as the assistant's."""
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    got = _templated(tokenizer, messages, **options)
+    return list(got["input_ids"]), [bool(m) for m in got["assistant_masks"]]
+
+
+def _found(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+    """The tokens, and which of them stand in what an assistant's turn adds to the conversation before it."""
+    whole: str = _templated(tokenizer, messages, tokenize=False)
+    spans: list[tuple[int, int]] = []
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = _templated(tokenizer, messages[:n], tokenize=False, add_generation_prompt=True) if n else ""
+            after = _templated(tokenizer, messages[: n + 1], tokenize=False)
+            spans.append((_shared(before, whole), _shared(after, whole)))
+    got = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets: list[tuple[int, int]] = got["offset_mapping"]
+    learned = [any(a < end and b > start for start, end in spans if start < end) for a, b in offsets]
+    return list(got["input_ids"]), learned
+
+
+def _shared(a: str, b: str) -> int:
+    """How far two strings are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template([dict(m) for m in messages], **options)
+    except TemplateError as e:
+        roles = ", ".join(m["role"] for m in messages)
+        raise DataError(f"the model's chat template refuses a conversation of {roles}: {e}") from e
+
+
+def _label(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
+    *texts, label = encoder.form.columns
+    columns = [[row[name] for row in rows] for name in texts]
+    got = encoder.processor(*columns, truncation=True, max_length=encoder.max_length)
+    classes = encoder.form.classes()
+    for i, row in enumerate(rows):
+        inputs = {key: torch.tensor(values[i]) for key, values in got.items()}
+        yield [inputs | {"labels": torch.tensor(classes[str(row[label])])}]
+
+
+def _image(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
+    image, label = encoder.form.columns
+    classes = encoder.form.classes()
+    for start in range(0, len(rows), IMAGES):
+        part = [rows[i] for i in range(start, min(start + IMAGES, len(rows)))]
+        pixels = encoder.processor(images=[_picture(row[image]) for row in part], return_tensors="pt")["pixel_values"]
+        for x, row in zip(pixels, part, strict=True):
+            yield [{"pixel_values": x.clone(), "labels": torch.tensor(classes[str(row[label])])}]
+
+
+def _picture(value: Any) -> Any:
+    """An image in RGB, from a file, the bytes of one, or one that is open."""
+    from PIL import Image
+
+    source = value
+    if isinstance(value, Mapping):  # as datasets keeps an image that it has not decoded
+        source = BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
+    try:
+        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        what = value if isinstance(value, str) else f"a {type(value).__name__}"
+        raise DataError(f"{what} cannot be read as an image ({e}); a file is looked for from the current folder") from e
+
+
+def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    got: list[list[int]] = encoder.processor(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return got
+
+
+def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that open and close a text, where there are any."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [] if bos is None else [bos], [] if eos is None else [eos]
+
+
+def _causal(ids: list[int], labels: list[int]) -> Iterator[Example]:
+    """An example of a language model, if it asks for a prediction: the first token is never one."""
+    if any(label != IGNORED for label in labels[1:]):
+        yield {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.ones(len(ids), dtype=torch.int64),
+            "labels": torch.tensor(labels),
+        }
+
+
+KINDS: dict[str, Callable[[Encoder, Rows], Iterator[Iterable[Example]]]] = {  # of every row, its examples
+    "text": _text,
+    "response": _response,
+    "chat": _chat,
+    "label": _label,
+    "image": _image,
+}
+
+
+Records = Sequence[Sequence[Example]]  # a record may be several examples, as a long text is several blocks, or none

@@ -1,0 +1,1 @@
+"""What both sides need on real machines: keys, certificates, processes, JSON logs."""

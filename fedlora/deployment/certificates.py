@@ -1,0 +1,131 @@
+"""The two certificates of a deployment, as values: an authority's own, and the one that it gives to the server."""
+
+import re
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedlora.errors import ConfigError
+
+ALWAYS = ("localhost", "127.0.0.1", "::1")  # health checks on the server's own machine
+SOON = timedelta(days=30)  # a certificate that ends sooner is made anew
+YEARS = 10  # of an authority
+
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_USES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
+
+
+def authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """A certificate authority's own certificate; it may sign for servers, not for other authorities."""
+    name = _named(f"fedlora CA {secrets.token_hex(4)}")  # of two authorities an error message can say which
+    return (
+        _builder(name, name, key.public_key(), 365 * YEARS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_only("key_cert_sign", "crl_sign"), critical=True)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def server(
+    hosts: Sequence[str],
+    key: ec.EllipticCurvePublicKey,
+    issuer: x509.Certificate,
+    signer: ec.EllipticCurvePrivateKey,
+    days: int,
+) -> x509.Certificate:
+    """A server's certificate, which ends no later than its issuer's; each host is a DNS name or an IP address."""
+    end = min(days, (issuer.not_valid_after_utc - datetime.now(UTC)).days)
+    return (
+        _builder(_named("fedlora server"), issuer.subject, key, end)
+        .add_extension(x509.SubjectAlternativeName([_entry(host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_only("digital_signature"), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .sign(signer, hashes.SHA384())
+    )
+
+
+def wanting(
+    old: x509.Certificate, issuer: x509.Certificate, key: ec.EllipticCurvePublicKey, hosts: Sequence[str]
+) -> str:
+    """Why a server's certificate will not do any longer, as the end of a sentence; empty if it will."""
+    if old.public_key() != key:
+        return "as its key is new"
+    try:
+        old.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return "as the authority is new"
+    if added := [host for host in hosts if host not in hosts_of(old)]:
+        return f"as the last one was not for {', '.join(added)}"
+    return f"as the last one ends on {old.not_valid_after_utc.date()}" if ends_soon(old) else ""
+
+
+def ends_soon(certificate: x509.Certificate) -> bool:
+    """Within 30 days, or already."""
+    return certificate.not_valid_after_utc - datetime.now(UTC) < SOON
+
+
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """The hosts that a certificate is for, in the order in which they were given. Raises `ConfigError` for none."""
+    try:
+        entries = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError) as e:
+        raise ConfigError("the server's certificate names no host; delete server.crt and provision with --host") from e
+    return [str(entry.value) for entry in entries]
+
+
+def host(text: str) -> str:
+    """A DNS name in lower case or an IP address in its usual form. Raises `ConfigError` for anything else."""
+    name = text.strip().strip("[]").lower()
+    with suppress(ValueError):
+        if "%" not in name:  # an address of one link alone is of no use to others
+            return str(ip_address(name))
+    labels = name.split(".")
+    # A last label of digits alone is a mistyped address.
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+        raise ConfigError(
+            f'--host "{text}" is neither a name nor an IP address; give it without https://, a port or *, and a name '
+            "in other letters in its xn-- form"
+        )
+    return name
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    """What both certificates have. They hold from yesterday: a client's clock may be behind."""
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _only(*uses: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{use: use in uses for use in _USES})
+
+
+def _entry(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)

@@ -1,0 +1,137 @@
+"""What travels between the server and its clients, as values: jobs, updates, and the terms of privacy in them.
+
+A strategy never runs on a client: all that a client must do is data in a `Job`, all that it did is data in an
+`Update`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Literal
+
+from torch import Tensor
+
+from .lora import LoRA
+from .sections import Encoding, Training
+from .vectors import name_of
+
+
+@dataclass(frozen=True)
+class Charge:
+    """Steps of DP-SGD that a client has run, or is about to."""
+
+    noise: float  # sigma
+    rate: float  # q
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A change as it travels."""
+
+    encoding: Encoding
+    numbers: Tensor  # (n,) of that type, in the manifest's order
+    scales: Tensor  # (rows,) float32, matrix after matrix in that order; empty but with int8
+    manifest: str  # as in `flat`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of numbers and scales; the manifest's are apart, as they are of a `Flat`."""
+        return sum(t.numel() * t.element_size() for t in (self.numbers, self.scales))
+
+    @property
+    def name(self) -> str:
+        """A hash of all that is in it."""
+        both = name_of(self.numbers, self.manifest) + name_of(self.scales, self.encoding)
+        return sha256(both.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Client:
+    """What the server knows of a client."""
+
+    id: int
+    examples: int
+    rank: int
+    records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What makes a client's work in a round differentially private: the terms of its DP-SGD (docs/privacy.md)."""
+
+    noise: float  # sigma: the noise's standard deviation over the clip
+    clip: float  # C: the largest norm of one record's gradient over all that is trained
+    head_share: float  # of C^2, for the head, where it is trained beside factors: C_A^2 + C_H^2 = C^2
+    rate: float  # q: the probability that a record is in a step, each by itself
+    steps: int  # in a round
+    delta: float
+    engine: str = "auto"  # of the gradients of single examples
+    seeded: bool = False  # noise and samples from the run's seed: an experiment, and NOT PRIVATE
+    known: int = 0  # charges in this client's ledger that the server has seen: one with fewer has lost some
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Server to client: a step of secure aggregation (see `secure`)."""
+
+    step: Literal["join", "share", "reveal"]
+    context: str  # the round, with a word that makes every attempt at it another
+    roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
+    threshold: int = 0
+    survivors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a client hides its update in the sum of a round's."""
+
+    context: str
+    weight: float  # p: its share, of shares that sum to 1
+    reach: float  # largest change of a number
+    members: int
+    inbox: Mapping[int, str]  # sender -> its shares for this client, sealed, in hexadecimal
+    clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: as it is
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a client's ledger says after a round."""
+
+    epsilon: float  # of all its charges, at the run's delta
+    charges: int
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Server to client: one round's work, complete in itself."""
+
+    start: LoRA  # where local training starts
+    trains: str = "ABH"  # the sides that are trained
+    shares: str = "ABH"  # the sides that are sent back; what is trained and not sent the client keeps for next time
+    offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights (absolute, not since last time)
+    sketch: Mapping[str, Sequence[int]] = field(default_factory=dict)  # train only these rows of A and columns of B
+    gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; the loop sets it for a sketch
+    resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
+    example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
+    privacy: Privacy | None = None  # DP-SGD instead; the run fills it in, as all below
+    masking: Masking | None = None  # of the update, by secure aggregation
+    metrics: bool = True  # may the client tell its training loss?
+    upload: Encoding = "float32"  # what its change travels in (see `compress`)
+    feedback: bool = False  # and whether what rounding left out is added to its next
+    training: Training = field(default_factory=Training)
+    seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
+    round: int = 0  # from 0
+    rounds: int = 1  # in the whole run
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Client to server: what one job came to."""
+
+    lora: LoRA  # the shared sides, trained; of a job that resumes, A and B hold the change of the product
+    examples: int
+    loss: float | None  # mean over the round's training; None where it is not to be told
+    spent: Spent | None = None  # of a private job
+    packed: "Packed | None" = None  # the change from the job's start as it travels, where `lora` is what that brings
+    masked: Tensor | None = None  # of a job with masking, instead of the lora: (n,) int32, to be read as unsigned

@@ -1,0 +1,138 @@
+"""The frozen base model and its tokenizer or image processor, from a folder, the hub or the package itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora.data.schema import Form
+from fedlora.errors import ModelError
+from fedlora.sections import ModelConfig
+from fedlora.seeds import seeded
+
+TINY = Path(__file__).parent / "tiny"  # the embedded default
+
+
+def load(config: ModelConfig, form: Form, seed: int) -> tuple[nn.Module, Any, list[str]]:
+    """The model, its processor, and the modules that the checkpoint did not hold: a new head, drawn from the seed."""
+    source = _source(config.path)
+    with seeded(seed), _readable(config.path or str(source)):
+        return (*_load(config, form, source),)
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A hash by which two parties see whether they have the same base: of names, shapes and up to 1024 of the numbers
+    of every matrix. Weights that are not floats, as quantised ones, are told by their shapes alone."""
+    digest = sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.is_floating_point():
+            flat = tensor.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
+            digest.update(some.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def device(config: ModelConfig) -> torch.device:
+    """Where the model runs."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _source(path: str) -> str:
+    if not path:
+        return str(TINY)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ModelError(f"model {path}: there is no such folder; give --model a folder with config.json, or a hub id")
+    return path
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turn what transformers says of a model that cannot be had into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as e:
+        said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f'model "{path}" could not be loaded as a folder or, over the network, as a hub id: {said}'
+        ) from e
+
+
+def _load(config: ModelConfig, form: Form, source: str) -> tuple[nn.Module, Any, list[str]]:
+    from transformers import (
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    revision = ({"revision": config.revision} if config.revision else {}) | _cached(source)
+    kind = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **revision, **_quantized(config)}
+    if form.labels:
+        options |= {
+            "num_labels": len(form.labels),
+            "id2label": dict(enumerate(form.labels)),
+            "label2id": {name: i for i, name in enumerate(form.labels)},
+            "ignore_mismatched_sizes": True,
+        }
+    auto = AutoImageProcessor if form.kind == "image" else AutoTokenizer
+    processor = auto.from_pretrained(source, **revision)
+    model = kind.get(form.kind, AutoModelForCausalLM)
+    net, info = model.from_pretrained(source, output_loading_info=True, **options)
+    if form.kind != "image":
+        _pad(net, processor)
+    new = {name.rsplit(".", 1)[0] for name in (*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"]))}
+    if new and not form.labels:
+        raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(sorted(new))}")
+    return net, processor, sorted(new)
+
+
+def _cached(source: str) -> dict[str, Any]:
+    """What to say where the hub cannot be reached: transformers would try again for most of a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        HfApi().model_info(source, timeout=10)
+    except Exception:  # the network, the hub and the server each have their own kinds; a cached copy still does
+        return {"local_files_only": True}
+    return {}
+
+
+def _quantized(config: ModelConfig) -> dict[str, Any]:
+    if config.quantize == "none":
+        return {}
+    if not torch.cuda.is_available():
+        raise ModelError(f"model.quantize = {config.quantize} needs a CUDA GPU; leave it at none on this machine")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as e:
+        raise ModelError(f"model.quantize = {config.quantize} needs bitsandbytes: pip install bitsandbytes") from e
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4["bnb_4bit_compute_dtype"] = getattr(torch, config.dtype)
+    quantization: Any = BitsAndBytesConfig  # untyped
+    chosen = quantization(**({"load_in_8bit": True} if config.quantize == "8bit" else nf4))
+    return {"quantization_config": chosen, "device_map": {"": 0}}
+
+
+def _pad(net: Any, tokenizer: Any) -> None:
+    """A token to pad with, known to tokenizer and model (a decoder that classifies finds its last token by it)."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no token to pad with; set pad_token in it")
+    net.config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,136 @@
+"""What was exported, loaded as a stranger would: by PEFT on a base that has seen nothing of the run, or as a model."""
+
+import shutil
+import warnings
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedlora.data.schema import Form
+from fedlora.errors import ModelError, nearest
+from fedlora.lora import LoRA, compact
+from fedlora.sections import ModelConfig
+
+from . import adapter, base_model
+from .adapter import NAME, PREFIX
+from .model import LETTERS, Model
+
+SEED = 2**31 - 1  # not the run's: a head that was left out of the export is then another one
+
+
+def load_adapter(config: ModelConfig, form: Form, folder: Path) -> nn.Module:
+    """A clean base wearing the PEFT adapter in `folder`."""
+    net: nn.Module = _worn(base_model.load(config, form, SEED)[0], folder)
+    return net
+
+
+def load_merged(config: ModelConfig, form: Form, folder: Path) -> nn.Module:
+    """The whole model in `folder`."""
+    net, _, _ = base_model.load(replace(config, path=str(folder.absolute()), revision=""), form, SEED)
+    return net
+
+
+def merge(config: ModelConfig, form: Form, folder: Path) -> None:
+    """Put in place of the adapter in `folder` the base with the adapter in its weights, and its processor."""
+    net, processor, _ = base_model.load(config, form, SEED)
+    whole = _worn(net, folder).merge_and_unload()
+    shutil.rmtree(folder)
+    whole.save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+
+
+def _worn(net: nn.Module, folder: Path) -> Any:
+    loaded: Any = PeftModel  # untyped
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
+        return loaded.from_pretrained(net, str(folder))
+
+
+def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
+    """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run."""
+    if model.kind != "vera":
+        lora = compact(lora)
+    model.write(lora)
+    peft_configs: Any = model.net.peft_config
+    of_the_run = peft_configs[NAME]
+    peft_configs[NAME] = _config_of(model, lora)
+    try:
+        model.net.save_pretrained(str(folder))
+    finally:
+        peft_configs[NAME] = of_the_run
+
+
+def _config_of(model: Model, lora: LoRA) -> Any:
+    """PEFT's configuration of this adapter: the run's, with the adapter's own ranks and an alpha that keeps each s."""
+    config: Any = copy(model.net.peft_config[NAME])
+    config.inference_mode = True
+    if model.kind == "vera":
+        return config
+    ranks = {m: a.shape[0] for m, a in lora.A.items()}
+    alphas = {m: model.scales[m] * r for m, r in ranks.items()}
+    config.use_rslora = False
+    config.r = max(ranks.values())
+    config.lora_alpha = max(alphas.values())
+    config.rank_pattern = adapter.exactly({m: r for m, r in ranks.items() if r != config.r})
+    config.alpha_pattern = adapter.exactly({m: alpha for m, alpha in alphas.items() if alpha != config.lora_alpha})
+    config.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
+    return config
+
+
+def load_peft(model: Model, folder: Path) -> LoRA:
+    """Read the adapter that `save_peft` wrote, for this model: with B scaled to its s, and for VeRA over its A and B.
+
+    Raises `ModelError` for an adapter of another kind, of other modules, or over other random matrices.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
+    if kind != model.kind:
+        raise ModelError(f"{folder} holds a {kind} adapter; open it with lora.kind = {kind}")
+    sides = _sides_in(folder)
+    if kind == "vera":
+        _drop_projections(model, sides["H"], folder)
+    else:
+        sides["B"] = {m: b * _rescaling(model, config, m, sides["A"][m], folder) for m, b in sides["B"].items()}
+    return LoRA(**sides)
+
+
+def _sides_in(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The matrices in PEFT's file by side and module; what is no factor is a part of the head, under its own name."""
+    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "H": {}}
+    for key, t in load_file(folder / "adapter_model.safetensors").items():
+        name = key.removeprefix(PREFIX)
+        module, _, end = name.removesuffix(".weight").rpartition(".")
+        if end in LETTERS:
+            sides[LETTERS[end]][module] = t
+        else:
+            sides["H"][name] = t
+    return sides
+
+
+def _drop_projections(model: Model, head: dict[str, Tensor], folder: Path) -> None:
+    """Remove VeRA's frozen random matrices, which PEFT saves too, from what was read as the head.
+
+    Raises `ModelError` if they are not the model's: the trained vectors mean nothing beside others.
+    """
+    for key in ("vera_A", "vera_B"):
+        if not torch.equal(head.pop(f"base_model.{key}"), getattr(model.net.base_model, key)[NAME].cpu()):
+            raise ModelError(f"{folder}: its {key} is of another seed, and its vectors mean nothing over this model's")
+
+
+def _rescaling(model: Model, config: Any, module: str, a: Tensor, folder: Path) -> float:
+    """The factor that turns B under the s of PEFT's configuration into B under this model's s."""
+    if module not in model.scales:
+        raise ModelError(f"{folder}: this model has no module {module} to adapt; {nearest(module, model.scales)}")
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    if a.shape[0] != r:
+        raise ModelError(f"{folder}: {module} has rank {a.shape[0]}, its configuration says {r}")
+    s: float = alpha / (r**0.5 if config.use_rslora else r)
+    return s / model.scales[module]

@@ -1,0 +1,1 @@
+"""Mechanisms of privacy: accounting, noise, DP-SGD, client-level DP, secure aggregation."""

@@ -1,0 +1,284 @@
+"""The gradient of every example by itself, three ways that agree: one pass, Opacus's hooks, one example at a time.
+
+For LoRA one pass is enough. A factor's gradient of one example is G^T X, (r, d_in) or (d_out, r) from X (tokens, d_in)
+and G (tokens, d_out): as many flops as its share of the ordinary gradient, and few numbers to hold. Norms by ghost
+clipping would save nothing and cost a second backward pass (benchmarks/README.md has the figures).
+
+`clip` and `add_up` know neither model nor client: an engine that trains several clients in one batch gives them all
+its examples' gradients at once, and `owner`, the client of each.
+"""
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from opacus.grad_sample import GradSampleHooks
+from torch import Tensor, nn
+
+from fedlora.data.encoding import Encoder, Example
+from fedlora.errors import PrivacyError
+from fedlora.lora import wide
+
+Gradients = list[Tensor]  # of each parameter, (examples, *shape), float32 or wider
+Each = Callable[[Sequence[Example]], Gradients]
+Keep = Callable[[Tensor | None, Tensor | None], None]  # of a weight and a bias
+REMEDY = "choose lora.kind = lora and other lora.targets, or dp.engine = one, which takes one example at a time"
+
+
+class Learner(Protocol):
+    """What an engine needs of a `Model`."""
+
+    @property
+    def net(self) -> nn.Module: ...
+    @property
+    def encoder(self) -> Encoder: ...
+    def losses(self, batch: dict[str, Tensor]) -> Tensor: ...
+
+
+class PerExample(Protocol):
+    """A model made ready; it is as it was again when the block is left, and its parameters have no `.grad`."""
+
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def __call__(self, examples: Sequence[Example]) -> Gradients: ...
+
+
+class OnePass:
+    """One forward and one backward pass; the layers that hold what is trained keep each example's share.
+
+    Raises `PrivacyError`, naming the module, where an example's share cannot be told.
+    """
+
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
+        self._model, self._parameters = model, parameters
+        self._found: dict[int, Tensor] = {}
+        self._n = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:  # where one layer is refused, those before it get their own forward back
+            for name, module in _holders(self._model.net, LAYERS, "one pass"):
+                forward = partial(LAYERS[type(module)], module, partial(self._check, name), partial(self._keep, module))
+                stack.enter_context(_forward(module, forward))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._found = {}
+        _forget(self._parameters)
+
+    def __call__(self, examples: Sequence[Example]) -> Gradients:
+        self._n, self._found = len(examples), {}
+        _backward(self._model, examples)
+        for p in self._parameters:
+            if p.grad is not None:
+                raise PrivacyError(f"{_name(self._model, p)} is used outside the layer that holds it; {REMEDY}")
+            if id(p) not in self._found:
+                raise PrivacyError(f"{_name(self._model, p)} got no gradient of single examples; {REMEDY}")
+        return [self._found.pop(id(p)) for p in self._parameters]
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if x.shape[0] != self._n:
+            raise PrivacyError(
+                f"{name} sees {x.shape[0]} rows where there are {self._n} examples: its tokens lie in one heap, and "
+                f"cannot be clipped by example; {REMEDY}"
+            )
+
+    def _keep(self, module: Any, weight: Tensor | None, bias: Tensor | None) -> None:
+        for p, share in ((module.weight, weight), (module.bias, bias)):
+            if share is not None:
+                before = self._found.get(id(p))  # a layer that is used twice
+                self._found[id(p)] = wide(share) if before is None else before + share
+
+
+class Hooks:
+    """Opacus's hooks: the reference, and for layers that `OnePass` does not know."""
+
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
+        self._model, self._parameters = model, parameters
+
+    def __enter__(self) -> Self:
+        # Opacus would try others by functorch: it fails on some with an error of its own, and some it does not see
+        list(_holders(self._model.net, GradSampleHooks.GRAD_SAMPLERS, "Opacus"))
+        made: Any = GradSampleHooks  # untyped
+        self._hooks = made(self._model.net, loss_reduction="sum", strict=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.cleanup()
+        for module in self._model.net.modules():
+            for left in ("activations", "max_batch_len"):  # what a pass that broke off leaves behind
+                module.__dict__.pop(left, None)
+        _forget(self._parameters)
+
+    def __call__(self, examples: Sequence[Example]) -> Gradients:
+        _backward(self._model, examples)
+        found: Gradients = []
+        for p in self._parameters:
+            g = getattr(p, "grad_sample", None)
+            if not isinstance(g, Tensor) or g.shape[0] != len(examples):
+                raise PrivacyError(
+                    f"Opacus's hooks find no gradient of single examples for {_name(self._model, p)}; {REMEDY}"
+                )
+            found.append(wide(g))
+            p.grad_sample = None  # type: ignore[attr-defined]
+        _forget(self._parameters)
+        return found
+
+
+class OneByOne:
+    """By autograd, one example after another: slow, right for any module, and what the others answer to."""
+
+    def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
+        self._model, self._parameters = model, parameters
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, examples: Sequence[Example]) -> Gradients:
+        rows = []
+        for example in examples:
+            loss = self._model.losses(self._model.encoder.collate([example])).sum()
+            rows.append(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
+        return [torch.stack([wide(g) for g in of_one]) for of_one in zip(*rows, strict=True)]
+
+
+ENGINES: dict[str, type[PerExample]] = {"lora": OnePass, "hooks": Hooks, "one": OneByOne}
+
+
+def clip(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
+    """The factor (examples,) on each parameter's gradients that makes no example longer than its group's bound.
+
+    Parameter j is in group groups[j]. An example with a gradient that is not finite counts as nothing, and is made so
+    in place, as zero times what is not a number is none.
+    """
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
+    finite = torch.isfinite(torch.stack(norms).sum(0))
+    if not bool(finite.all()):
+        for g in gradients:
+            g[~finite] = 0.0
+
+    def factor(group: int, bound: float) -> Tensor:
+        own = torch.stack([norm for norm, k in zip(norms, groups, strict=True) if k == group])
+        return torch.where(finite, bound / torch.linalg.vector_norm(own, dim=0).clamp(min=bound), 0.0)
+
+    factors = {i: factor(i, bounds[i]) for i in set(groups)}
+    return [factors[k] for k in groups]
+
+
+def add_up(gradients: Gradients, factors: Sequence[Tensor], owner: Tensor | None = None, owners: int = 1) -> Gradients:
+    """Of each parameter the sum of factor times gradient by owner, (owners, *shape): example i belongs to owner[i]."""
+    owner = torch.zeros(len(gradients[0]), dtype=torch.int64) if owner is None else owner
+    belongs = F.one_hot(owner.to(gradients[0].device), owners).T  # (owners, examples)
+    return [((belongs * c) @ g.flatten(1)).view(owners, *g.shape[1:]) for g, c in zip(gradients, factors, strict=True)]
+
+
+def _holders(net: nn.Module, known: Container[type[nn.Module]], who: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that hold what is trained. Raises `PrivacyError` at one that is not of a known kind."""
+    for name, module in net.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            if type(module) not in known:
+                raise PrivacyError(
+                    f"{name} is a {type(module).__name__}, of which {who} cannot tell one example's gradient from "
+                    f"another's; {REMEDY}"
+                )
+            yield name, module
+
+
+def _name(model: Learner, parameter: nn.Parameter) -> str:
+    return next(name for name, p in model.net.named_parameters() if p is parameter)
+
+
+def _forget(parameters: Sequence[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None
+
+
+def _backward(model: Learner, examples: Sequence[Example]) -> None:
+    loss: Tensor = model.losses(model.encoder.collate(examples)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Any) -> Any:
+    """Another forward for this one module, whatever it had."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _linear(module: nn.Module, check: Callable[[Tensor], None], keep: Keep, x: Tensor) -> Tensor:
+    check(x)
+    out: Tensor = _Linear.apply(x, module.weight, module.bias, keep)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _layer_norm(module: Any, check: Callable[[Tensor], None], keep: Keep, x: Tensor) -> Tensor:
+    check(x)
+    normed = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    out: Tensor = _Affine.apply(normed, module.weight, module.bias, keep)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer that hands G^T X of each example over, and gives its parameters no gradient of the batch.
+
+    It does so within the backward pass, so that X and G are freed at once: kept until its end they would take three
+    times the memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+        ctx.keep = keep
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, weight) = grads, ctx.saved_tensors
+        n = x.shape[0]
+        gs, xs = g.reshape(n, -1, g.shape[-1]), x.reshape(n, -1, x.shape[-1])  # (n, tokens, d)
+        wanted, weighs, biases, _ = ctx.needs_input_grad
+        ctx.keep(_products(gs, xs) if weighs else None, gs.sum(1) if biases else None)
+        return g @ weight if wanted else None, None, None, None
+
+
+def _products(gs: Tensor, xs: Tensor) -> Tensor:
+    """G^T X of each example, (n, d_out, d_in); BLAS makes few rows four times as fast as few columns."""
+    if gs.shape[2] <= xs.shape[2]:
+        return torch.bmm(gs.transpose(1, 2), xs)
+    return torch.bmm(xs.transpose(1, 2), gs).transpose(1, 2).contiguous()
+
+
+class _Affine(torch.autograd.Function):
+    """The scale and shift at the end of a layer norm, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+        ctx.keep = keep
+        ctx.save_for_backward(x, weight)
+        return x * weight if bias is None else x * weight + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, weight) = grads, ctx.saved_tensors
+        wanted, weighs, biases, _ = ctx.needs_input_grad
+        gs, xs = (t.reshape(len(t), -1, *weight.shape) for t in (g, x))  # (n, tokens, *shape)
+        ctx.keep((gs * xs).sum(1) if weighs else None, gs.sum(1) if biases else None)
+        return g * weight if wanted else None, None, None, None
+
+
+LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}

@@ -1,0 +1,259 @@
+"""What a person sees of a run: its heading, a line for each round, then how good it is and where everything lies."""
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from fedlora.config import Config
+from fedlora.errors import Failure
+from fedlora.metrics import headline
+from fedlora.strategy import Strategy, title
+
+from .directory import RunFolder
+from .setup import Setup
+
+WIDTHS = {
+    "round": 9,
+    "clients": 8,
+    "train loss": 11,
+    "evaluation": 18,
+    "worst client": 13,
+    "off the mean": 13,
+    "epsilon": 14,
+    "up": 9,
+    "down": 9,
+    "seconds": 8,
+    "left": 8,
+}
+FIRST = 30.0  # seconds after which a line without a terminal says which clients the round waits for
+EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well below what a strategy drops
+
+
+class Screen:
+    """A `Show` on a console: a line for each round, and below it on a terminal a moving one for the round under way."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._rounds = self._cohort = self._answers = self._number = 0
+        self._before: Mapping[str, float] = {}
+        self._last: Mapping[str, Any] | None = None
+        self._seconds: list[float] = []
+        self._began = time.monotonic()
+        self._status: Status | None = None
+        self._columns: list[str] = []
+        self._measures = self._private = False
+        self._told = FIRST
+        self.names: Mapping[int, str] = {}  # of clients elsewhere
+
+    def started(
+        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+    ) -> None:
+        config = setup.config
+        self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
+        self._measures = config.exactness
+        self._private = config.dp.on
+        self.say(_heading(setup, title(strategy)))
+        for line in promise:
+            self.say(line)
+        if before:
+            self.say(f"before training: {figures(before)}")
+        if done:
+            self.say(f"resumed after round {done} of {config.rounds}")
+        left_out = _columns_left_out(config)
+        self._columns = [name for name in WIDTHS if name not in left_out]
+        self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
+        if self._console.is_terminal:
+            self._status = Status("", console=self._console)
+            self._status.start()
+            self._wait()
+
+    def answered(self, client: int) -> None:
+        self._answers += 1
+        self._wait()
+
+    def waiting(self, clients: Mapping[int, float]) -> None:
+        """Show which clients the round waits for, and how long; without a terminal after `FIRST` s, then ever rarer."""
+        longest = max(clients.values(), default=0.0)
+        if not clients or longest < FIRST:
+            self._told = FIRST
+        if self._status:
+            self._wait(clients, longest)
+        elif clients and longest >= self._told:
+            self._told = 2 * longest
+            self.say(f"waiting for {self._who(clients)}, for {longest:.0f} s now")
+
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
+        self._number, self._answers, self._last = record["round"], 0, record
+        self._seconds.append(record["seconds"])
+        left = median(self._seconds[-5:]) * (self._rounds - self._number)
+        cells = _cells(record) | {"round": f"{self._number}/{self._rounds}", "left": f"{left:.0f} s"}
+        self.say("".join(cells[name].rjust(WIDTHS[name]) for name in self._columns))
+        self._wait()
+
+    def finished(self, folder: RunFolder, stopped: bool) -> None:
+        self.close()
+        records = folder.records()
+        if stopped and records:
+            self.say(f"stopped early after round {records[-1]['round']} of {self._rounds}: no lower loss")
+        self._say_how_good(records)
+        if self._measures:
+            self.say(closeness([r["exactness"] for r in records if "exactness" in r]))
+        if self._private:
+            self.say(spending(records))
+        if (folder.path / "privacy.md").exists():
+            self.say(f"privacy report: {folder.path}/privacy.md")
+        self.say(f"adapter: {folder.adapter}")
+        self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
+        self.say(f"curves: tensorboard --logdir {folder.path}")
+
+    def _say_how_good(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Show the last evaluation of the global model, and the last one of the clients on their own examples."""
+        after, clients = newest(records, "eval"), newest(records, "eval_clients")
+        if after:
+            name, _ = headline(after)
+            was = f"{self._before[name]:.4g} before, " if name in self._before else ""
+            self.say(f"{name}: {was}{after[name]:.4g} after, in {time.monotonic() - self._began:.0f} s")
+        if clients:
+            self.say(
+                f"per client on its own held-out examples: {clients['metric']} mean {clients['mean']:.4g}, "
+                f"worst {clients['worst']:.4g} (client {clients['worst_client']}), std {clients['std']:.3g}"
+            )
+
+    def close(self) -> None:
+        """Remove the moving line."""
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+    def say(self, line: str) -> None:
+        """Print a line as it is."""
+        self._console.print(line, markup=False)
+
+    def handler(self) -> logging.Handler:
+        """A logging handler that prints warnings among the lines."""
+        shown = Shown(self)
+        shown.setLevel(logging.WARNING)
+        return shown
+
+    def named(self, text: str) -> str:
+        """The text with each client's name in place of its number, where it has a name."""
+        return re.sub(r"\bclient (\d+)\b", lambda found: self.names.get(int(found[1]), found[0]), text)
+
+    def _who(self, clients: Iterable[int]) -> str:
+        names = [self.names.get(i, f"client {i}") for i in clients]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    def _wait(self, clients: Iterable[int] = (), seconds: float = 0.0) -> None:
+        """Bring the moving line up to date."""
+        if self._status is None:
+            return
+        if self._number == self._rounds:
+            self._status.update("writing the adapter")
+            return
+        who = f"; waiting for {self._who(clients)}, {seconds:.0f} s" if clients else ""
+        answered = f"{self._answers} of {self._cohort} clients answered"
+        self._status.update(f"round {self._number + 1}: {answered}{who}")
+
+
+class Shown(logging.Handler):
+    """A logging handler that prints records as lines on a screen."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__()
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.say(self._screen.named(record.getMessage()))
+
+
+def _heading(setup: Setup, name: str) -> str:
+    """The first line of a run: its strategy, its size and how it is computed."""
+    config, start = setup.config, setup.start
+    trained = sum(t.numel() for side in (start.A, start.B, start.H) for t in side.values())
+    return (
+        f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "
+        f"adapter of {trained:,} numbers on a model of {setup.model.size:,}; "
+        f"engine {config.engine}, seed {config.seed}"
+    )
+
+
+def _columns_left_out(config: Config) -> set[str]:
+    """The columns that a run with these settings has nothing to show in."""
+    shown = {
+        "worst client": config.data.holdout > 0,
+        "off the mean": config.exactness,
+        "epsilon": config.dp.on,
+        "train loss": not config.dp.on or config.dp.metrics,
+    }
+    return {name for name, is_shown in shown.items() if not is_shown}
+
+
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    """What stands in the columns of a round's line, by its record alone."""
+    loss, clients = record["train_loss"], record["eval_clients"]
+    return {
+        "clients": f"{record['answered']}/{record['clients']}",
+        "train loss": "skipped" if loss is None else f"{loss:.4f}",
+        "evaluation": metric(record["eval"]),
+        "worst client": f"{clients['worst']:.4g}" if clients else "",
+        "off the mean": f"{record['exactness']:.1e}" if "exactness" in record else "-",
+        "epsilon": f"{record['epsilon']:.3g} ({record['epsilon_median']:.3g})" if "epsilon" in record else "-",
+        "up": size(record["bytes_up"]),
+        "down": size(record["bytes_down"]),
+        "seconds": f"{record['seconds']:.1f}",
+    }
+
+
+def newest(records: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """The value of a key in the last record that has one; none where no record has."""
+    values = [record[key] for record in records if record.get(key)]
+    return values[-1] if values else None
+
+
+def figures(values: Mapping[str, Any]) -> str:
+    """Numbers by name, for people: `loss 1.386, accuracy 0.25`."""
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def spending(records: Sequence[Mapping[str, Any]]) -> str:
+    """What a private run has spent, in words."""
+    charged = [record for record in records if "epsilon" in record]
+    if not charged:
+        return "privacy: no client has been charged"
+    last = charged[-1]
+    return f"privacy: epsilon spent {last['epsilon']:.3g} at most, {last['epsilon_median']:.3g} the median client"
+
+
+def closeness(distances: list[float]) -> str:
+    """What the exactness meter read over a run, in words."""
+    if not distances:
+        return "exactness: not defined, as clients keep a factor for themselves and have no common model"
+    most, last = max(distances), distances[-1]
+    if most < EXACT:
+        return f"exactness: every round's model was the weighted mean of the clients' models (within {most:.0e} of it)"
+    return (
+        "exactness: the model was not the weighted mean of the clients' models: "
+        f"{last:.2%} off it in the last round, {most:.2%} at most"
+    )
+
+
+def metric(values: Mapping[str, float] | None) -> str:
+    """The headline of an evaluation: `perplexity 17.32`."""
+    if not values:
+        return ""
+    name, _ = headline(values)
+    return f"{name} {values[name]:.4g}"
+
+
+def size(n: int) -> str:
+    """A number of bytes in the unit that people read: `1.2 MB`."""
+    for unit, over in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= over:
+            return f"{n / over:.1f} {unit}"
+    return f"{n} B"

@@ -1,0 +1,269 @@
+"""`fedlora export`: what a run came to as others load it: a PEFT adapter, a whole model, or an adapter a client.
+
+Nothing is called done before it was loaded afresh, as a stranger would, and gave the logits of the model as the run
+wears it. Until then it lies in a hidden folder beside its place, which an error or Ctrl-C takes away.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedlora import config as configuration
+from fedlora.config import Config
+from fedlora.data.encoding import Example
+from fedlora.data.schema import Form
+from fedlora.errors import CheckpointError, ConfigError, ExportError, nearest
+from fedlora.jobs import Client, Job
+from fedlora.lora import LoRA, compact, join, norm, scale, truncate
+from fedlora.models import peft_files
+from fedlora.models.model import Model
+from fedlora.models.peft_files import save_peft
+from fedlora.sections import ModelConfig
+from fedlora.storage import checkpoint
+from fedlora.storage.client_state import Store
+
+from .compose import compose
+from .directory import RunFolder
+from .setup import Setup, quiet, reopen
+
+FORMS = ("adapter", "merged", "per-client")
+EXAMPLES = 8  # on which the exported model is compared with the worn one
+LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the logits' size; a merged weight is rounded so
+
+
+@dataclass(frozen=True, eq=False)
+class Worn:
+    """One of the run's models: an adapter over an offset."""
+
+    name: str  # of the folder it goes to, in that of the export
+    lora: LoRA
+    offset: tuple[LoRA, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """An adapter that was written and is yet to be verified."""
+
+    folder: Path
+    logits: Tensor  # that it has to give
+    notes: tuple[str, ...]  # to print once it does
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A few examples, and what else it takes to look at a model of the run's kind."""
+
+    config: ModelConfig
+    form: Form
+    device: torch.device
+    batch: dict[str, Tensor]
+
+    @torch.no_grad()
+    def logits(self, net: nn.Module) -> Tensor:
+        """(examples, classes), or (examples, vocabulary) after every example's last token."""
+        if self.config.quantize == "none":  # a quantised base is where it belongs already
+            net.to(self.device)
+        inputs = {k: v.to(self.device) for k, v in self.batch.items() if k != "labels"}
+        scores: Tensor = net.eval()(**inputs).logits.float().cpu()
+        if self.form.labels:
+            return scores
+        return scores[torch.arange(len(scores)), self.batch["attention_mask"].sum(1) - 1]
+
+
+def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) -> None:
+    """Write what the run in `path` has come to, verify it, and print what was done.
+
+    `form` is adapter, merged or per-client; `max_rank` the highest rank an adapter may have, 0 for what it takes;
+    `out` a folder that is not there yet, by default `path`/export-`form`. Raises `ConfigError` for what cannot be
+    asked of this run, `CheckpointError` where it has no round yet, `ExportError` where what was written is not the
+    run's model.
+    """
+    out = out or path / f"export-{form}"
+    config = _checked(path, form, max_rank, out)
+    quiet()
+    setup = reopen(RunFolder(path), config)
+    with _whole(out) as place:
+        probe, drafts = _write(setup, RunFolder(path), form, max_rank, place)
+        del setup  # the base is loaded afresh now: memory may not have room for two
+        gaps = [verify(probe, draft, form) for draft in drafts]
+    for draft in drafts:
+        for note in draft.notes:
+            print(note)
+    print(f"{form}: {out}")
+    print(f"loaded afresh, the logits are the run's to {max(gaps):.0e} of their size")
+    print(f"load it: {_how(form, out)}")
+
+
+def _checked(path: Path, form: str, max_rank: int, out: Path) -> Config:
+    """The run's settings, after everything is refused that can be refused without a model."""
+    if form not in FORMS:
+        raise ConfigError(f"--as {form} is no form of export; {nearest(form, FORMS)}")
+    config = configuration.build(RunFolder(path).config())
+    if out.exists():
+        raise ConfigError(f"{out} is there already; remove it, or choose another folder with --out")
+    if not any((path / "checkpoint").glob("round-*")):
+        raise CheckpointError(f"{path} has no finished round yet; go on with fedlora simulate --resume {path}")
+    if form == "merged":
+        _check_mergeable(config, max_rank)
+    if max_rank and config.lora.kind == "vera":
+        raise ConfigError(f"--max-rank {max_rank}: lora.kind = vera has no product to cut; leave it out")
+    return config
+
+
+def _check_mergeable(config: Config, max_rank: int) -> None:
+    """Raise `ConfigError` where the adapter cannot go into the weights of the base model."""
+    if config.model.quantize != "none":
+        raise ConfigError(
+            f"a base with model.quantize = {config.model.quantize} cannot take an adapter into its weights; "
+            "use --as adapter"
+        )
+    if max_rank:
+        raise ConfigError(f"--max-rank {max_rank}: a merged model has no rank; leave it out, or use --as adapter")
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A hidden folder to write to, which becomes `out` when all went well and is removed otherwise."""
+    place = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        place.mkdir(parents=True)
+        yield place
+        place.rename(out)
+    except (OSError, SafetensorError) as e:
+        raise ExportError(f"{out} could not be written: {e}; make room, or choose another folder with --out") from e
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
+    """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
+    model = setup.model
+    batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
+    probe = Probe(setup.config.model, model.form, model.device, batch)
+    return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
+
+
+def _examples(setup: Setup) -> list[Example]:
+    """Examples to compare two models on: of the evaluation, else of a client, else a made-up one."""
+    if setup.evaluation:
+        return setup.evaluation
+    for site in setup.sites:
+        if site.train:
+            return site.train
+    return _made_up(setup)
+
+
+def _made_up(setup: Setup) -> list[Example]:
+    """One example for a server that has none; its content matters little where two models are to agree on it."""
+    form = setup.model.form
+    if form.kind not in ("text", "label"):
+        raise ConfigError(f"there is no example of {form.kind} here to verify the export on: set data.eval")
+    row = dict.fromkeys(form.columns, "federated learning trains on data that stay where they are")
+    if form.labels:
+        row[form.columns[-1]] = form.labels[0]
+    return setup.model.encoder([row])
+
+
+def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
+    """The models to export, from the newest checkpoint: the run's, or with per-client each client's own."""
+    strategy = compose(setup.config, setup.start, setup.ranks)  # first: it defines the types of what is read next
+    last = checkpoint.latest(folder.checkpoints)
+    if last is None:
+        raise CheckpointError(f"{folder.checkpoints} has no round that can be read; the run has to be made again")
+    clients = [Client(id=i, examples=1, rank=rank) for i, rank in enumerate(setup.ranks)]
+    jobs = {client.id: strategy.client_init(last.state, client) for client in clients}
+    sides = _keeps(jobs[0])
+    if form == "per-client":
+        return _of_each_client(setup.config.strategy, jobs, sides, folder, last.round)
+    note = f"{sides} stays with the clients: this is where a new one starts; --as per-client has each one's model"
+    return [Worn("", strategy.adapter(last.state), note=note if sides else "")]
+
+
+def _of_each_client(strategy: str, jobs: Mapping[int, Job], sides: str, folder: RunFolder, rounds: int) -> list[Worn]:
+    """Every client's own model after so many rounds; `sides` are those that clients keep for themselves."""
+    if not sides:
+        raise ConfigError(f"with {strategy} all clients have the same model; use --as adapter")
+    kept = {i: Store(folder.clients / str(i)).before(rounds) for i in jobs}
+    if not any(kept.values()):
+        raise ConfigError(f"{folder.clients} has nothing that a client kept; it is on the clients' own machines")
+    return [_personal(i, job, kept[i]) for i, job in jobs.items()]
+
+
+def _keeps(job: Job) -> str:
+    """The sides that a client trains and keeps for itself, by which clients come to differ."""
+    return "".join(side for side in job.trains if side not in job.shares)
+
+
+def _personal(client: int, job: Job, kept: LoRA) -> Worn:
+    """The model that this client would use: the factors it kept over those that the job brings."""
+    note = "" if kept else f"client {client} has not trained yet: its adapter is the start that it would have"
+    lora = kept.only(_keeps(job)).over(job.start)
+    if job.resumes:  # the offset is the model; the factors are no more than where training goes on from
+        lora = replace(lora, B={m: torch.zeros_like(b) for m, b in lora.B.items()})
+    return Worn(f"client-{client}", lora, job.offset, note)
+
+
+def _draft(model: Model, probe: Probe, worn: Worn, max_rank: int, place: Path) -> Draft:
+    """Write the model as one adapter, cut to the rank that was asked for."""
+    model.write(worn.lora, worn.offset)
+    logits, lora = probe.logits(model.net), _joined(worn)
+    notes = [worn.note] if worn.note else []
+    rank = max(a.shape[0] for a in lora.A.values())
+    if 0 < max_rank < rank:
+        best = truncate(lora, max_rank)
+        cut = LoRA(best.A, best.B, lora.H)
+        model.write(cut)
+        before, logits = logits, probe.logits(model.net)
+        error = norm(join(lora, scale(cut, -1))) / (norm(lora) or 1.0)
+        notes.append(
+            f"{worn.name or 'adapter'}: of rank {rank}, cut to {max_rank}; the product's relative error is {error:.4g} "
+            f"({error**2:.2g} of its energy), the largest difference of a logit {(logits - before).abs().max():.4g}"
+        )
+        lora = cut
+    save_peft(model, lora, place / worn.name)
+    return Draft(place / worn.name, logits, tuple(notes))
+
+
+def _joined(worn: Worn) -> LoRA:
+    """All of it as one adapter, with no module's rank above its smaller dimension."""
+    if any(a.dim() == 1 for a in worn.lora.A.values()):
+        return worn.lora  # VeRA's vectors, which no offset goes with
+    joined = join(*worn.offset, worn.lora)
+    return compact(LoRA(joined.A, joined.B, worn.lora.H))
+
+
+def verify(probe: Probe, draft: Draft, form: str) -> float:
+    """How far the logits of what was written are from what they have to be, as a share of their size.
+
+    Raises `ExportError` where that is too far.
+    """
+    if form == "merged":
+        peft_files.merge(probe.config, probe.form, draft.folder)
+        net = peft_files.load_merged(probe.config, probe.form, draft.folder)
+    else:
+        net = peft_files.load_adapter(probe.config, probe.form, draft.folder)
+    gap = float((probe.logits(net) - draft.logits).abs().max() / draft.logits.abs().max())
+    limit = LIMITS[probe.config.dtype]
+    if not gap <= limit:  # nor where it is no number
+        raise ExportError(
+            f"{draft.folder.name}, loaded afresh, gives logits that differ from the run's by {gap:.2g} of their size, "
+            f"more than {limit:g}; nothing was kept of it: see with fedlora evaluate whether the run itself is sound"
+        )
+    return gap
+
+
+def _how(form: str, out: Path) -> str:
+    """The line of Python that loads it."""
+    if form == "merged":
+        kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        return f'transformers.{kind}.from_pretrained("{out}")'
+    return f'peft.PeftModel.from_pretrained(base_model, "{out}{"/client-<id>" if form == "per-client" else ""}")'

@@ -1,0 +1,224 @@
+"""A run put together from its config: the same pieces in every process, whatever fleet carries the clients."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora import config as configuration
+from fedlora.config import Config, absolute
+from fedlora.data import federated
+from fedlora.data import rows as rows_module
+from fedlora.data.client_data import Site
+from fedlora.data.schema import Form
+from fedlora.errors import ClientFailed, ConfigError, PrivacyError
+from fedlora.lora import LoRA
+from fedlora.metrics import Metrics
+from fedlora.models.model import Model
+from fedlora.privacy.secure_aggregation import FEWEST
+
+from .client_ranks import ranks
+from .directory import RunFolder
+
+
+@dataclass(eq=False)
+class Setup:
+    """What a process needs to play server and any client: made from the config alone, alike everywhere."""
+
+    config: Config  # resolved: counts and labels as they are, paths absolute
+    model: Model
+    start: LoRA  # the adapter as PEFT made it
+    sites: tuple[Site, ...]
+    ranks: tuple[int, ...]  # of each client
+    evaluation_rows: rows_module.Rows
+
+    @cached_property
+    def evaluation(self) -> list[dict[str, torch.Tensor]]:
+        examples = self.model.encoder(self.evaluation_rows)
+        limit = self.config.data.eval_limit or len(examples)
+        return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
+
+    def evaluate(self, lora: LoRA) -> Metrics:
+        """The global model on the global held-out set."""
+        self.model.write(lora)
+        return self.model.metrics(self.evaluation)
+
+
+def prepare(config: Config) -> Setup:
+    """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
+    config = localise(config)
+    rows = federated.load(config.data, config.model.task, config.clients, config.seed)
+    config = resolve(config, rows.form, len(rows.clients))
+    return assemble(config, rows, ids=config.clients)
+
+
+def localise(config: Config) -> Config:
+    """The config with absolute paths, in a process that computes on as many threads as it says."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return absolute(config)
+
+
+def assemble(config: Config, rows: federated.Federated, ids: int) -> Setup:
+    """The pieces that one side of a run makes of its rows: the model, each client's examples, every client's rank.
+
+    `ids` is one more than the highest number of a client; each number below it has a rank.
+    """
+    public = federated.public(config.lora.init_data, rows.form)
+    model = Model(config.model, config.lora, rows.form, config.seed, public)
+    heldout = rows.heldout or ((),) * len(rows.clients)
+    unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
+    shares = zip(rows.clients, heldout, strict=True)
+    sites = tuple(Site(model.encoder, train, held, unit) for train, held in shares)
+    memory = partial(model.memory, batch_size=config.train.batch_size)
+    dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
+    return Setup(config, model, model.read(), sites, tuple(dealt), rows.evaluation)
+
+
+def resolve(config: Config, form: Form, clients: int) -> Config:
+    """The settings with counts and labels as they are. Raises `ConfigError` or `PrivacyError` where they contradict."""
+    cohort = _cohort(config, clients)
+    if config.engine == "stacked":
+        raise ConfigError('engine = "stacked" is not in this version; choose "serial" or "flower"')
+    if config.dp.on:
+        _refuse_what_is_not_private(config)
+    if config.secure.aggregation:
+        _refuse_what_cannot_be_hidden(config, cohort=cohort, clients=clients)
+    return replace(
+        config,
+        clients=clients,
+        cohort=cohort,
+        engine="serial" if config.engine == "auto" else config.engine,
+        data=replace(config.data, labels=form.labels),
+    )
+
+
+def _cohort(config: Config, clients: int) -> int:
+    """How many clients are asked in a round: as many as the settings say, or a fifth of all."""
+    if config.cohort > clients:
+        raise ConfigError(
+            f"cohort = {config.cohort} is more than the {clients} clients there are; choose {clients} or fewer"
+        )
+    fewest = FEWEST if config.secure.aggregation else 2
+    return config.cohort or min(max(fewest, clients // 5), clients)
+
+
+def _refuse_what_cannot_be_hidden(config: Config, cohort: int, clients: int) -> None:
+    """Raise `PrivacyError` for what secure aggregation leaves no room for."""
+    if cohort < FEWEST:
+        raise PrivacyError(
+            f"secure.aggregation hides a client among {FEWEST} or more, and {cohort} of {clients} would "
+            "be in a round; raise cohort, or have more clients"
+        )
+    if config.exactness:
+        raise PrivacyError("exactness needs every client's update, which secure.aggregation hides; leave it out")
+
+
+def _refuse_what_is_not_private(config: Config) -> None:
+    """Raise `PrivacyError` for what would leave a client with no noise on it."""
+    if config.data.holdout and not config.dp.metrics:
+        raise PrivacyError(
+            f"data.holdout = {config.data.holdout:g} lets clients tell scores on their own data, with no noise on "
+            "them; leave it out, or say dp.metrics = true"
+        )
+    if config.exactness and config.dp.by_client:
+        raise PrivacyError("exactness needs every client's update, which dp.level = client hides; leave it out")
+
+
+Plain = int | float | str | bool
+# Settings that are paths on the server's disk: removed from what clients are sent, and ignored by a client if they come
+# all the same.
+AWAY = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
+ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
+
+
+@dataclass(frozen=True, eq=False)
+class Party:
+    """One client's pieces of a run: the model, its own examples and its rank."""
+
+    model: Model
+    site: Site
+    rank: int
+
+
+def for_server(config: Config, ids: int) -> Setup:
+    """The server's pieces of a deployed run; `ids` is one more than the highest number of a client."""
+    config = localise(replace(config, engine="flower"))
+    embedded = not (config.model.path or config.data.path)  # the small model and text that come with fedlora
+    rows = federated.server(config.data, config.model.task, embedded)
+    return assemble(resolve(config, rows.form, config.clients), rows, ids)
+
+
+def reopen(folder: RunFolder, config: Config) -> Setup:
+    """The pieces of the run in a folder; of a deployed run those of its server, which has no clients' data."""
+    deployed = (folder.path / "flower" / "order.json").is_file()
+    return for_server(config, config.clients) if deployed else prepare(config)
+
+
+def told(config: Config) -> dict[str, Plain]:
+    """The settings of a run that its clients are sent: all but where the server has its own files."""
+    flat = {key: value for key, value in configuration.flatten(config).items() if not key.startswith("option.")}
+    plain = {key: ", ".join(value) if isinstance(value, list) else value for key, value in flat.items()}
+    changed = {"model.path": _model_name(config.model.path), "data.partition": "auto"}
+    return plain | dict.fromkeys(AWAY, "") | changed
+
+
+def _model_name(path: str) -> str:
+    """A hub id as it is; of a folder its last name, marked as the server's own."""
+    return f"{ELSEWHERE}{Path(path).name}" if path and Path(path).is_dir() else path
+
+
+def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> Party:
+    """One client's pieces of a deployed run, by the run's settings under those that are the client's own to choose.
+
+    Raises `ConfigError`, `DataError` or `ModelError` for what the client itself has to mend.
+    """
+    config = localise(_merged(settings, mine))
+    if id >= config.clients and not config.data.path:
+        raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
+    rows = federated.client(config.data, config.model.task, id, config.clients, config.seed)
+    setup = assemble(config, rows, ids=max(id + 1, config.clients))
+    return Party(setup.model, setup.sites[0], setup.ranks[id])
+
+
+def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
+    """The run's settings under the client's own; a path is the client's own or none."""
+    known = {setting.key for setting in configuration.settings()} - {*AWAY}
+    run = {key: value for key, value in settings.items() if key in known}
+    if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
+        run["lora.init"] = "kaiming"
+    return configuration.build(run, {key: value for key, value in mine.items() if _shapes_data(key)}, _base(run, mine))
+
+
+def _shapes_data(key: str) -> bool:
+    """Whether a client's own setting changes its model or data; the others say what it insists on (`insists`)."""
+    return key == "dp.unit" or not key.startswith(("secure.", "client.", "dp."))
+
+
+def _base(run: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, str]:
+    """Where the base model is for this client: where it says itself, or the hub id of the run."""
+    path = str(mine.get("model.path") or run.get("model.path", ""))
+    if path.startswith(ELSEWHERE):
+        raise ConfigError(
+            f"the server has the base model in a folder of its own, {path.removeprefix(ELSEWHERE)}; give --model the "
+            "folder of the same files here"
+        )
+    return {"model.path": path}
+
+
+def quiet() -> None:
+    """Our own warnings, and of the libraries only errors."""
+    from transformers.utils import logging as noise
+
+    said: Any = noise  # untyped
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fedlora").setLevel(logging.INFO)
+    said.set_verbosity_error()
+    said.disable_progress_bar()

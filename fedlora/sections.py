@@ -1,0 +1,273 @@
+"""The sections of a config that more than the config knows: how clients train, how the server runs its rounds, privacy.
+
+Frozen dataclasses whose annotations hold each field's limits and, as a plain string, what it means. Light: no torch, so
+that commands which only start others stay small.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from .errors import ConfigError
+
+Names = tuple[str, ...]
+Encoding = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a client trains; one definition for the settings file, the command line and the Job."""
+
+    optimizer: Annotated[Literal["adamw", "sgd"], "made anew every round"] = "adamw"
+    lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
+    head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
+    lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
+    momentum: Annotated[float, Ge(0), Lt(1), "momentum of sgd"] = 0.0
+    weight_decay: Annotated[float, Ge(0), "weight decay: decoupled with adamw, L2 with sgd"] = 0.0
+    epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0
+    steps: Annotated[int, Ge(0), "optimizer steps a round; 0: as many as the epochs take"] = 0
+    batch_size: Annotated[int, Ge(1), "examples in a forward pass"] = 16
+    accumulate: Annotated[int, Ge(1), "forward passes in an optimizer step"] = 1
+    clip: Annotated[float, Ge(0), "largest norm of a step's gradient; 0: not clipped"] = 1.0
+    schedule: Annotated[Literal["constant", "linear", "cosine"], "course of the learning rate over all rounds"] = (
+        "constant"
+    )
+    warmup: Annotated[float, Ge(0), Le(1), "share of the whole run in which the learning rate rises"] = 0.0
+    prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the server runs its rounds."""
+
+    weights: Annotated[Literal["examples", "uniform"], "a client's weight in the mean"] = "examples"
+    quorum: Annotated[float, Gt(0), Le(1), "share of a round's clients that must answer"] = 0.5
+    below_quorum: Annotated[Literal["stop", "skip"], "end the run, or go on with the model as it was"] = "stop"
+    deadline: Annotated[float, Ge(0), "seconds after which a client has failed its round (flower); 0: never"] = 0.0
+    wait: Annotated[float, Ge(0), "seconds a run waits at its start for clients beyond the quorum (flower)"] = 120.0
+    largest_step: Annotated[float, Gt(0), "norm of a client's change in a round above which it is refused"] = 1000.0
+    eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
+    patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy; on where epsilon or noise is given."""
+
+    epsilon: Annotated[
+        float, Gt(0), "privacy budget: most that the run may spend of a client's data; inf: no privacy"
+    ] = inf
+    noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
+    delta: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        "delta of the guarantee; 0: 1e-5, or a tenth of 1/N if less; N: records of the largest client",
+    ] = 0.0
+    clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
+    level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
+    unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
+    head_share: Annotated[
+        float,
+        Gt(0),
+        Lt(1),
+        "share of the squared clipping norm that is spent on a classifier head when LoRA factors are trained too",
+    ] = 0.5
+    rate: Annotated[float, Ge(0), Le(1), "probability q of a record in a step; 0: by batch size"] = 0.0
+    joins: Annotated[int, Ge(0), "rounds that a client may take part in at most; 0: all"] = 0
+    budget: Annotated[float, Gt(0), "epsilon a client's ledger allows over all runs; inf: that of this run"] = inf
+    ledger: Annotated[str, "folder of the clients' ledgers, kept over runs; empty: in the run directory"] = ""
+    metrics: Annotated[bool, "let clients tell losses and scores as they are: they are not private"] = False
+    seeded: Annotated[bool, "noise and samples from the seed: an experiment that is NOT PRIVATE"] = False
+    engine: Annotated[
+        Literal["auto", "lora", "hooks", "one"], "how single records' gradients are found; hooks: Opacus's"
+    ] = "auto"
+    quantile: Annotated[
+        float, Ge(0), Lt(1), "quantile of clients' norms that the clip follows (level client); 0: fixed"
+    ] = 0.0
+    quantile_lr: Annotated[float, Gt(0), "how fast the clip follows that quantile"] = 0.2
+    quantile_share: Annotated[
+        float, Gt(0), Lt(1), "share of the privacy budget that is spent on following the quantile"
+    ] = 0.05
+
+    @property
+    def on(self) -> bool:
+        return self.epsilon < inf or self.noise > 0
+
+    @property
+    def by_record(self) -> bool:
+        return self.on and self.level == "record"
+
+    @property
+    def by_client(self) -> bool:
+        return self.on and self.level == "client"
+
+    @property
+    def limit(self) -> float:
+        """Epsilon up to which a client lets itself be charged."""
+        return self.budget if self.budget < inf else self.epsilon
+
+
+@dataclass(frozen=True)
+class SecureConfig:
+    """Secure aggregation."""
+
+    aggregation: Annotated[bool, "let the server see sums of updates, and no client's own"] = False
+    threshold: Annotated[float, Gt(0), Le(1), "share of a round's clients that must stay to its end"] = 0.6
+    reach: Annotated[float, Gt(0), "largest change of a number in a round; the resolution is 2^-30 of it"] = 1.0
+
+
+@dataclass(frozen=True)
+class AggregateConfig:
+    """What goes round the strategy on the server."""
+
+    optimizer: Annotated[
+        Literal["none", "momentum", "adam", "yogi", "adagrad"], "server optimizer of the aggregated step"
+    ] = "none"
+    lr: Annotated[float, Gt(0), "learning rate of the server optimizer"] = 1.0
+    beta1: Annotated[float, Ge(0), Lt(1), "decay of the server optimizer's first moment"] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), "decay of the server optimizer's second moment"] = 0.99
+    tau: Annotated[float, Gt(0), "added to the root of the server optimizer's second moment"] = 1e-3
+    robust: Annotated[
+        Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "norm_bound"],
+        "robust aggregation, against clients that lie",
+    ] = "none"
+    trim: Annotated[float, Ge(0), Lt(0.5), "share of values trimmed_mean drops at either end"] = 0.1
+    byzantine: Annotated[int, Ge(0), "clients that krum and multi_krum expect to lie"] = 1
+    bound: Annotated[float, Ge(0), "largest norm of a client's step with norm_bound"] = 1.0
+    offset_rank: Annotated[int, Ge(0), "cap on the offset's rank; 0: none, but 256 on a quantised base"] = 0
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What a client goes by, whatever the server asks."""
+
+    egress: Annotated[Names, "tensors that may leave it, as SIDE MODULE, with *"] = ("A *", "B *", "R *", "H *")
+
+
+@dataclass(frozen=True)
+class MessageConfig:
+    """How the numbers travel."""
+
+    up: Annotated[Encoding, "number type of a client's update; int8 has a scale for each row or column"] = "float32"
+    feedback: Annotated[
+        bool,
+        (
+            "error feedback: add the last round's rounding error to the next update (only for strategies that keep the "
+            "factors)"
+        ),
+    ] = True
+    down: Annotated[
+        Literal["float32", "bfloat16"], "number type of what a client starts from; offsets stay float32"
+    ] = "float32"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    path: Annotated[str, "folder or hub id of the base model; empty: the small one that comes with fedlora"] = ""
+    revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
+    task: Annotated[
+        Literal["auto", "lm", "classify", "image"], "what the model learns; auto: by the columns of the data"
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters are float32"
+    ] = "float32"
+    quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes on a GPU"] = (
+        "none"
+    )
+    head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
+    max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
+    device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter that every client trains; a contradiction in it is a `ConfigError` where it is built."""
+
+    kind: Annotated[
+        Literal["lora", "dora", "vera"], "dora: magnitudes too; vera: two vectors a module, A, B shared"
+    ] = "lora"
+    rank: Annotated[int, Ge(1), "r"] = 8
+    alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
+    ranks: Annotated[
+        str, "ranks of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"
+    ] = ""
+    rslora: Annotated[bool, "s = alpha / sqrt(r) instead"] = False
+    dropout: Annotated[float, Ge(0), Lt(1), "dropout of the adapter's input"] = 0.0
+    targets: Annotated[Names, "modules to adapt, by the end of their names; empty: query and value; or all-linear"] = ()
+    init: Annotated[
+        Literal["kaiming", "gaussian", "orthonormal", "pissa", "olora", "eva"],
+        "start of A, with B = 0; of A and B with pissa and olora, whose product is taken off again",
+    ] = "kaiming"
+    init_data: Annotated[str, "file of public examples, in the columns of the run's, that init = eva looks at"] = ""
+    rank_pattern: Annotated[str, "other ranks by the end of a module's name: v_proj=4,layers.0.q_proj=16"] = ""
+    alpha_pattern: Annotated[str, "other alphas, written alike; the longest name that fits a module counts"] = ""
+
+    def __post_init__(self) -> None:
+        for key, value in self.pattern("rank_pattern").items():
+            if value != int(value):
+                raise ConfigError(f'lora.rank_pattern = "{self.rank_pattern}": {key}={value:g} is no whole number')
+        self.pattern("alpha_pattern")
+        for why in self._contradictions():
+            raise ConfigError(why)
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with the settings taken together, each with its remedy."""
+        if self.init == "eva" and not self.init_data:
+            yield "lora.init = eva takes A from the inputs of public examples; set lora.init_data to a file"
+        if self.kind == "dora" and self.init in ("pissa", "olora"):
+            yield f"lora.init = {self.init} needs an offset, which dora's magnitudes would scale; choose another init"
+        shape = (self.init, self.rslora, self.rank_pattern, self.alpha_pattern)
+        if self.kind == "vera" and shape != ("kaiming", False, "", ""):
+            yield (
+                "lora.kind = vera has A and B of its own, one rank and no alpha; leave lora.init, lora.rslora, "
+                "lora.rank_pattern and lora.alpha_pattern out"
+            )
+
+    def pattern(self, key: Literal["rank_pattern", "alpha_pattern"]) -> dict[str, float]:
+        """Numbers by module name, or end of one; raises `ConfigError` for what is not written NAME=NUMBER,..."""
+        text: str = getattr(self, key)
+        found = {}
+        for word in filter(None, map(str.strip, text.split(","))):
+            name, _, number = word.partition("=")
+            value = self._positive(number)
+            if not name.strip() or not value:
+                raise ConfigError(f'lora.{key} = "{text}": "{word}" is no NAME=NUMBER, as in v_proj=4')
+            found[name.strip()] = value
+        return found
+
+    @staticmethod
+    def _positive(text: str) -> float:
+        """The finite number above 0 that the text is, or 0."""
+        try:
+            value = float(text)
+        except ValueError:
+            return 0.0
+        return value if 0 < value < float("inf") else 0.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Whose examples are whose."""
+
+    path: Annotated[str, "file, pattern (one file a client), datasets folder or hub id; empty: Python's library"] = ""
+    eval: Annotated[str, "data for the global evaluation, written as data.path is"] = ""
+    partition: Annotated[
+        str, "how rows are shared out: iid, dirichlet:ALPHA, labels:PER_CLIENT, natural:COLUMN, size:SKEW, files"
+    ] = "auto"
+    holdout: Annotated[float, Ge(0), Lt(1), "share of each client's examples kept for its own evaluation"] = 0.0
+    eval_share: Annotated[float, Ge(0), Lt(1), "share of all examples kept for the global one, without data.eval"] = 0.1
+    eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
+    limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
+    text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()
+    label: Annotated[str, "label column"] = ""
+    prompt: Annotated[str, "prompt column; the loss is on the response"] = ""
+    response: Annotated[str, "response column"] = ""
+    messages: Annotated[str, "chat column; the loss is on the assistant's turns"] = ""
+    image: Annotated[str, "image column: files or image data"] = ""
+    labels: Annotated[Names, "names of the classes in order; empty: as found in the data"] = ()

@@ -1,0 +1,218 @@
+"""What a SuperNode may say to the SuperLink through `fedlora.server.deployment.gate`, and how much of it: ten calls, no more.
+
+Flower's SuperLink has its Fleet, Control and Runtime APIs on one port, and Control asks nobody who they are: whoever
+reaches it runs code on every client. So the SuperLink listens on this machine alone, and the world talks to this:
+
+    client --TLS--> door --one of ten paths, a whole body, eight headers by name--> SuperLink on 127.0.0.1
+
+The path that is sent on is a constant of this file, never the text that came. A body is read and counted to its end
+first: what is too big, too slow or broken off never reaches the SuperLink, which has one process and no limit.
+Too busy is 503, not 429: a SuperNode tries again after 502, 503 and 504 alone, and lets its work go after the rest.
+deploy/proxy/nginx.conf says the same to nginx, and tests/test_gate.py holds both to it.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from ipaddress import ip_address
+
+import httpx
+from starlette.types import Receive, Scope, Send
+
+CALLS = (
+    *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab"),
+    *("pull-messages", "push-messages", "pull-object", "push-object", "confirm-message-received"),
+)
+# Called by a SuperNode without a key alone; a SuperLink that wants keys refuses both. Its server registers the keys.
+KEYLESS_CALLS = ("register-node", "unregister-node")
+KEY_HEADER = "flwr-public-key"
+HEADERS = frozenset(  # what goes on; all else, X-Forwarded-* and the Runtime's task tokens with it, ends here
+    {
+        *("content-type", "accept", KEY_HEADER, "flwr-signature", "flwr-timestamp"),
+        *("flwr-package-name", "flwr-package-version", "flwr-component-name"),
+    }
+)
+OURS = frozenset({"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "server", "date"})
+CLOSE = (b"connection", b"close")
+
+log = logging.getLogger("fedlora.gate")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, one address and all of them may take. A client is an address and the key that it claims."""
+
+    body: int = 8 << 20  # bytes of a request; Flower's chunks are 5 MB
+    concurrent: int = 64  # requests at once
+    per_client: int = 8
+    per_address: int = 32
+    uploads: int = 1 << 30  # bytes a minute and client; an address may four times that, as with requests
+    patience: float = 30.0  # seconds without a byte
+    whole: float = 180.0  # seconds for a body: after that the SuperLink has forgotten the upload
+    connections: int = 256  # open ones, busy or not; an address may have a quarter
+    head: int = 16 << 10  # bytes of a request's line and headers
+
+
+@dataclass
+class Counts:
+    """What went through since the start."""
+
+    requests: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    refused: Counter[str] = field(default_factory=Counter)  # by reason
+
+
+class Refused(Exception):
+    """Why a request goes no further, and what its sender is told; `retry` in seconds."""
+
+    def __init__(self, status: int, reason: str, retry: int = 0) -> None:
+        self.status, self.reason, self.retry = status, reason, retry
+
+
+class Door:
+    """The rules, as an ASGI application in front of `upstream`."""
+
+    def __init__(self, upstream: httpx.AsyncClient, limits: Limits | None = None, keyless: bool = False) -> None:
+        self.limits, self.counts, self.connected = limits or Limits(), Counts(), Counter[str]()
+        self._upstream = upstream
+        self._open = {f"/v1/fleet/{call}": {"POST"} for call in (*CALLS, *(KEYLESS_CALLS if keyless else ()))}
+        self._open["/health"] = {"GET", "HEAD"}
+        self._busy, self._uploaded, self._minute = Counter[str](), Counter[str](), 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.counts.requests += 1
+        headers = {name.decode("latin1"): value for name, value in reversed(scope["headers"])}  # the first one counts
+        try:
+            path = self._route(scope, headers)
+            with self._turn(_shares(scope, headers)) as shares:
+                body = await self._body(headers, receive, shares)
+                await self._forward(scope["method"], path, headers, body, send)
+        except Refused as no:
+            self.refuse(scope, no)
+            await self._answer(no, send)
+            await self._drain(receive)
+            await send({"type": "http.response.body"})
+        except asyncio.CancelledError:
+            closing = Refused(503, "closing", retry=5)
+            self.refuse(scope, closing)
+            await self._answer(closing, send)
+            await send({"type": "http.response.body"})
+
+    def refuse(self, scope: Scope, no: Refused) -> None:
+        """One line in the log, in ASCII whatever was sent, and one more in the counts."""
+        self.counts.refused[no.reason] += 1
+        path = scope.get("raw_path", b"").decode("latin1")[:120]
+        said = {"method": scope.get("method", "")[:16], "path": path, "status": no.status, "reason": no.reason}
+        log.warning(json.dumps({"event": "refused", "time": time.time(), "peer": _peer(scope), **said}))
+
+    def _route(self, scope: Scope, headers: dict[str, bytes]) -> str:
+        """The constant that the raw path is equal to. A path that has to be unwound first is no path of ours."""
+        path: str = scope["raw_path"].decode("latin1")
+        if scope["query_string"] or any(trick in path for trick in ("%", "..", "//", ";", "\\")):
+            raise Refused(404, "path")
+        if path not in self._open:
+            raise Refused(404, "path")
+        if scope["method"] not in self._open[path]:
+            raise Refused(404, "method")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise Refused(400, "two lengths")
+        return path
+
+    @contextmanager
+    def _turn(self, shares: Sequence[str]) -> Iterator[Sequence[str]]:
+        """A place among those that are served now: of all, of this address, of this client."""
+        mosts = (self.limits.concurrent, self.limits.per_address, self.limits.per_client)
+        if any(self._busy[share] >= most for share, most in zip(shares, mosts, strict=True)):
+            raise Refused(503, "too many requests at once", retry=1)
+        now = time.monotonic()
+        if self._minute != now // 60:
+            self._minute, self._uploaded = int(now // 60), Counter()
+        _, address, client = shares
+        if self._uploaded[client] >= self.limits.uploads or self._uploaded[address] >= 4 * self.limits.uploads:
+            raise Refused(503, "too many bytes a minute", retry=60 - int(now % 60))
+        self._busy.update(shares)
+        try:
+            yield shares
+        finally:
+            self._busy.subtract(shares)
+            self._busy = +self._busy  # a name that nobody uses is forgotten
+
+    async def _body(self, headers: dict[str, bytes], receive: Receive, shares: Sequence[str]) -> bytes:
+        """The whole body, counted as it comes: a length that was promised can be false, or missing."""
+        if int(headers.get("content-length", b"0")) > self.limits.body:
+            raise Refused(413, "body too large")
+        body, more, end = bytearray(), True, time.monotonic() + self.limits.whole
+        while more:
+            try:
+                async with asyncio.timeout(min(self.limits.patience, end - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(408, "slow body") from None
+            if message["type"] == "http.disconnect":
+                raise Refused(400, "broken off")
+            body += (part := message.get("body", b""))
+            self.counts.bytes_in += len(part)
+            self._uploaded.update(dict.fromkeys(shares, len(part)))
+            if len(body) > self.limits.body:
+                raise Refused(413, "body too large")
+            more = message.get("more_body", False)
+        return bytes(body)
+
+    async def _forward(self, method: str, path: str, headers: dict[str, bytes], body: bytes, send: Send) -> None:
+        """Ask the SuperLink, and pass its answer on piece by piece."""
+        kept = [(name.encode(), value) for name, value in headers.items() if name in HEADERS]
+        request = self._upstream.build_request(method, path, headers=kept, content=body if method == "POST" else None)
+        try:
+            answer = await self._upstream.send(request, stream=True)
+        except httpx.ReadTimeout:
+            raise Refused(504, "SuperLink is slow", retry=5) from None
+        except httpx.TransportError:
+            raise Refused(502, "SuperLink is down", retry=5) from None
+        try:
+            passed = [(name, value) for name, value in answer.headers.raw if name.decode().lower() not in OURS]
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": passed})
+            async for part in answer.aiter_raw():
+                self.counts.bytes_out += len(part)
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body"})
+        except (httpx.TransportError, asyncio.CancelledError):
+            self.counts.refused["answer broken off"] += 1  # uvicorn closes a connection whose answer has no end
+        finally:
+            await answer.aclose()
+
+    async def _answer(self, no: Refused, send: Send) -> None:
+        retry = [(b"retry-after", str(no.retry).encode())] if no.retry else []
+        headers = [(b"content-length", b"0"), CLOSE, *retry]
+        await send({"type": "http.response.start", "status": no.status, "headers": headers})
+        await send({"type": "http.response.body", "more_body": True})
+
+    async def _drain(self, receive: Receive) -> None:
+        """Drop what is still on its way, for a second: a connection that is closed before takes the answer with it."""
+        dropped, more = 0, True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while more and dropped < self.limits.body:
+                    message = await receive()
+                    dropped, more = dropped + len(message.get("body", b"")), message.get("more_body", False)
+
+
+def _peer(scope: Scope) -> str:
+    return str((scope.get("client") or ("",))[0])
+
+
+def network(address: str) -> str:
+    """Who has one IPv6 address has 2^64 of them."""
+    return ":".join(ip_address(address).exploded.split(":")[:4]) if ":" in address else address
+
+
+def _shares(scope: Scope, headers: dict[str, bytes]) -> tuple[str, str, str]:
+    """The names under which a request is counted. The key alone would let a stranger use up somebody else's share."""
+    address = network(_peer(scope))
+    return "all", address, f"{address} {sha256(headers.get(KEY_HEADER, b'')).hexdigest()}"

@@ -1,0 +1,125 @@
+"""What Prometheus can read of a run, on a port of its own: rounds, clients, failures by kind, bytes and seconds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import nan
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from fedlora.errors import ConfigError, Failure, FailureKind
+from fedlora.run.directory import RunFolder
+from fedlora.run.setup import Setup
+from fedlora.server.run import Show
+from fedlora.strategy import Strategy
+
+SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+
+
+class Monitor:
+    """A `Show` that counts what passes, on its way to another one."""
+
+    def __init__(self, inner: Show) -> None:
+        self._inner = inner
+        self.registry = at = CollectorRegistry()
+        self._rounds = Counter("fedlora_rounds", "Rounds finished by this process", registry=at)
+        self._round = Gauge("fedlora_round", "The last round finished", registry=at)
+        self._planned = Gauge("fedlora_rounds_planned", "Rounds that the run is to have", registry=at)
+        self._clients = Gauge(
+            "fedlora_clients",
+            "Clients of the run (known), connected (online), of the last round (asked), "
+            "and of the current one, once any has, or else of the last (answered)",
+            ["state"],
+            registry=at,
+        )
+        self._failures = Counter("fedlora_failures", "Clients' failed rounds", ["reason"], registry=at)
+        self._refused = Counter("fedlora_refused_uploads", "Uploads that were not what they must be", registry=at)
+        self._bytes = Counter(
+            "fedlora_bytes", "Numbers sent to clients (down) and received (up), in bytes", ["direction"], registry=at
+        )
+        self._seconds = Histogram("fedlora_round_seconds", "Duration of a round", buckets=SECONDS, registry=at)
+        self._loss = Gauge("fedlora_train_loss", "Of the last round, mean over clients by weight", registry=at)
+        self._eval = Gauge("fedlora_eval", "The global model on the held-out set", ["metric"], registry=at)
+        self._epsilon = Gauge("fedlora_epsilon", "Spent so far, by the client that spent most", registry=at)
+        self._waiting = Gauge("fedlora_waiting_seconds", "For the client waited for longest", registry=at)
+        self._done = set[int]()  # clients, in the current round
+        self._begin()
+
+    def _begin(self) -> None:
+        """Every series is there from the start, so that its first increase is seen."""
+        for state in ("known", "online", "asked", "answered"):
+            self._clients.labels(state)
+        for kind in FailureKind:
+            self._failures.labels(kind)
+        for direction in ("up", "down"):
+            self._bytes.labels(direction)
+        self._loss.set(nan)  # 0 would be taken for one
+        self._epsilon.set(nan)
+
+    def started(
+        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+    ) -> None:
+        self._round.set(done)
+        self._planned.set(setup.config.rounds)
+        self._clients.labels("known").set(setup.config.clients)
+        self._clients.labels("asked").set(setup.config.cohort)
+        self._evaluated(before)
+        self._inner.started(setup, strategy, before, done, promise)
+
+    def online(self, clients: int) -> None:
+        """So many are connected now."""
+        self._clients.labels("online").set(clients)
+
+    def answered(self, client: int) -> None:
+        self._done.add(client)
+        self._clients.labels("answered").set(len(self._done))
+        self._inner.answered(client)
+
+    def waiting(self, clients: Mapping[int, float]) -> None:
+        """Who is waited for now, and for how many seconds already."""
+        self._waiting.set(max(clients.values(), default=0.0))
+        self._inner.waiting(clients)
+
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
+        self._rounds.inc()
+        self._round.set(record["round"])
+        self._clients.labels("asked").set(record["clients"])
+        self._clients.labels("answered").set(record["answered"])
+        for failure in failed.values():
+            self._failures.labels(failure.kind).inc()
+            self._refused.inc(failure.kind == FailureKind.REFUSED)
+        self._bytes.labels("up").inc(record["bytes_up"])
+        self._bytes.labels("down").inc(record["bytes_down"])
+        self._seconds.observe(record["seconds"])
+        self._loss.set(nan if record["train_loss"] is None else record["train_loss"])
+        self._evaluated(record["eval"] or {})
+        self._epsilon.set(record.get("epsilon", nan))
+        self._waiting.set(0)
+        self._done.clear()
+        self._inner.round(record, failed)
+
+    def finished(self, folder: RunFolder, stopped: bool) -> None:
+        self._waiting.set(0)
+        self._inner.finished(folder, stopped)
+
+    def serve(self, host: str = "127.0.0.1", port: int = 9100) -> Callable[[], None]:
+        """Answer scrapes at `/metrics`, from a thread; the returned function ends it.
+
+        It asks for no password: another host than this one is for a network that only the monitoring can reach.
+        Raises `ConfigError` where the port cannot be had.
+        """
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except (OSError, OverflowError) as e:
+            why = getattr(e, "strerror", None) or e
+            raise ConfigError(f"metrics cannot be served on {host}:{port}: {why}; choose another --metrics-port") from e
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return close
+
+    def _evaluated(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._eval.labels(name).set(value)

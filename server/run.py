@@ -1,0 +1,116 @@
+"""One run on the server's side: its plan from the config, the rounds that are left, the adapter at the end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+
+from fedlora.errors import CheckpointError, ConfigError, Failure
+from fedlora.lora import LoRA
+from fedlora.models.model import Model
+from fedlora.models.peft_files import save_peft
+from fedlora.privacy import preflight
+from fedlora.privacy.client_level import Central, central
+from fedlora.privacy.record_level import terms
+from fedlora.run import privacy_report, privacy_statement
+from fedlora.run.compose import compose
+from fedlora.run.directory import RunFolder
+from fedlora.run.plan import Plan
+from fedlora.run.setup import Setup
+from fedlora.server.rounds import Fleet, fit
+from fedlora.storage.checkpoint import again
+from fedlora.strategy import Strategy
+
+
+class Show(Protocol):
+    """Whoever watches a run."""
+
+    def started(
+        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+    ) -> None: ...
+    def answered(self, client: int) -> None: ...
+    def waiting(self, clients: Mapping[int, float]) -> None: ...
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None: ...
+    def finished(self, folder: RunFolder, stopped: bool) -> None: ...
+
+
+def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
+    """Run the rounds that are left, keeping each; then write the adapter."""
+    config = setup.config
+    strategy = compose(config, setup.start, setup.ranks)
+    past = folder.past()
+    records = folder.records()
+    plan = Plan(
+        rounds=config.rounds,
+        cohort=config.cohort,
+        seed=config.seed,
+        training=config.train,
+        policy=config.server,
+        evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
+        evaluate_clients=config.data.holdout > 0,
+        exactness=_measured(setup) if config.exactness else None,
+        metrics=not config.dp.on or config.dp.metrics,
+        terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        central=_central(setup) if config.dp.by_client else None,
+        secure=config.secure if config.secure.aggregation else None,
+        messages=config.messages,
+    )
+    state = past.state if past else strategy.init(setup.start)
+    promised = _promise(setup, plan, strategy, state, fleet) if config.dp.on or plan.secure else {}
+    before = records[0].get("before", {}) if records else _before(plan, strategy.adapter(state))
+    show.started(
+        setup, strategy, before, past.rounds if past else 0, privacy_statement.lines(promised) if promised else ()
+    )
+    try:
+        for done in fit(strategy, fleet, setup.start, plan, past):
+            state = done.state
+            record = done.record() | ({"before": before} if done.number == 1 else {})
+            folder.save(done, record)
+            if promised:
+                privacy_report.write(folder, promised)
+            show.round(record, done.failed)
+    finally:
+        if folder.records():
+            _deliver(setup.model, strategy.adapter(state), folder)
+        folder.close()
+    show.finished(folder, stopped=len(folder.records()) < config.rounds)
+
+
+def _promise(setup: Setup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet) -> dict[str, Any]:
+    """The facts of the run's privacy; where records are hidden, the model is looked at first, and may be refused."""
+    clients = fleet.clients()
+    job, findings = strategy.client_init(state, clients[0]), None
+    if plan.terms:
+        job = replace(job, privacy=plan.terms.of(clients[0]))
+        findings = preflight.once(setup.model, job)
+    return privacy_statement.facts(setup.config, plan, clients, job, findings)
+
+
+def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
+    try:
+        save_peft(model, adapter, folder.adapter)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "
+            f"make room, then {again(folder.path)}"
+        ) from e
+
+
+def _measured(setup: Setup) -> Mapping[str, float]:
+    """Every module's s, for the exactness meter."""
+    if setup.config.lora.kind != "lora":
+        raise ConfigError(
+            f"exactness is not defined for lora.kind = {setup.config.lora.kind}: its model is no sum of weights and "
+            "a product; leave exactness out"
+        )
+    return setup.model.scales
+
+
+def _central(setup: Setup) -> Central:
+    config = setup.config
+    return central(config.dp, config.cohort, config.clients, config.rounds, config.seed)
+
+
+def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:
+    return plan.evaluate(adapter).values() if plan.evaluate else {}
