@@ -5,43 +5,21 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
-
-from fedlora.lora import LoRA
 
 hypothesis.settings.register_profile("fedlora", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("fedlora")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
+
 FIRST = ("test_deploy.py",)  # minutes of waiting for real processes, beside which the other files are done
 
+
 DATA = Path(__file__).parent / "data"  # files that tests read
-SHAPES = {"q": (8, 6), "v": (5, 6), "out": (6, 8)}  # module -> (d_out, d_in), none of them square
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest go first, so that no core is idle at the end."""
     items.sort(key=lambda item: item.path.name not in FIRST)
-
-
-def factors(seed: int, rank: int = 4, dtype: torch.dtype = torch.float64) -> LoRA:
-    """A random adapter with a head, as if trained."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-
-    return LoRA(
-        A={m: draw(rank, d_in) for m, (_, d_in) in SHAPES.items()},
-        B={m: draw(d_out, rank) for m, (d_out, _) in SHAPES.items()},
-        H={"head.weight": draw(3, 8), "head.bias": draw(3)},
-    )
-
-
-def fresh(rank: int = 4) -> LoRA:
-    """An adapter as PEFT makes it: A random, B zero."""
-    made = factors(0, rank)
-    return LoRA(made.A, {m: torch.zeros_like(b) for m, b in made.B.items()}, made.H)
 
 
 @pytest.fixture(scope="session")

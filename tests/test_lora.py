@@ -26,7 +26,7 @@ from fedlora.lora import (
     stack,
     truncate,
 )
-from tests.conftest import SHAPES, factors
+from tests.support.adapters import SHAPES, factors
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 

@@ -27,7 +27,7 @@ from fedlora.lora import (
     stack,
     truncate,
 )
-from tests.conftest import factors
+from tests.support.adapters import factors
 
 
 def rounded(x: LoRA, dtype: torch.dtype) -> LoRA:

@@ -13,7 +13,7 @@ from fedlora import config as configuration
 from fedlora.cli import operate
 from fedlora.cli.options import dotted
 from fedlora.strategy import catalogue
-from tests.test_simulate import fedlora
+from tests.cli.test_simulate import fedlora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ reaches it runs code on every client. So the SuperLink listens on this machine a
 The path that is sent on is a constant of this file, never the text that came. A body is read and counted to its end
 first: what is too big, too slow or broken off never reaches the SuperLink, which has one process and no limit.
 Too busy is 503, not 429: a SuperNode tries again after 502, 503 and 504 alone, and lets its work go after the rest.
-deploy/proxy/nginx.conf says the same to nginx, and tests/test_gate.py holds both to it.
+deploy/proxy/nginx.conf says the same to nginx, and tests/server/deployment/test_gate.py holds both to it.
 """
 
 import asyncio

@@ -1,0 +1,280 @@
+"""The contract is worth what it catches: every check finds a bug planted for it, and passes the sound twin."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.checks import declarations, on_random_factors, on_small_models
+from fedlora.checks.contract import CHECKS, Check, verify
+from fedlora.checks.report import check as report
+from fedlora.errors import Failure, StrategyError
+from fedlora.jobs import Job
+from fedlora.metrics import Metrics
+from fedlora.server.aggregation import Answers
+from fedlora.simulations.serial import Serial
+from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategies.fedex_lora import FedEx
+from fedlora.strategies.fedsa_lora import FedSALoRA
+from fedlora.strategies.ffa_lora import FFALoRA
+from fedlora.strategies.flora import FLoRA
+from fedlora.strategies.florist import FLoRIST
+from fedlora.strategies.fslora import FSLoRA
+from fedlora.strategies.head import Head
+from fedlora.strategies.hetlora import HetLoRA
+from fedlora.strategy import Strategy
+from tests.support.bugs import (
+    AddsInPlace,
+    BringsNoA,
+    BuildsTheProduct,
+    CountsOnItself,
+    CutsToOwnRank,
+    DecaysTheHead,
+    DeliversNoOffset,
+    FedExSaysDora,
+    FedExSaysLittleIsSent,
+    FedExSaysSums,
+    FFASaysInexact,
+    FLoRASaysItContinues,
+    FoldsAlphaTwice,
+    IgnoresTheWeights,
+    Interpolates,
+    KeepsASet,
+    KeepsHalf,
+    MergesTheLastOnly,
+    NeverSketches,
+    PaddedSaysExact,
+    SendsTheLastResidualOnly,
+    SketchesTwiceTheSame,
+    SquaresTheWeights,
+    SumsInHalf,
+    TakesTheFirstOnly,
+    TakesTheStartForZero,
+    TellsFactorsByShape,
+    TransposesTheResidual,
+    TruncatedSaysExact,
+    WeighsByTheScale,
+    WeighsTwice,
+    turned,
+)
+
+BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
+    (TransposesTheResidual(), FedEx(), declarations.check_exact_is_as_declared),
+    (TransposesTheResidual(), FedEx(), on_small_models.check_real_training_is_exact_where_declared),
+    (WeighsTwice(), FedAvg(), declarations.check_sums_only_is_as_declared),
+    (TakesTheFirstOnly(), FedAvg(), on_random_factors.check_order_of_clients_changes_nothing),
+    (TakesTheFirstOnly(), FedAvg(), on_random_factors.check_equal_updates_do_what_one_does),
+    (MergesTheLastOnly(), FLoRA(), declarations.check_exact_is_as_declared),
+    (IgnoresTheWeights(), FedEx(), declarations.check_exact_is_as_declared),
+    (IgnoresTheWeights(), FedEx(), on_small_models.check_real_training_is_exact_where_declared),
+    (SquaresTheWeights(), FedAvg(), on_random_factors.check_twice_the_weight_counts_as_two_clients),
+    (WeighsByTheScale(), FedAvg(), on_random_factors.check_scale_of_weights_changes_nothing),
+    (TellsFactorsByShape(), FLoRA(), on_random_factors.check_rank_may_be_a_dimension),
+    (SendsTheLastResidualOnly(), FedEx(), on_random_factors.check_a_client_that_slept_is_right_after_one_job),
+    (SendsTheLastResidualOnly(), FedEx(), on_small_models.check_a_client_that_slept_wears_the_model),
+    (DeliversNoOffset(), FedEx(), on_random_factors.check_what_is_delivered_is_what_clients_start_from),
+    (DeliversNoOffset(), FedEx(), on_small_models.check_an_exported_adapter_is_the_model_that_was_trained),
+    (TakesTheStartForZero(), FLoRA(), on_random_factors.check_a_start_that_is_not_zero_is_taken_off),
+    (NeverSketches(), FSLoRA(), on_small_models.check_numbers_sent_are_as_declared),
+    (NeverSketches(), FSLoRA(), declarations.check_mixed_ranks_are_as_declared),
+    (SketchesTwiceTheSame(), FSLoRA(), on_random_factors.check_jobs_are_complete),
+    (SumsInHalf(), FedAvg(), on_random_factors.check_half_precision_is_summed_in_single),
+    (KeepsHalf(), FedAvg(), on_random_factors.check_half_precision_is_summed_in_single),
+    (AddsInPlace(), FedAvg(), on_random_factors.check_arguments_are_left_alone),
+    (Interpolates(), FedAvg(), on_random_factors.check_order_of_clients_changes_nothing),
+    (KeepsASet(), FedAvg(), on_random_factors.check_state_survives_a_checkpoint),
+    (CountsOnItself(), FedAvg(), on_random_factors.check_nothing_is_remembered_but_the_state),
+    (CountsOnItself(), FedAvg(), on_random_factors.check_options_are_those_of_a_frozen_dataclass),
+    (FoldsAlphaTwice(), FLoRA(), declarations.check_exact_is_as_declared),
+    (FoldsAlphaTwice(), FLoRA(), on_random_factors.check_one_client_alone_is_followed),
+    (BuildsTheProduct(), FedEx(), on_random_factors.check_no_product_is_built_on_the_server),
+    (BringsNoA(), FFALoRA(), on_random_factors.check_jobs_are_complete),
+    (CutsToOwnRank(), HetLoRA(), declarations.check_mixed_ranks_are_as_declared),
+    (DecaysTheHead(), FedAvg(), on_random_factors.check_a_head_that_is_not_shared_stays_with_its_owner),
+    (TruncatedSaysExact(), FLoRIST(), declarations.check_exact_is_as_declared),
+    (PaddedSaysExact(), HetLoRA(), declarations.check_exact_is_as_declared),
+    (FedExSaysSums(), FedEx(), declarations.check_sums_only_is_as_declared),
+    (FedExSaysLittleIsSent(), FedEx(), on_small_models.check_numbers_sent_are_as_declared),
+    (FedExSaysDora(), FedAvg(), on_small_models.check_it_works_with_the_kinds_it_declares),
+    (FFASaysInexact(), FFALoRA(), declarations.check_exact_is_as_declared),
+    (FLoRASaysItContinues(), FLoRA(), declarations.check_continues_is_as_declared),
+]
+
+
+@pytest.mark.parametrize(("broken", "sound", "check"), BITES, ids=lambda x: getattr(x, "__name__", type(x).__name__))
+def test_a_broken_strategy_fails_where_its_sound_twin_passes(
+    broken: Strategy[Any], sound: Strategy[Any], check: Check
+) -> None:
+    assert verify(check, sound).outcome == "passed"
+    failed = verify(check, broken)
+    assert failed.outcome == "failed" and failed.detail.startswith(str(broken))
+
+
+class Altered(Serial):
+    """A fleet whose clients do another job than the one they are given."""
+
+    def change(self, job: Job) -> Job:
+        raise NotImplementedError
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        return super().train({i: self.change(job) for i, job in jobs.items()})
+
+    def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        return super().evaluate({i: self.change(job) for i, job in jobs.items()})
+
+
+class ThawsA(Altered):
+    """The E2E baseline of FedEx-LoRA's release freezes A before PEFT wraps the model, and so not at all."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, trains="ABH")
+
+
+class NeverTrains(Altered):
+    """A learning rate that a schedule, made anew every round, never lets off the ground."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, training=replace(job.training, lr=1e-30))
+
+
+class TransposesTheOffset(Altered):
+    """The released FedEx-LoRA, on the client: right for Conv1D, wrong for Linear, silent where a module is square."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, offset=tuple(turned(part) for part in job.offset))
+
+
+class WearsTheLastPartOnly(Altered):
+    """The client takes an absolute offset for one since last time, and starts from the base every time."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, offset=job.offset[-1:])
+
+
+class TakesSTwice(Altered):
+    """alpha is in the configuration, and in the factors once more."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, gain=dict.fromkeys(job.start.A, 2.0))
+
+
+class ForgetsTheGain(Altered):
+    """A sketch of k of r directions without its factor r / k."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, gain={})
+
+
+class HandsOneAdapterAround(Serial):
+    """FedSA-LoRA's release trains one model object: B and head go from client to client."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._desks = [replace(desk, folder=self._desks[0].folder) for desk in self._desks]
+
+
+class SendsTheHead(Serial):
+    """A head that is the client's own is in its message all the same."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        for i, answer in super().train(jobs):
+            assert not isinstance(answer, Failure)
+            yield i, replace(answer, lora=answer.lora.over(self._model.read().only("H")))
+
+
+CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
+    (ThawsA, FFALoRA(), on_small_models.check_what_trains_moves_and_nothing_else),
+    (ThawsA, FFALoRA(), on_small_models.check_gradients_reach_what_trains_alone),
+    (NeverTrains, FedAvg(), on_small_models.check_what_trains_moves_and_nothing_else),
+    (TransposesTheOffset, FedEx(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
+    (WearsTheLastPartOnly, FedEx(), on_small_models.check_a_client_that_slept_wears_the_model),
+    (TakesSTwice, FedAvg(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
+    (TakesSTwice, FedAvg(), on_small_models.check_an_exported_adapter_is_the_model_that_was_trained),
+    (ForgetsTheGain, FSLoRA(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
+    (HandsOneAdapterAround, FedSALoRA(), on_small_models.check_what_a_client_keeps_is_its_own),
+    (HandsOneAdapterAround, FedAvg(), on_small_models.check_what_a_client_keeps_is_its_own),
+    (SendsTheHead, FedSALoRA(), on_small_models.check_messages_hold_what_is_shared_alone),
+    (SendsTheHead, Head(FedAvg(), "local"), on_small_models.check_messages_hold_what_is_shared_alone),
+]
+
+
+@pytest.mark.parametrize(("fleet", "strategy", "check"), CLIENTS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_broken_client_fails_where_a_sound_one_passes(
+    fleet: type[Serial], strategy: Strategy[Any], check: Any
+) -> None:
+    assert check(strategy) is None
+    with pytest.raises(AssertionError):
+        check(strategy, fleet)
+
+
+def test_every_check_is_seen_to_fail() -> None:
+    assert {*CHECKS} == {bite[2] for bite in (*BITES, *CLIENTS)}
+
+
+def test_a_failure_names_the_strategy_the_module_and_the_numbers() -> None:
+    found = verify(declarations.check_exact_is_as_declared, TransposesTheResidual())
+    assert found.detail.startswith("TransposesTheResidual(rank=0, assignment='average') declares exact, and it is off")
+    assert re.search(r"by \d+ of \d+ at query of client 0$", found.detail)
+
+
+MINE = """
+from dataclasses import dataclass
+from fedlora.lora import average
+from fedlora.strategy import Job, Strategy
+
+@dataclass(frozen=True)
+class Mine(Strategy):
+    sums_only = continues = True
+
+    def init(self, lora): return lora
+    def client_init(self, state, client): return Job(start=state)
+    def aggregate(self, state, updates, weights): return average(updates, weights)
+    def adapter(self, state): return state
+"""
+TORN = """
+class Torn(Mine):
+    def init(self, lora): raise KeyError("q_proj")
+
+class Worn(Torn):
+    pass
+"""
+
+
+def test_a_strangers_file_is_checked_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    assert report([str(tmp_path / "mine.py")], {})
+    said = capsys.readouterr().out
+    assert "The order in which clients answer changes nothing." in said and " 0 failed" in said
+
+
+def test_several_strategies_stand_in_a_table_with_what_fails_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE + TORN)
+    assert not report([f"{tmp_path}/mine.py:{name}" for name in ("Torn", "Worn")], {})
+    said = capsys.readouterr().out
+    assert re.search(r"^order of clients changes nothing +X X *$", said, re.MULTILINE)
+    assert "check_order_of_clients_changes_nothing: Worn(): KeyError: 'q_proj'" in said
+    assert said.count("KeyError") == int(re.findall(r"(\d+) failed", said)[-1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "spec", "said"),
+    [
+        (MINE, "mine.py:Main", 'has no strategy "Main"; did you mean "Mine"?'),
+        ("x = 1", "mine.py", "defines no strategy"),
+        ("import nowhere_at_all", "mine.py", "cannot be imported: ModuleNotFoundError"),
+        (MINE, "yours.py", "there is no such file"),
+        (MINE, "no_such_strategy", 'there is no strategy "no_such_strategy"'),
+    ],
+)
+def test_what_cannot_be_checked_is_one_sentence(
+    content: str, spec: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StrategyError, match=re.escape(said)):
+        report([spec], {})

@@ -1,0 +1,180 @@
+"""The warm worker: jobs over a Unix socket, done once, whatever is killed; and a ClientApp that loads no model."""
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from fedlora import config
+from fedlora.client.deployment import relay
+from fedlora.client.deployment.health import is_serving
+from fedlora.jobs import Job, Update
+from fedlora.messages import codec
+from fedlora.messages.parts import Parts
+from fedlora.run.setup import Setup, for_server, told
+from fedlora.sections import Training
+from fedlora.server import upload_checks
+from tests.support.models import make
+
+ROOT = Path(__file__).parents[3]
+RUN = "20260101-abc"
+SETTINGS = {"clients": 1, "cohort": 1, "lora.rank": 3, "model.max_length": 16, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """The server's side."""
+    folder = tmp_path_factory.mktemp("model")
+    make("llama", folder)
+    return for_server(config.build(SETTINGS, {"model.path": str(folder)}), 1)
+
+
+class Beside:
+    """A worker in a process of its own, which can be killed and started again."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        rows = [{"text": " ".join(f"w{(i * j) % 50}" for j in range(12))} for i in range(30)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.folder, self.socket, self._model = folder, folder / "s", model
+        self.start()
+
+    def start(self) -> None:
+        words = ["worker", "--socket", self.socket, "--state", self.folder / "state", "--id", "0"]
+        words += ["--data", self.folder / "data.jsonl", "--model", self._model, "--threads", "1"]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        with (self.folder / "log").open("ab") as out:
+            command = [sys.executable, "-m", "fedlora", *map(str, words)]
+            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+    def ask(self, kind: str, content: RecordDict) -> RecordDict:
+        return relay.ask(f"unix:{self.socket}", kind, codec.stamp(content, RUN), None)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+@pytest.fixture
+def beside(setup: Setup, tmp_path: Path) -> Iterator[Beside]:
+    made = Beside(tmp_path, setup.config.model.path)
+    try:
+        made.ask("who", codec.pack_hello(told(setup.config)))
+        yield made
+    finally:
+        made.process.kill()
+        made.process.wait()
+
+
+def job(setup: Setup, steps: int = 1, round: int = 0) -> Job:
+    return Job(setup.start, training=Training(steps=steps, batch_size=4), round=round, rounds=9)
+
+
+def letter(a_job: Job) -> RecordDict:
+    parts = Parts().of(a_job)
+    return codec.Packer().job(a_job, parts, parts)
+
+
+def update(records: RecordDict, a_job: Job) -> Update:
+    read = upload_checks.read_update(records, a_job)
+    assert isinstance(read, Update)
+    return read
+
+
+def same(x: Update, y: Update) -> bool:
+    return all(torch.equal(t, y.lora.side(s)[m]) for s in "ABH" for m, t in x.lora.side(s).items())
+
+
+def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(beside: Beside, setup: Setup) -> None:
+    first = update(beside.ask("train", letter(job(setup))), job(setup))
+    again = update(beside.ask("train", letter(job(setup))), job(setup))
+    assert same(first, again) and beside.log.count("trained round 1") == 1
+    other = update(beside.ask("train", letter(job(setup, round=1))), job(setup, round=1))
+    assert not same(first, other)
+
+
+def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Beside, setup: Setup) -> None:
+    """The same socket, the same files: whoever asked waits, asks again, and sees nothing of it."""
+    long, answers = job(setup, steps=300), list[RecordDict]()
+    asking = Thread(target=lambda: answers.append(beside.ask("train", letter(long))))
+    asking.start()
+    while not list((beside.folder / "state" / RUN / "0").glob("*.part")):
+        time.sleep(0.01)
+    beside.process.send_signal(signal.SIGKILL)
+    beside.process.wait()
+    assert asking.is_alive() and not answers
+    beside.start()
+    asking.join(120)
+    assert update(answers[0], long).examples == 30 and beside.log.count("trained round 1") == 1
+
+
+def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside, setup: Setup) -> None:
+    before = update(beside.ask("train", letter(job(setup))), job(setup))
+    beside.process.kill()
+    beside.process.wait()
+    beside.start()
+    assert same(before, update(beside.ask("train", letter(job(setup))), job(setup)))
+
+
+def test_what_it_refuses_is_a_reason(beside: Beside, setup: Setup) -> None:
+    with pytest.raises(RuntimeError, match="settings are not known here"):
+        relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "other-run"), None)
+    with pytest.raises(RuntimeError, match="a run's name has up to 40"):
+        relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "../../etc"), None)
+    with pytest.raises(RuntimeError, match="a message is no JobHead"):
+        beside.ask("train", codec.pack_hello({}))
+
+
+def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(beside: Beside) -> None:
+    assert beside.socket.stat().st_mode & 0o077 == 0
+    assert is_serving(beside.socket) and not is_serving(beside.folder / "nothing")
+
+
+def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"text"\n')
+    words = ["worker", "--socket", "s", "--state", "state", "--id", "0", "--data", "bad.jsonl"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fedlora", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "bad.jsonl line 2" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_clientapp_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, fedlora.client.deployment.app, fedlora.client.deployment.relay; sys.exit(not {'torch', 'peft'}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
+    """python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. fedlora/client/worker.proto makes them anew."""
+    import grpc_tools
+    from grpc_tools import protoc
+
+    place = tmp_path / "fedlora" / "client"
+    place.mkdir(parents=True)
+    (place / "worker.proto").write_bytes((ROOT / "client" / "worker.proto").read_bytes())
+    include = Path(grpc_tools.__file__).parent / "_proto"
+    words: list[Any] = ["protoc", f"-I{tmp_path}", f"-I{include}", f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
+    assert protoc.main([*words, "fedlora/client/worker.proto"]) == 0
+    for name in ("worker_pb2.py", "worker_pb2.pyi"):
+        assert filecmp.cmp(place / name, ROOT / "client" / name, shallow=False), f"{name} is not worker.proto's"
+
+
+def test_a_job_with_another_policy_than_the_clients_is_refused(setup: Setup, tmp_path: Path) -> None:
+    from fedlora.client.policy import Own
+    from fedlora.errors import PrivacyError
+
+    asked = replace(job(setup), shares="AB")
+    Own(egress=("A *", "B *")).refuse(asked, 10)
+    with pytest.raises(PrivacyError, match=r'asks for "B model\S+", which client.egress does not let out'):
+        Own(egress=("A *",)).refuse(asked, 10)

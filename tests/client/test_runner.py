@@ -1,0 +1,94 @@
+"""A client at its desk: what a record is, and that a private job is charged before, and done once."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.checks.small_models import world
+from fedlora.client.policy import Own
+from fedlora.client.runner import Desk
+from fedlora.data.client_data import Site
+from fedlora.errors import LedgerError, PrivacyError
+from fedlora.jobs import Job, Privacy
+from fedlora.sections import Training
+
+TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
+WORLD = world("gpt2")  # 16 tokens in an example
+TEXTS = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(10 + 20 * i))} for i in range(3)]
+
+
+def job(round: int = 0, **terms: float) -> Job:
+    training = Training(optimizer="sgd", lr=0.1, batch_size=4)
+    return Job(WORLD.start, training=training, privacy=replace(TERMS, **terms), round=round, rounds=9)  # type: ignore[arg-type]
+
+
+def desk(folder: Path, **own: Any) -> Desk:
+    return Desk(0, Site(WORLD.model.encoder, TEXTS), folder, Own(**own))
+
+
+def test_a_record_is_a_row_or_each_block_of_it() -> None:
+    rows, blocks = (Site(WORLD.model.encoder, TEXTS, unit=unit) for unit in ("row", "example"))  # type: ignore[arg-type]
+    assert [len(r) for r in rows.records] == [1, 2, 3] and rows.client(0, 2).records == 3
+    assert [len(r) for r in blocks.records] == [1] * 6 and blocks.client(0, 2).records == 6
+    assert rows.client(0, 2).examples == blocks.client(0, 2).examples == 3
+
+
+def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Path) -> None:
+    update = desk(tmp_path).answer(WORLD.model, job())
+    assert update.spent is not None and update.spent.charges == 1 and update.spent.epsilon > 0
+    assert update.loss is None and update.examples == 3
+    assert all(not torch.equal(update.lora.B[m], b) for m, b in WORLD.start.B.items())
+
+
+def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> None:
+    """As after a crash of the server; another round is another job, with other noise."""
+    one, again = (desk(tmp_path).answer(WORLD.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
+    assert_close(vars(one.lora), vars(again.lora), rtol=0, atol=0)
+    assert again.spent == one.spent
+    other = desk(tmp_path).answer(WORLD.model, job(1))
+    assert other.spent is not None and other.spent.charges == 2
+    assert not torch.equal(other.lora.B["transformer.h.0.attn.c_attn"], one.lora.B["transformer.h.0.attn.c_attn"])
+
+
+def test_a_refused_job_trains_nothing_and_charges_nothing(tmp_path: Path) -> None:
+    WORLD.model.write(WORLD.start)
+    with pytest.raises(LedgerError, match="budget is spent"):
+        desk(tmp_path, budget=0.01).answer(WORLD.model, job())
+    assert not list(tmp_path.rglob("ledger*")) and not list(tmp_path.rglob("kept*"))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "says"),
+    [
+        ({"private": True}, replace(job(), privacy=None), "no DP-SGD"),
+        ({"seeded": False}, job(seeded=True), "noise from a seed"),
+        ({"metrics": False}, job(), "its training loss"),
+        ({"masked": True}, job(), "an update without a mask"),
+        ({}, job(delta=0.5), r"delta = 0.5, which is not below 1/N of the 3 records"),
+    ],
+)
+def test_a_server_that_asks_for_less_than_was_agreed_gets_nothing(
+    own: dict[str, bool], asked: Job, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PrivacyError, match=f"the server asks for {says}"):
+        desk(tmp_path, **own).answer(WORLD.model, asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
+    for t, run in enumerate(("one", "two")):
+        desk(tmp_path / run, ledgers=tmp_path / "ledgers").answer(WORLD.model, replace(job(), seed=t))
+    assert desk(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
+
+
+def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
+    own = desk(tmp_path)
+    first = own.answer(WORLD.model, replace(job(), shares="A"))
+    kept = WORLD.model.read()
+    assert not first.lora.B and list(tmp_path.glob("kept-*"))
+    own.answer(WORLD.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
+    assert_close(WORLD.model.read().B, kept.B)

@@ -1,0 +1,107 @@
+"""Processes that a command starts do not outlive it, and say why they ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedlora.deployment.processes import Process, Tail, alone, free_port, is_alive, kill_marked, stop, wait_for_port
+from fedlora.errors import ConfigError
+
+SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
+PARENT = """
+import sys, time
+from pathlib import Path
+from fedlora.deployment.processes import Process
+child = Process("child", [sys.executable, "-c", "import time; time.sleep(601)"], Path(sys.argv[1]))
+child.start()
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_child_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "log")], env=env, stdout=-1, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    until(lambda: not is_alive(child, "sleep(601)"))
+
+
+def test_stop_ends_what_a_process_has_started_too(tmp_path: Path) -> None:
+    process = Process("two", ["sh", "-c", "sleep 602 & sleep 602"], tmp_path / "log")
+    process.start()
+    stop([process])
+    assert not process.alive
+    until(lambda: not [p for p in Path("/proc").glob("[0-9]*") if is_alive(int(p.name), "602")])
+
+
+def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(600)"
+    process = Process("deaf", [sys.executable, "-c", code], tmp_path / "log")
+    process.start()
+    until(lambda: process.last_words() == "x")
+    stop([process], grace=0.3)
+    until(lambda: not process.alive)
+
+
+def test_its_end_is_told_with_its_last_words(tmp_path: Path) -> None:
+    process = Process("short", [sys.executable, "-c", "print('no port'); raise SystemExit(3)"], tmp_path / "log")
+    process.start()
+    with pytest.raises(ConfigError, match="short does not listen on port 1: no port"):
+        wait_for_port(1, process)
+    assert process.code == 3 and [process.pause() for _ in range(3)] == [2.0, 4.0, 8.0]
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no-such-program cannot be started"):
+        Process("none", ["no-such-program"], tmp_path / "log").start()
+
+
+def test_two_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(ConfigError, match="another fedlora is at work in"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
+
+
+def test_marked_processes_are_killed_and_others_are_not(tmp_path: Path) -> None:
+    processes = [Process(n, SLEEP, tmp_path / n, {"FEDLORA_TEST_MARK": f"{tmp_path}/{n}"}) for n in ("one", "two")]
+    for process in processes:
+        process.start()
+        until(lambda process=process: process.last_words() == "here")  # type: ignore[misc]
+    kill_marked("time.sleep", "FEDLORA_TEST_MARK", f"{tmp_path}/one")
+    until(lambda: not processes[0].alive)
+    assert processes[1].alive
+    stop(processes)
+
+
+def test_whole_lines_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "screen"
+    path.write_text("before\n")
+    tail = Tail(path)
+    with path.open("a") as f:
+        f.write("one\ntw")
+    tail.show()
+    with path.open("a") as f:
+        f.write("o\n")
+    tail.show()
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_free_port_is_free() -> None:
+    assert free_port() != free_port()

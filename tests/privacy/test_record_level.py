@@ -1,0 +1,127 @@
+"""A run's terms of privacy, and what it refuses to promise."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedlora import config as configuration
+from fedlora.config import Config
+from fedlora.errors import ConfigError, PrivacyError
+from fedlora.jobs import Client
+from fedlora.privacy.client_level import central
+from fedlora.privacy.record_level import terms
+from fedlora.run.compose import compose
+from fedlora.run.privacy_report import group
+from fedlora.sections import PrivacyConfig, Training
+from tests.support.adapters import fresh
+
+CLIENTS = [Client(0, 400, 4, records=400), Client(1, 100, 4, records=100)]
+TRAINING = Training(batch_size=10, steps=4)
+THREE = PrivacyConfig(epsilon=3.0)
+
+
+def test_privacy_is_off_until_it_is_asked_for() -> None:
+    assert not PrivacyConfig().on and not Config().dp.on
+    assert THREE.by_record and PrivacyConfig(noise=1.0).by_record and replace(THREE, level="client").by_client
+
+
+def test_every_client_has_the_noise_that_its_own_rate_needs() -> None:
+    made = terms(THREE, TRAINING, 10, CLIENTS)
+    large, small = (made.of(c) for c in CLIENTS)
+    assert (large.rate, small.rate) == (0.025, 0.1) and large.noise < small.noise
+    assert all(2.95 < made.ends_at(c) <= 3.0 for c in CLIENTS)
+
+
+def test_noise_is_for_the_most_rounds_that_a_client_may_join() -> None:
+    """Not for an average: of 10 rounds, each client may be drawn in all."""
+    every, some = terms(THREE, TRAINING, 10, CLIENTS), terms(replace(THREE, joins=3), TRAINING, 10, CLIENTS)
+    assert (every.joins, some.joins) == (10, 3) and some.of(CLIENTS[0]).noise < every.of(CLIENTS[0]).noise
+    assert some.ends_at(CLIENTS[0]) <= 3.0
+
+
+def test_a_rate_can_be_common_and_noise_be_given() -> None:
+    made = terms(PrivacyConfig(noise=2.0, rate=0.05), replace(TRAINING, steps=0, epochs=2.0), 10, CLIENTS)
+    for c in CLIENTS:
+        p = made.of(c, known=3)
+        assert (p.rate, p.noise, p.steps, p.known) == (0.05, 2.0, 40, 3)  # two epochs at a twentieth a step
+
+
+def test_delta_is_small_against_every_client() -> None:
+    """The largest has the most records of which one might be given away."""
+    assert terms(THREE, TRAINING, 10, CLIENTS).config.delta == 1e-5
+    many = [*CLIENTS, Client(2, 10**6, 4, records=10**6)]
+    assert terms(THREE, TRAINING, 10, many).config.delta == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize(
+    ("dp", "training", "clients", "says"),
+    [
+        (
+            replace(THREE, delta=0.01),
+            TRAINING,
+            CLIENTS,
+            r"dp.delta = 0.01 is not below 1/N = 0.0025 of client 0, which has",
+        ),
+        (
+            THREE,
+            replace(TRAINING, batch_size=101),
+            CLIENTS,
+            r"= 101 is more than the records of client 1, which has 100",
+        ),
+        (THREE, replace(TRAINING, accumulate=11), CLIENTS, r"train.batch_size \* train.accumulate = 110 is more"),
+        (replace(THREE, rate=0.005), TRAINING, CLIENTS, r"dp.rate = 0.005 is less than one record a step for client 1"),
+        (THREE, TRAINING, [Client(4, 0, 4, records=0)], r"client 4 has no records to train on"),
+    ],
+)
+def test_what_is_no_privacy_is_refused(dp: PrivacyConfig, training: Training, clients: list[Client], says: str) -> None:
+    with pytest.raises(PrivacyError, match=says):
+        terms(dp, training, 10, clients)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"dp.epsilon": 0}, "dp.epsilon = 0"),
+        ({"dp.epsilon": -1}, "dp.epsilon = -1"),
+        ({"dp.delta": 1.0}, "dp.delta = 1.0"),
+        ({"dp.clip": 0}, "dp.clip = 0"),
+        ({"dp.level": "patient"}, "dp.level = 'patient': input should be 'record' or 'client'"),
+        ({"dp.unit": "person"}, "dp.unit = 'person': input should be 'row' or 'example'"),
+        ({"dp.epsilom": 3}, 'did you mean "dp.epsilon"'),
+    ],
+)
+def test_a_wrong_setting_is_named(given: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        configuration.build(given)
+
+
+def test_clients_are_hidden_by_noise_for_all_rounds() -> None:
+    made = central(replace(THREE, level="client"), 20, 1000, 10, seed=0)
+    assert made.rate == 0.02 and made.delta == 1e-5 and made.seed is None
+    with pytest.raises(PrivacyError, match=r"dp.delta = 0.01 is not below 1/N = 0.01 of 100 clients"):
+        central(replace(THREE, level="client", delta=0.01), 20, 100, 10, seed=0)
+
+
+@pytest.mark.parametrize("strategy", ["fedex_lora", "flora", "lora_fair", "flexlora", "hetlora", "florist"])
+@pytest.mark.parametrize("way", [{"dp.epsilon": 3, "dp.level": "client"}, {"secure.aggregation": True}])
+def test_a_strategy_that_needs_single_updates_is_refused_where_there_are_sums_alone(
+    strategy: str, way: dict[str, object]
+) -> None:
+    with pytest.raises(PrivacyError, match=r"needs every client's own update or product.*fedavg"):
+        compose(configuration.build({"strategy": strategy, **way}), fresh())
+
+
+def test_every_strategy_can_hide_records() -> None:
+    for name in ("fedex_lora", "flora", "lora_fair", "fedsa_lora"):
+        compose(configuration.build({"strategy": name, "dp.epsilon": 3}), fresh())
+
+
+def test_a_robust_rule_is_refused_where_there_are_sums_alone() -> None:
+    with pytest.raises(PrivacyError, match=r"aggregate.robust = median compares the clients' updates"):
+        compose(configuration.build({"aggregate.robust": "median", "secure.aggregation": True}), fresh())
+
+
+def test_several_records_of_one_person_add_up() -> None:
+    assert group(1, 3.0, 1e-5) == pytest.approx((3.0, 1e-5))
+    assert group(2, 1.0, 1e-5) == pytest.approx((2.0, 1e-5 * (1 + 2.718281828)))
+    assert group(50, 20.0, 1e-5) == (1000.0, 1.0)

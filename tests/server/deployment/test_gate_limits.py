@@ -1,0 +1,130 @@
+"""How much a client may ask of the two doors to the SuperLink, and for how long."""
+
+# ruff: noqa: F811
+
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fedlora.server.deployment.gate_rules import KEY_HEADER
+from tests.support.doors import PATIENCE, PULL, Gate, SuperLink, answer, ask, free, gate, head, own, shared, superlink  # noqa: F401
+
+HEALTH = head("GET /health HTTP/1.1", {"Host": "x"})
+
+
+@pytest.mark.parametrize("said", ["all of it", "no length"])
+def test_a_body_over_the_limit_is_cut_off(gate: Gate, superlink: SuperLink, said: str) -> None:
+    length = {"Content-Length": 9 << 20} if said == "all of it" else {"Transfer-Encoding": "chunked"}
+    with gate.connect() as conn:
+        conn.sendall(head(PULL, {"Host": "localhost", **length}))
+        if said == "no length":
+            for _ in range(8):
+                conn.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+            conn.sendall(b"1\r\nx\r\n")
+        assert answer(conn)[0] == 413
+    assert not superlink.seen
+
+
+def test_who_falls_silent_is_sent_away(gate: Gate, superlink: SuperLink) -> None:
+    began, half = time.monotonic(), head(PULL, {"Host": "x", "Content-Length": 9}) + b"1234"
+    with ExitStack() as stack:
+        silent = [stack.enter_context(gate.connect()) for _ in range(4)]
+        for conn, sent in zip(silent, (b"", PULL[:9].encode(), half, HEALTH + PULL[:9].encode()), strict=True):
+            conn.sendall(sent)
+        assert answer(silent[3])[0] == 200
+        assert all(answer(conn)[0] in (0, 408) for conn in silent)
+        assert PATIENCE - 0.5 < time.monotonic() - began < 2 * PATIENCE
+    assert [path for _, path, _, _ in superlink.seen] == ["/health"]
+
+
+def test_headers_without_end_are_refused(gate: Gate, superlink: SuperLink) -> None:
+    with gate.connect() as conn:
+        conn.sendall(head(PULL, {f"X-{n}": "x" * 1000 for n in range(40)}))
+        assert answer(conn)[0] in (0, 400, 431)
+    assert not superlink.seen
+
+
+def test_a_client_may_have_eight_requests_at_once(gate: Gate) -> None:
+    half = head(PULL, {"Host": "localhost", KEY_HEADER: "greedy" * 48, "Content-Length": 9}) + b"1234"
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(gate.connect()).sendall(half)
+        time.sleep(0.1)
+        status, headers, _ = ask(gate, key="greedy" * 48)
+        assert status == 503 and headers["Retry-After"] == "1"
+        assert ask(gate, key="modest" * 48)[0] == 200
+    time.sleep(0.1)
+    assert ask(gate, key="greedy" * 48)[0] == 200
+
+
+def test_an_address_may_not_multiply_by_changing_its_key(gate: Gate) -> None:
+    with ExitStack() as stack:
+        for n in range(32):
+            half = head(PULL, {"Host": "localhost", KEY_HEADER: f"{n}" * 99, "Content-Length": 9}) + b"1234"
+            stack.enter_context(gate.connect()).sendall(half)
+        time.sleep(0.1)
+        assert ask(gate, key="another")[0] == 503
+
+
+def test_what_a_client_uploads_in_a_minute_has_an_end(own: Callable[..., Gate]) -> None:
+    gate = own("--limit-uploads=1000000")
+    for _ in range(2):  # a clock's minute may end between the uploads
+        statuses = [ask(gate, body=bytes(600_000), key="a") for _ in range(3)]
+        if statuses[-1][0] == 503:
+            break
+    assert [s for s, _, _ in statuses] == [200, 200, 503] and 1 <= int(statuses[-1][1]["Retry-After"]) <= 60
+    assert ask(gate, body=b"x", key="b")[0] == 200
+
+
+def test_a_body_that_trickles_has_an_end(own: Callable[..., Gate]) -> None:
+    gate = own("--limit-whole=0.5")
+    with gate.connect() as conn:
+        conn.sendall(head(PULL, {"Host": "localhost", "Content-Length": 99}))
+        for _ in range(8):
+            conn.sendall(b"x")
+            time.sleep(0.1)
+        assert answer(conn)[0] == 408
+
+
+def test_connections_have_an_end_too(own: Callable[..., Gate]) -> None:
+    gate = own("--limit-connections=8")  # an address may have a quarter
+    with gate.connect(), gate.connect(), pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+        assert ask(gate)[0] == 200
+    time.sleep(0.1)
+    assert ask(gate)[0] == 200
+
+
+def test_it_ends_within_three_seconds_whoever_is_connected(own: Callable[..., Gate]) -> None:
+    gate = own()
+    with gate.connect(), gate.connect() as busy:
+        busy.sendall(head(PULL, {"Host": "localhost", "Content-Length": 9}) + b"1234")
+        time.sleep(0.1)
+        gate.process.send_signal(signal.SIGTERM)
+        assert gate.process.wait(3) == 0
+    counts = gate.lines()[-1]
+    assert counts["event"] == "closed" and counts["requests"] == 1 and counts["bytes_in"] == 4
+
+
+def test_without_certificates_it_stays_shut_or_is_told_so(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fedlora.server.deployment.gate",
+        f"--port={free()}",
+        "--ca",
+        str(tmp_path / "none"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: --ca") and "--insecure" in done.stderr
+
+
+def test_it_knows_no_model_and_no_flower() -> None:
+    code = "import sys, fedlora.server.deployment.gate; sys.exit(bool({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

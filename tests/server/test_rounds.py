@@ -1,0 +1,155 @@
+"""The loop, with a small fleet whose clients move as they are told."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.errors import Failure, RoundFailed, StrategyError
+from fedlora.jobs import Client, Job, Update
+from fedlora.lora import LoRA
+from fedlora.messages.parts import Traffic
+from fedlora.metrics import Metrics
+from fedlora.run.plan import Past, Plan, Round
+from fedlora.sections import Policy
+from fedlora.server.aggregation import Answers
+from fedlora.server.rounds import fit, sample, stalled
+from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategy import load
+from tests.support.adapters import factors, fresh
+
+
+@dataclass
+class Few:
+    """Clients that add their own number to all they train; some never answer."""
+
+    size: int = 4
+    deaf: Mapping[int, int] = field(default_factory=dict)  # client -> round from which it does not answer
+    traffic: Traffic = field(default_factory=Traffic)
+    jobs: list[Job] = field(default_factory=list)
+
+    def clients(self) -> Sequence[Client]:
+        return [Client(i, examples=i + 1, rank=4) for i in range(self.size)]
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        self.jobs += jobs.values()
+        yield from ((i, self._one(i, job)) for i, job in jobs.items())
+
+    def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        return {i: Metrics(1, 10, 10.0 * (i + 1), 5) for i in jobs}
+
+    def _one(self, i: int, job: Job) -> Update | Failure:
+        if i in self.deaf and job.round >= self.deaf[i]:
+            return Failure("the line is dead")
+        sides = {s: {m: t + i for m, t in job.start.side(s).items()} for s in job.shares}
+        return Update(LoRA(**sides), examples=i + 1, loss=float(i))
+
+
+def run(fleet: Few, plan: Plan, past: Past | None = None, strategy: Any = FedAvg()) -> list[Round]:  # noqa: B008
+    return list(fit(strategy, fleet, fresh(), plan, past))
+
+
+def test_weights_are_examples_or_uniform() -> None:
+    by_examples, uniform = (
+        run(Few(2), Plan(1, 2, policy=Policy(weights=w)))[0]
+        for w in ("examples", "uniform")  # type: ignore[arg-type]
+    )
+    assert by_examples.train_loss == pytest.approx(2 / 3) and uniform.train_loss == pytest.approx(1 / 2)
+    assert_close(by_examples.state.A["q"], fresh().A["q"] + 2 / 3)
+    assert_close(uniform.state.A["q"], fresh().A["q"] + 1 / 2)
+
+
+def test_a_cohort_depends_on_seed_and_round_alone() -> None:
+    clients = Few(20).clients()
+    assert sample(clients, 5, 1, 3) == sample(clients[::-1], 5, 1, 3)
+    assert sample(clients, 5, 1, 3) != sample(clients, 5, 1, 4) != sample(clients, 5, 2, 4)
+
+
+def test_a_job_knows_its_place_in_the_run() -> None:
+    fleet = Few()
+    run(fleet, Plan(rounds=3, cohort=2, seed=9))
+    assert [(j.round, j.rounds, j.seed) for j in fleet.jobs] == [(t, 3, 9) for t in (0, 0, 1, 1, 2, 2)]
+
+
+def test_a_client_that_fails_is_named_and_the_round_goes_on() -> None:
+    done = run(Few(deaf={2: 0}), Plan(1, 4))[0]
+    assert done.failed == {2: Failure("the line is dead")} and done.record()["answered"] == 3
+
+
+def test_below_quorum_the_run_stops_and_says_why() -> None:
+    fleet = Few(deaf={0: 1, 1: 1, 2: 1})
+    with pytest.raises(RoundFailed, match=r"round 2: 1 of 4 clients answered.*the line is dead"):
+        run(fleet, Plan(3, 4))
+
+
+def test_below_quorum_a_round_can_be_skipped() -> None:
+    policy = Policy(below_quorum="skip", quorum=1.0)
+    first, second = run(Few(deaf={0: 1}), Plan(2, 4, policy=policy))
+    assert second.train_loss is None and second.state is first.state
+
+
+def test_a_run_in_which_nobody_ever_answers_fails() -> None:
+    with pytest.raises(RoundFailed, match="no client answered"):
+        run(Few(deaf=dict.fromkeys(range(4), 0)), Plan(2, 4, policy=Policy(below_quorum="skip")))
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does() -> None:
+    plan = Plan(rounds=4, cohort=2, seed=3)
+    whole = run(Few(), plan)
+    rest = run(Few(), plan, Past(2, whole[1].state))
+    assert [r.number for r in rest] == [3, 4]
+    assert torch.equal(rest[-1].state.A["q"], whole[-1].state.A["q"])
+
+
+def test_evaluation_keeps_its_cadence_and_never_misses_the_last_round() -> None:
+    seen = Metrics(1, 1, 1.0, 1)
+    rounds = run(Few(), Plan(5, 2, policy=Policy(eval_every=2), evaluate=lambda _: seen))
+    assert [r.number for r in rounds if r.eval] == [2, 4, 5]
+
+
+def test_clients_are_evaluated_with_mean_worst_and_spread() -> None:
+    values = run(Few(), Plan(1, 2, evaluate_clients=True))[0].eval_clients
+    assert values is not None and values["clients"] == 4 and values["worst_client"] == 3
+
+
+def test_no_better_loss_stops_the_run_early() -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    plan = Plan(5, 2, policy=Policy(patience=2), evaluate=lambda _: Metrics(1, 1, next(losses), 0))
+    assert len(run(Few(), plan)) == 4
+    assert stalled([3, 2, 2.5, 2.1], 2) and not stalled([3, 2, 2.5, 1.9], 2) and not stalled([3, 2, 2.5], 0)
+
+
+@dataclass(frozen=True)
+class Transposed(FedAvg):
+    """A mistake that square matrices would hide."""
+
+    def aggregate(self, state: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
+        return LoRA({m: b.T for m, b in state.B.items()}, {m: a.T for m, a in state.A.items()}, state.H)
+
+
+def test_a_strategy_that_returns_wrong_shapes_is_told_which() -> None:
+    with pytest.raises(StrategyError, match=r"round 1: strategy Transposed returned A \(4, 8\) and B \(6, 4\) for q"):
+        run(Few(), Plan(1, 2), strategy=Transposed())
+
+
+@dataclass(frozen=True)
+class Exploding(FedAvg):
+    def aggregate(self, state: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
+        return replace(factors(1), H={m: h / 0 for m, h in state.H.items()})
+
+
+def test_numbers_that_are_none_do_not_reach_the_clients() -> None:
+    with pytest.raises(StrategyError, match=r"not finite at head.weight; a lower train.lr may help"):
+        run(Few(), Plan(1, 2), strategy=Exploding())
+
+
+def test_strategies_that_cannot_be_built_say_why() -> None:
+    with pytest.raises(StrategyError, match='there is no strategy "fedaxg"; did you mean "fedavg"'):
+        load("fedaxg")
+    with pytest.raises(StrategyError, match='strategy FedAvg has no option "lam"'):
+        load("fedavg", lam=1)
+    with pytest.raises(StrategyError, match='no module named "nowhere"'):
+        load("nowhere.at_all:Mine")

@@ -1,0 +1,97 @@
+"""Run directories that an older version left unfinished: today's code resumes, evaluates and exports them.
+
+How they were made is in data/old_runs/README.md. An adapter is held to the older version's within 1e-6: on the machine
+that made the files the two are equal bit for bit, but another processor may sum in another order.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli.test_simulate import fedlora
+from tests.conftest import DATA
+
+OLD = DATA / "old_runs"
+NAMES = ["client_level", "fedex_lora_adam", "fedsa_lora", "flora_mixed_ranks", "flower_fedadam", "private"]
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of all the runs and of their data, in which today's code may write."""
+    return Path(shutil.copytree(OLD, tmp_path_factory.mktemp("old") / "runs"))
+
+
+@pytest.fixture(scope="module")
+def resumed(copies: Path) -> set[str]:
+    """The names of the copies that were resumed to their end already."""
+    return set()
+
+
+def resume(copies: Path, resumed: set[str], name: str) -> Path:
+    """The copy of a run, resumed by today's code if it was not yet."""
+    if name not in resumed:
+        done = fedlora("simulate", "--resume", name, cwd=copies)
+        assert done.returncode == 0, done.stderr
+        resumed.add(name)
+    return copies / name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_old_run_is_resumed_to_the_adapter_that_the_old_code_delivered(
+    copies: Path, resumed: set[str], name: str
+) -> None:
+    run = resume(copies, resumed, name)
+    expected = load_file(OLD / f"{name}.safetensors")
+    delivered = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert delivered.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.allclose(delivered[key], tensor, rtol=1e-6, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rounds_of_both_versions_stand_in_one_file(copies: Path, resumed: set[str], name: str) -> None:
+    run = resume(copies, resumed, name)
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in rounds] == [1, 2, 3, 4]
+    assert not any(record["failed"] for record in rounds)
+    assert len({frozenset(record) - {"before"} for record in rounds}) == 1, "the keys are the same in every round"
+
+
+def test_an_old_ledger_goes_on_and_no_round_is_charged_twice(copies: Path, resumed: set[str]) -> None:
+    """Client 0 had trained for round 3 when the run was killed: its stored answer is sent, and not charged again.
+
+    Client 1's ledger was being written: its last line is not counted in `ledger.head`, so it is written anew.
+    """
+    run = resume(copies, resumed, "private")
+    for client in "012":
+        old = OLD / "private" / "checkpoint" / "clients" / client
+        counted = int((old / "ledger.head").read_text().split()[0])
+        before = (old / "ledger.jsonl").read_text().splitlines()
+        after = (run / "checkpoint" / "clients" / client / "ledger.jsonl").read_text().splitlines()
+        assert after[:counted] == before[:counted]
+        charges = [entry["round"] for entry in map(json.loads, after) if entry["kind"] == "charge"]
+        assert charges == [1, 2, 3, 4]
+
+
+def test_the_adapter_of_an_old_run_is_evaluated(copies: Path, resumed: set[str]) -> None:
+    run = resume(copies, resumed, "fedsa_lora")
+    done = fedlora("evaluate", run, "--json", cwd=copies)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])
+    found = json.loads(done.stdout)
+    assert found["after"] == pytest.approx(last["eval"], rel=1e-5)
+    assert found["clients"]["clients"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("fedsa_lora", "per-client"), ("fedex_lora_adam", "adapter"), ("flora_mixed_ranks", "merged")]
+)
+def test_an_old_run_is_exported(copies: Path, resumed: set[str], name: str, form: str) -> None:
+    run = resume(copies, resumed, name)
+    done = fedlora("export", run, "--as", form, "--out", copies / f"{name}-{form}", cwd=copies)
+    assert done.returncode == 0, done.stderr
+    assert list((copies / f"{name}-{form}").rglob("*.safetensors"))

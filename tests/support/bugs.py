@@ -1,0 +1,288 @@
+"""Strategies with a bug each, published or easily made: a sound one with one method or declaration changed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora.jobs import Client, Job
+from fedlora.lora import SIDES, LoRA, average, contrast, delta, join, leading, scale, shares, stack
+from fedlora.strategies.fedavg import FedAvg
+from fedlora.strategies.fedex_lora import FedEx, State
+from fedlora.strategies.ffa_lora import FFALoRA
+from fedlora.strategies.flora import FLoRA
+from fedlora.strategies.florist import FLoRIST
+from fedlora.strategies.fslora import FSLoRA
+from fedlora.strategies.hetlora import HetLoRA
+from fedlora.strategy import Strategy
+
+Updates = Sequence[LoRA]
+Weights = Sequence[float]
+
+
+def each(lora: LoRA, change: Any) -> LoRA:
+    """The adapter with every matrix changed."""
+    return LoRA(**{s: {m: change(t) for m, t in lora.side(s).items()} for s in SIDES})
+
+
+def turned(part: LoRA) -> LoRA:
+    """The transpose of every product that is square; the others as they are."""
+    dense = {m: d.T if d.shape[0] == d.shape[1] else d for m, d in delta(part).items()}
+    return LoRA(D=dense)
+
+
+class TransposesTheResidual(FedEx):
+    """The released FedEx-LoRA adds the transpose; with square modules nothing complains."""
+
+    def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
+        parts = (*state.parts, turned(contrast(updates, weights)))
+        return State(average(updates, weights), parts, state.round + 1)
+
+
+class WeighsTwice(FedAvg):
+    """A mean whose weights were in the terms already."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        p = shares(weights)
+        terms = [each(u, lambda t, c=c: c * t) for c, u in zip(p, updates, strict=True)]
+        return each(average(terms, weights), lambda t: len(p) * t)
+
+
+class TakesTheFirstOnly(FedAvg):
+    """FLoRA's released FedIT assigns the sum to a misspelt name, and returns the first term."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        return each(updates[0], lambda t: shares(weights)[0] * t)
+
+
+class MergesTheLastOnly(FLoRA):
+    """FSLoRA's stacking baseline loads every client over the one before."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        return super().aggregate(state, updates[-1:], weights[-1:])
+
+
+class IgnoresTheWeights(FedEx):
+    """All clients alike, whatever their examples."""
+
+    def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
+        return super().aggregate(state, updates, [1.0 for _ in weights])
+
+
+class SquaresTheWeights(FedAvg):
+    """p_i on the update, and on the sum again."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        return super().aggregate(state, updates, [w * w for w in weights])
+
+
+class WeighsByTheScale(FedAvg):
+    """Weights taken for shares, though they sum to anything."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        return each(average(updates, weights), lambda t: sum(weights) / 6 * t)
+
+
+class TellsFactorsByShape(FLoRA):
+    """FLoRA's released code weighs what has as many rows as the rank has, which B may have too."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        def weighed(u: LoRA, p: float) -> LoRA:
+            rank = {m: a.shape[0] for m, a in u.A.items()}
+            sides = {s: {m: p * t if t.shape[0] == rank[m] else t for m, t in u.side(s).items()} for s in "AB"}
+            return LoRA(**sides, H=u.H)
+
+        sound = super().aggregate(state, updates, weights)
+        part = join(*[weighed(u, p) for u, p in zip(updates, shares(weights), strict=True)])
+        return sound._replace(stacks=(*state.stacks, part))
+
+
+class SendsTheLastResidualOnly(FedEx):
+    """An offset since last time, where clients that sat out rounds need all of it."""
+
+    def client_init(self, state: State, client: Client) -> Job:
+        return replace(super().client_init(state, client), offset=state.parts[-1:])
+
+
+class DeliversNoOffset(FedEx):
+    """The residuals that clients wear are not in the adapter."""
+
+    def adapter(self, state: State) -> LoRA:
+        return state.lora
+
+
+class TakesTheStartForZero(FLoRA):
+    """What is delivered is what was stacked; before the first round that is nothing, whatever clients start from."""
+
+    def adapter(self, state: Any) -> LoRA:
+        return join(*state.stacks).over(LoRA(H=state.lora.H))
+
+
+class NeverSketches(FSLoRA):
+    """FSLoRA's released code compares a parameter's name with "lora_B", which none has: all train the full rank."""
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        return replace(super().client_init(state, client), sketch={})
+
+
+class SketchesTwiceTheSame(FSLoRA):
+    """Rows drawn with replacement."""
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        return Job(start=state.lora, sketch={m: [0, 0] for m in state.lora.A})
+
+
+class SumsInHalf(FedAvg):
+    """A running sum in the type of what is sent."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        def mean(s: str, m: str) -> Tensor:
+            return reduce(torch.add, [p * u.side(s)[m] for p, u in zip(shares(weights), updates, strict=True)]).float()
+
+        return LoRA(**{s: {m: mean(s, m) for m in updates[0].side(s)} for s in SIDES})
+
+
+class KeepsHalf(FedAvg):
+    """A right mean, stored in the type of what was sent."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        dtype = next(iter(updates[0].A.values())).dtype
+        return each(average(updates, weights), lambda t: t.to(dtype))
+
+
+class AddsInPlace(FedAvg):
+    """The server's own step, written into the state it was given."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        mean = average(updates, weights)
+        for s in SIDES:
+            for m, t in state.side(s).items():
+                t.copy_(mean.side(s)[m])
+        return state
+
+
+class Interpolates(FedAvg):
+    """Each client moves the mean a share of the way, so the last has the most say."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        for p, update in zip(shares(weights), updates, strict=True):
+            state = average([state, update], [1 - p, p])
+        return state
+
+
+class Seen(NamedTuple):
+    lora: LoRA
+    seen: set[int]
+
+
+@dataclass(frozen=True)
+class KeepsASet(Strategy[Seen]):
+    """A state of what no checkpoint holds."""
+
+    sums_only = True
+    continues = True
+
+    def init(self, lora: LoRA) -> Seen:
+        return Seen(lora, set())
+
+    def client_init(self, state: Seen, client: Client) -> Job:
+        return Job(start=state.lora)
+
+    def aggregate(self, state: Seen, updates: Updates, weights: Weights) -> Seen:
+        return Seen(average(updates, weights), state.seen | {len(updates)})
+
+    def adapter(self, state: Seen) -> LoRA:
+        return state.lora
+
+
+@dataclass
+class CountsOnItself(Strategy[LoRA]):
+    """A step that shrinks with the rounds, which are counted on the object: a resumed run starts from none."""
+
+    rounds: int = 0
+    sums_only = True
+
+    def init(self, lora: LoRA) -> LoRA:
+        return lora
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(start=state)
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        self.rounds += 1
+        return average([average(updates, weights), state], [1.0, 0.1 * self.rounds])
+
+    def adapter(self, state: LoRA) -> LoRA:
+        return state
+
+
+class FoldsAlphaTwice(FLoRA):
+    """s belongs to the model, and stands in the product besides."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        sound = super().aggregate(state, updates, weights)
+        return sound._replace(stacks=(*state.stacks, scale(stack(updates, weights), 2.0)))
+
+
+class BuildsTheProduct(FedEx):
+    """The residual as a difference of dense products."""
+
+    def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
+        delta(stack(updates, weights))
+        return super().aggregate(state, updates, weights)
+
+
+class BringsNoA(FFALoRA):
+    """A is frozen, so it is taken for known; a client that is new has another."""
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return replace(super().client_init(state, client), start=state.only("BH"))
+
+
+class CutsToOwnRank(FedAvg):
+    """Factors of the client's rank go out, and come back to a mean that takes one rank only."""
+
+    mixed_ranks = True
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(start=leading(state, client.rank))
+
+
+class DecaysTheHead(FedAvg):
+    """The head shrinks on the server, whoever it belongs to."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        mean = average(updates, weights)
+        return LoRA(mean.A, mean.B, {m: 0.9 * h for m, h in mean.H.items()})
+
+
+class TruncatedSaysExact(FLoRIST):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exact", True)
+
+
+class PaddedSaysExact(HetLoRA):
+    exact = True
+
+
+class FedExSaysSums(FedEx):
+    sums_only = True
+
+
+class FedExSaysLittleIsSent(FedEx):
+    down = "r * (d_in + d_out)"
+
+
+class FedExSaysDora(FedEx):
+    kinds = ("lora", "dora")
+
+
+class FFASaysInexact(FFALoRA):
+    exact = False
+
+
+class FLoRASaysItContinues(FLoRA):
+    continues = True
