@@ -44,7 +44,7 @@ SHORT, LONG = 2, 5  # rounds of a run of the grid, and of the one that is measur
 OWN = 60  # examples at most in each half of what a client holds out
 SETTINGS: Mapping[str, Any] = {"data.holdout": 0.05, "train.batch_size": 8, "train.accumulate": 2, "train.steps": 8}
 SMOKE: Mapping[str, Any] = {"rounds": 2, "train.steps": 1, "data.limit": 400, "data.eval_limit": 32}
-TOML = Path(__file__).parent / "sst2.toml"
+TOML = Path(__file__).parents[1] / "simulations" / "sst2.toml"
 
 
 @dataclass(frozen=True)

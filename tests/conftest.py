@@ -1,4 +1,4 @@
-"""What several test files build on: small random adapters, and real data where it lies."""
+"""What several test files build on: settings of hypothesis, and real data where it lies."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,7 @@ hypothesis.settings.register_profile("fedlora", deadline=None, max_examples=40, 
 hypothesis.settings.load_profile("fedlora")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-
 FIRST = ("test_deploy.py",)  # minutes of waiting for real processes, beside which the other files are done
-
-
-DATA = Path(__file__).parent / "data"  # files that tests read
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,89 +1,110 @@
-"""The direction of imports, which is the architecture."""
+"""The direction of imports, which is the architecture: a list of layers, each of which knows only those before it."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ANY = ("fedlora",)
-FOLDERS = ("server", "client", "strategies", "simulations", "checks", "audit")
-FOREIGN = {  # a runtime or a library of models -> the only files that know it
-    "flwr": {
-        "fedlora/messages/codec.py",
-        "fedlora/messages/envelope.py",
-        "server/upload_checks.py",
-        "server",
-        "client",
-        "simulations/flower.py",
-    },
-    "ray": {"simulations/flower.py"},
-    "peft": {"fedlora/models/model.py", "fedlora/models/adapter.py", "fedlora/models/peft_files.py"},
-    "transformers": {
-        "fedlora/models/base_model.py",
-        "fedlora/cli/simulate.py",
-        "benchmarks/pretrain.py",
-        "fedlora/data/encoding.py",
-        "checks",
-    },
-    "flwr_datasets": {"fedlora/data/partition.py"},
+FOLDERS = ("fedlora", "server", "client", "strategies", "simulations")
+LAYERS = (  # from the ground up; packages that share a line do not know each other
+    {"fedlora"},  # the vocabulary: the files beside the packages
+    {"fedlora.storage", "fedlora.data"},
+    {"fedlora.strategies", "fedlora.messages", "fedlora.models", "fedlora.deployment"},
+    {"fedlora.privacy"},
+    {"fedlora.run"},
+    {"fedlora.server", "fedlora.client"},
+    {"fedlora.server.deployment", "fedlora.client.deployment"},
+    {"fedlora.simulations"},
+    {"fedlora.checks"},
+    {"fedlora.audit"},
+    {"fedlora.cli"},
+    {"fedlora.api", "fedlora.__main__", "fedlora.server.app", "fedlora.client.app"},  # what others start or import
+)
+FOREIGN = {  # library -> the only packages and modules that know it
+    "flwr": ("fedlora.messages", "fedlora.server", "fedlora.client", "fedlora.simulations.flower"),
+    "ray": ("fedlora.simulations.flower",),
+    "peft": ("fedlora.models",),
+    "transformers": ("fedlora.models", "fedlora.data.encoding", "fedlora.run.setup", "fedlora.checks"),
+    "flwr_datasets": ("fedlora.data.partition",),
+    "opacus": ("fedlora.privacy",),
+    "typer": ("fedlora.cli",),
 }
-EDGE = {
-    "fedlora/cli/simulate.py",
-    "fedlora/run/setup.py",
-    "fedlora/run/compose.py",
-    "fedlora/strategy.py",
-    "fedlora/cli/app.py",
-    "fedlora/cli/operate.py",
-    "fedlora/config.py",
-    "simulations/flower.py",
-    "checks",
-    "audit",
-}  # they put a run together
 
 
-def files() -> list[Path]:
-    return [p.relative_to(ROOT) for folder in ("fedlora", *FOLDERS) for p in sorted((ROOT / folder).rglob("*.py"))]
+def module(path: Path) -> str:
+    """The name under which a file is imported."""
+    parts = [*([] if path.parts[0] == "fedlora" else ["fedlora"]), *path.with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Modules that a file names, lazily or not, relative ones made absolute."""
-    package = "fedlora" if path.parts[0] == "fedlora" else f"fedlora.{path.parts[0]}"
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+FILES = {module(p): p for p in (f.relative_to(ROOT) for d in FOLDERS for f in sorted((ROOT / d).rglob("*.py")))}
+
+
+def package(name: str) -> str:
+    """The package a module lies in; a package's own `__init__` lies in itself."""
+    return name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+
+
+def imports(name: str) -> Iterator[str]:
+    """Modules that a module names, lazily or not, relative ones made absolute."""
+    for node in ast.walk(ast.parse((ROOT / FILES[name]).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = f"{package}." if node.level else ""
-            module = f"{base}{node.module or ''}".rstrip(".")
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names if node.module is None or module == "fedlora")
+            here = package(name).split(".")
+            above = here[: len(here) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names)
 
 
-@pytest.mark.parametrize("path", files(), ids=str)
-def test_imports_point_inward(path: Path) -> None:
-    folder = path.parts[0]
-    for name in imports(path):
-        outward = [f for f in FOLDERS if name.startswith(f"fedlora.{f}") and f != folder]
-        assert not outward or str(path) in EDGE or folder in EDGE, f"{path} imports {name}"
+def layer(name: str) -> int:
+    """How high a module stands."""
+    known = {member: floor for floor, members in enumerate(LAYERS) for member in members}
+    return known[name] if name in known and name != "fedlora" else known[package(name)]
 
 
-@pytest.mark.parametrize("path", files(), ids=str)
-def test_each_library_is_known_by_few(path: Path) -> None:
-    for name in imports(path):
-        knows = FOREIGN.get(name.split(".")[0])
-        assert knows is None or str(path) in knows or path.parts[0] in knows, f"{path} imports {name}"
+OURS = sorted(name for name in FILES if name != "fedlora")
 
 
-@pytest.mark.parametrize("path", [p for p in files() if p.parts[0] == "strategies"], ids=str)
-def test_a_strategy_knows_the_algebra_and_the_messages_alone(path: Path) -> None:
-    ours = {n for n in imports(path) if n.startswith("fedlora")}
+@pytest.mark.parametrize("name", OURS)
+def test_imports_point_downwards(name: str) -> None:
+    for other in set(imports(name)) & set(OURS):
+        assert package(other) == package(name) or layer(other) < layer(name), f"{name} imports {other}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({name: set(imports(name)) & set(OURS) for name in OURS}).prepare()
+
+
+@pytest.mark.parametrize(("side", "other"), [("server", "client"), ("client", "server")])
+def test_server_and_client_never_import_each_other(side: str, other: str) -> None:
+    for name in (n for n in OURS if n.startswith(f"fedlora.{side}")):
+        assert not [i for i in imports(name) if i.startswith(f"fedlora.{other}")], name
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_library_is_known_by_few(name: str) -> None:
+    for other in imports(name):
+        knows = FOREIGN.get(other.split(".")[0])
+        assert knows is None or name.startswith(knows), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", [n for n in OURS if n.startswith("fedlora.strategies.")])
+def test_a_strategy_knows_the_algebra_and_the_messages_alone(name: str) -> None:
+    ours = {i for i in imports(name) if i.startswith("fedlora")}
     assert ours <= {"fedlora.lora", "fedlora.strategy", "fedlora.errors"}
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    import subprocess
-    import sys
+def test_a_client_knows_no_algorithm() -> None:
+    for name in (n for n in OURS if n.startswith("fedlora.client")):
+        assert not {"fedlora.strategy", "fedlora.strategies"} & set(imports(name)), name
 
+
+def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, fedlora.__main__; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

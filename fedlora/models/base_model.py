@@ -14,7 +14,7 @@ from fedlora.errors import ModelError
 from fedlora.sections import ModelConfig
 from fedlora.seeds import seeded
 
-TINY = Path(__file__).parent / "tiny"  # the embedded default
+TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
 def load(config: ModelConfig, form: Form, seed: int) -> tuple[nn.Module, Any, list[str]]:

@@ -1,6 +1,7 @@
-"""The process in front of the SuperLink: TLS, connections and their clocks around the rules of `fedlora.server.deployment.gate_rules`.
+"""The process in front of the SuperLink: TLS, connections and their time limits around the rules of `gate_rules`.
 
-    python -m fedlora.server.deployment.gate --port 8443 --superlink 127.0.0.1:42000 --ca ca.crt --cert server.crt --key server.key
+    python -m fedlora.server.deployment.gate --port 8443 --superlink 127.0.0.1:42000 \
+        --ca ca.crt --cert server.crt --key server.key
 
 It knows neither torch nor Flower, says on its log (JSON lines) what it refused, and ends within 3 s of SIGTERM.
 """

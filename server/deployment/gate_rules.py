@@ -1,4 +1,4 @@
-"""What a SuperNode may say to the SuperLink through `fedlora.server.deployment.gate`, and how much of it: ten calls, no more.
+"""What a SuperNode may say to the SuperLink through the gateway, and how much of it: ten calls, no more.
 
 Flower's SuperLink has its Fleet, Control and Runtime APIs on one port, and Control asks nobody who they are: whoever
 reaches it runs code on every client. So the SuperLink listens on this machine alone, and the world talks to this:

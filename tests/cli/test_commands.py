@@ -114,7 +114,7 @@ def test_every_command_has_the_options_it_is_known_for() -> None:
 
 
 def test_a_command_shows_its_help_without_torch() -> None:
-    code = "import sys; from fedlora.__main__ import app; app(['simulate', '--help'], standalone_mode=False)"
+    code = "import sys; from fedlora.cli.app import app; app(['simulate', '--help'], standalone_mode=False)"
     code += "; print('torch' in sys.modules, 'pydantic' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.endswith("False False\n") and "--partition" in said

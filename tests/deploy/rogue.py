@@ -20,7 +20,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedlora.client.deployment import health, relay, worker
+from fedlora.client.deployment import relay, worker
+from fedlora.client.deployment.health import SERVICE
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Numbers, TaskPiece
 from fedlora.messages.envelope import as_array, read_vector, text
 from fedlora.vectors import name_of
@@ -122,12 +123,12 @@ def main() -> None:
     method = grpc.stream_stream_rpc_method_handler(
         lambda pieces, _: handle(bench, words, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE, {"Do": method}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Do": method}),))
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     server.add_insecure_port(f"unix:{options.socket}")
     server.start()
-    state.set(health.SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     Event().wait()
 
 

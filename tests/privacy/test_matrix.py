@@ -1,7 +1,7 @@
 """Every kind of transformer, by one pass and by Opacus's hooks, against autograd on one example at a time.
 
-Checkpoints, dropout, bf16 and torch.compile take minutes, and a command of their own: `python -m tests.support.matrix`, which
-writes docs/privacy_matrix.md.
+Checkpoints, dropout, bf16 and torch.compile take minutes, and a command of their own: `python -m tests.support.matrix`,
+which writes docs/privacy_matrix.md.
 """
 
 from collections.abc import Iterator

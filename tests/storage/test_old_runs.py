@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.test_simulate import fedlora
-from tests.conftest import DATA
 
-OLD = DATA / "old_runs"
+OLD = Path(__file__).parent / "old_runs"
 NAMES = ["client_level", "fedex_lora_adam", "fedsa_lora", "flora_mixed_ranks", "flower_fedadam", "private"]
 
 

@@ -29,6 +29,7 @@ from fedlora.server import upload_checks
 from tests.support.models import make
 
 ROOT = Path(__file__).parents[3]
+HERE = ROOT / "client" / "deployment"
 RUN = "20260101-abc"
 SETTINGS = {"clients": 1, "cohort": 1, "lora.rank": 3, "model.max_length": 16, "threads": 1}
 
@@ -151,23 +152,24 @@ def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> No
 
 
 def test_the_clientapp_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, fedlora.client.deployment.app, fedlora.client.deployment.relay; sys.exit(not {'torch', 'peft'}.isdisjoint(sys.modules))"
+    loaded = "import sys, fedlora.client.deployment.app, fedlora.client.deployment.relay"
+    code = f"{loaded}; sys.exit(not {{'torch', 'peft'}}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
-    """python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. fedlora/client/worker.proto makes them anew."""
+    """They are made anew from a wheel's layout: python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. FILE."""
     import grpc_tools
     from grpc_tools import protoc
 
-    place = tmp_path / "fedlora" / "client"
+    place = tmp_path / "fedlora" / "client" / "deployment"
     place.mkdir(parents=True)
-    (place / "worker.proto").write_bytes((ROOT / "client" / "worker.proto").read_bytes())
+    (place / "worker.proto").write_bytes((HERE / "worker.proto").read_bytes())
     include = Path(grpc_tools.__file__).parent / "_proto"
     words: list[Any] = ["protoc", f"-I{tmp_path}", f"-I{include}", f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
-    assert protoc.main([*words, "fedlora/client/worker.proto"]) == 0
+    assert protoc.main([*words, "fedlora/client/deployment/worker.proto"]) == 0
     for name in ("worker_pb2.py", "worker_pb2.pyi"):
-        assert filecmp.cmp(place / name, ROOT / "client" / name, shallow=False), f"{name} is not worker.proto's"
+        assert filecmp.cmp(place / name, HERE / name, shallow=False), f"{name} is not worker.proto's"
 
 
 def test_a_job_with_another_policy_than_the_clients_is_refused(setup: Setup, tmp_path: Path) -> None:

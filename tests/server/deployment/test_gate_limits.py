@@ -126,5 +126,6 @@ def test_without_certificates_it_stays_shut_or_is_told_so(tmp_path: Path) -> Non
 
 
 def test_it_knows_no_model_and_no_flower() -> None:
-    code = "import sys, fedlora.server.deployment.gate; sys.exit(bool({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'flwr'}"
+    code = f"import sys, fedlora.server.deployment.gate; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
