@@ -5,9 +5,7 @@
 
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,6 +19,8 @@ from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import Config
+from fedlora.deployment.processes import scratch_folder
+from fedlora.environment import no_proxy, quiet_libraries
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.models.base_model import device
 from fedlora.server.rounds import Fleet
@@ -28,11 +28,9 @@ from fedlora.server.rounds import Fleet
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
+RAY_SOCKET = 66  # bytes that the names of Ray's sockets have below its folder
 STORE = 512 * 2**20  # bytes of shared memory for messages on their way; Ray spills what is beyond to the disk
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: one machine, on the loopback interface
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -51,7 +49,7 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
     _quiet()
     from fedlora.server.fleet import FlowerFleet, Rules
 
-    with _scratch() as scratch:
+    with scratch_folder(RAY_SOCKET) as scratch:
         flower = Flower(config, folder.absolute(), scratch)
         flower.start()
         ended = False
@@ -169,10 +167,10 @@ class Flower(Thread):
 
 def _quiet() -> None:
     """Nothing is sent, nothing is said: to be called before Flower and Ray are imported, as they read it then."""
-    for name, value in QUIET.items():
+    quiet_libraries()
+    for name, value in RAY.items():
         os.environ.setdefault(name, value)
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
+    os.environ.update(no_proxy())
     import flwr.supercore.logger  # noqa: F401  it sets its level when it is imported
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
@@ -191,17 +189,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A folder for Ray's files, removed at the end; its name is short, as a socket's path has at most 107 bytes."""
-    base = tempfile.gettempdir()
-    path = Path(tempfile.mkdtemp(prefix="fedlora-", dir=base if len(base) < 24 else "/tmp"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _flag(scratch: Path) -> Path:

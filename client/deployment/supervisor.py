@@ -8,14 +8,11 @@ typed messages of worker.proto reaches it.
 
 import json
 import os
-import shutil
 import ssl
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from secrets import token_hex
@@ -24,8 +21,9 @@ from typing import Any
 import httpx
 
 from fedlora.client.deployment.health import is_serving
-from fedlora.deployment.processes import Process, Tail, alone, free_port, home, program, stop
+from fedlora.deployment.processes import Process, Tail, alone, free_port, home, program, scratch_folder, stop
 from fedlora.deployment.provision import read_client
+from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.errors import ConfigError
 
 CLOCK = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
@@ -33,6 +31,7 @@ AHEAD = 300.0  # and ahead of it
 HANGS = 300.0  # seconds without a sign of life after which a worker is started again
 REFUSED = ("2004", "2001")  # what Flower says of a key: it is not known, or in use
 GIVES_UP = "SSL/TLS handshake error detected"  # and Flower's SuperNode then hangs, for ever
+SOCKET = "worker.sock"
 PORT = 8443
 MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 
@@ -70,14 +69,11 @@ def asked(server: str, credentials: Path | None, state: Path, id: int | None, se
 
 def serve(asked: Asked) -> None:
     """Take part until SIGTERM or Ctrl-C."""
-    with alone(asked.state), _scratch() as scratch:
+    with alone(asked.state), scratch_folder(len(SOCKET)) as scratch:
+        os.umask(0o077)
         if not asked.credentials:
             print("INSECURE: no TLS, no key: anyone on the way can read and change what is sent. For trials only.")
-        watch = Watch(asked, asked.worker or scratch / "worker.sock", scratch)
-        try:
-            watch.run()
-        finally:
-            stop(watch.processes)
+        ClientProcesses(asked, asked.worker or scratch / SOCKET, scratch).run()
 
 
 def reachable(asked: Asked, meanwhile: Callable[[], None]) -> None:
@@ -119,53 +115,52 @@ def worker_command(asked: Asked, socket: Path) -> list[str]:
     return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", told(asked)]
 
 
-@dataclass
-class Watch:
-    """A client's processes."""
+class ClientProcesses:
+    """SuperNode, SuperExec and worker of one client, watched until the command is ended."""
 
-    asked: Asked
-    socket: Path
-    scratch: Path
-    processes: list[Process] = field(default_factory=list)
-    _again: dict[str, float] = field(default_factory=dict)  # process -> when it is started again
-    _alive: float = 0.0  # when the worker last gave a sign of life
+    def __init__(self, asked: Asked, socket: Path, scratch: Path) -> None:
+        self._asked, self._socket, self._scratch = asked, socket, scratch
+        self._logs = asked.state / "logs"
+        secret, port = scratch / "superexec.secret", free_port()
+        secret.write_text(token_hex(32))
+        self._node = Process("SuperNode", self._node_command(port, secret), self._log("supernode"), home(asked.state))
+        command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+        command += ["--superexec-auth-secret-file", str(secret)]
+        self._superexec = Process("SuperExec", command, self._log("superexec"))
+        self._worker: Process | None = None  # none: it is started elsewhere, or each message loads the model
+        if not (asked.worker or asked.cold):
+            self._worker = Process("worker", worker_command(asked, socket), self._log("worker"))
+        self._worker_seen = 0.0  # when the worker last gave a sign of life
 
     def run(self) -> None:
-        """Start them, and start again what dies."""
-        logs, port, flower = self.asked.state / "logs", free_port(), home(self.asked.state)
-        screen, words = Tail(logs / "screen.log"), Tail(logs / "supernode.log")
-        secret = self.scratch / "superexec.secret"
-        secret.write_text(token_hex(32))
-        node = Process("SuperNode", self._node(port, secret), logs / "supernode.log", flower)
-        command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
-        superexec = Process(
-            "SuperExec", [*command, "--superexec-auth-secret-file", str(secret)], logs / "superexec.log"
-        )
-        self.processes = [node, superexec]
-        if not (self.asked.worker or self.asked.cold):
-            worker = Process("worker", worker_command(self.asked, self.socket), logs / "worker.log")
-            self.processes.insert(0, worker)
-        self.processes[0].start()  # the worker: it says at once what is wrong with the data
-        reachable(self.asked, self._revive)
-        for process in self.processes[1:]:
-            process.start()
-        self._alive = time.monotonic()
-        print(f"{self.asked.name} takes part at {self.asked.server}; logs in {logs}", flush=True)
-        while True:
-            time.sleep(0.3)
-            screen.show()
-            if GIVES_UP in words.new():
-                print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
-                stop([node], grace=5)
-            self._revive()
-            self._look_at_worker()
+        """Start the processes, the worker first: it says at once what is wrong with the data. Then watch over them."""
+        screen, node_log = Tail(self._logs / "screen.log"), Tail(self._log("supernode"))
+        with Supervisor(self._restart) as supervisor:
+            if self._worker:
+                supervisor.start(self._worker)
+            reachable(self._asked, supervisor.look)
+            supervisor.start(self._node)
+            supervisor.start(self._superexec)
+            self._worker_seen = time.monotonic()
+            print(f"{self._asked.name} takes part at {self._asked.server}; logs in {self._logs}", flush=True)
+            while True:
+                time.sleep(0.3)
+                screen.show()
+                if GIVES_UP in node_log.new():
+                    print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
+                    stop([self._node], grace=5)
+                supervisor.look()
+                self._look_at_worker()
 
-    def _node(self, port: int, secret: Path) -> list[str]:
-        asked = self.asked
-        config = f"partition-id={asked.id} worker='{self.socket}'"
+    def _log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def _node_command(self, port: int, secret: Path) -> list[str]:
+        asked = self._asked
+        config = f"partition-id={asked.id} worker='{self._socket}'"
         if asked.cold:
-            (self.scratch / "told.json").write_text(told(asked))
-            config = f"partition-id={asked.id} cold='{self.scratch / 'told.json'}'"
+            (self._scratch / "told.json").write_text(told(asked))
+            config = f"partition-id={asked.id} cold='{self._scratch / 'told.json'}'"
         command = [program("flower-supernode"), "--superlink", asked.server, "--isolation", "process"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
         command += ["--superexec-auth-secret-file", str(secret)]
@@ -176,45 +171,32 @@ class Watch:
             command += ["--insecure"]
         return command
 
-    def _revive(self) -> None:
-        for process in self.processes:
-            if process.alive or not process.starts:
-                continue
-            if process.name == "worker" and process.code == MISTAKE:
-                raise ConfigError(process.last_words(1).removeprefix("error: "))
-            due = self._again.get(process.name)
-            if due is None:
-                why, pause = self._why(process)
-                print(f"{process.name} ended: {why}; started again in {pause:.0f} s", flush=True)
-                self._again[process.name] = time.monotonic() + pause
-            elif time.monotonic() >= due:
-                del self._again[process.name]
-                process.start()
-                self._alive = time.monotonic()
-
-    def _why(self, process: Process) -> tuple[str, float]:
-        """In words, and how long to wait: the SuperLink takes no key that it believes to be online still."""
+    def _restart(self, process: Process) -> Restart:
+        """Raises `ConfigError` for a worker that its settings or its data ended: to start it again is of no use."""
+        if process is self._worker and process.code == MISTAKE:
+            raise ConfigError(process.last_words(1).removeprefix("error: "))
         words = process.last_words(15)
-        if process.name == "SuperNode" and any(f"code: {code}]" in words for code in REFUSED):
-            return (
+        if process is self._node and any(f"code: {code}]" in words for code in REFUSED):
+            why = (
                 "the server does not take this key: it was here less than a minute ago, or is not registered, or this "
-                "machine's clock is wrong",
-                10.0,
+                "machine's clock is wrong"
             )
-        return f"code {process.code}", process.pause()
+            return Restart(why, pause=10.0)  # the SuperLink takes no key that it believes to be online still
+        return restart_later(process)
 
     def _look_at_worker(self) -> None:
-        """One that hangs is killed; `_revive` starts it again."""
-        now = time.monotonic()
-        if self.asked.worker or self.asked.cold or now - self._alive < HANGS / 4:
+        """End a worker that hangs; the supervisor starts it again."""
+        if self._worker is None:
             return
-        worker = self.processes[0]
-        if is_serving(self.socket):
-            self._alive = now
-        elif worker.alive and now - self._alive > HANGS:
+        now, seen = time.monotonic(), max(self._worker_seen, self._worker.started)
+        if now - seen < HANGS / 4:
+            return
+        if is_serving(self._socket):
+            self._worker_seen = now
+        elif self._worker.alive and now - seen > HANGS:
             print(f"worker has given no sign of life for {HANGS:.0f} s; it is started again", flush=True)
-            self._alive = now
-            stop([worker], grace=1)
+            self._worker_seen = now
+            stop([self._worker], grace=1)
 
 
 def _address(server: str) -> str:
@@ -227,16 +209,3 @@ def _address(server: str) -> str:
 
 def _context(asked: Asked) -> ssl.SSLContext | bool:
     return ssl.create_default_context(cafile=str(asked.credentials / "ca.crt")) if asked.credentials else False
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A folder for the socket, of its owner alone; its name is short, as a socket's path has at most 107 bytes."""
-    base = tempfile.gettempdir()
-    path = Path(tempfile.mkdtemp(prefix="fedlora-", dir=base if len(base) < 60 else "/tmp"))
-    path.chmod(0o700)
-    os.umask(0o077)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

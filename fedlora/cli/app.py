@@ -1,6 +1,5 @@
 """The commands. Light at the top: `fedlora --help` must not wait for torch."""
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -8,15 +7,13 @@ from typing import Annotated
 
 import typer
 
+from fedlora.environment import quiet_libraries
 from fedlora.errors import ConfigError, FedloraError
 
 from . import operate
 from .options import dotted, pair
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+quiet_libraries()
 
 
 app = typer.Typer(

@@ -10,7 +10,6 @@ A partition is written as one of
 """
 
 import io
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from math import isfinite
 from random import Random
 from typing import Any
 
+from fedlora.environment import quiet_libraries
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.seeds import derive
 
@@ -194,7 +194,7 @@ def _codes(values: Sequence[Any]) -> list[int]:
 
 def _shares(draw: Draw, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
     """What one of flwr-datasets' partitioners makes of the rows, which it is given shuffled by the seed."""
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read at import
+    quiet_libraries()
     from datasets import Dataset
     from flwr_datasets import partitioner as partitioners
 

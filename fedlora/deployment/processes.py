@@ -2,28 +2,28 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import psutil
+
+from fedlora.environment import QUIET, no_proxy
 from fedlora.errors import ConfigError
 from fedlora.storage.files import hold_lock
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-    "PYTHONUNBUFFERED": "1",
-}
+FOR_CHILDREN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "PYTHONUNBUFFERED": "1"}
 LOG = 16 * 2**20  # bytes of a log file after which the next start begins a new one
-DIES = 1  # PR_SET_PDEATHSIG of Linux
+SOCKET_PATH = 107  # bytes that the path of a Unix socket may have on Linux
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class Process:
@@ -33,10 +33,11 @@ class Process:
         """`log` takes what it says; `env` is added to this process's own."""
         self.name, self._command, self._log = name, list(command), log
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        self._env = os.environ | QUIET | _no_proxy() | {"PATH": path} | dict(env or {})  # Flower starts its own by name
-        self._child: subprocess.Popen[bytes] | None = None
-        self.starts = 0
-        self._since, self._short = 0.0, 0
+        quiet = QUIET | FOR_CHILDREN | no_proxy()
+        self._env = os.environ | quiet | {"PATH": path} | dict(env or {})  # PATH: Flower starts its own by name
+        self._child: psutil.Popen | None = None
+        self.started = 0.0  # by time.monotonic()
+        self._short_lives = 0  # one after another
 
     def start(self) -> None:
         """Start it, or start it again. Raises `ConfigError` where there is no such program."""
@@ -45,17 +46,17 @@ class Process:
             self._log.replace(self._log.with_name(f"{self._log.name}.1"))
         with self._log.open("ab") as out:
             self._child = self._open(out)
-        self.starts += 1
-        self._since = time.monotonic()
+        self.started = time.monotonic()
 
     def pause(self) -> float:
-        """Seconds to wait before it is started again: few, but more each time that it lived for less than a minute."""
-        self._short = self._short + 1 if time.monotonic() - self._since < 60 else 0
-        return min(2.0**self._short, 30.0)
+        """Seconds to wait before the next start: few, but more each time that it lived for less than a minute."""
+        lived = time.monotonic() - self.started
+        self._short_lives = self._short_lives + 1 if lived < 60 else 0
+        return min(2.0**self._short_lives, 30.0)
 
-    def _open(self, out: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _open(self, out: IO[bytes]) -> psutil.Popen:
         try:
-            return subprocess.Popen(
+            return psutil.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -69,12 +70,13 @@ class Process:
 
     @property
     def pid(self) -> int:
-        return self._child.pid if self._child else 0
+        return int(self._child.pid) if self._child else 0
 
     @property
     def code(self) -> int | None:
-        """Its exit code; none while it runs, or before it was started."""
-        return self._child.poll() if self._child else None
+        """The exit code; none while the process runs, or before it was started."""
+        code: int | None = self._child.poll() if self._child else None
+        return code
 
     @property
     def alive(self) -> bool:
@@ -86,10 +88,15 @@ class Process:
         return " | ".join(line.strip() for line in lines[-n:] if line.strip())
 
     def signal(self, what: signal.Signals) -> None:
-        """Send a signal to it and to all that it started."""
+        """Send a signal to the process and to all that it started, also where the process itself is gone already."""
         if self._child:
             with suppress(ProcessLookupError):
                 os.killpg(self._child.pid, what)
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the process has ended, or until time is up."""
+        if self._child:
+            psutil.wait_procs([self._child], timeout)
 
 
 class Tail:
@@ -123,8 +130,8 @@ def stop(processes: Sequence[Process], grace: float = 5.0) -> None:
     for process in reversed(processes):
         process.signal(signal.SIGTERM)
     end = time.monotonic() + grace
-    while any(p.alive for p in processes) and time.monotonic() < end:
-        time.sleep(0.05)
+    for process in processes:
+        process.wait(max(0.0, end - time.monotonic()))
     for process in processes:
         process.signal(signal.SIGKILL)  # whatever is left of its group
 
@@ -163,18 +170,22 @@ def home(folder: Path) -> dict[str, str]:
 def is_alive(pid: int, name: str) -> bool:
     """Is there a process of this number, whose command line has this name in it?"""
     try:
-        return name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+        return _is_named(psutil.Process(pid).cmdline(), name)
+    except psutil.Error:
         return False
 
 
 def kill_marked(name: str, variable: str, value: str) -> None:
     """Kill the processes with this name in their command line and this variable in their environment, whoever's."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            marks = (path / "environ").read_bytes().split(b"\0")
-            if f"{variable}={value}".encode() in marks and name.encode() in (path / "cmdline").read_bytes():
-                os.kill(int(path.name), signal.SIGKILL)
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        environment = process.info["environ"] or {}  # none where this user may not read it
+        if environment.get(variable) == value and _is_named(process.info["cmdline"] or (), name):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _is_named(command: Sequence[str], name: str) -> bool:
+    return any(name in word for word in command)
 
 
 def program(name: str) -> str:
@@ -185,11 +196,17 @@ def program(name: str) -> str:
 
 def _follow() -> None:
     """In the child: be sent SIGTERM when the parent is gone, by whatever signal."""
-    ctypes.CDLL(None).prctl(DIES, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _no_proxy() -> dict[str, str]:
-    """A proxy of the site's is not for what runs on this machine."""
-    known = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
-    whole = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
-    return {"NO_PROXY": whole, "no_proxy": whole}
+@contextmanager
+def scratch_folder(longest: int) -> Iterator[Path]:
+    """A folder of its owner alone, removed at the end, in which a socket's name may have `longest` bytes."""
+    base = tempfile.gettempdir()
+    name = "fedlora-12345678"  # as long as mkdtemp's
+    too_long = len(f"{base}/{name}/") + longest > SOCKET_PATH
+    path = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp" if too_long else base))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

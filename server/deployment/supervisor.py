@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -27,10 +27,10 @@ from fedlora.deployment.processes import (
     is_alive,
     kill_marked,
     program,
-    stop,
     wait_for_port,
 )
 from fedlora.deployment.provision import check_private, read_clients
+from fedlora.deployment.supervisor import Supervisor
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Desk, Order, Status
 from fedlora.server.deployment.superlink import Control, ControlError
@@ -71,12 +71,12 @@ def serve(asked: Asked, file: Path | None, given: Mapping[str, Any]) -> None:
             print(
                 "INSECURE: no TLS, no keys: anyone who reaches this port can read, join and command. For trials only."
             )
-        with _started(asked, desk) as (control, processes):
-            of = _registered(control, asked.credentials, names) if asked.credentials else None
+        with _started(asked, desk) as (control, supervisor):
+            nodes = _registered(control, asked.credentials, names) if asked.credentials else None
             given = configuration.flatten(config)
-            desk.put_order(Order(given, names, of, asked.metrics))
+            desk.put_order(Order(given, names, nodes, asked.metrics))
             _tell(asked, names, config)
-            Watch(control, desk, processes, config, Tail(desk.screen)).run()
+            SubmittedRun(control, desk, supervisor, config, Tail(desk.screen)).run()
 
 
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
@@ -117,31 +117,38 @@ def _registered(control: Control, folder: Path, names: Mapping[str, int]) -> dic
 
 
 @contextmanager
-def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, list[Process]]]:
+def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, Supervisor]]:
     """SuperLink, gate and SuperExec, ended at the end, whatever it is."""
     inner = asked.superlink or f"127.0.0.1:{free_port()}"
     control, secret = Control(inner, asked.certificate), _secret(asked, desk)
-    link, gate = _link(asked, desk, inner, secret), _gate(asked, desk, inner)
-    tls = ["--root-certificates", str(asked.certificate)] if asked.certificate else ["--insecure"]
-    command = [program("flower-superexec"), "--runtime-api-address", inner, *tls]
-    env = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **home(desk.flower)}
-    command += ["--superexec-auth-secret-file", str(secret)]
-    superexec = Process("SuperExec", command, desk.flower / "superexec.log", env)
-    processes = [superexec] if asked.superlink else [link, gate, superexec]
-    try:
-        if not asked.superlink:
-            link.start()
-            control.wait(180, lambda: link.alive)
-            gate.start()
-            wait_for_port(asked.port, gate, "127.0.0.1" if asked.host == "0.0.0.0" else asked.host)
-        else:
+    with _ending(desk), Supervisor() as supervisor:
+        if asked.superlink:
             control.wait(300)
+        else:
+            link, gate = _link(asked, desk, inner, secret), _gate(asked, desk, inner)
+            supervisor.start(link)
+            control.wait(180, lambda: link.alive)
+            supervisor.start(gate)
+            wait_for_port(asked.port, gate, "127.0.0.1" if asked.host == "0.0.0.0" else asked.host)
         control.stop_all()
-        superexec.start()
-        yield control, processes
+        supervisor.start(_superexec(asked, desk, inner, secret))
+        yield control, supervisor
+
+
+@contextmanager
+def _ending(desk: Desk) -> Iterator[None]:
+    try:
+        yield
     finally:
-        stop(processes)
         _end_what_is_left(desk)
+
+
+def _superexec(asked: Asked, desk: Desk, address: str, secret: Path) -> Process:
+    tls = ["--root-certificates", str(asked.certificate)] if asked.certificate else ["--insecure"]
+    command = [program("flower-superexec"), "--runtime-api-address", address, *tls]
+    command += ["--superexec-auth-secret-file", str(secret)]
+    environment = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **home(desk.flower)}
+    return Process("SuperExec", command, desk.flower / "superexec.log", environment)
 
 
 def _link(asked: Asked, desk: Desk, address: str, secret: Path) -> Process:
@@ -193,12 +200,12 @@ def _tell(asked: Asked, names: Mapping[str, int], config: Config) -> None:
 
 
 @dataclass
-class Watch:
-    """A run from its submission to its end."""
+class SubmittedRun:
+    """A run from its submission to its end; a ServerApp that ends before the run does is begun anew."""
 
     control: Control
     desk: Desk
-    processes: list[Process]
+    supervisor: Supervisor
     config: Config
     screen: Tail
     _run: int = 0
@@ -206,7 +213,6 @@ class Watch:
     _rounds: int = -1
     _since: float = 0.0
     _looked: float = 0.0
-    _again: dict[str, float] = field(default_factory=dict)  # process -> when it is started again
 
     def run(self) -> None:
         """Until the run is finished. Raises `RoundFailed` with the reason of one that failed."""
@@ -226,7 +232,7 @@ class Watch:
     def _look(self) -> bool:
         """Is it finished? Whatever is dead meanwhile is begun anew."""
         self.screen.show()
-        self._revive()
+        self.supervisor.look()
         status = self.desk.status() or Status("submitted")
         if status.state == "finished":
             return True
@@ -280,18 +286,5 @@ class Watch:
             except ControlError:
                 if time.monotonic() > end:
                     raise
-                self._revive()
+                self.supervisor.look()
                 time.sleep(1)
-
-    def _revive(self) -> None:
-        for process in self.processes:
-            due = self._again.get(process.name)
-            if process.alive or process.code is None:
-                continue
-            if due is None:
-                pause = process.pause()
-                print(f"{process.name} ended with code {process.code}; started again in {pause:.0f} s", flush=True)
-                self._again[process.name] = time.monotonic() + pause
-            elif time.monotonic() >= due:
-                del self._again[process.name]
-                process.start()

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.deployment.processes import QUIET, free_port, program
+from fedlora.deployment.processes import free_port, program
+from fedlora.environment import QUIET
 from tests.cli.test_simulate import fedlora
 from tests.support.federation import SLOW, Federation, kill_all, named
 from tests.support.models import make

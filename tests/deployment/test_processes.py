@@ -8,9 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from fedlora.deployment.processes import Process, Tail, alone, free_port, is_alive, kill_marked, stop, wait_for_port
+from fedlora.deployment.processes import (
+    Process,
+    Tail,
+    alone,
+    free_port,
+    is_alive,
+    kill_marked,
+    scratch_folder,
+    stop,
+    wait_for_port,
+)
 from fedlora.errors import ConfigError
 
 SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
@@ -47,7 +58,7 @@ def test_stop_ends_what_a_process_has_started_too(tmp_path: Path) -> None:
     process.start()
     stop([process])
     assert not process.alive
-    until(lambda: not [p for p in Path("/proc").glob("[0-9]*") if is_alive(int(p.name), "602")])
+    until(lambda: not [pid for pid in psutil.pids() if is_alive(pid, "602")])
 
 
 def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
@@ -105,3 +116,21 @@ def test_whole_lines_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_free_port_is_free() -> None:
     assert free_port() != free_port()
+
+
+def test_a_scratch_folder_is_its_owners_has_room_for_a_sockets_name_and_is_removed() -> None:
+    with scratch_folder(66) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700 and len(f"{folder}/") + 66 <= 107
+        (folder / "file").touch()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("room", [11, 95])
+def test_a_scratch_folder_lies_in_tmp_where_the_usual_place_has_too_long_a_name(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with scratch_folder(room) as folder:
+        assert folder.parent == Path("/tmp")
