@@ -136,7 +136,6 @@ def start_nginx(superlink: SuperLink, folder: Path) -> Gate:
     port, text = free(), (ROOT / "deploy" / "proxy" / "nginx.conf").read_text()
     for old, new in {
         "/tmp/": f"{folder}/",
-        "superlink:8000": f"127.0.0.1:{superlink.port}",
         "proxy_ssl_name superlink": "proxy_ssl_name localhost",
         "listen 8443": f"listen 127.0.0.1:{port}",
         "127.0.0.1:8080": f"127.0.0.1:{free()}",
@@ -147,7 +146,9 @@ def start_nginx(superlink: SuperLink, folder: Path) -> Gate:
         assert old in text
         text = text.replace(old, new)
     (folder / "nginx.conf").write_text(("user root;\n" if os.geteuid() == 0 else "") + text)
-    process = subprocess.Popen(["nginx", "-p", folder, "-c", folder / "nginx.conf"])
+    command = ["sh", ROOT / "deploy" / "proxy" / "start.sh", "-p", folder, "-c", folder / "nginx.conf"]
+    here = {"TMPDIR": str(folder), "SUPERLINK": f"127.0.0.1:{superlink.port}"}
+    process = subprocess.Popen(command, env=os.environ | here)
     return Gate(port, superlink.certificates, folder / "log", process)
 
 

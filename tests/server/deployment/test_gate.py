@@ -102,6 +102,12 @@ def test_nginx_says_what_the_gate_says() -> None:
         assert f"limit_conn {share} {most};" in text
 
 
+@pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/kubernetes/server.yaml"])
+def test_in_containers_nginx_is_the_gateway(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert "fedlora-proxy" in text and "deployment.gate" not in text
+
+
 def test_what_a_supernode_says_goes_through_whole(gate: Gate, superlink: SuperLink) -> None:
     signs = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(*generate_key_pairs())]
     ca = str(gate.certificates / "ca.crt")
