@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .lora import LoRA
 from .sections import Encoding, Training
+from .strategy import TRAINING
 from .vectors import name_of
 
 
@@ -111,15 +112,17 @@ class Job:
     shares: str = "ABH"  # the sides that are sent back; what is trained and not sent the client keeps for next time
     offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights (absolute, not since last time)
     sketch: Mapping[str, Sequence[int]] = field(default_factory=dict)  # train only these rows of A and columns of B
-    gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; the loop sets it for a sketch
+    gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; a sketch brings one of its own
     resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
     example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
-    privacy: Privacy | None = None  # DP-SGD instead; the run fills it in, as all below
+    overrides: Mapping[str, float | int | str] = field(default_factory=dict)  # training settings unlike the run's
+    lr_factor: float = 1.0  # on the learning rates of the run, or of the overrides
+    privacy: Privacy | None = None  # DP-SGD instead. The run fills in this and all below, and a strategy sets none
     masking: Masking | None = None  # of the update, by secure aggregation
     metrics: bool = True  # may the client tell its training loss?
     upload: Encoding = "float32"  # what its change travels in (see `compress`)
     feedback: bool = False  # and whether what rounding left out is added to its next
-    training: Training = field(default_factory=Training)
+    training: Training = TRAINING  # the run's, with what is overridden
     seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
     round: int = 0  # from 0
     rounds: int = 1  # in the whole run

@@ -4,10 +4,11 @@ A strategy never runs on a client: all that a client must do is data in a `Job`,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from .errors import StrategyError
 from .jobs import Client as Client
 from .jobs import Job as Job
 from .jobs import Update as Update
@@ -26,7 +27,20 @@ from inspect import getdoc, isabstract, signature
 from pkgutil import iter_modules
 from typing import get_type_hints
 
-from .errors import StrategyError, nearest
+from .errors import nearest
+
+TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
+
+
+@dataclass(frozen=True)
+class Sender:
+    """What the server knows of the client that sent an update."""
+
+    id: int
+    examples: int  # by its own count
+    loss: float | None = None  # mean over its training in this round; None where it may not be told
+    metrics: Mapping[str, float] = field(default_factory=dict)  # its last held-out scores; empty where it told none
+
 
 State = TypeVar("State")
 
@@ -41,6 +55,7 @@ class Strategy(ABC, Generic[State]):
     exact: ClassVar[bool] = False  # is the new model the weighted mean of the clients' models, W + s B A?
     mixed_ranks: ClassVar[bool] = False  # may clients have different ranks?
     sums_only: ClassVar[bool] = False  # does `aggregate` need no more than weighted sums of the updates?
+    needs_senders: ClassVar[bool] = False  # must `aggregate` know which client sent which update?
     continues: ClassVar[bool] = False  # is a client alone followed factor by factor: no re-start, no change of basis?
     kinds: ClassVar[tuple[str, ...]] = ("lora",)  # the adapters it has a meaning for: of lora, dora, vera
     up: ClassVar[str] = ""  # numbers a client sends a round and module, as `fedlora strategies` explains it
@@ -52,11 +67,19 @@ class Strategy(ABC, Generic[State]):
 
     @abstractmethod
     def client_init(self, state: State, client: Client) -> Job:
-        """What this client is to do this round; the run fills in `training`, `seed`, `round` and `rounds`."""
+        """What this client is to do this round.
+
+        The run fills in `privacy` and all fields below it, and refuses a job in which a strategy has set one. A client
+        whose training differs from the run's settings is told so by `overrides` and `lr_factor`.
+        """
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        """The next state, from the shared sides of the clients that answered and their weights (any positive scale)."""
+        """The next state, from the shared sides of the clients that answered and their weights (any positive scale).
+
+        A strategy that declares `needs_senders` takes one more argument, `senders: Sequence[Sender] = ()`, which says
+        who sent each update, in the order of `updates`; call such a strategy by `next_state`.
+        """
 
     @abstractmethod
     def adapter(self, state: State) -> LoRA:
@@ -67,13 +90,36 @@ class Strategy(ABC, Generic[State]):
         return {}
 
 
-DECLARED = ("exact", "mixed_ranks", "sums_only", "continues", "kinds", "up", "down")
+DECLARED = ("exact", "mixed_ranks", "sums_only", "needs_senders", "continues", "kinds", "up", "down")
 
 
 def declare(wrapper: Strategy[Any], inner: Strategy[Any], **other: Any) -> None:
     """Let a strategy that wraps another declare what that one does, but for what is given: for its `__post_init__`."""
     for name in DECLARED:
         object.__setattr__(wrapper, name, other.get(name, getattr(inner, name)))
+
+
+def next_state(
+    strategy: Strategy[State],
+    state: State,
+    updates: Sequence[LoRA],
+    weights: Sequence[float],
+    senders: Sequence[Sender],
+) -> State:
+    """What `strategy.aggregate` returns; it is given the senders of the updates if it declares `needs_senders`."""
+    aggregate: Callable[..., State] = strategy.aggregate
+    if strategy.needs_senders:
+        return aggregate(state, updates, weights, senders=senders)
+    return aggregate(state, updates, weights)
+
+
+def check_declarations(strategy: Strategy[Any]) -> None:
+    """Raise `StrategyError` for a strategy whose declarations contradict each other."""
+    if strategy.needs_senders and strategy.sums_only:
+        raise StrategyError(
+            f"strategy {type(strategy).__name__} declares needs_senders and sums_only: a sum of updates has no sender; "
+            "declare one of the two"
+        )
 
 
 def load(spec: str, **options: Any) -> Strategy[Any]:
@@ -190,9 +236,11 @@ def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]
             raise StrategyError(f'strategy {cls.__name__} has no option "{name}"; {nearest(name, known)}')
         values[name] = _typed(f"option {name} of strategy {cls.__name__}", value, hints.get(name, Any))
     try:
-        return cls(**values)
+        made = cls(**values)
     except (TypeError, ValueError) as e:
         raise StrategyError(f"strategy {cls.__name__} cannot be built: {e}") from e
+    check_declarations(made)
+    return made
 
 
 def foreign(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:

@@ -13,6 +13,7 @@ from fedlora.errors import FailureKind
 from fedlora.jobs import Job, Spent, Update
 from fedlora.lora import LoRA, from_matrices
 from fedlora.messages.sketch import widen
+from fedlora.strategy import Sender
 
 log = logging.getLogger("fedlora")
 
@@ -62,13 +63,12 @@ class Gathered:
     """What a round's clients sent back, ready for `aggregate`."""
 
     updates: list[LoRA] = field(default_factory=list)  # of each client in the order of the jobs, or the one mean of all
-    weights: list[float] = field(default_factory=list)
-    each: dict[int, tuple[LoRA, float]] = field(
-        default_factory=dict
-    )  # client -> update and weight, where they are kept
+    weights: list[float] = field(default_factory=list)  # of the updates
+    senders: list[Sender] = field(default_factory=list)  # of the updates; none where the one update is a mean
+    each: dict[int, tuple[LoRA, float]] = field(default_factory=dict)  # client -> update, weight; where they are kept
     answered: int = 0
     failed: dict[int, Failure] = field(default_factory=dict)
-    loss: float | None = None  # mean over clients by weight, of those that tell
+    loss: float | None = None  # mean by weight over the clients that tell theirs
     spent: dict[int, Spent] = field(default_factory=dict)  # client -> what its ledger says
 
 
@@ -80,42 +80,79 @@ def gather(
     keep: bool,
     instead: Callable[[Job, LoRA], None] | None = None,
 ) -> Gathered:
-    """Take in the answers to these jobs; with `sums` and not `keep`, no update outlives its turn.
+    """Collect the answers to these jobs; with `sums` and without `keep`, no update outlives its turn.
 
-    `instead` takes each update, and then none is summed or kept here.
+    `instead` is given each update, and then none is summed or kept here.
     """
-    got, total = Gathered(), Sum()
-    losses: list[float] = []
-    weights: list[float] = []
-    arrived: set[int] = set()
+    got, updates, losses = Gathered(), _Updates(sums=sums, keep=keep, instead=instead), _Losses()
+    answered = set[int]()
     for i, answer in answers:
-        arrived.add(i)
         if isinstance(answer, Failure):
             got.failed[i] = answer
             continue
-        lora, weight = widen(jobs[i], answer.lora), weigh(answer)
-        got.answered += 1
-        if answer.loss is not None:
-            losses.append(weight * answer.loss)
-            weights.append(weight)
-        got.spent |= {i: answer.spent} if answer.spent else {}
-        if instead:
-            instead(jobs[i], lora)
-        elif sums:
-            total.add(lora, weight)
-        if not instead and (keep or not sums):
-            got.each[i] = lora, weight
-    _name_the_missing(got, set(jobs) - arrived)
-    if weights:
-        got.loss = fsum(losses) / fsum(weights)  # whoever came first
-    if got.answered and not instead:
-        got.each = {i: got.each[i] for i in jobs if i in got.each}
-        got.updates = [total.mean()] if sums else [lora for lora, _ in got.each.values()]
-        got.weights = [total.weight] if sums else [weight for _, weight in got.each.values()]
+        weight = weigh(answer)
+        answered.add(i)
+        updates.add(i, jobs[i], answer, weight)
+        losses.add(answer.loss, weight)
+        if answer.spent:
+            got.spent[i] = answer.spent
+    got.answered = len(answered)
+    missing = sorted(set(jobs) - answered - set(got.failed))
+    got.failed |= dict.fromkeys(missing, Failure("no answer", FailureKind.LATE))
+    for i, failure in got.failed.items():
+        log.warning("client %d failed: %s", i, failure.reason)
+    got.loss = losses.mean()
+    updates.hand_over(got, order=jobs)
     return got
 
 
-def _name_the_missing(got: Gathered, missing: Iterable[int]) -> None:
-    got.failed |= dict.fromkeys(sorted(missing), Failure("no answer", FailureKind.LATE))
-    for i, failure in got.failed.items():
-        log.warning("client %d failed: %s", i, failure.reason)
+@dataclass
+class _Updates:
+    """What is kept of a round's updates: their sum, each of them, or nothing where `instead` is given them."""
+
+    sums: bool
+    keep: bool
+    instead: Callable[[Job, LoRA], None] | None
+    total: Sum = field(default_factory=Sum)
+    each: dict[int, tuple[LoRA, float]] = field(default_factory=dict)
+    senders: dict[int, Sender] = field(default_factory=dict)
+
+    def add(self, client: int, job: Job, update: Update, weight: float) -> None:
+        """Take in a client's update; that of a sketch is put in its places first."""
+        lora = widen(job, update.lora)
+        if self.instead:
+            self.instead(job, lora)
+            return
+        if self.sums:
+            self.total.add(lora, weight)
+        if self.keep or not self.sums:
+            self.each[client] = lora, weight
+            self.senders[client] = Sender(client, update.examples, update.loss)
+
+    def hand_over(self, got: Gathered, order: Iterable[int]) -> None:
+        """Fill in the updates with their weights, in this order of the clients, or their one mean."""
+        got.each = {i: self.each[i] for i in order if i in self.each}
+        if not self.sums:
+            got.updates = [lora for lora, _ in got.each.values()]
+            got.weights = [weight for _, weight in got.each.values()]
+            got.senders = [self.senders[i] for i in got.each]
+        elif got.answered and not self.instead:
+            got.updates, got.weights = [self.total.mean()], [self.total.weight]
+
+
+class _Losses:
+    """The training losses that clients tell; in whatever order they come, their mean is the same to the last bit."""
+
+    def __init__(self) -> None:
+        self._weighted: list[float] = []
+        self._weights: list[float] = []
+
+    def add(self, loss: float | None, weight: float) -> None:
+        """Take in a client's loss, if it tells it."""
+        if loss is not None:
+            self._weighted.append(weight * loss)
+            self._weights.append(weight)
+
+    def mean(self) -> float | None:
+        """The weighted mean; None where nobody tells."""
+        return fsum(self._weighted) / fsum(self._weights) if self._weights else None

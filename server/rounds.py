@@ -2,31 +2,44 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from fedlora.errors import Failure, RoundFailed, StrategyError
+from fedlora.errors import Failure, PrivacyError, RoundFailed, StrategyError, nearest
 from fedlora.jobs import Ask, Client, Job, Spent, Update
 from fedlora.lora import LoRA, map_factors
 from fedlora.messages.parts import Traffic
 from fedlora.messages.sketch import narrow
 from fedlora.metrics import Metrics, spread
-from fedlora.privacy.client_level import Clipping
+from fedlora.privacy.client_level import Clipping, Release
 from fedlora.run.plan import Past, Plan, Round
-from fedlora.sections import Policy
+from fedlora.sections import Policy, Training
 from fedlora.server import secure_aggregation
 from fedlora.server.aggregation import Answers, Gathered, Sum, gather
 from fedlora.server.exactness import distance
-from fedlora.strategy import Strategy
+from fedlora.strategy import Strategy, check_declarations, next_state
 
 __all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
 log = logging.getLogger("fedlora")
+FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead
+    "training": "name in Job.overrides the settings in which a client differs, and in Job.lr_factor by how much",
+    "privacy": "leave it out; dp.epsilon or dp.noise turns it on",
+    "masking": "leave it out; secure.aggregation turns it on",
+    "metrics": "leave it out; dp.metrics sets it",
+    "upload": "leave it out; messages.up sets it",
+    "feedback": "leave it out; messages.feedback sets it",
+    "seed": "leave it out, and keep a seed of the strategy's own among its options",
+    "round": "leave it out, and count rounds in the state",
+    "rounds": "leave it out; rounds sets it",
+}
+SETTINGS = TypeAdapter(Training)
+ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate", "clip")  # training settings behind a private run's noise
 
 
 class Fleet(Protocol):
@@ -48,72 +61,148 @@ class Fleet(Protocol):
 
 
 def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Past | None = None) -> Iterator[Round]:
-    """Run the rounds that are left, yielding after each; raises `RoundFailed` when too few clients answer."""
-    past = past or Past(0, strategy.init(lora))
-    state, losses, spent = past.state, list(past.losses), dict(past.spent)
-    clip, charges = past.clip or (plan.central.clip if plan.central else 0.0), past.charges
-    answered, joined = past.rounds > 0, Counter(past.joined)
-    for t in range(past.rounds, plan.rounds):
-        if stalled(losses, plan.policy.patience):
-            return
-        began, up, down = time.monotonic(), fleet.traffic.up, fleet.traffic.down
-        charges = plan.central.charge(charges) if plan.central else ()
-        cohort = _cohort(fleet, plan, t, joined)
-        jobs = {c.id: _job(strategy, state, c, plan, t, spent) for c in cohort}
-        bound = Clipping(clip) if plan.central else None
-        got = _gather(strategy, fleet, plan, jobs, bound)
-        spent |= got.spent
-        joined.update(got.spent.keys())
-        exactness = release = None
-        if enough := _is_enough(got, t, cohort, plan):
-            answered = True
-            if plan.central and bound:
-                release = plan.central.release(bound, _start(strategy, state), t, charges)
-                got.updates, got.weights, clip = [release.update], [1.0], release.next_clip
-            state = strategy.aggregate(state, got.updates, got.weights)
-            adapter = check(strategy, state, lora, t)
-            exactness = distance(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
-        values, clients = _evaluate(strategy, state, fleet, plan, t)
-        losses += [values["loss"]] if values else []
-        yield Round(
-            number=t + 1,
-            state=state,
-            asked=tuple(jobs),
-            failed=got.failed,
-            train_loss=got.loss if enough else None,
-            eval=values,
-            eval_clients=clients,
-            bytes_up=fleet.traffic.up - up,
-            bytes_down=fleet.traffic.down - down,
-            seconds=time.monotonic() - began,
-            notes=strategy.notes(state),
-            exactness=exactness,
-            spent=dict(spent),
-            central=release,
+    """Run the rounds that are left, yielding after each.
+
+    Raises `RoundFailed` where too few clients answer, and `StrategyError` or `PrivacyError` for a strategy that
+    contradicts itself or the run.
+    """
+    check_declarations(strategy)
+    if strategy.needs_senders and (plan.secure or plan.central):
+        raise PrivacyError(
+            f"strategy {type(strategy).__name__} must know which client sent which update, and here the server gets "
+            "sums alone; leave out secure.aggregation and dp.level = client, or take a strategy that declares sums_only"
         )
+    run = _Run(strategy, fleet, lora, plan)
+    past = past or Past(0, strategy.init(lora))
+    answered = past.rounds > 0
+    while past.rounds < plan.rounds:
+        if stalled(past.losses, plan.policy.patience):
+            return
+        done, past = run.play(past)
+        answered = answered or not done.skipped
+        yield done
     if not answered:
         raise RoundFailed(f"no client answered in any of {plan.rounds} rounds; see the reasons above")
 
 
-def _gather(
-    strategy: Strategy[Any],
-    fleet: Fleet,
-    plan: Plan,
-    jobs: Mapping[int, Job],
-    bound: Clipping | None,
-) -> Gathered:
-    """Have the jobs done, and what came of them: by sums alone where the run says so."""
-    uniform = plan.policy.weights == "uniform"
-    if plan.secure:
-        return secure_aggregation.gather(fleet, jobs, plan.secure, uniform, bound)
-    answers = fleet.train({i: narrow(job) for i, job in jobs.items()})
-    weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
-    return gather(jobs, answers, weigh, strategy.sums_only, plan.exactness is not None, bound)
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """What a round made of the updates."""
+
+    state: Any
+    skipped: bool = False  # too few clients answered, and the state is as it was
+    release: Release | None = None  # where the run hides clients
+    exactness: float | None = None  # where it is measured
 
 
-def _is_enough(got: Gathered, t: int, cohort: Sequence[Client], plan: Plan) -> bool:
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """What an evaluation found; None where there was none."""
+
+    values: Mapping[str, float] | None = None  # of the global model
+    clients: Mapping[int, Metrics] | None = None  # of each client's model on its own held-out examples
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What stays the same over the rounds of a run."""
+
+    strategy: Strategy[Any]
+    fleet: Fleet
+    lora: LoRA  # the adapter as PEFT made it
+    plan: Plan
+
+    def play(self, past: Past) -> tuple[Round, Past]:
+        """The next round, and where the one after it takes up."""
+        central, traffic = self.plan.central, self.fleet.traffic
+        began, up, down = time.monotonic(), traffic.up, traffic.down
+        if central:
+            past = replace(past, charges=central.charge(past.charges), clip=past.clip or central.clip)
+        jobs = self._jobs(past)
+        bound = Clipping(past.clip) if past.clip else None
+        got = self._collect(jobs, bound)
+        past = past.with_spent(got.spent)
+        outcome = self._aggregate(past, jobs, got, bound)
+        found = self._evaluate(outcome.state, past.rounds)
+        after = self._after(past, outcome, found)
+        done = Round(
+            number=after.rounds,
+            state=outcome.state,
+            asked=tuple(jobs),
+            failed=got.failed,
+            train_loss=None if outcome.skipped else got.loss,
+            eval=found.values,
+            eval_clients=None if found.clients is None else spread(found.clients),
+            bytes_up=traffic.up - up,
+            bytes_down=traffic.down - down,
+            seconds=time.monotonic() - began,
+            notes=self.strategy.notes(outcome.state),
+            exactness=outcome.exactness,
+            spent=past.spent,
+            central=outcome.release,
+            scores=after.scores,
+            skipped=outcome.skipped,
+        )
+        return done, after
+
+    def _jobs(self, past: Past) -> dict[int, Job]:
+        """The work of every client of the round."""
+        clients = _cohort(self.fleet, self.plan, past.rounds, past.joined)
+        return {c.id: self._job(past.state, c, past.rounds, past.spent.get(c.id)) for c in clients}
+
+    def _job(self, state: Any, client: Client, t: int, spent: Spent | None = None) -> Job:
+        return job_for(self.strategy, state, client, self.plan, t, spent)
+
+    def _collect(self, jobs: Mapping[int, Job], bound: Clipping | None) -> Gathered:
+        """Have the jobs done, and collect what came of them: by sums alone where the run says so."""
+        plan = self.plan
+        uniform = plan.policy.weights == "uniform"
+        if plan.secure:
+            return secure_aggregation.gather(self.fleet, jobs, plan.secure, uniform, bound)
+        answers = self.fleet.train({i: narrow(job) for i, job in jobs.items()})
+        weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
+        return gather(jobs, answers, weigh, self.strategy.sums_only, plan.exactness is not None, bound)
+
+    def _aggregate(self, past: Past, jobs: Mapping[int, Job], got: Gathered, bound: Clipping | None) -> _Outcome:
+        """The next state; the same one where too few clients answered, and the run is to go on."""
+        plan, t = self.plan, past.rounds
+        if not _is_enough(got, len(jobs), t, plan):
+            return _Outcome(past.state, skipped=True)
+        updates, weights, release = got.updates, got.weights, None
+        if plan.central and bound:
+            release = plan.central.release(bound, _start(self.strategy, past.state), t, past.charges)
+            updates, weights = [release.update], [1.0]
+        senders = [replace(sender, metrics=past.scores.get(sender.id, {})) for sender in got.senders]
+        state = next_state(self.strategy, past.state, updates, weights, senders)
+        adapter = check(self.strategy, state, self.lora, t)
+        exactness = distance(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
+        return _Outcome(state, release=release, exactness=exactness)
+
+    def _evaluate(self, state: Any, t: int) -> _Evaluation:
+        """The global model, and each client's own, in the rounds that are evaluated."""
+        plan, every = self.plan, self.plan.policy.eval_every
+        is_due = t + 1 == plan.rounds or (every and (t + 1) % every == 0)
+        if not is_due:
+            return _Evaluation()
+        values = plan.evaluate(self.strategy.adapter(state)).values() if plan.evaluate else None
+        if not plan.evaluate_clients:
+            return _Evaluation(values)
+        jobs = {c.id: self._job(state, c, t) for c in self.fleet.clients()}
+        return _Evaluation(values, split(jobs, self.fleet.evaluate(jobs))[0])
+
+    def _after(self, past: Past, outcome: _Outcome, found: _Evaluation) -> Past:
+        """Where the next round takes up."""
+        losses = (*past.losses, found.values["loss"]) if found.values else past.losses
+        scores = past.scores
+        if self.strategy.needs_senders and found.clients:
+            scores = {**scores, **{i: metrics.values() for i, metrics in found.clients.items()}}
+        clip = outcome.release.next_clip if outcome.release else past.clip
+        return replace(past, rounds=past.rounds + 1, state=outcome.state, losses=losses, clip=clip, scores=scores)
+
+
+def _is_enough(got: Gathered, asked: int, t: int, plan: Plan) -> bool:
     """Did a quorum answer? Of a Poisson sample, which may be empty, that may be none."""
-    enough = got.answered >= max(int(not plan.central), plan.policy.quorum * len(cohort))
+    enough = got.answered >= max(int(not plan.central), plan.policy.quorum * asked)
     if not enough and plan.policy.below_quorum == "stop":
         raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
     return enough
@@ -198,14 +287,69 @@ def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
     )
 
 
-def _job(
-    strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: Mapping[int, Spent] | None = None
-) -> Job:
+def job_for(strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: Spent | None = None) -> Job:
+    """A client's job of round t: what the strategy has it do, and what the run fills in.
+
+    Raises `StrategyError` for a job in which the strategy sets what the run fills in, and `PrivacyError` for one that
+    changes what a private run's noise was computed for.
+    """
     job = strategy.client_init(state, client)
-    known = spent[client.id].charges if spent and client.id in spent else 0
-    privacy = plan.terms.of(client, known) if plan.terms else None
-    filled = {"seed": plan.seed, "round": t, "rounds": plan.rounds, "metrics": plan.metrics, "privacy": privacy}
-    return _small(replace(job, training=plan.training, **filled), strategy, plan)  # type: ignore[arg-type]
+    name = type(strategy).__name__
+    _check_left_to_the_run(name, job)
+    if plan.terms:
+        _check_terms_are_kept(name, job, client)
+    filled = replace(
+        job,
+        training=_training(name, job, plan.training),
+        overrides={},
+        lr_factor=1.0,
+        seed=plan.seed,
+        round=t,
+        rounds=plan.rounds,
+        metrics=plan.metrics,
+        privacy=plan.terms.of(client, spent.charges if spent else 0) if plan.terms else None,
+    )
+    return _small(filled, strategy, plan)
+
+
+def _check_left_to_the_run(strategy: str, job: Job) -> None:
+    """Raise `StrategyError` where a strategy has set what the run fills in, which would be lost."""
+    untouched = Job(job.start)
+    for name, remedy in FILLED_IN.items():
+        value, default = getattr(job, name), getattr(untouched, name)
+        if value != default or (name == "training" and value is not default):  # the run's may equal the default
+            raise StrategyError(f"strategy {strategy} sets {name} in a Job, which the run fills in: {remedy}")
+
+
+def _check_terms_are_kept(strategy: str, job: Job, client: Client) -> None:
+    """Raise `PrivacyError` where a client would draw other samples, or take other steps, than its noise is for."""
+    for name in ACCOUNTED:
+        if name in job.overrides:
+            raise PrivacyError(
+                f"strategy {strategy} overrides train.{name} for client {client.id}, and a private run (dp.level = "
+                "record) samples, steps and clips as its noise was computed for: leave it out of Job.overrides, or run "
+                "without dp.epsilon and dp.noise"
+            )
+
+
+def _training(strategy: str, job: Job, run: Training) -> Training:
+    """The run's training settings with what the job overrides. Raises `StrategyError` for what is no such setting."""
+    if not job.overrides and job.lr_factor == 1.0:
+        return run
+    values = asdict(run)
+    for name in job.overrides:
+        if name not in values:
+            raise StrategyError(f'strategy {strategy} overrides "{name}", no training setting; {nearest(name, values)}')
+    values |= job.overrides
+    values |= {name: job.lr_factor * values[name] for name in ("lr", "head_lr")}
+    try:
+        return SETTINGS.validate_python(values)
+    except ValidationError as e:
+        wrong = e.errors()[0]
+        where = f"train.{wrong['loc'][0]}" if wrong["loc"] else "training"
+        raise StrategyError(
+            f"strategy {strategy} makes {where} = {wrong['input']!r} by overrides and lr_factor: {wrong['msg']}"
+        ) from e
 
 
 def _small(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
@@ -216,19 +360,6 @@ def _small(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
         return job
     stays = strategy.continues and not job.sketch  # what was left out is a change of the same factors as next time's
     return replace(job, upload=plan.messages.up, feedback=plan.messages.feedback and stays)
-
-
-def _evaluate(
-    strategy: Strategy[Any], state: Any, fleet: Fleet, plan: Plan, t: int
-) -> tuple[dict[str, float] | None, dict[str, float | int | str] | None]:
-    every = plan.policy.eval_every
-    if not (t + 1 == plan.rounds or (every and (t + 1) % every == 0)):
-        return None, None
-    values = plan.evaluate(strategy.adapter(state)).values() if plan.evaluate else None
-    if not plan.evaluate_clients:
-        return values, None
-    jobs = {c.id: _job(strategy, state, c, plan, t) for c in fleet.clients()}
-    return values, spread(split(jobs, fleet.evaluate(jobs))[0])
 
 
 def _too_few(t: int, answered: int, failed: Mapping[int, Failure], plan: Plan) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fedlora.lora import LoRA, factored, join
-from fedlora.strategy import Client, Job, Strategy, declare
+from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 
 class State(NamedTuple):
@@ -40,8 +40,10 @@ class Anchored(Strategy[State]):
         job = self.inner.client_init(state.inner, client)
         return replace(job, offset=(state.anchor, *job.offset)) if state.anchor else job
 
-    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        return State(state.anchor, self.inner.aggregate(state.inner, updates, weights))
+    def aggregate(
+        self, state: State, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> State:
+        return State(state.anchor, next_state(self.inner, state.inner, updates, weights, senders))
 
     def adapter(self, state: State) -> LoRA:
         whole = self.inner.adapter(state.inner)

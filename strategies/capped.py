@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, join, norm, truncate
-from fedlora.strategy import Client, Job, Strategy, declare
+from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank; the offset is everybody's
 
@@ -42,8 +42,10 @@ class Capped(Strategy[State]):
     def client_init(self, state: State, client: Client) -> Job:
         return replace(self.inner.client_init(state.inner, client), offset=(state.part,) if state.part else ())
 
-    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        return self._capped(self.inner.aggregate(state.inner, updates, weights))
+    def aggregate(
+        self, state: State, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> State:
+        return self._capped(next_state(self.inner, state.inner, updates, weights, senders))
 
     def adapter(self, state: State) -> LoRA:
         job = self.inner.client_init(state.inner, ANYONE)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedlora.lora import LoRA
-from fedlora.strategy import Client, Job, Strategy, declare
+from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,11 @@ class Head(Strategy[Any]):
         trains = job.trains.replace("H", "") if self.policy == "frozen" else job.trains
         return replace(job, trains=trains, shares=job.shares.replace("H", ""))
 
-    def aggregate(self, state: Any, updates: Sequence[LoRA], weights: Sequence[float]) -> Any:
+    def aggregate(
+        self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> Any:
         head = self.inner.adapter(state).only("H")  # nobody sent one: the strategy sees it unchanged
-        return self.inner.aggregate(state, [u.over(head) for u in updates], weights)
+        return next_state(self.inner, state, [u.over(head) for u in updates], weights, senders)
 
     def adapter(self, state: Any) -> LoRA:
         return self.inner.adapter(state)

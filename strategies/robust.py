@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, average, difference, euclidean_norm, map_factors
-from fedlora.strategy import Client, Job, Strategy, declare
+from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
 
@@ -61,14 +61,17 @@ class Robust(Strategy[Any]):
     def client_init(self, state: Any, client: Client) -> Job:
         return self.inner.client_init(state, client)
 
-    def aggregate(self, state: Any, updates: Sequence[LoRA], weights: Sequence[float]) -> Any:
+    def aggregate(
+        self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> Any:
         n = len(updates)
         if self.rule == "norm_bound":
             x = self.inner.client_init(state, ANYONE).start
-            return self.inner.aggregate(state, [bounded(u, x, self.bound) for u in updates], weights)
+            return next_state(self.inner, state, [bounded(u, x, self.bound) for u in updates], weights, senders)
         if self.rule in ("krum", "multi_krum"):
             best = ranking(updates, self.byzantine)[: 1 if self.rule == "krum" else n - self.byzantine]
-            return self.inner.aggregate(state, [updates[i] for i in best], [1.0] * len(best))
+            theirs = [senders[i] for i in best] if senders else []
+            return next_state(self.inner, state, [updates[i] for i in best], [1.0] * len(best), theirs)
         middle = (n - 1) // 2
         k = middle if self.rule == "median" else min(middle, ceil(self.trim * n - 1e-9))  # 0.07 * 100 is above 7
         return self.inner.aggregate(state, [centre(updates, k)], [1.0])

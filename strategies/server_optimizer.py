@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, average, map_factors
-from fedlora.strategy import Client, Job, Strategy, declare
+from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
 
@@ -65,14 +65,16 @@ class ServerOptimizer(Strategy[State]):
     def client_init(self, state: State, client: Client) -> Job:
         return self.inner.client_init(state.inner, client)
 
-    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+    def aggregate(
+        self, state: State, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> State:
         x = self.inner.client_init(state.inner, ANYONE).start
         D = map_factors(torch.sub, average(updates, weights), x)
         m, v = self._moments(D, state.m.over(map_factors(torch.zeros_like, D)), state.v)
         step = self._step(m, v)
         shift = map_factors(torch.sub, step, D)
         shifted = [map_factors(torch.add, u, shift) for u in updates]
-        return State(self.inner.aggregate(state.inner, shifted, weights), m.over(state.m), v.over(state.v))
+        return State(next_state(self.inner, state.inner, shifted, weights, senders), m.over(state.m), v.over(state.v))
 
     def adapter(self, state: State) -> LoRA:
         return self.inner.adapter(state.inner)

@@ -1,6 +1,7 @@
 """What a strategy says of itself, held against what happens on random factors, in both directions."""
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 from fedlora.lora import SIDES
@@ -10,7 +11,7 @@ from fedlora.strategy import Strategy
 
 from .played_rounds import ALIKE, MIXED, Moment, models, rounds, spread
 from .random_clients import RANK
-from .verdict import NOWHERE, apart, declared
+from .verdict import NOWHERE, Skip, apart, declared
 
 
 def check_exact_is_as_declared(strategy: Strategy[Any]) -> None:
@@ -21,8 +22,10 @@ def check_exact_is_as_declared(strategy: Strategy[Any]) -> None:
     declared(strategy, "exact", worst.near, f"it is off the mean of the clients' models {worst}")
 
 
-def check_sums_only_is_as_declared(strategy: Strategy[Any]) -> None:
+def check_sums_only_is_as_declared(strategy: Strategy[Any]) -> Skip | None:
     """`sums_only` says whether the weighted mean of the updates does what all of them do."""
+    if strategy.needs_senders and not strategy.sums_only:
+        return Skip("it is told who sent what, and a mean has no sender")
     worst = NOWHERE
     for now in _with_all_ranks(strategy) if strategy.sums_only else rounds(strategy):
         total = Sum()
@@ -31,6 +34,15 @@ def check_sums_only_is_as_declared(strategy: Strategy[Any]) -> None:
         summed = strategy.aggregate(now.state, [total.mean()], [total.weight])
         worst = worst.or_worse(apart(models(now.clients, summed), models(now.clients, now.after)))
     declared(strategy, "sums_only", worst.near, f"the mean of the updates gives a model that differs {worst}")
+    return None
+
+
+def check_needs_senders_is_as_declared(strategy: Strategy[Any]) -> None:
+    """`needs_senders` says whether `aggregate` takes the senders of the updates, which a sum of them has not."""
+    takes = "senders" in signature(strategy.aggregate).parameters
+    declared(strategy, "needs_senders", takes, f"its aggregate {'takes' if takes else 'does not take'} senders")
+    both = strategy.needs_senders and strategy.sums_only
+    assert not both, f"{strategy} declares needs_senders and sums_only, and a sum of updates has no sender"
 
 
 def check_mixed_ranks_are_as_declared(strategy: Strategy[Any]) -> None:

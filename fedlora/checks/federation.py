@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +11,7 @@ from fedlora.lora import LoRA, Side, scale
 from fedlora.messages.sketch import narrow
 from fedlora.run.plan import Plan, Round
 from fedlora.sections import Training
-from fedlora.server.rounds import Fleet, fit
+from fedlora.server.rounds import Fleet, fit, job_for
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Job, Strategy, Update
 
@@ -50,9 +50,8 @@ class Lab:
 
     def jobs(self, state: Any, t: int) -> dict[int, Job]:
         """The jobs of all clients for round t, as they are sent."""
-        run: dict[str, Any] = {"training": self.plan.training, "seed": self.plan.seed, "rounds": self.plan.rounds}
-        made = {c.id: self.strategy.client_init(state, c) for c in self.fleet.clients()}
-        return {i: replace(narrow(job), round=t, **run) for i, job in made.items()}
+        clients = self.fleet.clients()
+        return {c.id: narrow(job_for(self.strategy, state, c, self.plan, t)) for c in clients}
 
     def worn(self, i: int, job: Job) -> LoRA:
         """Have client i wear the model that it would use; its adapter."""

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,25 +13,42 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fedlora.lora import SIDES, LoRA, delta, map_factors
+from fedlora.run.plan import Plan
+from fedlora.sections import Training
+from fedlora.server.rounds import job_for
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.head import Head
-from fedlora.strategy import Job, Strategy
+from fedlora.strategy import Client, Job, Strategy
 
 from .played_rounds import models, rounds, spread, trained
-from .random_clients import RANK, TIGHT, Clients, added, fresh, mean, moved, private, wears
+from .random_clients import (
+    RANK,
+    TIGHT,
+    Clients,
+    added,
+    aggregated,
+    fresh,
+    mean,
+    moved,
+    private,
+    start_apart,
+    wears,
+)
 from .verdict import Skip, agree, apart, identical, leaves
 
 Some = Strategy[Any]
 LARGE = {"query": (400, 300)}  # where a product is far larger than its factors
 COPIES = 50
+OWN_WAY = Plan(rounds=3, cohort=3, training=Training(lr=0.5, batch_size=3))  # settings unlike those that are default
+APART = Skip("it is told who sent what, and its clients start from models of their own")
 
 
 def check_order_of_clients_changes_nothing(strategy: Some) -> None:
     """The order in which clients answer changes nothing."""
     for now in rounds(strategy):
-        back = strategy.aggregate(now.state, now.updates[::-1], now.weights[::-1])
+        back = aggregated(strategy, now.state, now.work[::-1], now.weights[::-1])
         claim = f"round {now.t} ends elsewhere when the clients answer in reverse"
         agree(strategy, claim, models(now.clients, back), models(now.clients, now.after))
 
@@ -38,7 +56,7 @@ def check_order_of_clients_changes_nothing(strategy: Some) -> None:
 def check_scale_of_weights_changes_nothing(strategy: Some) -> None:
     """Weights have no scale: all of them ten thousand times as large do the same."""
     for now in rounds(strategy):
-        other = strategy.aggregate(now.state, now.updates, [1e4 * w for w in now.weights])
+        other = aggregated(strategy, now.state, now.work, [1e4 * w for w in now.weights])
         claim = f"round {now.t} ends elsewhere when all weights are ten thousand times as large"
         agree(strategy, claim, models(now.clients, other), models(now.clients, now.after))
 
@@ -47,9 +65,9 @@ def check_twice_the_weight_counts_as_two_clients(strategy: Some) -> Skip | None:
     """A client of twice the weight does what two clients do that send the same."""
     for now in rounds(strategy):
         ends = (
-            strategy.aggregate(now.state, now.updates, [2.0, 1.0, 1.0]),
-            strategy.aggregate(now.state, [now.updates[0], *now.updates], [1.0] * 4),
-            strategy.aggregate(now.state, now.updates, [1.0] * 3),
+            aggregated(strategy, now.state, now.work, [2.0, 1.0, 1.0]),
+            aggregated(strategy, now.state, [now.work[0], *now.work], [1.0] * 4),
+            aggregated(strategy, now.state, now.work, [1.0] * 3),
         )
         doubled, two, alike = (models(now.clients, end) for end in ends)
         ignored = [m for m, t in doubled.items() if not apart({m: t}, {m: two[m]}).near]
@@ -66,18 +84,18 @@ def check_arguments_are_left_alone(strategy: Some) -> None:
     state = strategy.init(start)
     assert identical(start, before), f"{strategy}: init changed the adapter it was given"
     for t in range(3):
-        given = state, [w.update for w in clients.work(state, t)], clients.weights
+        given = state, clients.work(state, t), clients.weights
         before = deepcopy(given)
         calls: dict[str, Callable[[], Any]] = {
             "client_init": partial(clients.job, state, 0),
             "adapter": partial(strategy.adapter, state),
             "notes": partial(strategy.notes, state),
-            "aggregate": partial(strategy.aggregate, *given),
+            "aggregate": partial(aggregated, strategy, *given),
         }
         for name, call in calls.items():
             call()
             assert identical(given, before), f"{strategy}: {name} changed what it was given in round {t}"
-        state = strategy.aggregate(*given)
+        state = aggregated(strategy, *given)
 
 
 def check_options_are_those_of_a_frozen_dataclass(strategy: Some) -> None:
@@ -89,8 +107,8 @@ def check_options_are_those_of_a_frozen_dataclass(strategy: Some) -> None:
 def check_nothing_is_remembered_but_the_state(strategy: Some) -> None:
     """The same state and updates give the same answer to the bit, whatever was asked in between."""
     for now in rounds(strategy):
-        strategy.aggregate(now.state, now.updates[::-1], now.weights)
-        again = strategy.aggregate(now.state, now.updates, now.weights)
+        aggregated(strategy, now.state, now.work[::-1], now.weights)
+        again = aggregated(strategy, now.state, now.work, now.weights)
         assert identical(again, now.after), f"{strategy}: round {now.t} done again from the same state ends elsewhere"
 
 
@@ -102,7 +120,7 @@ def check_state_survives_a_checkpoint(strategy: Some) -> None:
             found = checkpoint.latest(Path(folder))
         assert found is not None, f"{strategy}: the state of round {now.t} was written and could not be read back"
         assert identical(found.state, now.state), f"{strategy}: the state of round {now.t} came back as another"
-        after = strategy.aggregate(found.state, now.updates, now.weights)
+        after = aggregated(strategy, found.state, now.work, now.weights)
         assert identical(after, now.after), f"{strategy}: round {now.t} ends elsewhere from a state read back"
 
 
@@ -124,26 +142,43 @@ def check_jobs_are_complete(strategy: Some) -> None:
                 assert good, f"{where} sketches rows {list(rows)} of the {len(job.start.A[m])} at {m}"
 
 
-def check_what_is_delivered_is_what_clients_start_from(strategy: Some) -> None:
+def check_jobs_leave_to_the_run_what_it_fills_in(strategy: Some) -> None:
+    """A job sets nothing that the run fills in, and overrides none but training settings, which reach the client."""
+    for now in rounds(strategy):
+        for i, work in enumerate(now.work):
+            client = Client(i, i + 1, now.clients.ranks[i])
+            told = asdict(job_for(strategy, now.state, client, OWN_WAY, now.t).training)
+            meant = {**asdict(OWN_WAY.training), **work.job.overrides}
+            meant |= {name: work.job.lr_factor * meant[name] for name in ("lr", "head_lr")}
+            assert told == meant, f"{strategy}: in round {now.t} client {i} is to train by {meant}, and is told {told}"
+
+
+def check_what_is_delivered_is_what_clients_start_from(strategy: Some) -> Skip | None:
     """The adapter that is delivered is the model of the next job or, where clients keep a factor, what they share."""
     for now in rounds(strategy):
+        if start_apart(strategy, now.clients.jobs(now.after)):
+            return APART
         delivered = strategy.adapter(now.after)
         job = now.clients.job(now.after, 0)
         _agree_on_the_model(strategy, f"after round {now.t} clients start from another model", delivered, job)
+    return None
 
 
-def check_a_client_that_slept_is_right_after_one_job(strategy: Some) -> None:
+def check_a_client_that_slept_is_right_after_one_job(strategy: Some) -> Skip | None:
     """The job of a client that was never asked before has in it all that the others were sent over the rounds."""
     clients = Clients(strategy)
     state = strategy.init(fresh())
     for t in range(3):
         work = clients.work(state, t, who=(0, 1))
-        state = strategy.aggregate(state, [w.update for w in work], [1.0, 2.0])
+        state = aggregated(strategy, state, work, [1.0, 2.0])
+        if start_apart(strategy, clients.jobs(state)):
+            return APART
         slept, claim = clients.job(state, 2), f"after {t + 1} rounds a client that slept is sent"
         _agree_on_the_model(strategy, f"{claim} not the run's model", strategy.adapter(state), slept)
         if strategy.exact:
             ideal = mean([w.model for w in work], [1.0, 2.0])
             agree(strategy, f"{claim} not the mean of the others' models", clients.model(state, 2), ideal)
+    return None
 
 
 def check_one_client_alone_is_followed(strategy: Some) -> Skip | None:
@@ -159,8 +194,8 @@ def check_one_client_alone_is_followed(strategy: Some) -> Skip | None:
 def check_equal_updates_do_what_one_does(strategy: Some) -> None:
     """Fifty clients that send the same do what one of them does."""
     for now in rounds(strategy):
-        many = strategy.aggregate(now.state, now.updates[:1] * COPIES, [1.0] * COPIES)
-        one = strategy.aggregate(now.state, now.updates[:1], [1.0])
+        many = aggregated(strategy, now.state, now.work[:1] * COPIES, [1.0] * COPIES)
+        one = aggregated(strategy, now.state, now.work[:1], [1.0])
         claim = f"{COPIES} equal updates in round {now.t} do not do what one of them does"
         agree(strategy, claim, models(now.clients, many), models(now.clients, one))
 
@@ -170,10 +205,10 @@ def check_half_precision_is_summed_in_single(strategy: Some) -> None:
     clients = Clients(strategy)
     state = strategy.init(fresh(dtype=torch.float32))
     for t in range(2):
-        update = clients.work(state, t)[0].update
-        half = _cast(update, torch.bfloat16)
-        one = strategy.aggregate(state, [_cast(half, torch.float32)], [1.0])
-        state = strategy.aggregate(state, [half] * COPIES, [1.0] * COPIES)
+        work = clients.work(state, t)[0]
+        half = _cast(work.update, torch.bfloat16)
+        one = aggregated(strategy, state, [replace(work, update=_cast(half, torch.float32))], [1.0])
+        state = aggregated(strategy, state, [replace(work, update=half)] * COPIES, [1.0] * COPIES)
         small = [x.dtype for x in leaves(state) if x.is_floating_point() and x.element_size() < 4]
         assert not small, f"{strategy}: from updates in bfloat16 the state of round {t} holds {small[0]}, not float32"
         claim = f"{COPIES} equal updates in bfloat16 do not do what one of them does in float32"
@@ -189,7 +224,7 @@ def check_rank_may_be_a_dimension(strategy: Some) -> None:
         if strategy.exact:
             ideal = spread(now.ideal, len(now.work))
             agree(strategy, f"{where} it misses the mean of the models", models(now.clients, now.after), ideal)
-        ends = (strategy.aggregate(now.state, now.updates[:1] * n, [1.0] * n) for n in (2, 1))
+        ends = (aggregated(strategy, now.state, now.work[:1] * n, [1.0] * n) for n in (2, 1))
         twice, once = (models(now.clients, end) for end in ends)
         agree(strategy, f"{where} a client that is there twice counts otherwise than once", twice, once)
 
@@ -207,7 +242,7 @@ def check_a_start_that_is_not_zero_is_taken_off(strategy: Some) -> None:
         if strategy.exact:
             ideal = spread(now.ideal, len(now.work))
             agree(strategy, f"{about} misses the mean in round {now.t}", models(now.clients, now.after), ideal)
-        if not _is_personal(job):
+        if not _is_personal(job) and not start_apart(strategy, now.clients.jobs(now.after)):
             delivered, next_job = anchored.adapter(now.after), now.clients.job(now.after, 0)
             _agree_on_the_model(strategy, f"{about} delivers another model than is worn", delivered, next_job)
 
@@ -230,11 +265,11 @@ def check_no_product_is_built_on_the_server(strategy: Some) -> None:
     """No tensor as large as an adapted weight is made: at seven billion parameters there would be no room for it."""
     clients = Clients(strategy)
     state = strategy.init(fresh(LARGE))
-    updates = [w.update for w in clients.work(state, 0)]
+    work = clients.work(state, 0)
     dense = max(d_out * d_in for d_out, d_in in LARGE.values())
     watch: Any = _Largest  # untyped
     with watch() as largest:
-        state = strategy.aggregate(state, updates, clients.weights)
+        state = aggregated(strategy, state, work, clients.weights)
         strategy.adapter(state)
         clients.job(state, 0)
     shape = largest.shape

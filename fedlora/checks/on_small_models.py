@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from fedlora.lora import SIDES, LoRA, Side, delta
 from fedlora.messages import codec
+from fedlora.messages.sketch import widen
 from fedlora.models import peft_files
 from fedlora.models.peft_files import save_peft
 from fedlora.server import upload_checks
 from fedlora.server.rounds import sample
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.head import Head
-from fedlora.strategy import Job, Strategy, Update
+from fedlora.strategy import Client, Job, Sender, Strategy, Update, declare, next_state
 
 from .federation import ALIKE, MIXED, PLAN, lab, model_of
-from .random_clients import keeps, mean, private
+from .random_clients import keeps, mean, private, start_apart
 from .small_models import KINDS, RANK, Fleets, World, world
 from .verdict import Skip, agree, identical
 
@@ -110,7 +111,7 @@ def check_an_exported_adapter_is_the_model_that_was_trained(strategy: Some, flee
             stranger = {"the logits": where.of(peft_files.load_adapter(where.config, where.form, Path(folder)))}
             plain = {"the logits": _plain(where, delta(adapter), adapter.H)}
             agree(strategy, f"{kind}: the export is not what is delivered", stranger, plain)
-            if not private(jobs[0]):
+            if not private(jobs[0]) and not start_apart(strategy, [*jobs.values()]):
                 here.worn(0, jobs[0])
                 claim = f"{kind}: the export is not the model of the clients"
                 agree(strategy, claim, stranger, {"the logits": where.logits()})
@@ -131,7 +132,7 @@ def check_what_a_client_keeps_is_its_own(strategy: Some, fleets: Fleets = Serial
     return None
 
 
-def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = Serial) -> None:
+def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = Serial) -> Skip | None:
     """A client that was never asked before computes, from its first job alone, with the model that is delivered."""
     where = world("llama")
     clients = [site.client(i, RANK) for i, site in enumerate(where.sites)]
@@ -141,15 +142,18 @@ def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = S
 
     with lab(strategy, where, fleets, plan=replace(PLAN, cohort=2, seed=next(filter(sleeps, count())))) as here:
         state, jobs = here.after()
+        if start_apart(strategy, [*jobs.values()]):
+            return Skip("it is told who sent what, and its clients start from models of their own")
         adapter, job = strategy.adapter(state), jobs[2]
         worn = here.worn(2, job)
         if private(job):
             for s in job.shares:
                 agree(strategy, f"a client that slept wears another {s}", worn.side(s), adapter.side(s))
-            return
+            return None
         got = where.logits()
         where.model.write(adapter)
         agree(strategy, "a client that slept wears another model", {"the logits": got}, {"the logits": where.logits()})
+    return None
 
 
 def check_real_training_is_exact_where_declared(strategy: Some, fleets: Fleets = Serial) -> Skip | None:
@@ -172,6 +176,29 @@ def check_real_training_is_exact_where_declared(strategy: Some, fleets: Fleets =
     return None
 
 
+def check_senders_are_those_of_the_updates(strategy: Some, fleets: Fleets = Serial) -> Skip | None:
+    """A strategy that declares `needs_senders` is told of each update, in their order, which client trained it."""
+    if not strategy.needs_senders:
+        return Skip("it does not declare needs_senders")
+    heard = _Heard(strategy)
+    trained: list[dict[int, Update]] = []
+    with lab(heard, world("bert"), fleets) as here:
+        for t, state in here.states():
+            jobs = here.jobs(state, t)
+            updates = {i: here.trained(i, job)[0] for i, job in jobs.items()}
+            whole = {c.id: strategy.client_init(state, c) for c in here.fleet.clients()}
+            trained.append({i: replace(u, lora=widen(whole[i], u.lora)) for i, u in updates.items()})
+    for t, (loras, senders) in enumerate(heard.calls):
+        where = f"{strategy}: in round {t}"
+        assert len(senders) == len(loras), f"{where} it gets {len(loras)} updates and {len(senders)} senders"
+        for lora, sender in zip(loras, senders, strict=True):
+            own = trained[t][sender.id]
+            assert identical(lora, own.lora), f"{where} the update of client {sender.id} is another client's"
+            known = sender.examples, sender.loss
+            assert known == (own.examples, own.loss), f"{where} what is told of client {sender.id} is not its own"
+    return None
+
+
 def check_it_works_with_the_kinds_it_declares(strategy: Some, fleets: Fleets = Serial) -> Skip | None:
     """With every kind of adapter in `kinds`, clients train for two rounds, and what trains moves."""
     kinds = [kind for kind in strategy.kinds if kind != "lora"]
@@ -182,6 +209,32 @@ def check_it_works_with_the_kinds_it_declares(strategy: Some, fleets: Fleets = S
                 before, (_, after) = here.worn(0, job), here.trained(0, job)
                 _has_moved(f"{strategy}: with {kind}, client 0 in round {t}", job, before, after)
     return None if kinds else Skip("it declares lora alone")
+
+
+@dataclass(frozen=True)
+class _Heard(Strategy[Any]):
+    """A strategy, and what its `aggregate` was called with."""
+
+    inner: Some
+    calls: list[tuple[Sequence[LoRA], Sequence[Sender]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        declare(self, self.inner)
+
+    def init(self, lora: LoRA) -> Any:
+        return self.inner.init(lora)
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        return self.inner.client_init(state, client)
+
+    def aggregate(
+        self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> Any:
+        self.calls.append((updates, senders))
+        return next_state(self.inner, state, updates, weights, senders)
+
+    def adapter(self, state: Any) -> LoRA:
+        return self.inner.adapter(state)
 
 
 def _has_moved(who: str, job: Job, before: LoRA, after: LoRA) -> None:

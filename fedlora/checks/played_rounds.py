@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from fedlora.lora import LoRA, Side
 from fedlora.strategy import Strategy
 
-from .random_clients import RANK, Clients, Work, fresh, mean, wears
+from .random_clients import RANK, Clients, Work, aggregated, fresh, mean, wears
 
 ALIKE = (RANK, RANK, RANK)
 MIXED = tuple(range(1, RANK + 1))
@@ -41,7 +41,7 @@ def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, start: LoRA | 
     state = strategy.init(start or fresh())
     for t in range(3):
         work = clients.work(state, t)
-        after = strategy.aggregate(state, [w.update for w in work], clients.weights)
+        after = aggregated(strategy, state, work, clients.weights)
         yield Moment(t, clients, state, work, after)
         state = after
 

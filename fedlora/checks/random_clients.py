@@ -1,7 +1,7 @@
 """Clients without a model: they do to a job what a worker does, and move at random where it would train."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from hashlib import sha256
 from typing import Any
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fedlora.lora import SIDES, LoRA, Side, delta, join, scale
 from fedlora.messages.sketch import narrow, widen
-from fedlora.strategy import Client, Job, Strategy
+from fedlora.strategy import Client, Job, Sender, Strategy, next_state
+
+from .verdict import identical
 
 Shapes = Mapping[str, tuple[int, int]]
 ANY: Shapes = {"query": (48, 48), "value": (20, 48), "up": (56, 36), "down": (36, 56)}  # module -> (d_out, d_in)
@@ -42,6 +44,12 @@ class Work:
     update: LoRA  # as `aggregate` gets it
     trained: LoRA  # the factors it ended with
     model: Side  # all that its model adds to the pretrained weights, (d_out, d_in)
+    sender: Sender = Sender(0, 1)  # noqa: RUF009  # what the server is told beside the update
+
+
+def aggregated(strategy: Strategy[Any], state: Any, work: Sequence[Work], weights: Sequence[float]) -> Any:
+    """The state that the strategy makes of this work; of its senders it is told if it declares so."""
+    return next_state(strategy, state, [w.update for w in work], weights, [w.sender for w in work])
 
 
 @dataclass
@@ -65,15 +73,27 @@ class Clients:
         """Let these clients, or all, do round t."""
         done = {}
         for i in sorted(who if who is not None else range(len(self.ranks))):
-            done[i], kept = do(self.job(state, i), self.kept.get(i, LoRA()), f"client {i} round {t}")
+            work, kept = do(self.job(state, i), self.kept.get(i, LoRA()), f"client {i} round {t}")
+            done[i] = replace(
+                work, sender=Sender(i, i + 1, loss=1 / (t + i + 1), metrics={"accuracy": i / (t + i + 1)})
+            )
             if kept:
                 self.kept[i] = kept
         return list(done.values())
+
+    def jobs(self, state: Any) -> list[Job]:
+        """The job of every client."""
+        return [self.job(state, i) for i in range(len(self.ranks))]
 
     def model(self, state: Any, i: int) -> Side:
         """What client i would add to the pretrained weights at its next job's start, (d_out, d_in)."""
         job = self.job(state, i)
         return added(job, *wears(job, self.kept.get(i, LoRA())))
+
+
+def start_apart(strategy: Strategy[Any], jobs: Sequence[Job]) -> bool:
+    """Do these clients start from models of their own, as those of a strategy may that is told who sent what?"""
+    return strategy.needs_senders and not all(identical(job.start, jobs[0].start) for job in jobs)
 
 
 def private(job: Job) -> str:

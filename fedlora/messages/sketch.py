@@ -23,7 +23,7 @@ def narrow(job: Job) -> Job:
         H=job.start.H,
         R=job.start.R,
     )
-    gain = {m: job.start.A[m].shape[0] / len(chosen) for m, chosen in rows.items()}
+    gain = {m: job.gain.get(m, 1.0) * job.start.A[m].shape[0] / len(chosen) for m, chosen in rows.items()}
     return replace(job, start=start, sketch={}, gain={**job.gain, **gain})
 
 

@@ -56,10 +56,9 @@ def needs_sums_alone(strategy: Strategy[Any], config: Config) -> None:
     asked = "dp.level = client hides each in a noised sum" if config.dp.by_client else "secure.aggregation hides each"
     remedy = "dp.level = record, sound for every strategy" if config.dp.by_client else "secure.aggregation = false"
     if not strategy.sums_only:
-        raise PrivacyError(
-            f"{title(strategy)} needs every client's own update or product, and {asked}; take {remedy}, or one of "
-            f"{others}"
-        )
+        needs = "every client's own update or product"
+        needs = "to know which client sent which update" if strategy.needs_senders else needs
+        raise PrivacyError(f"{title(strategy)} needs {needs}, and {asked}; take {remedy}, or one of {others}")
     if config.aggregate.robust != "none":
         raise PrivacyError(
             f"aggregate.robust = {config.aggregate.robust} compares the clients' updates, and {asked}; leave it out"

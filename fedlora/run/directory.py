@@ -69,7 +69,7 @@ class RunFolder:
 
     def save(self, done: Round, record: Mapping[str, Any]) -> None:
         """Keep a finished round: first what can be resumed, then the line about it."""
-        checkpoint.save(self.checkpoints, Checkpoint(done.number, done.state, dict(record)))
+        checkpoint.save(self.checkpoints, Checkpoint(done.number, done.state, dict(record), done.scores))
         self._append(record)
         self._chart(record)
 
@@ -128,6 +128,7 @@ def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> Past:
         joined=joined,
         clip=newest.get("next_clip"),
         charges=tuple(Charge(*charge) for charge in newest.get("charges", ())),
+        scores=last.scores,
     )
 
 

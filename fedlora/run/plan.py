@@ -1,7 +1,8 @@
 """What a run is to do, and what came of a round: values, whatever the strategy and the fleet."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -26,6 +27,13 @@ class Past:
     joined: Mapping[int, int] = field(default_factory=dict)  # client -> rounds that it was in, of a private run
     clip: float | None = None  # of clients' updates, where the run hides clients
     charges: tuple[Charge, ...] = ()  # for that, of all rounds
+    scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last held-out scores
+
+    def with_spent(self, spent: Mapping[int, Spent]) -> "Past":
+        """The same after these clients' ledgers were charged for a round."""
+        joined = Counter(self.joined)
+        joined.update(spent.keys())
+        return replace(self, spent={**self.spent, **spent}, joined=joined)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +54,13 @@ class Round:
     exactness: float | None = None  # relative distance from the mean of the clients' models; none: not measured
     spent: Mapping[int, Spent] = field(default_factory=dict)  # of every client that ever told, after this round
     central: Release | None = None  # where the run hides clients
+    scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last, for who needs senders
+    skipped: bool = False  # too few clients answered, and the state is as it was
 
     def record(self) -> dict[str, Any]:
         """The round's line in `rounds.jsonl`."""
+        notes = {"notes": dict(self.notes)} if self.notes else {}
+        measured = {"exactness": self.exactness} if self.exactness is not None else {}
         return {
             "round": self.number,
             "clients": len(self.asked),
@@ -60,19 +72,19 @@ class Round:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": round(self.seconds, 3),
-            **({"notes": dict(self.notes)} if self.notes else {}),
-            **({"exactness": self.exactness} if self.exactness is not None else {}),
+            **notes,
+            **measured,
             **self._privacy(),
         }
 
     def _privacy(self) -> dict[str, Any]:
         if self.central:
             return self.central.record()
-        each = {i: s.epsilon for i, s in self.spent.items()}
-        if not each:
+        if not self.spent:
             return {}
-        told = {str(i): [s.epsilon, s.charges] for i, s in self.spent.items() if i in self.asked}
-        return {"epsilon": max(each.values()), "epsilon_median": median(each.values()), "spent": told}
+        epsilons = [s.epsilon for s in self.spent.values()]
+        of_this_round = {str(i): [s.epsilon, s.charges] for i, s in self.spent.items() if i in self.asked}
+        return {"epsilon": max(epsilons), "epsilon_median": median(epsilons), "spent": of_this_round}
 
 
 @dataclass(frozen=True)

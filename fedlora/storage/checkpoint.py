@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ class Checkpoint:
     round: int
     state: Any
     record: dict[str, Any]  # the round's line in rounds.jsonl
+    scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last held-out scores
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the round's checkpoint, then drop all but the last two. Raises `CheckpointError` on a full disk."""
     tensors: dict[str, Tensor] = {}
-    tree = _pack({"state": checkpoint.state, "record": checkpoint.record}, tensors)
+    scores = {"scores": checkpoint.scores} if checkpoint.scores else {}
+    tree = _pack({"state": checkpoint.state, "record": checkpoint.record, **scores}, tensors)
     metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree), "sha256": _digest(tensors)}
     try:
         write_durably(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
@@ -74,7 +76,7 @@ def _read(path: Path) -> Checkpoint:
     if metadata.get("sha256", "") not in ("", _digest(tensors)):  # older versions wrote none
         raise ValueError(f"{path}: its numbers are not those that were written")
     tree = _unpack(json.loads(metadata["tree"]), tensors)
-    return Checkpoint(int(metadata["round"]), tree["state"], tree["record"])
+    return Checkpoint(int(metadata["round"]), tree["state"], tree["record"], tree.get("scores", {}))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

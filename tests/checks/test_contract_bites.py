@@ -26,10 +26,13 @@ from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.head import Head
 from fedlora.strategies.hetlora import HetLoRA
 from fedlora.strategy import Strategy
+from tests.clustered import Clustered
 from tests.support.bugs import (
     AddsInPlace,
     BringsNoA,
     BuildsTheProduct,
+    ClustersByPosition,
+    ClustersSaySums,
     CountsOnItself,
     CutsToOwnRank,
     DecaysTheHead,
@@ -48,9 +51,11 @@ from tests.support.bugs import (
     NeverSketches,
     PaddedSaysExact,
     SendsTheLastResidualOnly,
+    SetsItsTraining,
     SketchesTwiceTheSame,
     SquaresTheWeights,
     SumsInHalf,
+    TakesSendersUnsaid,
     TakesTheFirstOnly,
     TakesTheStartForZero,
     TellsFactorsByShape,
@@ -101,6 +106,10 @@ BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (FedExSaysDora(), FedAvg(), on_small_models.check_it_works_with_the_kinds_it_declares),
     (FFASaysInexact(), FFALoRA(), declarations.check_exact_is_as_declared),
     (FLoRASaysItContinues(), FLoRA(), declarations.check_continues_is_as_declared),
+    (TakesSendersUnsaid(), Clustered(), declarations.check_needs_senders_is_as_declared),
+    (ClustersSaySums(), Clustered(), declarations.check_needs_senders_is_as_declared),
+    (ClustersByPosition(), Clustered(), on_random_factors.check_order_of_clients_changes_nothing),
+    (SetsItsTraining(), FedAvg(), on_random_factors.check_jobs_leave_to_the_run_what_it_fills_in),
 ]
 
 
@@ -176,6 +185,15 @@ class HandsOneAdapterAround(Serial):
         self._desks = [replace(desk, folder=self._desks[0].folder) for desk in self._desks]
 
 
+class AnswersForAnother(Serial):
+    """Every answer is taken for that of the client before."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        answers = list(super().train(jobs))
+        ids = [i for i, _ in answers]
+        return zip([*ids[1:], ids[0]], [answer for _, answer in answers], strict=True)
+
+
 class SendsTheHead(Serial):
     """A head that is the client's own is in its message all the same."""
 
@@ -196,6 +214,7 @@ CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
     (ForgetsTheGain, FSLoRA(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
     (HandsOneAdapterAround, FedSALoRA(), on_small_models.check_what_a_client_keeps_is_its_own),
     (HandsOneAdapterAround, FedAvg(), on_small_models.check_what_a_client_keeps_is_its_own),
+    (AnswersForAnother, Clustered(), on_small_models.check_senders_are_those_of_the_updates),
     (SendsTheHead, FedSALoRA(), on_small_models.check_messages_hold_what_is_shared_alone),
     (SendsTheHead, Head(FedAvg(), "local"), on_small_models.check_messages_hold_what_is_shared_alone),
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlora.jobs import Client, Job
 from fedlora.lora import SIDES, LoRA, average, contrast, delta, join, leading, scale, shares, stack
+from fedlora.sections import Training
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx, State
 from fedlora.strategies.ffa_lora import FFALoRA
@@ -17,7 +18,8 @@ from fedlora.strategies.flora import FLoRA
 from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.hetlora import HetLoRA
-from fedlora.strategy import Strategy
+from fedlora.strategy import Sender, Strategy
+from tests.clustered import Clustered
 
 Updates = Sequence[LoRA]
 Weights = Sequence[float]
@@ -286,3 +288,28 @@ class FFASaysInexact(FFALoRA):
 
 class FLoRASaysItContinues(FLoRA):
     continues = True
+
+
+class TakesSendersUnsaid(Clustered):
+    """It forgets to declare what it counts on, and is never told."""
+
+    needs_senders = False
+
+
+class ClustersSaySums(Clustered):
+    sums_only = True
+
+
+class ClustersByPosition(Clustered):
+    """The order of the updates is taken for the clients' ids."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights, senders: Sequence[Sender] = ()) -> Any:
+        counted = [replace(sender, id=i) for i, sender in enumerate(senders)]
+        return super().aggregate(state, updates, weights, counted)
+
+
+class SetsItsTraining(FedAvg):
+    """A learning rate of its own for each client, where the run's settings are put over it."""
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(start=state, training=Training(lr=1e-3 / (client.id + 1)))
