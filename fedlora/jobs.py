@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .lora import LoRA
 from .sections import Encoding, Training
-from .strategy import TRAINING
 from .vectors import name_of
+
+TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
 
 
 @dataclass(frozen=True)

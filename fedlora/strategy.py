@@ -29,8 +29,6 @@ from typing import get_type_hints
 
 from .errors import nearest
 
-TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
-
 
 @dataclass(frozen=True)
 class Sender:

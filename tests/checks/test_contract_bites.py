@@ -26,7 +26,6 @@ from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.head import Head
 from fedlora.strategies.hetlora import HetLoRA
 from fedlora.strategy import Strategy
-from tests.clustered import Clustered
 from tests.support.bugs import (
     AddsInPlace,
     BringsNoA,
@@ -65,6 +64,7 @@ from tests.support.bugs import (
     WeighsTwice,
     turned,
 )
+from tests.support.clustered import Clustered
 
 BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (TransposesTheResidual(), FedEx(), declarations.check_exact_is_as_declared),

@@ -19,7 +19,7 @@ from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.hetlora import HetLoRA
 from fedlora.strategy import Sender, Strategy
-from tests.clustered import Clustered
+from tests.support.clustered import Clustered
 
 Updates = Sequence[LoRA]
 Weights = Sequence[float]

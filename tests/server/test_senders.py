@@ -30,9 +30,9 @@ from fedlora.strategies.head import Head
 from fedlora.strategies.robust import Robust
 from fedlora.strategies.server_optimizer import ServerOptimizer
 from fedlora.strategy import Sender, Strategy, load, next_state
-from tests.clustered import Clustered
 from tests.support.adapters import factors, fresh
 from tests.support.bugs import ClustersSaySums
+from tests.support.clustered import Clustered
 
 WORLD = world("bert")
 PLAN = Plan(4, cohort=2, training=Training(lr=1e-2, steps=2, batch_size=4), evaluate_clients=True)
@@ -108,7 +108,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_clusters(tmp_path: Path) -> No
 )
 def test_where_the_server_gets_sums_alone_such_a_strategy_is_refused(key: str, says: str) -> None:
     value = {"secure.aggregation": {key: True}, "dp.level": {key: "client", "dp.epsilon": 8.0}}[key]
-    config = build({"strategy": "tests.clustered:Clustered", **value})
+    config = build({"strategy": "tests.support.clustered:Clustered", **value})
     with pytest.raises(PrivacyError, match=rf"Clustered needs to know which client sent which update, and {says}"):
         compose(config, fresh())
 
@@ -120,7 +120,7 @@ def test_the_loop_refuses_it_too(tmp_path: Path) -> None:
 
 def test_a_sum_has_no_sender(tmp_path: Path) -> None:
     with pytest.raises(StrategyError, match="ClustersSaySums declares needs_senders and sums_only"):
-        load("tests.bugs:ClustersSaySums")
+        load("tests.support.bugs:ClustersSaySums")
     with pytest.raises(StrategyError, match="a sum of updates has no sender"):
         next(fit(ClustersSaySums(), fleet(tmp_path), WORLD.start, PLAN))
 
