@@ -1,6 +1,6 @@
 """A client's policy: what its own settings allow a server to ask for, whatever the job says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import inf
@@ -10,10 +10,10 @@ from typing import Any
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Job
+from fedlora.jobs import Job, Privacy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Own:
     """What a client insists on, whatever a server asks of it."""
 
@@ -27,21 +27,35 @@ class Own:
 
     def refuse(self, job: Job, records: int) -> None:
         """Raise `PrivacyError` for a job that asks for less privacy than this client wants, or for more tensors."""
-        p = job.privacy
-        wrong = {
-            "no DP-SGD, and dp.epsilon or dp.noise is set here": self.private and p is None,
-            "noise from a seed, and dp.seeded is not set here": p is not None and p.seeded and not self.seeded,
-            "its training loss, and dp.metrics is not set here": job.metrics and not self.metrics,
-            "an update without a mask, and secure.aggregation is set here": self.masked and job.masking is None,
-            f"delta = {p.delta if p else 0:g}, which is not below 1/N of the {records} records here": (
-                p is not None and p.delta >= 1 / max(records, 1)
-            ),
-        }
-        for what in (what for what, asked in wrong.items() if asked):
-            raise PrivacyError(f"the server asks for {what}; have it ask for what was agreed, or leave the run")
-        for tensor in (f"{s} {m}" for s in job.shares for m in job.start.side(s)):
+        for asked in self._too_little_privacy(job, records):
+            raise PrivacyError(f"the server asks for {asked}; have it ask for what was agreed, or leave the run")
+        for tensor in _shared_tensors(job):
             if not any(fnmatchcase(tensor, pattern) for pattern in self.egress):
                 raise PrivacyError(f'the server asks for "{tensor}", which client.egress does not let out of here')
+
+    def _too_little_privacy(self, job: Job, records: int) -> Iterator[str]:
+        """What the job asks for, and why this client does not give it."""
+        if self.private and job.privacy is None:
+            yield "no DP-SGD, and dp.epsilon or dp.noise is set here"
+        if job.privacy:
+            yield from self._weak_terms(job.privacy, records)
+        if job.metrics and not self.metrics:
+            yield "its training loss, and dp.metrics is not set here"
+        if self.masked and job.masking is None:
+            yield "an update without a mask, and secure.aggregation is set here"
+
+    def _weak_terms(self, terms: Privacy, records: int) -> Iterator[str]:
+        if terms.seeded and not self.seeded:
+            yield "noise from a seed, and dp.seeded is not set here"
+        if terms.delta >= 1 / max(records, 1):
+            yield f"delta = {terms.delta:g}, which is not below 1/N of the {records} records here"
+
+
+def _shared_tensors(job: Job) -> Iterator[str]:
+    """The names of all tensors that the job wants back, as `SIDE MODULE`."""
+    for side in job.shares:
+        for module in job.start.side(side):
+            yield f"{side} {module}"
 
 
 def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:
@@ -53,7 +67,13 @@ def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:
 
 def own(config: Config) -> Own:
     """What clients with these settings insist on."""
-    dp, metrics = config.dp, not config.dp.on or config.dp.metrics
-    folder = Path(dp.ledger) if dp.ledger else None
-    seeded, masked = not dp.on or dp.seeded, config.secure.aggregation
-    return Own(folder, dp.limit, dp.by_record, seeded, metrics, masked, config.client.egress)
+    dp = config.dp
+    return Own(
+        ledgers=Path(dp.ledger) if dp.ledger else None,
+        budget=dp.limit,
+        private=dp.by_record,
+        seeded=not dp.on or dp.seeded,
+        metrics=not dp.on or dp.metrics,
+        masked=config.secure.aggregation,
+        egress=config.client.egress,
+    )

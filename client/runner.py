@@ -31,21 +31,26 @@ class Desk:
     folder: Path  # of what it keeps
     own: Own = field(default_factory=Own)
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
-    once: bool = (
-        False  # keep the last answer, so that a job which comes again is not done again; a private one always is
-    )
+    once: bool = False  # keep the last answer, so that a job which comes again is not done twice; private ones always
 
     def answer(self, model: Model, job: Job) -> Update:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
 
-        Raises `ClientFailed`; `PrivacyError` or, of a private job, `LedgerError`, and then nothing was trained;
-        `SecureError` of one that is to be masked and may not be.
+        Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained;
+        `SecureError` for a job that is to be masked and may not be.
         """
         self.own.refuse(job, self.site.client(self.id, 0).records)
-        inner = narrow(job)  # of a sketch, if the server has not; it cannot where it is not to see the update
-        update = self._private(model, inner, job.privacy) if job.privacy else self._plain(model, inner)
-        update = replace(update, lora=widen(job, update.lora))
-        return self.seat.mask(job, update) if job.masking else self._small(job, update)
+        if job.masking:
+            return self._masked(model, job)
+        return self._small(job, self._trained(model, job))
+
+    def _masked(self, model: Model, job: Job) -> Update:
+        """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update."""
+        update = self._trained(model, narrow(job))
+        return self.seat.mask(job, replace(update, lora=widen(job, update.lora)))
+
+    def _trained(self, model: Model, job: Job) -> Update:
+        return self._private(model, job, job.privacy) if job.privacy else self._plain(model, job)
 
     def _small(self, job: Job, update: Update) -> Update:
         """The update as it travels in few bytes, and as the server will have it."""

@@ -1,6 +1,8 @@
 """A client that trains some directions of the rank dimension only: what it is sent, and where what it sends back goes.
 
-The round loop does both, so that neither the client nor the wire knows of sketches: to them it is a job of lower rank.
+The server narrows a job as it hands it out and widens the update as it reads it, so that neither training nor the codec
+knows of sketches: to them it is a job of lower rank. Where an update is to be masked the client does both, because
+the server sees no single update.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,10 @@ from fedlora.lora import LoRA
 
 
 def narrow(job: Job) -> Job:
-    """The job as it is sent: of A and B only what is in the sketch, with s times r/k (S = r/k diag(1_I), E[S] = I)."""
+    """The job with those rows of A and columns of B alone that its sketch names, and s times r/k for them.
+
+    S = r/k diag(1_I), so that E[S] = I; a gain of the job's own is multiplied by r/k. A job without a sketch is itself.
+    """
     if not job.sketch:
         return job
     rows = {m: list(chosen) for m, chosen in job.sketch.items()}
@@ -28,7 +33,7 @@ def narrow(job: Job) -> Job:
 
 
 def widen(job: Job, lora: LoRA) -> LoRA:
-    """What came back in its place in the start, which stands for every row and column that was not sent."""
+    """The update with the rows and columns that were not sent filled in from the job's start."""
     if not job.sketch:
         return lora
     return LoRA(
@@ -40,7 +45,7 @@ def widen(job: Job, lora: LoRA) -> LoRA:
 
 
 def _placed(whole: Tensor, part: Tensor, rows: Sequence[int] | None) -> Tensor:
-    """`whole` (r, n) with these rows from `part` (k, n)."""
+    """`whole` (r, n), its named rows taken from `part` (k, n)."""
     if rows is None:
         return part
     placed = whole.to(part.dtype, copy=True)
