@@ -1,6 +1,6 @@
-"""What the server's step costs in factors, and what it costs when the matrices are built, at the size of a 7B model.
+"""The cost of the server's step in factors, against the same step on dense matrices, at the size of a 7B model.
 
-    python benchmarks/aggregation.py [--clients 50 --rank 16 --modules 64 --dense-modules 1] [--only FLoRIST]
+    python -m benchmarks.aggregation [--clients 50 --rank 16 --modules 64 --dense-modules 1] [--only FLoRIST]
 
 Every row is a process of its own, which draws the uploads and then, in turn, runs the strategy's `aggregate` on the
 whole model and the same step on dense matrices, on few modules and extrapolated to all. Writes aggregation.json.
@@ -21,24 +21,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import dense
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from uploads import KINDS, D, Module
 
+from benchmarks import dense
+from benchmarks.uploads import KINDS, D, Module
 from fedlora.lora import LoRA, delta
 from fedlora.server.aggregation import Sum
 from fedlora.strategy import Client, Strategy, load
 
 REPEATS = 3
-PATIENCE = 120.0  # seconds of a dense step on all modules, above which it is measured once
+PATIENCE = 120.0  # seconds of a dense step on the dense modules, above which it is measured once
 
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy, the same step on dense matrices, and where in its state the result lies."""
+    """A strategy, the same step on dense matrices, and the place of the result in the strategy's state."""
 
     name: str
     dense: Callable[[Module, Any], LoRA]
@@ -65,6 +65,8 @@ STREAMED = {"FedIT": "fedavg", "FFA-LoRA": "ffa_lora", "FedSA-LoRA": "fedsa_lora
 
 @dataclass(frozen=True)
 class Row:
+    """A line of the first table: a strategy on one kind of uploads, in factors and dense."""
+
     strategy: str
     uploads: str
     seconds: float  # of `aggregate` on the whole model, median
@@ -77,6 +79,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Stream:
+    """A line of the second table: memory where updates are summed as they arrive."""
+
     strategy: str
     clients: int
     upload_mb: float  # of one client
@@ -88,42 +92,66 @@ def compared(label: str, kind: str, args: argparse.Namespace) -> Row:
     case, before = CASES[label], _resident()
     strategy = load(case.name, **case.options)
     modules, state, sent = uploads(strategy, kind, args)
-    weights, size, ours, theirs, peak = modules[0].p, sum(_bytes(u) for u in sent), [], [], 0.0
+    upload_bytes = sum(_bytes(upload) for upload in sent)
+
+    def in_factors() -> Any:
+        return strategy.aggregate(state, sent, modules[0].p)
+
+    def densely() -> list[LoRA]:
+        return [case.dense(module, strategy) for module in modules]
+
+    after = case.part(in_factors())
+    peak = (_resident() - before) / upload_bytes  # before anything dense is built
+    got = LoRA({"": after.A["layer.0"]}, {"": after.B["layer.0"]})
+    del after
+    seconds, dense_seconds, built = _in_turn(in_factors, densely)
+    dense_seconds *= args.modules / len(modules)
+    exact = delta(case.dense(modules[0].double(), strategy) if args.double else built[0])[""]
+    return Row(
+        strategy=label,
+        uploads=kind,
+        seconds=seconds,
+        dense_seconds=dense_seconds,
+        faster=dense_seconds / seconds,
+        peak=peak,
+        error=_apart(got, exact),
+        dense_error=_apart(built[0], exact) if args.double else None,
+    )
+
+
+def _in_turn(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Median seconds of two calls that take turns, and the second one's last result; a slow one runs once."""
+    seconds, their_seconds = [], []
     for _ in range(REPEATS):
-        seconds, after = _timed(lambda: strategy.aggregate(state, sent, weights))
-        ours.append(seconds)
-        peak = peak or (_resident() - before) / size  # before anything dense is built
-        got = LoRA(*({"": case.part(after).side(s)["layer.0"]} for s in "AB"))
-        del after
-        if not theirs or theirs[0] < PATIENCE:
-            seconds, built = _timed(lambda: [case.dense(x, strategy) for x in modules])
-            theirs.append(seconds * args.modules / len(modules))
-    one, other = median(ours), median(theirs)
-    true = delta(case.dense(modules[0].double(), strategy) if args.double else built[0])[""]
-    off = _apart(built[0], true) if args.double else None
-    return Row(label, kind, one, other, other / one, peak, _apart(got, true), off)
+        seconds.append(_timed(ours)[0])
+        if not their_seconds or their_seconds[0] < PATIENCE:
+            took, result = _timed(theirs)
+            their_seconds.append(took)
+    return median(seconds), median(their_seconds), result
 
 
 def uploads(strategy: Strategy[Any], kind: str, args: argparse.Namespace) -> tuple[list[Module], Any, list[LoRA]]:
     """The modules that are done densely too, a fresh state, and what each client sends: the sides it shares."""
-    shared = strategy.client_init(strategy.init(LoRA()), Client(0, 1, args.rank)).shares
-    sides: list[dict[str, dict[str, torch.Tensor]]] = [{"A": {}, "B": {}} for _ in range(args.clients)]
+    shared = strategy.client_init(strategy.init(LoRA()), Client(id=0, examples=1, rank=args.rank)).shares
+    clients = [LoRA({}, {}) for _ in range(args.clients)]
     p = [float(x) for x in torch.linspace(1, 2, args.clients) / (1.5 * args.clients)]
-    start, few = {}, []
+    start, densely = {}, []
     for i in range(args.modules):
-        x = KINDS[kind](torch.Generator().manual_seed(i), p, args.rank)
-        start[f"layer.{i}"] = x.start
-        for client, a, b in zip(sides, x.A, x.B, strict=True):
-            client["A"] |= {f"layer.{i}": a} if "A" in shared else {}
-            client["B"] |= {f"layer.{i}": b} if "B" in shared else {}
-        few += [x] if i < args.dense_modules else []
+        module = KINDS[kind](torch.Generator().manual_seed(i), p, args.rank)
+        start[f"layer.{i}"] = module.start
+        drawn = [LoRA({f"layer.{i}": a}, {f"layer.{i}": b}) for a, b in zip(module.A, module.B, strict=True)]
+        clients = [new.only(shared).over(client) for new, client in zip(drawn, clients, strict=True)]
+        if i < args.dense_modules:
+            densely.append(module)
     state = strategy.init(LoRA(start, {m: torch.zeros(D, args.rank) for m in start}))
-    return few, state, [LoRA(**client) for client in sides]
+    return densely, state, clients
 
 
 def streamed(label: str, clients: int, args: argparse.Namespace) -> Stream:
     """One row of the second table: every update is summed as it arrives and forgotten, as in the round loop."""
-    before, strategy, total, size = _resident(), load(STREAMED[label]), Sum(), 0
+    before = _resident()
+    strategy = load(STREAMED[label])
+    total = Sum()
     names = [f"layer.{i}" for i in range(args.modules)]
 
     def draw(sides: str) -> LoRA:
@@ -131,25 +159,28 @@ def streamed(label: str, clients: int, args: argparse.Namespace) -> Stream:
         return LoRA(A, B).only(sides)
 
     state = strategy.init(draw("AB"))
-    shared = strategy.client_init(state, Client(0, 1, args.rank)).shares
+    shared = strategy.client_init(state, Client(id=0, examples=1, rank=args.rank)).shares
+    upload_bytes = 0
     for _ in range(clients):
         update = draw(shared)
         total.add(update, 1.0)
-        size = _bytes(update)
+        upload_bytes = _bytes(update)
         del update
     strategy.aggregate(state, [total.mean()], [total.weight])
-    return Stream(label, clients, size / 1e6, (_resident() - before) / 1e6)
+    return Stream(label, clients, upload_mb=upload_bytes / 1e6, peak_mb=(_resident() - before) / 1e6)
 
 
-def _apart(got: LoRA, true: torch.Tensor) -> float:
-    return float((delta(got)[""] - true).norm() / true.norm())
+def _apart(got: LoRA, exact: torch.Tensor) -> float:
+    """The relative Frobenius distance of a product from the exact one."""
+    return float((delta(got)[""] - exact).norm() / exact.norm())
 
 
 def _bytes(lora: LoRA) -> int:
-    return sum(t.nbytes for s in "AB" for t in lora.side(s).values())
+    return sum(t.nbytes for _, _, t in lora.matrices())
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
     began = time.perf_counter()
     done = work()
     return time.perf_counter() - began, done
@@ -161,6 +192,7 @@ def _resident() -> int:
 
 
 def main() -> None:
+    """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"clients": 50, "rank": 16, "modules": 64, "dense-modules": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -176,19 +208,21 @@ def main() -> None:
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[str, str, Row | Stream]]:
-    """Every row that is asked for, with its table and its name there, each from a fresh process."""
-    only = tuple(args.only)
-    jobs: list[tuple[str, Any, str, Any]] = [
-        ("compared", compared, n, kind)
-        for n, case in CASES.items()
-        if n.startswith(only)
-        for kind in case.kinds
-        if kind in args.kinds
-    ]
-    jobs += [("streamed", streamed, n, clients) for n in STREAMED if n.startswith(only) for clients in (10, 50)]
-    for table, work, name, what in jobs:
+    """Yield every row that is asked for, with its table and its name there, each from a fresh process."""
+    for table, work, name, variant in _jobs(args):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            yield table, f"{name}, {what}", fresh.submit(work, name, what, args).result()
+            yield table, f"{name}, {variant}", fresh.submit(work, name, variant, args).result()
+
+
+def _jobs(args: argparse.Namespace) -> list[tuple[str, Any, str, Any]]:
+    """Table, function, name and variant of every row that is asked for."""
+    names = [name for name in CASES if name.startswith(tuple(args.only))]
+    jobs: list[tuple[str, Any, str, Any]] = [
+        ("compared", compared, name, kind) for name in names for kind in CASES[name].kinds if kind in args.kinds
+    ]
+    streams = [name for name in STREAMED if name.startswith(tuple(args.only))]
+    jobs += [("streamed", streamed, name, clients) for name in streams for clients in (10, 50)]
+    return jobs
 
 
 def record(path: Path, args: argparse.Namespace, table: str, key: str, row: dict[str, Any]) -> None:

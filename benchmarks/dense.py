@@ -1,12 +1,12 @@
-"""The server's steps as they are when the matrices are built: one function a strategy, (d, d) all the way."""
+"""The server's steps on dense matrices (d, d), for comparison with those in factors: one function a strategy."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from uploads import D, Module
 
+from benchmarks.uploads import D, Module
 from fedlora.lora import LoRA
 from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.lora_fair import LoRAFair

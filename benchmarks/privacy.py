@@ -1,6 +1,6 @@
-"""What privacy costs a client: a private step against a plain one, in time and in memory.
+"""The cost of privacy for a client: a private step against a plain one, in time and in memory.
 
-    python benchmarks/privacy.py [--repeats 21 --steps 2 --threads 1 2] [--only MiniLM]
+    python -m benchmarks.privacy [--repeats 21 --steps 2 --threads 1 2] [--only MiniLM]
 
 A shape and a number of threads are a process of their own, in which the methods take turns: a ratio is the median over
 the turns of a method's time over that of the plain step of the same turn. Memory is what a fresh process takes at its
@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -47,7 +47,7 @@ WARM = 2  # turns that are not counted
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and how much of it is trained on how much."""
+    """A model, the part of it that is trained, and the size of a batch."""
 
     form: Form
     rank: int
@@ -166,14 +166,15 @@ def timed(shape: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
     s, load = stage(shape, args.steps), []
     wall: dict[str, list[float]] = {m: [] for m in METHODS}
     cpu: dict[str, list[float]] = {m: [] for m in METHODS}
-    for turn in range(WARM + args.repeats):
+    for _ in range(WARM + args.repeats):
         for name, method in METHODS.items():
             began, worked = time.perf_counter(), time.process_time()
             method(s)
-            if turn >= WARM:
-                wall[name].append((time.perf_counter() - began) / args.steps)
-                cpu[name].append((time.process_time() - worked) / args.steps)
+            wall[name].append((time.perf_counter() - began) / args.steps)
+            cpu[name].append((time.process_time() - worked) / args.steps)
         load.append(os.getloadavg()[0])
+    wall = {name: took[WARM:] for name, took in wall.items()}
+    cpu = {name: took[WARM:] for name, took in cpu.items()}
 
     def ratio(took: dict[str, list[float]], name: str) -> float:
         return median(x / plain for x, plain in zip(took[name], took["plain"], strict=True))
@@ -199,6 +200,7 @@ def _memory(key: str) -> int:
 
 
 def main() -> None:
+    """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=21, help="turns")
     parser.add_argument("--steps", type=int, default=2, help="in a turn, of every method")
@@ -217,9 +219,9 @@ def main() -> None:
 def rows(shape: str, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """All that is measured of a shape, each from a fresh process."""
 
-    def fresh(work: Callable[..., Any], *what: Any) -> Any:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
-            return one.submit(work, *what, args).result()
+    def fresh(work: Callable[..., Any], *which: Any) -> Any:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(work, *which, args).result()
 
     if args.fresh:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back, else figures scatter by a fifth
@@ -230,6 +232,7 @@ def rows(shape: str, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def record(path: Path, args: argparse.Namespace, shape: str, key: str, found: Any) -> None:
+    """Put a figure in its place among those of the same shapes and machine; others are not kept beside it."""
     about = {
         "cores": os.cpu_count(),
         "torch": torch.__version__,
@@ -238,8 +241,8 @@ def record(path: Path, args: argparse.Namespace, shape: str, key: str, found: An
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("about") != about:
         known = {"about": about, "found": {}}
-    of = {"date": date.today().isoformat(), "repeats": args.repeats, "steps": args.steps}
-    known["found"].setdefault(shape, {})[key] = of | {"value": found}
+    entry = {"date": date.today().isoformat(), "repeats": args.repeats, "steps": args.steps, "value": found}
+    known["found"].setdefault(shape, {})[key] = entry
     path.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -249,14 +252,23 @@ def show(results: dict[str, Any]) -> None:
         "shape", "method", "wall, 1 thread", "CPU, 1 thread", "wall, 2 threads", "peak MB", "peak", box=box.MARKDOWN
     )
     for shape, found in results["found"].items():
-        peaks = found.get("memory", {"value": {}})["value"]
-        for m in METHODS:
-            cells = [found[f"{n} threads"]["value"]["methods"][m] if f"{n} threads" in found else {} for n in (1, 2)]
-            times = [cells[0].get("wall_ratio"), cells[0].get("cpu_ratio"), cells[1].get("wall_ratio")]
-            shown = [f"{t:.2f}" if t else "" for t in times]
-            mb = [f"{peaks[m]:.0f}", f"{peaks[m] / peaks['plain']:.2f}"] if m in peaks else ["", ""]
-            table.add_row(shape if m == "plain" else "", m, *shown, *mb)
+        for method in METHODS:
+            table.add_row(shape if method == "plain" else "", method, *_times(found, method), *_peak(found, method))
     Console(width=160, highlight=False).print(table)
+
+
+def _times(found: Mapping[str, Any], method: str) -> list[str]:
+    """A method's time over that of the plain step: wall and CPU on one thread, wall on two; empty if not measured."""
+    columns = (("1 threads", "wall_ratio"), ("1 threads", "cpu_ratio"), ("2 threads", "wall_ratio"))
+    return [f"{found[t]['value']['methods'][method][ratio]:.2f}" if t in found else "" for t, ratio in columns]
+
+
+def _peak(found: Mapping[str, Any], method: str) -> tuple[str, str]:
+    """A method's peak of memory in MB, and over that of the plain step; empty if not measured."""
+    if "memory" not in found:
+        return "", ""
+    peaks = found["memory"]["value"]
+    return f"{peaks[method]:.0f}", f"{peaks[method] / peaks['plain']:.2f}"
 
 
 if __name__ == "__main__":

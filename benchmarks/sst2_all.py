@@ -5,13 +5,14 @@
 MINILM is as in banking77.toml; sst2 is a folder with client_*.jsonl and val.jsonl. A client holds out a twentieth of
 its examples. On one half of these a short run with each rate of the grid is judged, by the mean of the clients' losses,
 each with the model it would use (in so short a run accuracies hardly differ). The best rate is measured in a longer
-run: on val.jsonl after every round, and at the end by the clients on the other half. What is in the file is not redone.
+run: on val.jsonl after every round, and at the end by the clients on the other half. Runs that are in the file already
+are not repeated.
 """
 
 import argparse
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from fedlora.run.setup import Setup, prepare
 from fedlora.sections import LoRAConfig
 from fedlora.server.rounds import fit, split
 from fedlora.simulations.serial import Serial
-from fedlora.strategy import catalogue
+from fedlora.strategy import Strategy, catalogue
 
 GRID = (5e-3, 1.5e-2, 4e-2)
 SHORT, LONG = 2, 5  # rounds of a run of the grid, and of the one that is measured
@@ -49,7 +50,7 @@ TOML = Path(__file__).parents[1] / "simulations" / "sst2.toml"
 
 @dataclass(frozen=True)
 class Variant:
-    """A line of the table: a strategy, and what it is run with beside sst2.toml."""
+    """A line of the table: a strategy, and its settings beside those of sst2.toml."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +78,7 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class Place:
-    """What all runs have in common."""
+    """The model, the data and the machine, which all runs have in common."""
 
     model: str
     data: str
@@ -103,25 +104,34 @@ class Run:
 
 
 def variants(only: Sequence[str]) -> list[Variant]:
-    """The catalogue as it is, then the variants of interest; of these those that are named."""
+    """The strategies of the catalogue as they are, then the variants of interest; of these those that `only` names."""
     plain = [Variant(name) for name in dict.fromkeys(entry.name for entry in catalogue())]
-    known = [*plain, *(v for v in BESIDE if v.strategy in {p.name for p in plain})]
-    names = {v.name for v in known}
+    strategies = {variant.name for variant in plain}
+    known = [*plain, *(variant for variant in BESIDE if variant.strategy in strategies)]
+    check_only(only, {variant.name for variant in known})
+    return [variant for variant in known if not only or variant.name in only]
+
+
+def check_only(only: Sequence[str], known: Iterable[str]) -> None:
+    """Raise `ConfigError` for a name that no line of the table has."""
     for name in only:
-        if name not in names:
-            raise ConfigError(f'--only: there is no "{name}"; {nearest(name, names)}')
-    return [v for v in known if not only or v.name in only]
+        if name not in known:
+            raise ConfigError(f'--only: there is no "{name}"; {nearest(name, known)}')
 
 
 def ready(chosen: Sequence[Variant], results: Results) -> Iterator[Run]:
-    """The runs that are not done, in order; a measured one when all of its grid are."""
+    """Yield the runs that can be done now, in order; a measured one once all of its grid are done."""
     for variant in chosen:
-        done = results.get(variant.name, {})
-        missing = [run for lr in variant.rates if (run := Run(variant, lr)).name not in done]
-        yield from missing
-        rate = best_rate(done)
-        if not missing and rate and "final" not in done:
-            yield Run(variant, rate, final=True)
+        yield from _next_runs(variant, results.get(variant.name, {}))
+
+
+def _next_runs(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> list[Run]:
+    grid = [Run(variant, lr) for lr in variant.rates]
+    untried = [run for run in grid if run.name not in done]
+    if untried or "final" in done:
+        return untried
+    rate = best_rate(done)
+    return [Run(variant, rate, final=True)] if rate else []
 
 
 def best_rate(done: Mapping[str, Mapping[str, Any]]) -> float:
@@ -131,21 +141,21 @@ def best_rate(done: Mapping[str, Mapping[str, Any]]) -> float:
 
 
 def measure(place: Place, run: Run) -> dict[str, Any]:
-    """Do one run in this process."""
+    """Do one run in this process, and return its record."""
     rounds = LONG if run.final else SHORT
     chosen = {"strategy": run.variant.strategy, "train.lr": run.lr, "rounds": rounds}
     return {"lr": run.lr, **carry_out(place, config_of(place, chosen, run.variant.settings), run.final)}
 
 
 def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: float = 1.0) -> dict[str, Any]:
-    """What comes of a run: its rounds, and how good each client's model is on `most` at most of its own examples.
+    """The record of a run: its rounds, and how good each client's model is on at most `most` of its own examples.
 
-    A head that is new starts at so many times what transformers draws.
+    A new head starts at `head` times what transformers draws.
     """
     began = time.monotonic()
     setup = _setup(place, replace(config.lora, ranks=""))
     sites = _sites(place, final, most)
-    theirs = ranks(
+    client_ranks = ranks(
         config.lora.ranks,
         largest=config.lora.rank,
         clients=len(sites),
@@ -153,34 +163,46 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
         memory=setup.model.memory,
     )
     start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
-    strategy = compose(config, start, theirs)
+    strategy = compose(config, start, client_ranks)
     with TemporaryDirectory() as folder:
-        fleet = Serial(setup.model, sites, theirs, Path(folder), own=own(config))
-        plan = Plan(
-            rounds=config.rounds,
-            cohort=config.cohort,
-            seed=config.seed,
-            training=config.train,
-            policy=config.server,
-            evaluate=setup.evaluate if final else None,
-            exactness=setup.model.scales if final and config.lora.kind == "lora" else None,
-            terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
-        )
+        fleet = Serial(setup.model, sites, client_ranks, Path(folder), own=own(config))
+        plan = _plan(config, setup, fleet, final)
         rounds = list(fit(strategy, fleet, start, plan))
-        # Not by the plan: an evaluation of clients in every round would be counted as traffic of the training.
-        last = rounds[-1].state
-        jobs = {c.id: replace(strategy.client_init(last, c), round=config.rounds - 1) for c in fleet.clients()}
-        judged = split(jobs, fleet.evaluate(jobs))[0]
-        noise = [plan.terms.of(c).noise for c in fleet.clients()] if plan.terms else []
-    told = spread(judged) | {"loss": fmean(m.loss / m.targets for m in judged.values())}
+        record = _judged(strategy, rounds[-1].state, fleet, config.rounds - 1)
+    record |= {"rounds": [done.record() for done in rounds], "seconds": round(time.monotonic() - began, 1)}
+    if plan.terms:
+        record["noise"] = [plan.terms.of(client).noise for client in fleet.clients()]
+    return record
+
+
+def _plan(config: Config, setup: Setup, fleet: Serial, final: bool) -> Plan:
+    """The plan of a run; only the one that is measured is evaluated after every round."""
+    return Plan(
+        rounds=config.rounds,
+        cohort=config.cohort,
+        seed=config.seed,
+        training=config.train,
+        policy=config.server,
+        evaluate=setup.evaluate if final else None,
+        exactness=setup.model.scales if final and config.lora.kind == "lora" else None,
+        terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+    )
+
+
+def _judged(strategy: Strategy[Any], state: Any, fleet: Serial, t: int) -> dict[str, Any]:
+    """How good each client's model is on what the client holds out, and whether a part of it never leaves the client.
+
+    The plan has no such evaluation, since its traffic would be counted as that of the training.
+    """
+    jobs = {c.id: replace(strategy.client_init(state, c), round=t) for c in fleet.clients()}
+    metrics, _ = split(jobs, fleet.evaluate(jobs))
+    loss = fmean(m.loss / m.targets for m in metrics.values())
     personal = any(set(job.trains) - set(job.shares) for job in jobs.values())
-    records = [done.record() for done in rounds]
-    found = {"own": told, "personal": personal, "rounds": records, "seconds": round(time.monotonic() - began, 1)}
-    return found | ({"noise": noise} if noise else {})
+    return {"own": spread(metrics) | {"loss": loss}, "personal": personal}
 
 
 def config_of(place: Place, *layers: Mapping[str, Any]) -> Config:
-    """What all runs have in common, under these settings."""
+    """The settings that all runs have in common, with these layers over them."""
     return configuration.build(
         configuration.read(TOML),
         {"model.path": place.model, "threads": place.threads},
@@ -193,13 +215,13 @@ def config_of(place: Place, *layers: Mapping[str, Any]) -> Config:
 
 @cache
 def _setup(place: Place, lora: LoRAConfig) -> Setup:
-    """The model with this adapter: a process makes each once, and encodes the examples once for all."""
+    """The model with this adapter, and the encoded examples; a process makes each once."""
     return prepare(replace(config_of(place), lora=lora))
 
 
 @cache
 def _sites(place: Place, final: bool, most: int) -> tuple[Site, ...]:
-    """The clients with one half of what they hold out: that to choose a rate by, or that to measure on."""
+    """The clients with one half of the rows they hold out: the half to choose a rate by, or the one to measure on."""
 
     def half(site: Site) -> Site:
         return replace(site, heldout_rows=take(site.heldout_rows, range(int(final), len(site.heldout_rows), 2)[:most]))
@@ -208,61 +230,88 @@ def _sites(place: Place, final: bool, most: int) -> tuple[Site, ...]:
 
 
 def run_all(place: Place, chosen: Sequence[Variant], out: Path, jobs: int) -> Results:
-    """Do every run that is not in the file, `jobs` at a time, and write the file after each."""
+    """Do every run that is not in the file, `jobs` at a time; the file is written after each."""
     return sweep(partial(ready, chosen), partial(measure, place), _said, (out, _settings(place)), jobs)
 
 
 def load(out: Path, place: Place) -> Results:
-    """The results there are, without the runs that failed. Raises `ConfigError` for those of other settings."""
+    """The results in the file, without the runs that failed. Raises `ConfigError` for results of other settings."""
     return kept.load(out, _settings(place))
 
 
 def save(out: Path, place: Place, results: Results) -> None:
-    """Write the results, so that at any moment the file is whole."""
+    """Write the results; the file is whole at any moment."""
     kept.save(out, _settings(place), results)
 
 
 def _settings(place: Place) -> dict[str, Any]:
-    """What all results of a file were made with, wherever model and data lie."""
+    """The settings that all results of a file have in common, whatever the paths of model and data."""
     rounds = {"rounds of the grid": SHORT, "rounds": LONG, "own": OWN}
     return {**configuration.read(TOML), **SETTINGS, **rounds, **(SMOKE if place.smoke else {})}
 
 
 def _said(run: Run, done: Mapping[str, Any]) -> str:
-    what = "measured" if run.final else "tried"
-    own = "clients' own loss {loss:.4f}, accuracy {mean:.4f}".format(**done.get("own", {"loss": 0.0, "mean": 0.0}))
-    said = done.get("error") or f"{own} in {done['seconds']:.0f} s"
-    return f"{run.variant.name} at {run.lr:g}, {what}: {said}"
+    return f"{run.variant.name} at {run.lr:g}, {'measured' if run.final else 'tried'}: {outcome(done)}"
+
+
+def outcome(done: Mapping[str, Any]) -> str:
+    """A run's error, or how good the clients' models are, in one line."""
+    if "error" in done:
+        return str(done["error"])
+    return "clients' own loss {loss:.4f}, accuracy {mean:.4f}".format(**done["own"]) + f" in {done['seconds']:.0f} s"
+
+
+HEAD = ("strategy", "rate", "val, last round", "val, best round", "clients' own", "distance", "up", "down", "seconds")
 
 
 def table(chosen: Sequence[Variant], results: Results) -> str:
     """The measured runs in Markdown; a rate at an end of its grid has a star, for a better one may lie beyond."""
-    head = "strategy", "rate", "val, last round", "val, best round", "clients' own", "distance", "up", "down", "seconds"
-    rows = [head, tuple("---" for _ in head)]
-    for variant in chosen:
-        done = results.get(variant.name, {}).get("final", {"error": "not run"})
-        rows.append((variant.name, done["error"], *[""] * 7) if "error" in done else _row(variant, done))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [_row(variant, results.get(variant.name, {}).get("final", {"error": "not run"})) for variant in chosen]
+    return markdown(HEAD, rows)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def starred(value: float, grid: Sequence[float]) -> str:
+    """The value, with a star at an end of its grid."""
+    return f"{value:g}{'*' if value in (min(grid), max(grid)) else ''}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with one digit after the point."""
+    return f"{100 * share:.1f}"
 
 
 def _row(variant: Variant, done: Mapping[str, Any]) -> tuple[str, ...]:
-    rounds = done["rounds"]
-    accuracy = [record["eval"]["accuracy"] for record in rounds]
-    best = max(range(len(rounds)), key=lambda t: accuracy[t])
-    distance = rounds[-1].get("exactness")
-    steady = rounds[1:] or rounds  # in the first round clients are sent what stays the same
-    up, down = (size(round(fmean(record[f"bytes_{way}"] for record in steady))) for way in ("up", "down"))
+    if "error" in done:
+        return (variant.name, done["error"], *[""] * (len(HEAD) - 2))
+    distance = done["rounds"][-1].get("exactness")
     return (
         variant.name,
-        f"{done['lr']:g}{'*' if done['lr'] in (min(variant.rates), max(variant.rates)) else ''}",
-        "" if done["personal"] else f"{100 * accuracy[-1]:.1f}",
-        "" if done["personal"] else f"{100 * accuracy[best]:.1f} ({best + 1})",
-        f"{100 * done['own']['mean']:.1f}",
+        starred(done["lr"], variant.rates),
+        *(("", "") if done["personal"] else _accuracies(done["rounds"])),
+        percent(done["own"]["mean"]),
         "" if distance is None else f"{distance:.1e}",
-        up,
-        down,
+        _traffic(done["rounds"], "bytes_up"),
+        _traffic(done["rounds"], "bytes_down"),
         f"{done['seconds']:.0f}",
     )
+
+
+def _accuracies(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The accuracy after the last round, and that of the best round with its number."""
+    accuracy = [record["eval"]["accuracy"] for record in rounds]
+    best = max(accuracy)
+    return percent(accuracy[-1]), f"{percent(best)} ({accuracy.index(best) + 1})"
+
+
+def _traffic(rounds: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Bytes of a round, on the average of all but the first, in which clients are sent what stays the same."""
+    return size(round(fmean(record[key] for record in rounds[1:] or rounds)))
 
 
 def main() -> None:
@@ -279,7 +328,7 @@ def main() -> None:
 
 
 def arguments(about: str) -> tuple[Place, list[str], Path, int]:
-    """What is given on the command line: the place, the lines that are wanted, the file, and how many processes."""
+    """The command line's place, names of wanted lines, file of results, and number of processes."""
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--data", type=Path, required=True, help="folder with client_*.jsonl and val.jsonl")

@@ -6,8 +6,8 @@ MINILM and sst2 are as in sst2_all.py. Every strategy has the same grid of learn
 clips, up to the rate from which its loss rises; the pair with the lowest mean of the clients' losses on examples that
 they hold out is shown, with its accuracy on val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA
 with an orthonormal A are one process from the second round on. Noise comes from the seed, so that the table can be made
-again: these runs are NOT PRIVATE, and the choice of rate and clip would not be if they were. What is in the file is not
-redone.
+again: these runs are NOT PRIVATE, and the choice of rate and clip would not be if they were. Runs that are in the file
+already are not repeated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sst2_all import TOML, Place, arguments, carry_out, config_of
+from benchmarks.sst2_all import (
+    TOML,
+    Place,
+    arguments,
+    carry_out,
+    check_only,
+    config_of,
+    markdown,
+    outcome,
+    percent,
+    starred,
+)
 from benchmarks.sweep import Results, sweep
-from fedlora.errors import ConfigError, FedloraError, nearest
+from fedlora.errors import FedloraError
 
 RATES = (1.0, 3.0, 9.0)
 CLIPS = (1.0, 3.0)
@@ -82,38 +93,46 @@ STRATEGIES = (
 
 def lines(only: Sequence[str] = ()) -> list[Line]:
     """Every strategy without privacy and with it; of these those whose strategy is named."""
-    known = sorted({line.strategy for line in STRATEGIES})
-    for name in only:
-        if name not in known:
-            raise ConfigError(f'--only: there is no "{name}"; {nearest(name, known)}')
-    return [replace(s, epsilon=e) for s in STRATEGIES if not only or s.strategy in only for e in (None, EPSILON)]
+    check_only(only, {line.strategy for line in STRATEGIES})
+    chosen = [line for line in STRATEGIES if not only or line.strategy in only]
+    return [replace(line, epsilon=epsilon) for line in chosen for epsilon in (None, EPSILON)]
 
 
 def grid(line: Line) -> Iterator[Run]:
-    """Every rate, and of a private line every clip with it."""
+    """Yield a run for every rate; for a private line, one for every rate and clip."""
     for lr in RATES:
         for clip in CLIPS if line.epsilon else (0.0,):
             yield Run(line, lr, clip)
 
 
 def ready(chosen: Sequence[Line], results: Results) -> Iterator[Run]:
-    """The runs that are not done, one rate after another; of a line whose loss has risen with the rate no more."""
+    """Yield the runs that are not done, one rate after another, but none for a line whose loss rose with the rate."""
     for lr in RATES:
         for line in chosen:
             done = results.get(line.key, {})
             if not rose(done, lr):
-                yield from (run for run in grid(line) if run.lr == lr and run.name not in done)
+                yield from _untried(line, lr, done)
+
+
+def _untried(line: Line, lr: float, done: Mapping[str, Any]) -> list[Run]:
+    return [run for run in grid(line) if run.lr == lr and run.name not in done]
 
 
 def rose(done: Mapping[str, Mapping[str, Any]], lr: float) -> bool:
     """Was the lowest loss of any clip already higher at one rate below this than at the rate before that?"""
-    good = [run for run in done.values() if "own" in run and run["lr"] < lr]
-    lowest = [min(run["own"]["loss"] for run in good if run["lr"] == r) for r in sorted({run["lr"] for run in good})]
-    return any(b > a for a, b in pairwise(lowest))
+    losses: dict[float, list[float]] = {}
+    for run in _succeeded(done):
+        losses.setdefault(run["lr"], []).append(run["own"]["loss"])
+    lowest = [min(losses[rate]) for rate in sorted(losses) if rate < lr]
+    return any(after > before for before, after in pairwise(lowest))
+
+
+def _succeeded(done: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [run for run in done.values() if "own" in run]
 
 
 def measure(place: Place, run: Run) -> dict[str, Any]:
-    """Do one run in this process."""
+    """Do one run in this process, and return its record."""
     private = {"dp.epsilon": run.of.epsilon, "dp.clip": run.clip, "dp.seeded": True, "dp.metrics": True}
     chosen = {"strategy": run.of.strategy, "train.lr": run.lr, **(private if run.of.epsilon else {})}
     smoke = {"rounds": 1, "train.batch_size": 4} if place.smoke else {}
@@ -123,63 +142,50 @@ def measure(place: Place, run: Run) -> dict[str, Any]:
 
 def best(done: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The run with the lowest mean of the clients' losses; none where all failed."""
-    good = [run for run in done.values() if "own" in run]
-    return min(good, key=lambda run: (run["own"]["loss"], run["lr"], run["clip"]), default=None)
+    return min(_succeeded(done), key=lambda run: (run["own"]["loss"], run["lr"], run["clip"]), default=None)
+
+
+COLUMNS = ("strategy", "epsilon", "rate", "clip", "val, last round", "clients' own", "loss", "sigma", "spent")
 
 
 def table(chosen: Sequence[Line], results: Results) -> str:
     """The chosen runs in Markdown; a star where a better rate may lie beyond the grid."""
-    head = (
-        "strategy",
-        "epsilon",
-        "rate",
-        "clip",
-        "val, last round",
-        "clients' own",
-        "loss",
-        "sigma",
-        "spent",
-    )
-    rows = [head, tuple("---" for _ in head)]
-    for line in chosen:
-        run = best(results.get(line.key, {}))
-        rows.append(_row(line, run) if run else (line.name, "not run", *[""] * (len(head) - 2)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(COLUMNS, [_row(line, best(results.get(line.key, {}))) for line in chosen])
 
 
-def _row(line: Line, run: Mapping[str, Any]) -> tuple[str, ...]:
-    noise = run.get("noise", ())
+def _row(line: Line, run: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if run is None:
+        return (line.name, "not run", *[""] * (len(COLUMNS) - 2))
+    last = run["rounds"][-1]
     return (
         line.name,
         "none" if line.epsilon is None else f"{line.epsilon:g}",
-        _starred(run["lr"], RATES),
+        starred(run["lr"], RATES),
         f"{run['clip']:g}" if line.epsilon else "",
-        f"{100 * run['rounds'][-1]['eval']['accuracy']:.1f}",
-        f"{100 * run['own']['mean']:.1f}",
+        percent(last["eval"]["accuracy"]),
+        percent(run["own"]["mean"]),
         f"{run['own']['loss']:.4f}",
-        f"{min(noise):.2f} to {max(noise):.2f}" if noise else "",
-        f"{run['rounds'][-1]['epsilon']:.2f}" if noise else "",
+        *_privacy(run.get("noise", ()), last),
     )
 
 
-def _starred(value: float, among: Sequence[float]) -> str:
-    return f"{value:g}{'*' if value in (min(among), max(among)) else ''}"
+def _privacy(noise: Sequence[float], last: Mapping[str, Any]) -> tuple[str, str]:
+    """The range of the clients' noise multipliers, and the epsilon that was spent; empty without privacy."""
+    return (f"{min(noise):.2f} to {max(noise):.2f}", f"{last['epsilon']:.2f}") if noise else ("", "")
 
 
 def _settings(place: Place) -> dict[str, Any]:
-    """What all results of a file were made with, wherever model and data lie."""
+    """The settings that all results of a file have in common, whatever the paths of model and data."""
     grid = {"rates": RATES, "clips": CLIPS, "epsilon": EPSILON, "own": OWN, "head": HEAD, "smoke": place.smoke}
     return {"file": TOML.name, **SETTINGS, **grid}
 
 
 def _said(run: Run, done: Mapping[str, Any]) -> str:
-    own = "clients' own loss {loss:.4f}, accuracy {mean:.4f}".format(**done.get("own", {"loss": 0.0, "mean": 0.0}))
-    said = done.get("error") or f"{own} in {done['seconds']:.0f} s"
-    return f"{run.line} at {run.name}: {said}"
+    return f"{run.line} at {run.name}: {outcome(done)}"
 
 
 def run_all(place: Place, chosen: Sequence[Line], out: Path, jobs: int) -> Results:
-    """Do every run that is not in the file."""
+    """Do every run that is not in the file, `jobs` at a time; the file is written after each."""
     return sweep(partial(ready, chosen), partial(measure, place), _said, (out, _settings(place)), jobs)
 
 

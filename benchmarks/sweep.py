@@ -1,4 +1,4 @@
-"""Many runs, some at a time in processes of their own, each kept in one file as soon as it is done."""
+"""A sweep: many runs, some at a time in processes of their own, and one file that keeps each when it is done."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypeVar
 from fedlora.errors import ConfigError
 from fedlora.storage.files import write_durably
 
-Results = dict[str, dict[str, dict[str, Any]]]  # line of the table -> run -> what came of it
-Settings = Mapping[str, Any]  # what all results of a file were made with
+Results = dict[str, dict[str, dict[str, Any]]]  # line of the table -> run -> record of the run
+Settings = Mapping[str, Any]  # that all results of a file have in common
 
 
 class Run(Protocol):
-    """One run: the line of the table that it is of, and its name there."""
+    """A run, by its line of the table and its name there."""
 
     @property
     def line(self) -> str: ...
@@ -54,20 +54,24 @@ def sweep(
 
 
 def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
-    """What came of a run; its error where it failed, so that the others go on, and the next call tries it again."""
+    """The record of a run, or its error if it failed, so that the others go on; the next call tries it again."""
     error = future.exception()
     return {"error": f"{type(error).__name__}: {error}"} if error else future.result()
 
 
 def load(out: Path, settings: Settings) -> Results:
-    """The results there are, without the runs that failed. Raises `ConfigError` for those of other settings."""
+    """The results in the file, without the runs that failed. Raises `ConfigError` for results of other settings."""
     if not out.exists():
         return {}
     found = json.loads(out.read_text(encoding="utf-8"))
     if found["settings"] != json.loads(json.dumps(settings)):
         raise ConfigError(f"{out} holds results of other settings; give --out another file, or remove it")
     runs: Results = found["runs"]
-    return {name: {k: run for k, run in done.items() if "error" not in run} for name, done in runs.items()}
+    return {name: _succeeded(done) for name, done in runs.items()}
+
+
+def _succeeded(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: run for name, run in runs.items() if "error" not in run}
 
 
 def save(out: Path, settings: Settings, results: Results) -> None:

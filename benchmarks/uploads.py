@@ -1,4 +1,4 @@
-"""What fifty clients might send: factors of q and v of Llama-2-7B, drawn with the spectra that training leaves."""
+"""Uploads such as fifty clients might send: factors of q and v of Llama-2-7B, with the spectra that training leaves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

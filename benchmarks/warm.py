@@ -1,6 +1,6 @@
 """A round of three clients with a real model: a warm worker beside each SuperNode, against a model loaded per message.
 
-    python benchmarks/warm.py --model MINILM [--rounds 4] [--json benchmarks/warm.json]
+    python -m benchmarks.warm --model MINILM [--rounds 4] [--json benchmarks/warm.json]
 
 Real processes on loopback, Flower's SuperLink and SuperNodes among them, first all warm, then all cold, in one run. A
 round is one job a client and one evaluation of its own model, so that each client's model is needed twice. Most of what
@@ -34,11 +34,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         seconds = {how: play(folder / how, options.model, options.rounds, how) for how in ("warm", "cold")}
-    typical = {how: median(each[1:]) for how, each in seconds.items()}  # the first loads the model in both
+    typical = {how: median(rounds[1:]) for how, rounds in seconds.items()}  # the first loads the model in both
     ratio = typical["cold"] / typical["warm"]
     print("| worker | first round, s | later rounds, median s |\n|---|---|---|")
-    for how, each in seconds.items():
-        print(f"| {how} | {each[0]:.1f} | {typical[how]:.1f} |")
+    for how, rounds in seconds.items():
+        print(f"| {how} | {rounds[0]:.1f} | {typical[how]:.1f} |")
     print(f"cold over warm: {ratio:.1f}")
     options.json.write_text(json.dumps({"seconds": seconds, "cold_over_warm": round(ratio, 2)}, indent=1) + "\n")
 
@@ -49,18 +49,8 @@ def play(folder: Path, model: str, rounds: int, how: str) -> list[float]:
     port = free_port()
     own = ["--cold"] if how == "cold" else []
     with started(folder) as start:
-        settings = [
-            "--clients",
-            "3",
-            "--cohort",
-            "3",
-            "--rounds",
-            str(rounds),
-            "--model",
-            model,
-            "--model.task",
-            "classify",
-        ]
+        settings = ["--clients", "3", "--cohort", "3", "--rounds", str(rounds)]
+        settings += ["--model", model, "--model.task", "classify"]
         settings += ["--data.labels", "bad,good", "--data.holdout", "0.2", "--train.steps", "1", "--server.wait", "600"]
         server = start("server", ["--insecure", "--out", "run", "--host", "127.0.0.1", "--port", str(port), *settings])
         for i in range(3):

@@ -40,6 +40,9 @@ class Sender:
     metrics: Mapping[str, float] = field(default_factory=dict)  # its last held-out scores; empty where it told none
 
 
+HIGHEST_RANK = Client(id=0, examples=1, rank=2**31)  # whose job holds all of a state, as no rank is cut to a lower one
+
+
 State = TypeVar("State")
 
 

@@ -23,7 +23,7 @@ from fedlora.sections import Policy, Training
 from fedlora.server import secure_aggregation
 from fedlora.server.aggregation import Answers, Gathered, Sum, gather
 from fedlora.server.exactness import distance
-from fedlora.strategy import Strategy, check_declarations, next_state
+from fedlora.strategy import HIGHEST_RANK, Strategy, check_declarations, next_state
 
 __all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
 log = logging.getLogger("fedlora")
@@ -225,7 +225,7 @@ def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list
 
 def _start(strategy: Strategy[Any], state: Any) -> LoRA:
     """The sides that all clients share, as this round's clients were given them: the highest rank has all of it."""
-    job = strategy.client_init(state, Client(id=0, examples=1, rank=2**31))
+    job = strategy.client_init(state, HIGHEST_RANK)
     return job.start.only(job.shares)
 
 

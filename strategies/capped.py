@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, join, norm, truncate
-from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
-
-ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank; the offset is everybody's
+from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state
 
 
 class State(NamedTuple):
@@ -48,7 +46,7 @@ class Capped(Strategy[State]):
         return self._capped(next_state(self.inner, state.inner, updates, weights, senders))
 
     def adapter(self, state: State) -> LoRA:
-        job = self.inner.client_init(state.inner, ANYONE)
+        job = self.inner.client_init(state.inner, HIGHEST_RANK)
         # a client that resumes wears the offset less the product it goes on from: the offset is the whole model
         start = LoRA() if job.resumes and state.part else job.start
         return join(state.part, start).over(self.inner.adapter(state.inner).only("H"))
@@ -58,6 +56,6 @@ class Capped(Strategy[State]):
         return {**self.inner.notes(state.inner), "offset_rank": rank, "dropped": state.dropped}
 
     def _capped(self, inner: Any) -> State:
-        whole = join(*self.inner.client_init(inner, ANYONE).offset)
+        whole = join(*self.inner.client_init(inner, HIGHEST_RANK).offset)
         part, size = truncate(whole, self.rank), norm(whole)
         return State(inner, part, max(0.0, 1 - (norm(part) / size) ** 2) if size else 0.0)

@@ -26,9 +26,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, average, difference, euclidean_norm, map_factors
-from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
-
-ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
+from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Robust(Strategy[Any]):
 
     def init(self, lora: LoRA) -> Any:
         state = self.inner.init(lora)
-        if self.inner.client_init(state, ANYONE).resumes:
+        if self.inner.client_init(state, HIGHEST_RANK).resumes:
             raise StrategyError(
                 f"{self.rule} cannot go round {type(self.inner).__name__}: its clients go on from factors of their "
                 "own, so that their updates have no coordinates in common; take fedavg"
@@ -66,7 +64,7 @@ class Robust(Strategy[Any]):
     ) -> Any:
         n = len(updates)
         if self.rule == "norm_bound":
-            x = self.inner.client_init(state, ANYONE).start
+            x = self.inner.client_init(state, HIGHEST_RANK).start
             return next_state(self.inner, state, [bounded(u, x, self.bound) for u in updates], weights, senders)
         if self.rule in ("krum", "multi_krum"):
             best = ranking(updates, self.byzantine)[: 1 if self.rule == "krum" else n - self.byzantine]

@@ -24,9 +24,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, average, map_factors
-from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
-
-ANYONE = Client(id=0, examples=1, rank=2**31)  # of the highest rank: its start is everybody's
+from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state
 
 
 class State(NamedTuple):
@@ -54,7 +52,7 @@ class ServerOptimizer(Strategy[State]):
 
     def init(self, lora: LoRA) -> State:
         state = self.inner.init(lora)
-        low, full = (self.inner.client_init(state, Client(0, 1, rank)).start for rank in (1, ANYONE.rank))
+        low, full = (self.inner.client_init(state, Client(0, 1, rank)).start for rank in (1, HIGHEST_RANK.rank))
         if any(a.shape != full.A[m].shape for m, a in low.A.items()):
             raise StrategyError(
                 f"{type(self.inner).__name__} sends clients of low rank less than the whole adapter, so that their "
@@ -68,7 +66,7 @@ class ServerOptimizer(Strategy[State]):
     def aggregate(
         self, state: State, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
     ) -> State:
-        x = self.inner.client_init(state.inner, ANYONE).start
+        x = self.inner.client_init(state.inner, HIGHEST_RANK).start
         D = map_factors(torch.sub, average(updates, weights), x)
         m, v = self._moments(D, state.m.over(map_factors(torch.zeros_like, D)), state.v)
         step = self._step(m, v)

@@ -22,7 +22,7 @@ from fedlora.privacy.client_level import Central, Clipping, central
 from fedlora.run.plan import Plan
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit
-from fedlora.strategy import Strategy
+from fedlora.strategy import HIGHEST_RANK, Strategy
 
 from . import statistics
 from .statistics import Finding, Floats
@@ -32,7 +32,6 @@ ROUNDS = 3
 DRAWS = 400  # of cohorts, and of the noise on a count
 CLIENTS = 12  # whose updates are clipped, of lengths from a hundredth of the clip to a hundred times it
 FEW = 50  # clients, where nothing says how many there are
-ANYONE = Client(id=0, examples=1, rank=2**31)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Crowd:
 
     def job(self, state: Any) -> Job:
         """What clients of the highest rank would be sent."""
-        return self.strategy.client_init(state, ANYONE)
+        return self.strategy.client_init(state, HIGHEST_RANK)
 
 
 @dataclass

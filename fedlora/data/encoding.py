@@ -1,9 +1,10 @@
-"""Rows to tensors: what the model sees, and on which tokens it is to learn."""
+"""Rows encoded as tensors: the inputs of the model, and the tokens or classes that it is to learn."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -23,58 +24,64 @@ MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")  # in a chat template
 
 
 def length(example: Example) -> int:
-    """Tokens of an example; images are all alike."""
+    """The count of an example's tokens; 0 for an image, as all images are of one size."""
     return len(example["input_ids"]) if "input_ids" in example else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """Rows of one form as examples for one model."""
+    """Encodes rows of one form as examples for one model."""
 
     processor: Any  # a tokenizer, or an image processor
     form: Form
     max_length: int
 
     def __call__(self, rows: Rows) -> list[Example]:
-        """Every row as an example, without padding.
+        """The examples of all rows, without padding.
 
-        Of a language model: input_ids, attention_mask and labels, each (tokens,), labels = -100 where nothing is to be
-        learned; a long text gives several examples, a row with nothing to learn none. Of a classifier: what its
-        tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a scalar.
-        Raises `DataError` for rows that cannot be encoded, or where not one has something to learn.
+        An example for a language model has input_ids, attention_mask and labels, each (tokens,), with labels = -100
+        where nothing is to be learned; a long text gives several examples, a row with nothing to learn none. One for a
+        classifier has what its tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a
+        scalar. Raises `DataError` for rows that cannot be encoded, or if none has anything to learn.
         """
-        return [example for one in self.by_row(rows) for example in one]
+        return list(chain.from_iterable(self.by_row(rows)))
 
     def by_row(self, rows: Rows) -> list[list[Example]]:
-        """The same, and which row each example is of."""
-        every = [list(one) for one in KINDS[self.form.kind](self, rows)] if len(rows) else []
-        if len(rows) and not any(every):
+        """The examples of each row; see `__call__`."""
+        if not len(rows):
+            return []
+        examples = [list(of_row) for of_row in KINDS[self.form.kind](self, rows)]
+        if not any(examples):
             raise DataError(
                 f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
                 "raise model.max_length, or look whether they are empty"
             )
-        return every
+        return examples
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """A batch, padded on the right to its longest example."""
-        padding = {"input_ids": getattr(self.processor, "pad_token_id", None) or 0, "labels": IGNORED}
-        padding["token_type_ids"] = getattr(self.processor, "pad_token_type_id", 0)
-        return {
-            key: pad_sequence([e[key] for e in examples], True, padding.get(key, 0))
-            if examples[0][key].dim() == 1
-            else torch.stack([e[key] for e in examples])
-            for key in examples[0]
+        """A batch, padded on the right to its longest example: (examples, tokens), or images and classes stacked."""
+        return {key: self._batched(key, [example[key] for example in examples]) for key in examples[0]}
+
+    def _batched(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
+        if tensors[0].dim() != 1:
+            return torch.stack(list(tensors))
+        padding = {
+            "input_ids": getattr(self.processor, "pad_token_id", None) or 0,
+            "token_type_ids": getattr(self.processor, "pad_token_type_id", 0),
+            "labels": IGNORED,
         }
+        return pad_sequence(list(tensors), batch_first=True, padding_value=padding.get(key, 0))
 
 
 def _text(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
-    """Consecutive blocks of every text."""
+    """Yield the examples of every text: its consecutive blocks."""
     first, last = _ends(encoder.processor)
     for ids in _tokens(encoder, [row[encoder.form.columns[0]] for row in rows]):
         yield _blocks([*first, *ids, *last], encoder.max_length) if ids else ()
 
 
 def _blocks(whole: list[int], size: int) -> Iterator[Example]:
+    """Yield blocks of `size` tokens; the last one only if it is not too short."""
     for start in range(0, len(whole), size):
         block = whole[start : start + size]
         if start == 0 or len(block) >= SHORTEST:
@@ -82,7 +89,10 @@ def _blocks(whole: list[int], size: int) -> Iterator[Example]:
 
 
 def _response(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
-    """Prompt, newline, response; the prompt gives way first, from its left, and then the response, from its right."""
+    """Yield one example a row: prompt, newline, response, of which the response is learned.
+
+    Where both are too long, the prompt is cut first, from its left, and then the response, from its right.
+    """
     first, last = _ends(encoder.processor)
     ask, answer = encoder.form.columns
     prompts = _tokens(encoder, [row[ask] + "\n" for row in rows])
@@ -95,50 +105,61 @@ def _response(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
 
 
 def _chat(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
-    """The conversation as its template writes it; of one that is too long, the end."""
+    """Yield one example a row: the conversation as the tokenizer's template writes it, or the end of a long one."""
     tokenizer = encoder.processor
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; use an instruction-tuned model, "
             "or data.prompt and data.response"
         )
-    marks = bool(MARKS_ANSWERS.search(str(tokenizer.chat_template)))
+    tokenize = _marked if MARKS_ANSWERS.search(str(tokenizer.chat_template)) else _found
     first, _ = _ends(tokenizer)
     for row in rows:
-        ids, learned = (_marked if marks else _found)(tokenizer, row[encoder.form.columns[0]])
-        labels = [i if yes else IGNORED for i, yes in zip(ids, learned, strict=True)]
-        if len(ids) > encoder.max_length:
-            keep = len(first) if ids[: len(first)] == first else 0
-            cut = len(ids) - encoder.max_length + keep
-            ids, labels = ids[:keep] + ids[cut:], labels[:keep] + labels[cut:]
-        yield _causal(ids, labels)
+        ids, learned = tokenize(tokenizer, row[encoder.form.columns[0]])
+        labels = [i if is_learned else IGNORED for i, is_learned in zip(ids, learned, strict=True)]
+        kept = len(first) if ids[: len(first)] == first else 0  # the token that opens a text stays
+        yield _causal(_cut(ids, kept, encoder.max_length), _cut(labels, kept, encoder.max_length))
+
+
+def _cut(tokens: list[int], kept: int, size: int) -> list[int]:
+    """At most `size` tokens: the first `kept`, and of all others the last."""
+    surplus = max(0, len(tokens) - size)
+    return tokens[:kept] + tokens[kept + surplus :]
 
 
 def _marked(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
-    """The tokens, and which of them the template itself marks as the assistant's."""
+    """The tokens of a conversation, and for each whether the template marks it as the assistant's."""
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     got = _templated(tokenizer, messages, **options)
     return list(got["input_ids"]), [bool(m) for m in got["assistant_masks"]]
 
 
 def _found(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
-    """The tokens, and which of them stand in what an assistant's turn adds to the conversation before it."""
+    """The tokens of a conversation, and for each whether it overlaps what an assistant's turn adds to the text."""
     whole: str = _templated(tokenizer, messages, tokenize=False)
-    spans: list[tuple[int, int]] = []
-    for n, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _templated(tokenizer, messages[:n], tokenize=False, add_generation_prompt=True) if n else ""
-            after = _templated(tokenizer, messages[: n + 1], tokenize=False)
-            spans.append((_shared(before, whole), _shared(after, whole)))
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [(start, end) for start, end in (_span(tokenizer, messages, n, whole) for n in turns) if start < end]
     got = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets: list[tuple[int, int]] = got["offset_mapping"]
-    learned = [any(a < end and b > start for start, end in spans if start < end) for a, b in offsets]
-    return list(got["input_ids"]), learned
+    return list(got["input_ids"]), [_overlaps(offset, spans) for offset in offsets]
+
+
+def _span(tokenizer: Any, messages: Sequence[Mapping[str, str]], n: int, whole: str) -> tuple[int, int]:
+    """Where turn n stands in the text of the whole conversation, as characters from and to."""
+    before = _templated(tokenizer, messages[:n], tokenize=False, add_generation_prompt=True) if n else ""
+    after = _templated(tokenizer, messages[: n + 1], tokenize=False)
+    return _shared(before, whole), _shared(after, whole)
+
+
+def _overlaps(offset: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    """Does a token with this offset have a character in one of the spans?"""
+    a, b = offset
+    return any(a < end and b > start for start, end in spans)
 
 
 def _shared(a: str, b: str) -> int:
-    """How far two strings are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """The length of the common start of two strings."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
@@ -172,7 +193,7 @@ def _image(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
 
 
 def _picture(value: Any) -> Any:
-    """An image in RGB, from a file, the bytes of one, or one that is open."""
+    """An image in RGB, from the name of a file, the bytes of one, or an open image."""
     from PIL import Image
 
     source = value
@@ -181,8 +202,10 @@ def _picture(value: Any) -> Any:
     try:
         return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
     except (OSError, ValueError, TypeError, AttributeError) as e:
-        what = value if isinstance(value, str) else f"a {type(value).__name__}"
-        raise DataError(f"{what} cannot be read as an image ({e}); a file is looked for from the current folder") from e
+        named = value if isinstance(value, str) else f"a {type(value).__name__}"
+        raise DataError(
+            f"{named} cannot be read as an image ({e}); a file is looked for from the current folder"
+        ) from e
 
 
 def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
@@ -191,13 +214,13 @@ def _tokens(encoder: Encoder, texts: list[str]) -> list[list[int]]:
 
 
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that open and close a text, where there are any."""
+    """The tokens that open and close a text, each as a list of one or none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [] if bos is None else [bos], [] if eos is None else [eos]
 
 
 def _causal(ids: list[int], labels: list[int]) -> Iterator[Example]:
-    """An example of a language model, if it asks for a prediction: the first token is never one."""
+    """Yield an example for a language model, unless it has nothing to learn: the first token is never predicted."""
     if any(label != IGNORED for label in labels[1:]):
         yield {
             "input_ids": torch.tensor(ids),

@@ -1,4 +1,4 @@
-"""Which rows fall to which client: the partitioners of flwr-datasets, by short names.
+"""Partitions of rows among clients: the partitioners of flwr-datasets, by short names.
 
 A partition is written as one of
 
@@ -12,10 +12,11 @@ A partition is written as one of
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from math import isfinite
+from itertools import chain
+from math import ceil, isfinite
 from random import Random
 from typing import Any
 
@@ -31,22 +32,26 @@ SIZES = {"linear": "LinearPartitioner", "square": "SquarePartitioner", "exponent
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """One partition to be made."""
+    """A partition that is asked for: these rows, among so many clients."""
 
     rows: Rows
-    spec: str
+    spec: str  # NAME or NAME:PARAMETER, as in the head of this module
     clients: int
-    label: str | None
+    label: str | None  # the column that holds the class
     seed: int
 
     @property
     def parameter(self) -> str:
-        """What stands behind the colon."""
+        """The text behind the colon; empty without a colon."""
         return self.spec.partition(":")[2]
 
     def wrong(self, takes: str) -> ConfigError:
-        """The error of a parameter that is not what this partition takes."""
+        """The error for a parameter that this partition does not take."""
         return ConfigError(f'data.partition = "{self.spec}": {takes}')
+
+    def impossible(self, why: str) -> DataError:
+        """The error for rows that cannot be shared out this way."""
+        return DataError(f'data.partition = "{self.spec}": {why}')
 
     def classes(self) -> list[int]:
         """The class of every row, counted from 0 in the order of their names."""
@@ -56,10 +61,10 @@ class Draw:
 
 
 def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> Shares:
-    """The rows of each client, in order: every row falls to exactly one client, and every client has at least one.
+    """The numbers of each client's rows, ascending: every row falls to exactly one client, and no client has none.
 
     `spec` is as in the head of this module, or `auto`, which is `iid`; `label` is the column that holds the class;
-    `natural:COLUMN` takes 0 clients for as many as there are values. Nothing but the arguments decides the draw.
+    `natural:COLUMN` takes 0 clients for as many as there are values. The result depends on the arguments alone.
     Raises `ConfigError` for a spec that is not one, and `DataError` where these rows cannot be shared out that way.
     """
     name = spec.partition(":")[0]
@@ -68,7 +73,7 @@ def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> 
     if name != "natural" and not 1 <= clients <= len(rows):
         raise DataError(f"{len(rows)} examples cannot be shared among {clients} clients; ask for 1 to {len(rows)}")
     shares = [sorted(share) for share in SPECS[name](Draw(rows, spec, clients, label, seed))]
-    if sorted(i for share in shares for i in share) != list(range(len(rows))) or not all(shares):
+    if not (all(shares) and sorted(chain.from_iterable(shares)) == list(range(len(rows)))):
         raise DataError(f'data.partition = "{spec}" leaves out a row or a client; ask for fewer clients, or for iid')
     return shares
 
@@ -76,11 +81,10 @@ def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> 
 def hold_out(
     parts: Sequence[Rows], share: float, seed: int, purpose: str, first: int = 0
 ) -> tuple[list[Rows], list[Rows]]:
-    """Every part without a share of its rows, and these: none where the share is 0, else one or more but never all.
+    """The rows that every part keeps, and the rows that are held out of it: a share of them, one or more but never all.
 
-    `first` is the number of the first part, by which its rows are drawn.
-
-    Raises `DataError` for a part of a single row.
+    A share of 0 holds out nothing. `first` is the number of the first part; a part's number and `purpose` seed the
+    draw of its rows. Raises `DataError` for a part of a single row.
     """
     kept, held = [], []
     for n, rows in enumerate(parts, first):
@@ -89,11 +93,16 @@ def hold_out(
                 f"{purpose} = {share:g} takes the one example of client {n}; "
                 f"ask for fewer clients, give it more examples, or set {purpose} = 0"
             )
-        count = max(1, min(len(rows) - 1, round(share * len(rows)))) if share else 0
-        out = set(Random(derive(seed, purpose, n)).sample(range(len(rows)), count))
+        out = _sample(len(rows), share, Random(derive(seed, purpose, n)))
         kept.append(take(rows, [i for i in range(len(rows)) if i not in out]))
         held.append(take(rows, sorted(out)))
     return kept, held
+
+
+def _sample(n: int, share: float, rng: Random) -> set[int]:
+    """A share of the numbers below n, drawn: one at least and not all, but none for a share of 0."""
+    count = max(1, min(n - 1, round(share * n))) if share else 0
+    return set(rng.sample(range(n), count))
 
 
 def _iid(draw: Draw) -> Shares:
@@ -115,35 +124,53 @@ def _labels(draw: Draw) -> Shares:
     """
     if not draw.parameter.isdecimal() or int(draw.parameter) < 1:
         raise draw.wrong("labels takes the number of classes of a client, as in labels:2")
-    each, classes, rng = int(draw.parameter), draw.classes(), Random(derive(draw.seed, "labels"))
+    per_client = int(draw.parameter)
+    classes = draw.classes()
     known = len(set(classes))
-    if each > known:
-        raise DataError(f'data.partition = "{draw.spec}": there are only {known} classes; ask for {known} or fewer')
-    if each * draw.clients < known:
-        raise DataError(
-            f'data.partition = "{draw.spec}": {draw.clients} clients of {each} classes cannot hold all {known}; '
-            f"ask for {-(-known // each)} clients or more, or for labels:{-(-known // draw.clients)}"
-        )
-    rows: dict[int, list[int]] = {k: [] for k in range(known)}
-    for i in rng.sample(range(len(classes)), len(classes)):
-        rows[classes[i]].append(i)
-    hands = _deal(known, each, draw.clients, rng)
-    holders = Counter(k for hand in hands for k in hand)
+    _check_deal(draw, per_client, known)
+    rng = Random(derive(draw.seed, "labels"))
+    rows = _shuffled_by_class(classes, rng)
+    hands = _deal(known, per_client, draw.clients, rng)
+    holders = Counter(chain.from_iterable(hands))
     for k, n in holders.items():
         if n > len(rows[k]):
-            few = f"{n} clients would share a class of {len(rows[k])} examples; ask for fewer clients"
-            raise DataError(f'data.partition = "{draw.spec}": {few}')
-    pieces = {k: iter([rows[k][j::n] for j in range(n)]) for k, n in holders.items()}
-    return [[i for k in hand for i in next(pieces[k])] for hand in hands]
+            raise draw.impossible(f"{n} clients would share a class of {len(rows[k])} examples; ask for fewer clients")
+    pieces = {k: _pieces(rows[k], n) for k, n in holders.items()}
+    return [list(chain.from_iterable(next(pieces[k]) for k in hand)) for hand in hands]
 
 
-def _deal(known: int, each: int, clients: int, rng: Random) -> Shares:
-    """Hands of `each` different classes, from one deck after another, so that all classes are held about as often."""
+def _check_deal(draw: Draw, per_client: int, known: int) -> None:
+    """Raise `DataError` if clients with so many classes each cannot hold exactly the known ones."""
+    if per_client > known:
+        raise draw.impossible(f"there are only {known} classes; ask for {known} or fewer")
+    if per_client * draw.clients < known:
+        raise draw.impossible(
+            f"{draw.clients} clients of {per_client} classes cannot hold all {known}; "
+            f"ask for {ceil(known / per_client)} clients or more, or for labels:{ceil(known / draw.clients)}"
+        )
+
+
+def _shuffled_by_class(classes: Sequence[int], rng: Random) -> dict[int, list[int]]:
+    """The numbers of each class's rows, in a random order."""
+    rows: dict[int, list[int]] = {}
+    for i in rng.sample(range(len(classes)), len(classes)):
+        rows.setdefault(classes[i], []).append(i)
+    return rows
+
+
+def _pieces(rows: Sequence[int], n: int) -> Iterator[Sequence[int]]:
+    """The rows in n pieces of about equal size."""
+    return (rows[j::n] for j in range(n))
+
+
+def _deal(known: int, per_client: int, clients: int, rng: Random) -> Shares:
+    """A hand of `per_client` different classes for each client, dealt from one shuffled deck of all classes after
+    another, so that every class is held about as often as any other."""
     hands: Shares = []
     deck: list[int] = []
     for _ in range(clients):
         hand: list[int] = []
-        while len(hand) < each:
+        while len(hand) < per_client:
             # cards are taken from the end: what the hand already has lies at the bottom of the new deck
             deck = deck or sorted(rng.sample(range(known), known), key=lambda k: k not in hand)
             hand.append(deck.pop())
@@ -157,12 +184,11 @@ def _natural(draw: Draw) -> Shares:
     owners = column(draw.rows, draw.parameter)
     if None in owners:
         few = f"{owners.count(None)} of {len(owners)} examples have no {draw.parameter}"
-        raise DataError(f'data.partition = "{draw.spec}": {few}; give them one, or leave them out')
+        raise draw.impossible(f"{few}; give them one, or leave them out")
     codes = _codes(owners)
-    if draw.clients not in (0, len(set(codes))):
-        raise ConfigError(
-            f'clients = {draw.clients}, but column "{draw.parameter}" names {len(set(codes))}; leave clients at 0'
-        )
+    count = len(set(codes))
+    if draw.clients not in (0, count):
+        raise ConfigError(f'clients = {draw.clients}, but column "{draw.parameter}" names {count}; leave clients at 0')
     return _shares(draw, "NaturalIdPartitioner", codes, partition_by="by")
 
 
@@ -175,6 +201,7 @@ def _size(draw: Draw) -> Shares:
 
 
 def _positive(draw: Draw, takes: str) -> float:
+    """The parameter as a finite number above 0; raises `ConfigError` that says what the partition takes."""
     try:
         value = float(draw.parameter)
     except ValueError as e:
@@ -185,22 +212,25 @@ def _positive(draw: Draw, takes: str) -> float:
 
 
 def _codes(values: Sequence[Any]) -> list[int]:
-    """The values as numbers from 0, in the order of their names, numbers before and among themselves by size."""
-    names = [value if isinstance(value, int) else str(value) for value in values]
-    order = sorted(set(names), key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, v))
-    code = {name: i for i, name in enumerate(order)}
-    return [code[name] for name in names]
+    """The values as codes from 0: whole numbers first, by their size, then all others by their names."""
+    keys = [(0, value, "") if isinstance(value, int) else (1, 0, str(value)) for value in values]
+    codes = {key: code for code, key in enumerate(sorted(set(keys)))}
+    return [codes[key] for key in keys]
 
 
 def _shares(draw: Draw, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
-    """What one of flwr-datasets' partitioners makes of the rows, which it is given shuffled by the seed."""
+    """The partition that one of flwr-datasets' partitioners makes of the rows, shuffled by the seed beforehand.
+
+    `by` are the numbers by which it tells rows apart, as classes or owners, if it does.
+    """
     quiet_libraries()
     from datasets import Dataset
     from flwr_datasets import partitioner as partitioners
 
     make = getattr(partitioners, partitioner)(**options)
     order = Random(derive(draw.seed, "partition")).sample(range(len(draw.rows)), len(draw.rows))
-    make.dataset = Dataset.from_dict({"row": order, "by": [by[i] for i in order] if by else order})
+    told_apart = by or range(len(order))
+    make.dataset = Dataset.from_dict({"row": order, "by": [told_apart[i] for i in order]})
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it warns at every try, and draws a bar
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Text that every Python carries: the source of its own standard library.
+"""The embedded data: the source of Python's own standard library, which every Python carries.
 
 The embedded default has to work offline, so both its model and its federated data come from the running interpreter's
 library.  One rule keeps them apart:
@@ -63,9 +63,7 @@ def clients(n: int) -> list[list[Document]]:
     The files stand in order of package and are cut into ``n`` contiguous runs, inside a file where a cut falls there.
     So the clients differ as real ones do: each has one package, a piece of one, or a few small neighbours.
     """
-    held = set(heldout())
-    documents = [_document(path) for paths in packages().values() for path in paths]
-    documents = [document for document in documents if document not in held]
+    documents = _training_documents()
     total = sum(len(document.text) for document in documents)
     most = total // SMALLEST_SHARE
     if not 1 <= n <= most:
@@ -77,6 +75,13 @@ def clients(n: int) -> list[list[Document]]:
             shares[share].append(Document(document.package, document.path, text))
         start += len(document.text)
     return shares
+
+
+def _training_documents() -> list[Document]:
+    """Return the files of all packages that are not held out."""
+    held = set(heldout())
+    documents = [_document(path) for paths in packages().values() for path in paths]
+    return [document for document in documents if document not in held]
 
 
 def _cut(text: str, start: int, size: float) -> list[tuple[int, str]]:

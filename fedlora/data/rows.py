@@ -1,6 +1,7 @@
 """Rows of a table, whatever holds them: selected, joined, read by column."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from fedlora.errors import DataError, nearest
@@ -9,10 +10,10 @@ Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
 
 
 def take(rows: Rows, which: Sequence[int]) -> Rows:
-    """Some of the rows, in the order asked for."""
+    """The rows with these numbers, in the order asked for."""
     dataset: Any = rows
-    some: Rows = dataset.select(which) if hasattr(rows, "select") else [rows[i] for i in which]
-    return some
+    chosen: Rows = dataset.select(which) if hasattr(rows, "select") else [rows[i] for i in which]
+    return chosen
 
 
 def pool(parts: Sequence[Rows]) -> Rows:
@@ -24,13 +25,18 @@ def pool(parts: Sequence[Rows]) -> Rows:
 
         joined: Rows = concatenate_datasets(list(parts))
         return joined
-    return [row for rows in parts for row in rows]
+    return list(chain.from_iterable(parts))
+
+
+def column_names(rows: Rows) -> list[str]:
+    """The names of the columns, in their order; of plain rows, all that occur."""
+    return list(getattr(rows, "column_names", None) or dict.fromkeys(chain.from_iterable(rows)))
 
 
 def column(rows: Rows, name: str) -> list[Any]:
-    """One column; raises `DataError` with the nearest name where there is none."""
-    known = getattr(rows, "column_names", None) or list(dict.fromkeys(key for row in rows for key in row))
-    if name not in known:
-        raise DataError(f'no column "{name}"; {nearest(name, known)}')
+    """The values of one column; raises `DataError` with the nearest name if there is no such column."""
+    names = column_names(rows)
+    if name not in names:
+        raise DataError(f'no column "{name}"; {nearest(name, names)}')
     dataset: Any = rows
     return list(dataset[name]) if hasattr(rows, "column_names") else [row.get(name) for row in rows]

@@ -1,7 +1,7 @@
 """Which columns of a table hold texts, labels, images or conversations, and whether their values can be used."""
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "outp
 KINDS = {"lm": ("chat", "response", "text"), "classify": ("label",), "image": ("image",)}  # by model.task
 NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
 NEEDS |= {"image": "data.image and data.label"}
+MOST_COLUMNS = {"chat": 1, "response": 2, "image": 2, "label": 3, "text": 1}  # that a kind can have
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,45 @@ class Form:
     columns: tuple[str, ...]  # (text,), (prompt, response), (messages,), (text[, text2], label) or (image, label)
     labels: tuple[str, ...] = ()  # class names in order, of "label" and "image"
 
+    @property
+    def label_column(self) -> str | None:
+        """The column that holds the class, if the data have one."""
+        return self.columns[-1] if self.kind in ("label", "image") else None
+
     def classes(self) -> dict[str, int]:
-        """Class numbers by what may stand in the data as a string: the name, or the number where no name is one."""
-        names = {name: i for i, name in enumerate(self.labels)}
-        return names if any(map(_is_whole, names)) else {str(i): i for i in range(len(names))} | names
+        """Class numbers by the strings that stand for them in the data: the name, or the number if no name is one."""
+        by_name = {name: i for i, name in enumerate(self.labels)}
+        if any(map(_is_whole, by_name)):
+            return by_name
+        return {str(i): i for i in range(len(by_name))} | by_name
+
+
+PLAIN_TEXT = Form("text", ("text",))  # of Python's standard library, the data that are embedded
+
+
+def _declared_form(data: DataConfig, task: str) -> Form:
+    """The form that the settings declare to a server that has no data; columns have their usual names."""
+    if not data.labels:
+        if task in ("auto", "lm"):
+            return PLAIN_TEXT
+        raise ConfigError(f"model.task = {task}: the server has no data to find the classes in; set data.labels")
+    if task == "image":
+        return Form("image", ("image", "label"), data.labels)
+    return Form("label", ("text", "label"), data.labels)
 
 
 def _form(data: DataConfig, task: str, table: Table) -> Form:
-    """What the columns mean: as the settings say, and else by their names, the likeliest first."""
+    """What the columns mean by the settings, and else by their names, the likeliest first.
+
+    Raises `DataError` for a column that is not there, or if nothing says what to learn, and `ConfigError` if all that
+    could be learned is for another task.
+    """
     columns = table.columns
-    named = [("text", name) for name in data.text]
-    named += [(key, getattr(data, key)) for key in ("label", "prompt", "response", "messages", "image")]
+    named = _named_columns(data)
     for key, name in named:
-        if name and name not in columns:
+        if name not in columns:
             raise DataError(f'{table.name}: no column "{name}", as data.{key} has it; {nearest(name, columns)}')
-    wanted = {name for key, name in named if name and key != "label"}
-    forms = [form for form in _readings(data, columns) if wanted <= {*form.columns}]
-    # who names a label wants it learned, except by a language model, where it serves to tell the clients apart
-    forms.sort(key=lambda form: bool(data.label) and data.label not in form.columns)
+    forms = _by_likelihood(data, named, columns)
     fitting = [form for form in forms if form.kind in KINDS.get(task, (form.kind,))]
     if fitting:
         return fitting[0]
@@ -56,46 +78,76 @@ def _form(data: DataConfig, task: str, table: Table) -> Form:
     raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task) or ', or '.join(NEEDS.values())}")
 
 
-def _readings(data: DataConfig, columns: Sequence[str]) -> Iterator[Form]:
+def _named_columns(data: DataConfig) -> list[tuple[str, str]]:
+    """The columns that the settings name, each with the key that names it."""
+    settings = [("text", name) for name in data.text]
+    settings += [(key, getattr(data, key)) for key in ("label", "prompt", "response", "messages", "image")]
+    return [(key, name) for key, name in settings if name]
+
+
+def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: Sequence[str]) -> list[Form]:
+    """The forms that have all columns that the settings name, the likeliest first."""
+    wanted = {name for key, name in named if key != "label"}
+    forms = [form for form in _readings(data, columns) if wanted <= {*form.columns}]
+    if not data.label:
+        return forms
+    # whoever names a label wants it learned, except by a language model, where it serves to tell the clients apart
+    return sorted(forms, key=lambda form: data.label not in form.columns)
+
+
+def _readings(data: DataConfig, columns: Sequence[str]) -> list[Form]:
     """Every form that these columns can have."""
+    image = _found(data.image, IMAGE, columns)
+    label = _found(data.label, LABEL, columns)
+    texts = data.text or (_found("", TEXT, columns),)
+    forms = [
+        Form("chat", (_found(data.messages, CHAT, columns),)),
+        Form("response", _prompt_and_response(data, columns)),
+        Form("image", (image, label)),
+        Form("label", (*texts, label)),
+        Form("text", texts),
+    ]
+    return [form for form in forms if all(form.columns) and len(form.columns) <= MOST_COLUMNS[form.kind]]
 
-    def find(chosen: str, common: Iterable[str]) -> str:
-        return chosen or next((name for name in common if name in columns), "")
 
-    label, image, chat = find(data.label, LABEL), find(data.image, IMAGE), find(data.messages, CHAT)
-    text = data.text or tuple(name for name in TEXT if name in columns)[:1]
-    pair = next((pair for pair in PAIRS if {*pair} <= {*columns}), ("", ""))
+def _found(chosen: str, usual: Iterable[str], columns: Sequence[str]) -> str:
+    """The column that the settings choose, or else the first of the usual names that there is; empty for none."""
+    return chosen or next((name for name in usual if name in columns), "")
+
+
+def _prompt_and_response(data: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
+    """The columns of prompt and response: as chosen, or else a usual pair of which both are there."""
     if data.prompt or data.response:
-        pair = find(data.prompt, (p for p, _ in PAIRS)), find(data.response, (r for _, r in PAIRS))
-    if chat:
-        yield Form("chat", (chat,))
-    if all(pair):
-        yield Form("response", pair)
-    if image and label:
-        yield Form("image", (image, label))
-    if label and len(text) in (1, 2):
-        yield Form("label", (*text, label))
-    if len(text) == 1:
-        yield Form("text", text)
+        prompts, responses = zip(*PAIRS, strict=True)
+        return _found(data.prompt, prompts, columns), _found(data.response, responses, columns)
+    return next((pair for pair in PAIRS if {*pair} <= {*columns}), ("", ""))
 
 
 def _labelled(form: Form, data: DataConfig, tables: Sequence[Table]) -> Form:
     """The form with the names of its classes, after a look at every row."""
     for table in tables:
         _check(table, form)
-    if form.kind not in ("label", "image"):
+    if form.label_column is None:
         return form
-    feature = getattr(tables[0].rows, "features", {}).get(form.columns[-1])
-    names = data.labels or tuple(getattr(feature, "names", ()))
-    if not names:
-        found = sorted(_values(tables, form))
-        names = tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
+    names = data.labels or _dataset_classes(tables[0], form) or _found_classes(tables, form)
     if len(set(names)) < max(2, len(names)):
         raise DataError(f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}")
     form = replace(form, labels=names)
     for table in tables:
         _check_labels(table, form, form.classes())
     return form
+
+
+def _dataset_classes(table: Table, form: Form) -> tuple[str, ...]:
+    """The classes that a dataset of the hub has written down; empty for plain rows."""
+    feature = getattr(table.rows, "features", {}).get(form.label_column)
+    return tuple(getattr(feature, "names", ()))
+
+
+def _found_classes(tables: Sequence[Table], form: Form) -> tuple[str, ...]:
+    """The classes that occur in the data, in order: numbers by size, names by the alphabet."""
+    found = sorted(_values(tables, form))
+    return tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
 
 
 def _values(tables: Sequence[Table], form: Form) -> set[str]:
@@ -108,7 +160,10 @@ def _is_whole(name: str) -> bool:
 
 
 def _check_labels(table: Table, form: Form, known: Container[str]) -> None:
-    for i, value in enumerate(column(table.rows, form.columns[-1]) if form.labels else ()):
+    """Raise `DataError` for the first row whose class is not known; data without classes pass."""
+    if form.label_column is None:
+        return
+    for i, value in enumerate(column(table.rows, form.label_column)):
         if str(value) not in known:
             raise DataError(
                 f'{table.place(i)}: label "{value}" is no class of the training data or of data.labels; '
@@ -117,15 +172,8 @@ def _check_labels(table: Table, form: Form, known: Container[str]) -> None:
 
 
 def _check(table: Table, form: Form) -> None:
-    """Refuse a row that lacks a column, or has in it what the form cannot take."""
-    rows: Any = table.rows
-    names = form.columns
-    if hasattr(rows, "column_names"):
-        for name in names:
-            if name not in rows.column_names:
-                raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
-        names = names[1:] if form.kind == "image" else names  # to look at an image would be to decode it
-        rows = rows.select_columns(list(names))
+    """Raise `DataError` for the first row that lacks a column, or has in it what the form cannot take."""
+    names, rows = _checked_columns(table, form)
     for i, row in enumerate(rows):
         for name in names:
             if name not in row:
@@ -135,29 +183,56 @@ def _check(table: Table, form: Form) -> None:
                 raise DataError(f'{table.place(i)}: "{name}" {wrong}')
 
 
+def _checked_columns(table: Table, form: Form) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
+    """The columns whose every value is checked, and the rows with these alone where that saves reading others."""
+    rows: Any = table.rows
+    if not hasattr(rows, "column_names"):
+        return form.columns, rows
+    for name in form.columns:
+        if name not in rows.column_names:
+            raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
+    names = form.columns[1:] if form.kind == "image" else form.columns  # to look at an image would be to decode it
+    return names, rows.select_columns(list(names))
+
+
 def _wrong(form: Form, name: str, value: Any) -> str:
-    """What a value is that it may not be; empty where it is good."""
+    """The reason to refuse a value in column `name`, to follow that name in an error; empty for a good value."""
     if form.kind == "chat":
         return _wrong_chat(value)
-    if form.kind in ("label", "image") and name == form.columns[-1]:
-        good = isinstance(value, int | str) and value != ""
-        return "" if good else f"is {_type(value)}; a label is a whole number or a name"
+    if name == form.label_column:
+        return _wrong_label(value)
     if form.kind == "image":
         return "is null; it takes the name of a file, or image data" if value is None else ""
     return "" if isinstance(value, str) else f"is {_type(value)}; it takes text"
 
 
+def _wrong_label(value: Any) -> str:
+    good = isinstance(value, int | str) and value != ""
+    return "" if good else f"is {_type(value)}; a label is a whole number or a name"
+
+
 def _type(value: Any) -> str:
+    """The type of a value in the words of an error: "null", "empty", "an int", "a list"."""
+    if value is None:
+        return "null"
+    if value == "":
+        return "empty"
     name = type(value).__name__
-    article = "an" if name[0] in "aeiou" else "a"
-    return "null" if value is None else "empty" if value == "" else f"{article} {name}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _wrong_chat(messages: Any) -> str:
+    """The reason to refuse a conversation; empty for one that has an assistant's turn."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return "is no list of messages"
     for n, message in enumerate(messages, 1):
         for key in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+            if not _has_text(message, key):
                 return f'has a message, number {n}, without "{key}" or where it is not text'
-    return "" if any(m["role"] == "assistant" for m in messages) else "has no assistant's turn to learn from"
+    if "assistant" not in {message["role"] for message in messages}:
+        return "has no assistant's turn to learn from"
+    return ""
+
+
+def _has_text(message: Any, key: str) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get(key), str)

@@ -1,4 +1,4 @@
-"""Rows from files, from a folder, or from the hub, and where in them each stands."""
+"""Rows read from files, from a folder or from the hub, and the place in them where each row stands."""
 
 import csv
 import io
@@ -13,65 +13,88 @@ from typing import Any
 
 from fedlora.errors import DataError, nearest
 
-from .rows import Rows, take
+from .rows import Rows, column_names, take
 
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The rows of one file, and where they stand in it."""
+    """The rows of one file, and the lines on which they begin."""
 
     name: str
     rows: Rows
-    lines: Sequence[int] = ()
+    lines: Sequence[int] = ()  # none for files that have no lines
 
     def place(self, row: int) -> str:
-        """Where a row is, in the words of an error."""
+        """The place of a row in the words of an error: the file's name, and line or row."""
         return f"{self.name} line {self.lines[row]}" if self.lines else f"{self.name} row {row + 1}"
 
     @property
     def columns(self) -> list[str]:
         """The names of the columns, in their order."""
-        return list(getattr(self.rows, "column_names", None) or dict.fromkeys(k for row in self.rows for k in row))
+        return column_names(self.rows)
 
 
 def tables(spec: str, limit: int) -> list[Table]:
-    """The data that a path names, one table a file, none of them empty."""
+    """The data that `spec` names, one table a file, with the first `limit` rows of each (0: all).
+
+    `spec` is a file, a folder of files, a pattern as `data/client_*.jsonl`, or FOLDER[:SPLIT] of a saved dataset or
+    NAME[:SPLIT] of one on the hub. Raises `DataError` for what cannot be read, and for a file without examples.
+    """
     found = _read(spec)
     for table in found:
         if not len(table.rows):
             raise DataError(f"{table.name} has no examples; give it some, or leave it out")
-    return [replace(t, rows=take(t.rows, range(min(limit, len(t.rows))))) for t in found] if limit else found
+    return [_first_rows(table, limit) for table in found] if limit else found
+
+
+def _first_rows(table: Table, limit: int) -> Table:
+    return replace(table, rows=take(table.rows, range(min(limit, len(table.rows)))))
 
 
 def _read(spec: str) -> list[Table]:
     path = Path(spec).expanduser()
     if path.is_file():
         return [_file(path)]
-    where, _, part = spec.rpartition(":") if ":" in spec else (spec, "", "train")
-    folder = Path(where).expanduser()
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    name, part = _name_and_split(spec)
+    folder = Path(name).expanduser()
+    if _is_saved_dataset(folder):
         return [_saved(folder, part)]
     if path.is_dir():
-        return _files(spec, (p for p in path.iterdir() if p.suffix.lower() in READERS and p.name[0] != "."))
+        return _files(spec, filter(_is_data_file, path.iterdir()))
     if has_magic(spec):
         return _files(spec, Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    if HUB.fullmatch(where) and path.suffix not in READERS:
-        return [_hub(where, part)]
+    if HUB.fullmatch(name) and path.suffix not in READERS:
+        return [_hub(name, part)]
     close = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-    raise DataError(f"{spec}: there is no such file or folder" + (f'; did you mean "{close[0]}"?' if close else ""))
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    raise DataError(f"{spec}: there is no such file or folder{hint}")
+
+
+def _name_and_split(spec: str) -> tuple[str, str]:
+    """The name of a dataset and its split, which stands behind a colon; without one it is "train"."""
+    name, colon, part = spec.rpartition(":")
+    return (name, part) if colon else (spec, "train")
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.suffix.lower() in READERS and not path.name.startswith(".")
 
 
 def _files(spec: str, paths: Iterable[Path]) -> list[Table]:
-    files = sorted((path for path in paths if path.is_file()), key=_natural)
+    files = sorted(filter(Path.is_file, paths), key=_natural)
     if not files:
         raise DataError(f"{spec} holds no data; it takes files that end in {', '.join(READERS)}")
     return [_file(path) for path in files]
 
 
 def _natural(path: Path) -> list[Any]:
-    """A key by which client_10 follows client_9."""
+    """A sort key with which client_10 follows client_9."""
     return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", str(path))]
 
 
@@ -123,6 +146,18 @@ def _objects(table: Table) -> Table:
 
 
 def _csv(path: Path) -> Table:
+    records, lines = _csv_records(path)
+    header = records[0] if records else []
+    if len(set(header)) < len(header):
+        raise DataError(f"{path} line 1: two columns have the same name: {', '.join(header)}")
+    for fields, line in zip(records, lines, strict=True):
+        if len(fields) != len(header):
+            raise DataError(f"{path} line {line}: {len(fields)} fields under a header of {len(header)}; quote commas")
+    return Table(str(path), [dict(zip(header, fields, strict=True)) for fields in records[1:]], lines[1:])
+
+
+def _csv_records(path: Path) -> tuple[list[list[str]], list[int]]:
+    """The fields of every record that has any, the header among them, and the line on which each begins."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     records, lines, start = [], [], 1
     try:
@@ -133,13 +168,7 @@ def _csv(path: Path) -> Table:
             start = reader.line_num + 1
     except csv.Error as e:
         raise DataError(f"{path} line {start}: not CSV ({e})") from e
-    header = records[0] if records else []
-    if len(set(header)) < len(header):
-        raise DataError(f"{path} line 1: two columns have the same name: {', '.join(header)}")
-    for fields, line in zip(records, lines, strict=True):
-        if len(fields) != len(header):
-            raise DataError(f"{path} line {line}: {len(fields)} fields under a header of {len(header)}; quote commas")
-    return Table(str(path), [dict(zip(header, fields, strict=True)) for fields in records[1:]], lines[1:])
+    return records, lines
 
 
 def _parquet(path: Path) -> Table:

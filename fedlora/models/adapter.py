@@ -1,7 +1,7 @@
-"""Putting an adapter on a base model, and an offset under it. Only this, model and reload know PEFT.
+"""An adapter attached to a base model by PEFT: which modules it adapts, how it starts, and what is its A and its B.
 
-Every kind has its A and B: LoRA and DoRA the matrices (r, d_in) and (d_out, r); VeRA, whose matrices are random, frozen
-and shared by all modules, the vectors d (r,) and b (d_out,) of diag(b) B diag(d) A (https://arxiv.org/abs/2310.11454).
+LoRA and DoRA have the matrices A (r, d_in) and B (d_out, r). VeRA's matrices are random, frozen and shared by all
+modules; its vectors d (r,) and b (d_out,) of diag(b) B diag(d) A stand for A and B (https://arxiv.org/abs/2310.11454).
 """
 
 import warnings
@@ -18,12 +18,14 @@ from fedlora.data.schema import Form
 from fedlora.errors import DataError, ModelError, nearest
 from fedlora.sections import LoRAConfig
 from fedlora.seeds import derive, seeded
+from fedlora.svd import row_signs
 
 NAME = "default"  # PEFT's name of the one adapter
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
 USUAL = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",), ("Wqkv",), ("q", "v"))
 TASKS = {"label": TaskType.SEQ_CLS, "image": None}
 INITS: dict[str, Any] = {"gaussian": "gaussian", "orthonormal": "gaussian", "pissa": "pissa", "olora": "olora"}
+FROM_WEIGHTS = ("pissa", "olora")  # starts for which PEFT takes A and B out of the weights, and changes these
 INPUTS = 1024  # of a module, that eva looks at
 
 
@@ -31,18 +33,20 @@ Modules = Mapping[str, Any]  # name -> module of the base, or PEFT's layer aroun
 
 
 def wear(net: nn.Module, lora: LoRAConfig, form: Form, new: Sequence[str], seed: int) -> PeftModel:
-    """The model with a fresh adapter, and its head, where it has one, as a part to train; the base is as it was.
+    """The model with a fresh adapter attached, and with its head, if it has one, ready to train; its weights stay.
 
-    `new` are the modules that are to be learned from nothing. Raises `ModelError` where the model cannot wear it.
+    `new` are the modules that the checkpoint lacks, to be learned from nothing. Raises `ModelError` if the model cannot
+    take this adapter.
     """
     heads = _heads(net, new) if form.labels else []
     modules, targets = _targets(net, lora.targets, heads)
     _check(lora, modules)
     config = _config(lora, modules, seed)
-    config.target_modules, config.modules_to_save = set(targets), heads or None
+    config.target_modules = set(targets)
+    config.modules_to_save = heads or None
     config.task_type = TASKS.get(form.kind, TaskType.CAUSAL_LM)
-    # PiSSA and OLoRA take their start out of the weights; here the base stays, and whoever wants it takes it off again.
-    before = [(m, m.weight, m.weight.detach().clone()) for m in modules.values() if lora.init in ("pissa", "olora")]
+    # A strategy that wants the weights less the start has to subtract it itself, as every client has the same base.
+    before = _weights(modules) if lora.init in FROM_WEIGHTS else []
     with seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
         worn: PeftModel = get_peft_model(net, config)
@@ -53,13 +57,18 @@ def wear(net: nn.Module, lora: LoRAConfig, form: Form, new: Sequence[str], seed:
     return worn
 
 
+def _weights(modules: Modules) -> list[tuple[Any, nn.Parameter, Tensor]]:
+    """Every module with its weight, and a copy of the weight's numbers."""
+    return [(module, module.weight, module.weight.detach().clone()) for module in modules.values()]
+
+
 def _config(lora: LoRAConfig, modules: Modules, seed: int) -> Any:
-    """PEFT's configuration of the adapter, but for where it goes."""
+    """PEFT's configuration of the adapter, but for the modules that it adapts."""
     if lora.kind == "vera":
         return VeraConfig(r=lora.rank, vera_dropout=lora.dropout, projection_prng_key=derive(seed, "vera"))
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float is well for PEFT, and said to be an int
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes a float, though it is declared an int
         use_rslora=lora.rslora,
         use_dora=lora.kind == "dora",
         lora_dropout=lora.dropout,
@@ -70,19 +79,19 @@ def _config(lora: LoRAConfig, modules: Modules, seed: int) -> Any:
 
 
 def layers(net: nn.Module) -> dict[str, Any]:
-    """PEFT's layers, by the names their modules have in the base."""
+    """PEFT's layers, by the names that their modules have in the base."""
     return {n.removeprefix(PREFIX): m for n, m in net.named_modules() if isinstance(m, LoraLayer | VeraLayer)}
 
 
 def side(letter: str, worn: Modules) -> dict[str, nn.Parameter]:
-    """What stands for A, or B, in every module; see the head of this file."""
+    """The parameter that stands for A, or B, in every layer; see the head of this file."""
+    return {name: _factor(letter, layer) for name, layer in worn.items()}
 
-    def one(layer: Any) -> Any:
-        if isinstance(layer, VeraLayer):
-            return (layer.vera_lambda_d if letter == "A" else layer.vera_lambda_b)[NAME]
-        return (layer.lora_A if letter == "A" else layer.lora_B)[NAME].weight
 
-    return {name: one(layer) for name, layer in worn.items()}
+def _factor(letter: str, layer: Any) -> Any:
+    if isinstance(layer, VeraLayer):
+        return (layer.vera_lambda_d if letter == "A" else layer.vera_lambda_b)[NAME]
+    return (layer.lora_A if letter == "A" else layer.lora_B)[NAME].weight
 
 
 def exactly(pattern: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,72 +108,115 @@ def eva(worn: Modules, passes: Iterable[object]) -> None:
     as they are, not centred. Each step of `passes` is to run the model once, without padding. Raises `DataError` where
     the inputs do not span as many directions as the rank has.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for name in worn}
+    inputs = _first_inputs(worn, passes)
+    for name, a in side("A", worn).items():
+        rank = a.shape[0]
+        _, s, vh = torch.linalg.svd(inputs[name], full_matrices=False)
+        spanned = int((s > 1e-6 * s[:1]).sum())
+        if spanned < rank:
+            raise DataError(
+                f"lora.init_data: its {len(inputs[name])} inputs of {name} span {spanned} directions, and the rank is "
+                f"{rank}; give more examples"
+            )
+        leading = vh[:rank]
+        a.copy_(row_signs(leading) * leading)
 
-    def look(name: str) -> Any:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2)  # (tokens, d_in)
-            seen[name].append(rows[: INPUTS - sum(map(len, seen[name]))].cpu().double())
 
-        return keep
+def _first_inputs(worn: Modules, passes: Iterable[object]) -> dict[str, Tensor]:
+    """The first `INPUTS` inputs of every module while the model runs, in float64: (at most INPUTS, d_in)."""
+    seen = {name: torch.zeros(0, layer.in_features, dtype=torch.float64) for name, layer in worn.items()}
 
-    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in worn.items()]
+    def recorder(name: str) -> Any:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0].flatten(0, -2)  # (tokens, d_in)
+            seen[name] = torch.cat([seen[name], tokens[: INPUTS - len(seen[name])].cpu().double()])
+
+        return record
+
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in worn.items()]
     for _ in passes:
-        if all(sum(map(len, rows)) == INPUTS for rows in seen.values()):
+        if all(len(rows) == INPUTS for rows in seen.values()):
             break
     for hook in hooks:
         hook.remove()
-    for name, a in side("A", worn).items():
-        x = torch.cat(seen[name]) if seen[name] else torch.zeros(0, a.shape[1])
-        _, s, vh = torch.linalg.svd(x, full_matrices=False)
-        spanned = int((s > 1e-6 * s[:1]).sum())
-        if spanned < a.shape[0]:
-            raise DataError(
-                f"lora.init_data: its {len(x)} inputs of {name} span {spanned} directions, and the rank is "
-                f"{a.shape[0]}; give more examples"
-            )
-        a.copy_(_signs(vh[: a.shape[0]]) * vh[: a.shape[0]])
+    return seen
 
 
 @torch.no_grad()
 def _settle(worn: Modules, init: str) -> None:
-    """Make a start that is more than a draw the same on every machine: the sign of a row and its column is free."""
+    """Fix the signs of a start from a decomposition, which are free for a row of A and its column of B together.
+
+    So the start is the same on every machine. A start that is merely drawn stays as it is.
+    """
     if init not in ("orthonormal", "pissa", "olora"):
         return
     for a, b in zip(side("A", worn).values(), side("B", worn).values(), strict=True):
         if init == "orthonormal":
             a.copy_(torch.linalg.qr(a.double().T)[0].T)
-        sign = _signs(a)
+        sign = row_signs(a)
         a.mul_(sign)
         b.mul_(sign.T)
 
 
-def _signs(a: Tensor) -> Tensor:
-    """By which the entry of a row that is largest in absolute value becomes positive: (r, 1)."""
-    return torch.where(a.gather(1, a.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0).to(a)
-
-
 def _targets(net: nn.Module, wanted: tuple[str, ...], heads: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The modules to adapt, and how PEFT is told: by the ends of their names, where these catch nothing else."""
-    linear: dict[str, Any] = {n: m for n, m in net.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
-    body = {n: m for n, m in linear.items() if not any(f"{n}.".startswith(f"{head}.") for head in heads)}
-    ends = {name.rsplit(".", 1)[-1] for name in body}
-    if not wanted:
-        wanted = next((names for names in USUAL if ends.issuperset(names)), ("all-linear",))
+    """The modules to adapt, and the names to give PEFT for them.
+
+    PEFT takes ends of names, as the settings do; where these would also catch a module of a head, it gets whole names.
+    Raises `ModelError` for a target that no module has.
+    """
+    linear = _linear_modules(net)
+    body = _outside(heads, linear)
+    wanted = wanted or _usual_targets(body)
     if wanted == ("all-linear",):
-        output: Any = getattr(net, "get_output_embeddings", lambda: None)()
-        found = {n: m for n, m in body.items() if m is not output}
+        found = _all_but_output(net, body)
         return found, list(found)
+    _check_targets(net, wanted, body)
+    caught = [name for name in linear if _ends(name, *wanted)]
+    found = {name: body[name] for name in caught if name in body}
+    return found, list(wanted if len(found) == len(caught) else found)
+
+
+def _linear_modules(net: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)}
+
+
+def _outside(heads: Sequence[str], modules: Modules) -> dict[str, Any]:
+    """The modules that are no head, nor within one."""
+    return {name: modules[name] for name in modules if name not in heads and not _is_inside(name, heads)}
+
+
+def _all_but_output(net: Any, linear: Modules) -> dict[str, Any]:
+    """The linear modules without the layer that scores the words of a language model, if there is one."""
+    output = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
+    return {name: module for name, module in linear.items() if module is not output}
+
+
+def _check_targets(net: nn.Module, wanted: Iterable[str], names: Iterable[str]) -> None:
+    """Raise `ModelError` for a target that none of the names ends with."""
     for target in wanted:
-        if not any(_ends(name, target) for name in body):
+        if not any(_ends(name, target) for name in names):
+            ends = set(map(_last_part, names))
             raise ModelError(f'lora.targets: {type(net).__name__} has no module "{target}"; {nearest(target, ends)}')
-    caught = {n for n in linear if any(_ends(n, target) for target in wanted)}
-    found = {n: m for n, m in body.items() if n in caught}
-    return found, list(wanted) if caught == set(found) else list(found)
 
 
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
+def _usual_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """The attention's modules under the names of a known architecture; of an unknown one, all linear modules."""
+    ends = set(map(_last_part, names))
+    return next((targets for targets in USUAL if ends.issuperset(targets)), ("all-linear",))
+
+
+def _last_part(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _ends(name: str, *ends: str) -> bool:
+    """Does a dotted name end with all the parts of one of these?"""
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Does a module lie within one of these?"""
+    return name.startswith(tuple(f"{module}." for module in modules))
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -173,50 +225,59 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _heads(net: nn.Module, new: Sequence[str]) -> list[str]:
-    """What a classifier has beside its backbone, and what else is new; not what lies within another of these."""
-    prefix = getattr(net, "base_model_prefix", "")
-    own = [name for name, m in net.named_children() if name != prefix and any(True for _ in m.parameters())]
-    every = sorted({*own, *new})
-    return [name for name in every if not any(name.startswith(f"{other}.") for other in every)]
+    """The modules that a classifier has beside its backbone, and any others that are new; none within another."""
+    backbone = getattr(net, "base_model_prefix", "")
+    beside = [name for name, module in net.named_children() if name != backbone and list(module.parameters())]
+    heads = sorted({*beside, *new})
+    return [name for name in heads if not _is_inside(name, heads)]
 
 
 def _matched(lora: LoRAConfig, key: Literal["rank_pattern", "alpha_pattern"], modules: Modules) -> dict[str, float]:
-    """The number of every module that a pattern names, where the name of most parts counts.
+    """The number of every module that a pattern names; of several names for a module, the one of most parts counts.
 
     `layers.0.q_proj` names `model.layers.0.self_attn.q_proj`: its parts stand there in order, and the last is the last.
+    Raises `ModelError` for a name that no module has.
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for short, value in sorted(lora.pattern(key).items(), key=lambda item: item[0].count(".")):
-        named = [name for name in modules if _named(name.split("."), short.split("."))]
+        named = [name for name in modules if _is_short_for(short, name)]
         if not named:
-            known = modules if "." in short else {name.rsplit(".", 1)[-1] for name in modules}
+            known = modules if "." in short else set(map(_last_part, modules))
             raise ModelError(f'lora.{key}: no adapted module has the name "{short}"; {nearest(short, known)}')
-        found |= dict.fromkeys(named, value)
-    return found
+        numbers |= dict.fromkeys(named, value)
+    return numbers
 
 
-def _named(parts: list[str], short: list[str]) -> bool:
-    rest = iter(parts)
-    return parts[-1] == short[-1] and all(part in rest for part in short)
+def _is_short_for(short: str, name: str) -> bool:
+    """Do the parts of a short name occur in this order in the name, the last as its last?"""
+    rest = iter(name.split("."))
+    return _last_part(name) == _last_part(short) and all(part in rest for part in short.split("."))
 
 
 def _check(lora: LoRAConfig, modules: Modules) -> None:
-    """Refuse a rank above full rank, and a start that PEFT cannot take from these weights."""
-    ranks = _matched(lora, "rank_pattern", modules)
-    full = {name: min(_shape(module)) for name, module in modules.items()}
+    """Raise `ModelError` for a rank above full rank, and for a start that PEFT cannot take from these weights."""
+    if lora.kind != "vera":
+        _check_ranks(lora, modules)
     for name, module in modules.items():
-        key, rank = ("lora.rank_pattern", ranks[name]) if name in ranks else ("lora.rank", lora.rank)
-        if lora.kind != "vera" and rank > full[name]:
-            d_out, d_in = _shape(module)
-            raise ModelError(
-                f"{key} = {rank:g} is above the smaller dimension of {name} ({d_out} x {d_in}); "
-                f"choose a rank of at most {min(full.values()) if key == 'lora.rank' else full[name]}"
-            )
         if lora.init == "olora" and _is_conv1d(module):
             raise ModelError(f"lora.init = olora: PEFT cannot take it from {name}, a Conv1D; choose pissa")
         if lora.init == "pissa" and not module.weight.is_floating_point():
             raise ModelError(
                 f"lora.init = pissa: the weight of {name} is quantised; set model.quantize = none, or olora"
+            )
+
+
+def _check_ranks(lora: LoRAConfig, modules: Modules) -> None:
+    ranks = _matched(lora, "rank_pattern", modules)
+    full = {name: min(_shape(module)) for name, module in modules.items()}
+    for name, module in modules.items():
+        rank = ranks.get(name, lora.rank)
+        if rank > full[name]:
+            d_out, d_in = _shape(module)
+            key, most = ("rank_pattern", full[name]) if name in ranks else ("rank", min(full.values()))
+            raise ModelError(
+                f"lora.{key} = {rank:g} is above the smaller dimension of {name} ({d_out} x {d_in}); "
+                f"choose a rank of at most {most}"
             )
 
 

@@ -1,6 +1,6 @@
 """The frozen base model and its tokenizer or image processor, from a folder, the hub or the package itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -18,33 +18,40 @@ TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
 def load(config: ModelConfig, form: Form, seed: int) -> tuple[nn.Module, Any, list[str]]:
-    """The model, its processor, and the modules that the checkpoint did not hold: a new head, drawn from the seed."""
+    """The model, its processor, and the modules that the checkpoint lacks, as a new head, which are drawn by the seed.
+
+    Raises `ModelError` for a model that cannot be loaded, or is of another kind than the data need.
+    """
     source = _source(config.path)
     with seeded(seed), _readable(config.path or str(source)):
-        return (*_load(config, form, source),)
+        return _load(config, form, source)
 
 
 def fingerprint(net: nn.Module) -> str:
-    """A hash by which two parties see whether they have the same base: of names, shapes and up to 1024 of the numbers
-    of every matrix. Weights that are not floats, as quantised ones, are told by their shapes alone."""
+    """A hash by which two parties can tell whether they have the same base.
+
+    It covers names, shapes and up to 1024 numbers of every matrix; of weights that are no floats, as quantised ones,
+    the shapes alone.
+    """
     digest = sha256()
     for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if tensor.is_floating_point():
             flat = tensor.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
-            digest.update(some.contiguous().numpy().tobytes())
+            sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
+            digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def device(config: ModelConfig) -> torch.device:
-    """Where the model runs."""
+    """The device that the model runs on: `model.device`, or with "auto" the GPU if there is one."""
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _source(path: str) -> str:
+    """The folder or hub id to load; of an empty path, the embedded model."""
     if not path:
         return str(TINY)
     folder = Path(path).expanduser()
@@ -57,7 +64,7 @@ def _source(path: str) -> str:
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Turn what transformers says of a model that cannot be had into one sentence."""
+    """Turn the errors with which transformers fails to load a model into a `ModelError` of one sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError) as e:
@@ -76,30 +83,45 @@ def _load(config: ModelConfig, form: Form, source: str) -> tuple[nn.Module, Any,
         AutoTokenizer,
     )
 
-    revision = ({"revision": config.revision} if config.revision else {}) | _cached(source)
-    kind = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **revision, **_quantized(config)}
-    if form.labels:
-        options |= {
-            "num_labels": len(form.labels),
-            "id2label": dict(enumerate(form.labels)),
-            "label2id": {name: i for i, name in enumerate(form.labels)},
-            "ignore_mismatched_sizes": True,
-        }
-    auto = AutoImageProcessor if form.kind == "image" else AutoTokenizer
-    processor = auto.from_pretrained(source, **revision)
-    model = kind.get(form.kind, AutoModelForCausalLM)
-    net, info = model.from_pretrained(source, output_loading_info=True, **options)
+    classes = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+    model_class = classes.get(form.kind, AutoModelForCausalLM)
+    processor_class = AutoImageProcessor if form.kind == "image" else AutoTokenizer
+    where = _revision(config) | _cached(source)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_quantized(config), **_classes(form)}
+    processor = processor_class.from_pretrained(source, **where)
+    net, info = model_class.from_pretrained(source, output_loading_info=True, **options)
     if form.kind != "image":
         _pad(net, processor)
-    new = {name.rsplit(".", 1)[0] for name in (*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"]))}
+    new = _new_modules(info)
     if new and not form.labels:
-        raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(sorted(new))}")
-    return net, processor, sorted(new)
+        raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(new)}")
+    return net, processor, new
+
+
+def _revision(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision} if config.revision else {}
+
+
+def _classes(form: Form) -> dict[str, Any]:
+    """Options for transformers to give the model a head for these classes; none for data without classes."""
+    if not form.labels:
+        return {}
+    return {
+        "num_labels": len(form.labels),
+        "id2label": dict(enumerate(form.labels)),
+        "label2id": {name: i for i, name in enumerate(form.labels)},
+        "ignore_mismatched_sizes": True,
+    }
+
+
+def _new_modules(loading_info: Mapping[str, Any]) -> list[str]:
+    """The modules for which the checkpoint has no weights, or weights of another shape."""
+    mismatched = (name for name, *_ in loading_info["mismatched_keys"])
+    return sorted({name.rsplit(".", 1)[0] for name in (*loading_info["missing_keys"], *mismatched)})
 
 
 def _cached(source: str) -> dict[str, Any]:
-    """What to say where the hub cannot be reached: transformers would try again for most of a minute."""
+    """Options for transformers to load from its cache if the hub is out of reach: it would retry for a minute."""
     from huggingface_hub import HfApi, constants
 
     if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
@@ -112,6 +134,10 @@ def _cached(source: str) -> dict[str, Any]:
 
 
 def _quantized(config: ModelConfig) -> dict[str, Any]:
+    """Options for transformers to quantise the weights as `model.quantize` says; none for "none".
+
+    Raises `ModelError` without a CUDA GPU or without bitsandbytes.
+    """
     if config.quantize == "none":
         return {}
     if not torch.cuda.is_available():
@@ -130,7 +156,8 @@ def _quantized(config: ModelConfig) -> dict[str, Any]:
 
 
 def _pad(net: Any, tokenizer: Any) -> None:
-    """A token to pad with, known to tokenizer and model (a decoder that classifies finds its last token by it)."""
+    """Make sure that tokenizer and model have a token to pad with, by which a decoder that classifies finds the last
+    token; raises `ModelError` if the tokenizer has none that could serve."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""A base model wearing one adapter: read its factors, write factors of any rank. Knows PEFT, as wear and reload do."""
+"""A base model with one adapter, whose factors can be read and replaced by others of any rank."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -13,11 +13,12 @@ from fedlora.data.encoding import Encoder, Example, length
 from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Form
 from fedlora.errors import StrategyError
-from fedlora.lora import LoRA, Side
+from fedlora.lora import LoRA, Side, from_matrices
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
-from . import adapter, base_model
+from . import adapter as wear
+from . import base_model
 from . import offset as offset_module
 from .adapter import NAME, PREFIX
 
@@ -29,37 +30,29 @@ LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": 
 
 
 class Model:
-    """One resident base; adapters are swapped in and out of it."""
+    """A base model that stays in memory while adapters are swapped in and out of it."""
 
     def __init__(self, config: ModelConfig, lora: LoRAConfig, form: Form, seed: int, public: Rows = ()) -> None:
-        """`public` are the rows of `lora.init_data`, of the run's form; only `lora.init = eva` looks at them.
+        """Load the base and attach a fresh adapter.
 
-        Raises `ModelError` where the base cannot be had, or cannot wear the adapter.
+        `public` are the rows of `lora.init_data`, in the run's form; only `lora.init = eva` looks at them. Raises
+        `ModelError` if the base cannot be had, or cannot take the adapter.
         """
         self.form, self.kind = form, lora.kind
         self.device = base_model.device(config)
         net, self.processor, new = base_model.load(config, form, seed)
         self.fingerprint = base_model.fingerprint(net)
-        self.net = adapter.wear(net, lora, form, new, seed)
+        self.net = wear.wear(net, lora, form, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
         self.encoder = Encoder(self.processor, form, config.max_length)
-        self.adapted = adapter.layers(self.net)
+        self.adapted = wear.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
-        self.heads = {
-            f"{name.removeprefix(PREFIX)}.{key}": p
-            for name, module in self.net.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-            for key, p in module.modules_to_save[NAME].named_parameters()
-        }
-        self.extras = {  # DoRA's magnitudes, which are trained with the head
-            f"{m}.lora_magnitude_vector": layer.lora_magnitude_vector[NAME].weight
-            for m, layer in self.adapted.items()
-            if self.kind == "dora"
-        }
+        self.heads = _heads(self.net)
+        self.extras = _magnitudes(self.adapted) if self.kind == "dora" else {}  # trained with the head
         self._sides: dict[str, dict[str, nn.Parameter]] = {
-            "A": adapter.side("A", self.adapted),
-            "B": adapter.side("B", self.adapted),
+            "A": wear.side("A", self.adapted),
+            "B": wear.side("B", self.adapted),
             "R": {},
             "H": {**self.heads, **self.extras},
         }
@@ -68,64 +61,91 @@ class Model:
         self.offset = offset_module.Offset(self.adapted, self.scales, folds)
         self._hooks: list[Any] = []  # of the cores
         if lora.init == "eva":
-            examples = self.encoder(take(public, range(min(adapter.INPUTS, len(public)))))
-            self.net.eval()
-            adapter.eva(self.adapted, (self.logits(self.encoder.collate([e])) for e in examples))
+            self._start_from_inputs(public)
+
+    def _start_from_inputs(self, public: Rows) -> None:
+        """Draw the start of EVA from how the base sees these rows."""
+        examples = self.encoder(take(public, range(min(wear.INPUTS, len(public)))))
+        self.net.eval()
+        wear.eva(self.adapted, (self.logits(self.encoder.collate([e])) for e in examples))
 
     @property
     def size(self) -> int:
-        """Numbers in the base model, without the adapter and without the second copy that PEFT makes of a head."""
-        worn = sum(p.numel() for side in self._sides.values() for p in side.values())
-        return sum(p.numel() for p in self.net.parameters()) - worn
+        """The count of numbers in the base model, without the adapter and the second copy that PEFT makes of a head."""
+        return sum(p.numel() for p in self.net.parameters()) - sum(p.numel() for p in self._parameters())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """All parameters of the adapter, and of the head."""
+        return [p for side in self._sides.values() for p in side.values()]
 
     def memory(self, rank: int, batch_size: int = 16) -> int:
         """Bytes that training at this rank takes, estimated.
 
         These are the base as it is; weight, gradient and the two moments of Adam in float32 of the adapter and head;
-        and the activations of a batch of the longest examples: 17 numbers of the base's type a token, layer and hidden
-        unit (the 34 bytes of Korthikanti et al., https://arxiv.org/abs/2205.05198, without attention scores), and two
-        in float32 a token and word of a language model. The copy of weights that an offset is folded into is not in it.
+        and the activations of a batch of the longest examples. The copy of weights that an offset is folded into is
+        not counted.
+        """
+        adapter = {id(p) for p in self._parameters()}
+        base_tensors = [t for t in (*self.net.parameters(), *self.net.buffers()) if id(t) not in adapter]
+        base_bytes = sum(t.numel() * t.element_size() for t in base_tensors)
+        return int(base_bytes + 16 * self._trained_numbers(rank) + self._activation_bytes(batch_size))
+
+    def _trained_numbers(self, rank: int) -> int:
+        """The count of numbers in an adapter of this rank and in the head."""
+        head = sum(p.numel() for p in self._sides["H"].values())
+        sizes: list[tuple[int, int]] = [(layer.in_features, layer.out_features) for layer in self.adapted.values()]
+        if self.kind == "vera":
+            return head + sum(rank + d_out for _, d_out in sizes)
+        return head + sum(rank * (d_in + d_out) for d_in, d_out in sizes)
+
+    def _activation_bytes(self, batch_size: int) -> int:
+        """Bytes of the activations of a batch of the longest examples.
+
+        These are 17 numbers of the base's type a token, layer and hidden unit (the 34 bytes of Korthikanti et al.,
+        https://arxiv.org/abs/2205.05198, without attention scores), and two in float32 a token and word of a language
+        model.
         """
         shape: Any = self.net.config
-        worn = {id(p) for side in self._sides.values() for p in side.values()}
-        held = [t for t in (*self.net.parameters(), *self.net.buffers()) if id(t) not in worn]
-        sizes = [(layer.in_features, layer.out_features) for layer in self.adapted.values()]
-        trained = sum(rank + d_out if self.kind == "vera" else rank * (d_in + d_out) for d_in, d_out in sizes)
-        trained += sum(p.numel() for p in self._sides["H"].values())
         tokens = batch_size * (_patches(shape) if self.form.kind == "image" else self.encoder.max_length)
         width = getattr(shape, "hidden_size", 0) * getattr(shape, "num_hidden_layers", 0)
         scores = 0 if self.form.labels else 8 * shape.vocab_size
-        kept = tokens * (17 * width * self.net.dtype.itemsize + scores)
-        return int(sum(t.numel() * t.element_size() for t in held) + 16 * trained + kept)
+        return int(tokens * (17 * width * self.net.dtype.itemsize + scores))
 
     def read(self) -> LoRA:
-        """The adapter it wears, on the CPU: A (r, d_in), B (d_out, r), core (r, r) where there is one, head."""
-        return LoRA(
-            **{s: {m: p.detach().to("cpu", copy=True) for m, p in own.items()} for s, own in self._sides.items()}
-        )
+        """A copy of the adapter on the CPU: A (r, d_in), B (d_out, r), core R (r, r) if there is one, and head H."""
+        parameters = ((s, m, p) for s, side in self._sides.items() for m, p in side.items())
+        return from_matrices((s, m, p.detach().to("cpu", copy=True)) for s, m, p in parameters)
 
     def write(
         self, lora: LoRA, offset: tuple[LoRA, ...] = (), gain: Mapping[str, float] = MappingProxyType({})
     ) -> None:
-        """Wear this adapter, over the pretrained weights plus the offset, with module m's s times gain[m].
+        """Replace the adapter by this one, over the pretrained weights plus the offset; module m's s is times gain[m].
 
-        Of A, B and H, a side that it has not stays as it is; cores and gains hold until the next write. Raises
-        `StrategyError` for what this model, or this kind of adapter, cannot wear.
+        A side of A, B and H that `lora` lacks stays as it is; cores, gains and the offset are those of this call alone.
+        Raises `StrategyError` for what this model, or this kind of adapter, cannot take.
         """
         if lora.D:
             offset = (*offset, LoRA(D=lora.D))
-        if (self.kind != "lora" and any(offset)) or (self.kind == "vera" and (lora.R or gain)):
-            raise StrategyError(f"lora.kind = {self.kind} {REFUSALS[self.kind]}; choose lora.kind = lora")
+        self._refuse_what_the_kind_lacks(any(offset), bool(lora.R or gain))
         for letter in "ABH":
-            given = lora.side(letter)
-            for name, p in self._sides[letter].items() if given else ():
-                p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
+            self._replace_side(letter, lora.side(letter))
         if self.kind != "vera":
             self._wear_factors(lora.R, gain)
         self.offset.wear(offset)
 
+    def _refuse_what_the_kind_lacks(self, offset: bool, core_or_gain: bool) -> None:
+        no_offset, no_core = self.kind != "lora", self.kind == "vera"
+        if (offset and no_offset) or (core_or_gain and no_core):
+            raise StrategyError(f"lora.kind = {self.kind} {REFUSALS[self.kind]}; choose lora.kind = lora")
+
+    def _replace_side(self, letter: str, given: Side) -> None:
+        """Copy the given matrices into the model; a side that is empty changes nothing."""
+        if given:
+            for name, p in self._sides[letter].items():
+                p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
+
     def trains(self, sides: str) -> list[nn.Parameter]:
-        """Let gradients reach these sides alone; their parameters, in a fixed order."""
+        """Let gradients reach these sides alone, and return their parameters in a fixed order."""
         for p in self.net.parameters():
             p.requires_grad_(False)
             p.grad = None
@@ -149,20 +169,20 @@ class Model:
         return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Of each example by itself, the mean over its own targets: (examples,)."""
+        """Each example's mean cross-entropy over its own targets: (examples,)."""
         scores, targets = self.logits(batch)
-        each = F.cross_entropy(scores, targets, ignore_index=-100, reduction="none").view(len(batch["labels"]), -1)
-        return each.sum(1) / (targets != -100).view(each.shape).sum(1).clamp(min=1)
+        by_target = F.cross_entropy(scores, targets, ignore_index=-100, reduction="none").view(len(batch["labels"]), -1)
+        return by_target.sum(1) / (targets != -100).view(by_target.shape).sum(1).clamp(min=1)
 
     def targets(self, examples: Sequence[Example]) -> int:
-        """How many predictions these examples ask for."""
+        """The count of predictions that these examples ask for."""
         if self.form.labels:
             return len(examples)
         return sum(int((e["labels"][1:] != -100).sum()) for e in examples)
 
     @torch.no_grad()
     def metrics(self, examples: Sequence[Example], batch_size: int = 32) -> Metrics:
-        """How good the model, as it is worn, is on these examples."""
+        """Loss and accuracy of the model with its present adapter on these examples."""
         self.net.eval()
         classes = len(self.form.labels)
         total = Metrics(0, 0, 0.0, 0, torch.zeros(classes, classes, dtype=torch.int64) if classes else None)
@@ -180,7 +200,7 @@ class Model:
         return total
 
     def _wear_factors(self, cores: Side, gain: Mapping[str, float]) -> None:
-        """What is around A and B: the scale of their product, and the core between them."""
+        """Set the scale of every module's product and the core between its A and B, once A and B are set."""
         while self._hooks:
             self._hooks.pop().remove()
         self._sides["R"] = {}
@@ -196,20 +216,43 @@ class Model:
                 self._hooks.append(a.register_forward_hook(lambda _m, _x, y, core=layer.lora_R: core(y)))
 
     def _fitting(self, letter: str, name: str, given: Side) -> Tensor:
-        """The given matrix, refused where the module cannot wear it; the rank is free, but for VeRA."""
-        p = self._sides[letter][name]
-        fixed = (
-            slice(None) if self.kind == "vera" else {"A": slice(1, None), "B": slice(0, 1), "H": slice(None)}[letter]
-        )
-        if name not in given or given[name].dim() != p.dim() or given[name].shape[fixed] != p.shape[fixed]:
-            got = tuple(given[name].shape) if name in given else "nothing"
-            free = "" if letter == "H" or self.kind == "vera" else ", of any rank"
-            raise StrategyError(f"{letter} of {name}: got {got}, the model takes {tuple(p.shape)}{free}")
-        return given[name]
+        """The given matrix of this module; raises `StrategyError` if there is none, or one of another shape.
+
+        The rank is free, but for VeRA.
+        """
+        wanted = self._sides[letter][name].shape
+        if name in given and _fixed(letter, self.kind, given[name].shape) == _fixed(letter, self.kind, wanted):
+            return given[name]
+        got = tuple(given[name].shape) if name in given else "nothing"
+        free = "" if letter == "H" or self.kind == "vera" else ", of any rank"
+        raise StrategyError(f"{letter} of {name}: got {got}, the model takes {tuple(wanted)}{free}")
+
+
+def _fixed(letter: str, kind: str, shape: torch.Size) -> tuple[int, ...]:
+    """A matrix's shape with -1 for the rank, if that is free: (-1, d_in), (d_out, -1)."""
+    rank_at = {"A": 0, "B": 1}.get(letter)
+    if kind == "vera" or rank_at is None:
+        return tuple(shape)
+    return tuple(-1 if i == rank_at else n for i, n in enumerate(shape))
+
+
+def _heads(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of the modules that are trained whole, by their names in the base."""
+    heads: dict[str, nn.Parameter] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            parameters = module.modules_to_save[NAME].named_parameters()
+            heads |= {f"{name.removeprefix(PREFIX)}.{key}": p for key, p in parameters}
+    return heads
+
+
+def _magnitudes(adapted: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """DoRA's magnitudes, (d_out,) a module."""
+    return {f"{m}.lora_magnitude_vector": layer.lora_magnitude_vector[NAME].weight for m, layer in adapted.items()}
 
 
 def _core(name: str, given: Tensor, a: Tensor) -> nn.Linear:
-    """A layer for the core, refused where it is not as wide as A is high."""
+    """A layer for the core (r, r); raises `StrategyError` if A has another rank."""
     r = a.shape[0]
     if given.shape != (r, r):
         raise StrategyError(f"R of {name}: got {tuple(given.shape)}, with this A the model takes {(r, r)}")
@@ -219,13 +262,13 @@ def _core(name: str, given: Tensor, a: Tensor) -> nn.Linear:
 
 
 def _patches(shape: Any) -> int:
-    """Of an image, as a vision transformer cuts it up; 1 where it does not."""
+    """The count of patches that a vision transformer cuts an image into; 1 for other models."""
     side, patch = getattr(shape, "image_size", 1), getattr(shape, "patch_size", 1)
     return int((side // patch) ** 2) if isinstance(side, int) and isinstance(patch, int) else 1
 
 
 def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Batches of like lengths, so that little is padding."""
+    """Yield batches of examples of like lengths, so that little is padding."""
     ordered = sorted(examples, key=length)
     for i in range(0, len(ordered), size):
         yield list(ordered[i : i + size])

@@ -1,6 +1,6 @@
 """The offset of a model: what is added to its pretrained weights beside the adapter that is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from .adapter import NAME, Modules
 
 
 class Offset:
-    """What is added to the pretrained weights, under the adapter: folded into them, or beside them as a branch."""
+    """The matrices that are added to the pretrained weights: folded into them, or computed beside them.
+
+    A weight in half precision, or a quantised one, would round small residuals away; there the offset is a branch.
+    """
 
     def __init__(self, worn: Modules, scales: Mapping[str, float], folds: bool) -> None:
         self.folds = folds
@@ -23,28 +26,27 @@ class Offset:
         self._beside: dict[str, LoRA] = {}
 
     def wear(self, parts: tuple[LoRA, ...]) -> None:
-        """Wear these parts and no others; those that it wears already, as the same objects, cost nothing."""
-        if len(parts) == len(self._parts) and all(x is y for x, y in zip(parts, self._parts, strict=True)):
+        """Replace the offset by the sum of these parts; the same objects as last time cost nothing."""
+        if list(map(id, parts)) == list(map(id, self._parts)):
             return
-        low = join(*[LoRA(part.A, part.B, R=part.R) for part in parts])
-        dense: dict[str, Tensor] = {}
-        for part in parts:
-            dense |= {m: dense[m] + d if m in dense else d for m, d in part.D.items()}
+        low_rank = join(*[part.only("ABR") for part in parts])
+        whole = LoRA(low_rank.A, low_rank.B, D=_sum_of_dense(parts))
         for name, layer in self._layers.items():
-            device = layer.lora_A[NAME].weight.device
-            sides = {"A": low.A, "B": low.B, "D": dense}
-            own = LoRA(**{s: {name: t[name].to(device, torch.float32)} for s, t in sides.items() if name in t})
+            own = _of_module(whole, name, layer.lora_A[NAME].weight.device)
             if self.folds:
                 self._fold(name, layer, delta(own).get(name))
             else:
-                if name not in self._beside:
-                    layer.register_forward_hook(self._add(name))
-                self._beside[name] = own
+                self._put_beside(name, layer, own)
         self._parts = parts
+
+    def _put_beside(self, name: str, layer: Any, own: LoRA) -> None:
+        if name not in self._beside:
+            layer.register_forward_hook(self._add(name))
+        self._beside[name] = own
 
     @torch.no_grad()
     def _fold(self, name: str, layer: Any, product: Tensor | None) -> None:
-        """Set the weight to W + s times the product, (d_out, d_in), always from W, so that nothing accumulates."""
+        """Set the weight to W + s times the product (d_out, d_in), from a copy of W, so that no errors accumulate."""
         weight = layer.get_base_layer().weight
         if name in self._pretrained:
             weight.copy_(self._pretrained[name])
@@ -53,6 +55,8 @@ class Offset:
             weight.add_(product.T if layer.fan_in_fan_out else product, alpha=self._scales[name])
 
     def _add(self, name: str) -> Any:
+        """A hook that adds what stands beside this module to its output."""
+
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             own, x = self._beside[name], inputs[0].float()
             for a, b in zip(own.A.values(), own.B.values(), strict=True):
@@ -62,3 +66,17 @@ class Offset:
             return output
 
         return add
+
+
+def _sum_of_dense(parts: Iterable[LoRA]) -> dict[str, Tensor]:
+    """The dense matrices of all parts, added up by modules: (d_out, d_in) each."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        total |= {m: total[m] + d if m in total else d for m, d in part.D.items()}
+    return total
+
+
+def _of_module(offset: LoRA, name: str, device: torch.device) -> LoRA:
+    """One module's factors and dense matrix, those that there are, in float32 on a device."""
+    sides = {s: offset.side(s) for s in "ABD"}
+    return LoRA(**{s: {name: t[name].to(device, torch.float32)} for s, t in sides.items() if name in t})

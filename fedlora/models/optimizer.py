@@ -1,4 +1,4 @@
-"""How a client's optimizer steps, whether its gradients are private or not: rates, groups, schedule, FedProx."""
+"""A client's optimizer, for private and plain gradients alike: rates, parameter groups, schedule, FedProx."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, cos, pi
@@ -12,41 +12,47 @@ from .model import Model
 
 
 def attract(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
-    """Add the gradient of FedProx's mu/2 times the squared distance to the start."""
-    for p, p0 in zip(parameters, start, strict=True) if mu else ():
+    """Add to the gradients that of FedProx's term, mu/2 times the squared distance to the start."""
+    if not mu:
+        return
+    for p, p0 in zip(parameters, start, strict=True):
         if p.grad is not None:
             p.grad.add_(p.detach() - p0, alpha=mu)
 
 
 def make(training: Training, model: Model, sides: Mapping[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """A group for each learning rate there is, as it is where the schedule's factor is one."""
+    """The optimizer of these parameters, with one group for each learning rate.
+
+    A group's `full_lr` is its rate before the schedule's factor: `lr`, for B `lr` times `lora_plus` (LoRA+), for a
+    head `head_lr` if it is set.
+    """
     heads = {id(p) for p in model.heads.values()}  # side H may hold other things too
-    groups: dict[float, list[nn.Parameter]] = {}
+    by_rate: dict[float, list[nn.Parameter]] = {}
     for side, parameters in sides.items():
+        rate = training.lr * (training.lora_plus if side == "B" else 1)
         for p in parameters:
-            rate = training.lr * (training.lora_plus if side == "B" else 1)
-            groups.setdefault((training.head_lr or rate) if id(p) in heads else rate, []).append(p)
-    each = [{"params": ps, "full_lr": rate} for rate, ps in groups.items()]
+            by_rate.setdefault(training.head_lr or rate if id(p) in heads else rate, []).append(p)
+    groups = [{"params": parameters, "full_lr": rate} for rate, parameters in by_rate.items()]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(each, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(each, lr=training.lr, weight_decay=training.weight_decay)
+        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, training: Training, progress: float) -> None:
-    """Give every group its learning rate at this share of the whole run."""
+    """Set every group's learning rate for this share, 0 to 1, of the whole run."""
     for group in optimizer.param_groups:
         group["lr"] = group["full_lr"] * factor(training, progress)
 
 
 def count_steps(training: Training, n: int) -> int:
-    """Optimizer steps of a client with n examples in a round."""
+    """The count of optimizer steps of a client with n examples in one round."""
     if training.steps:
         return training.steps
     return max(1, round(training.epochs * ceil(n / (training.batch_size * training.accumulate))))
 
 
 def factor(training: Training, progress: float) -> float:
-    """The learning rate's factor at this share of the whole run, so that the schedule goes on over the rounds."""
+    """The schedule's factor of the learning rate at this share, 0 to 1, of the whole run: it goes on over rounds."""
     if progress < training.warmup:
         return progress / training.warmup
     left = (1 - progress) / (1 - training.warmup) if training.warmup < 1 else 1.0

@@ -1,7 +1,8 @@
-"""What was exported, loaded as a stranger would: by PEFT on a base that has seen nothing of the run, or as a model."""
+"""An exported adapter or model, loaded as a stranger loads it: on a base that has seen nothing of the run."""
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -18,35 +19,36 @@ from fedlora.errors import ModelError, nearest
 from fedlora.lora import LoRA, compact
 from fedlora.sections import ModelConfig
 
-from . import adapter, base_model
+from . import adapter as wear
+from . import base_model
 from .adapter import NAME, PREFIX
 from .model import LETTERS, Model
 
-SEED = 2**31 - 1  # not the run's: a head that was left out of the export is then another one
+SEED = 2**31 - 1  # not the run's, so that a head that the export has forgotten gives other logits
 
 
 def load_adapter(config: ModelConfig, form: Form, folder: Path) -> nn.Module:
-    """A clean base wearing the PEFT adapter in `folder`."""
-    net: nn.Module = _worn(base_model.load(config, form, SEED)[0], folder)
+    """A freshly loaded base with the PEFT adapter in `folder`."""
+    net: nn.Module = _with_adapter(base_model.load(config, form, SEED)[0], folder)
     return net
 
 
 def load_merged(config: ModelConfig, form: Form, folder: Path) -> nn.Module:
-    """The whole model in `folder`."""
+    """The model in `folder`, which has the adapter in its weights."""
     net, _, _ = base_model.load(replace(config, path=str(folder.absolute()), revision=""), form, SEED)
     return net
 
 
 def merge(config: ModelConfig, form: Form, folder: Path) -> None:
-    """Put in place of the adapter in `folder` the base with the adapter in its weights, and its processor."""
+    """Replace the adapter in `folder` by the base with the adapter in its weights, and by the base's processor."""
     net, processor, _ = base_model.load(config, form, SEED)
-    whole = _worn(net, folder).merge_and_unload()
+    whole = _with_adapter(net, folder).merge_and_unload()
     shutil.rmtree(folder)
     whole.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
 
 
-def _worn(net: nn.Module, folder: Path) -> Any:
+def _with_adapter(net: nn.Module, folder: Path) -> Any:
     loaded: Any = PeftModel  # untyped
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
@@ -78,10 +80,14 @@ def _config_of(model: Model, lora: LoRA) -> Any:
     config.use_rslora = False
     config.r = max(ranks.values())
     config.lora_alpha = max(alphas.values())
-    config.rank_pattern = adapter.exactly({m: r for m, r in ranks.items() if r != config.r})
-    config.alpha_pattern = adapter.exactly({m: alpha for m, alpha in alphas.items() if alpha != config.lora_alpha})
+    config.rank_pattern = wear.exactly(_all_but(config.r, ranks))
+    config.alpha_pattern = wear.exactly(_all_but(config.lora_alpha, alphas))
     config.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
     return config
+
+
+def _all_but(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
+    return {m: number for m, number in numbers.items() if number != usual}
 
 
 def load_peft(model: Model, folder: Path) -> LoRA:
