@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain
 from typing import Any, Literal
 
 from fedlora.jobs import Client
@@ -13,14 +14,16 @@ from .rows import Rows
 
 
 def fingerprint(rows: Rows, columns: Sequence[str]) -> str:
-    """A hash of what is in these columns, whatever the order of the rows. It stays with the client: of few or short
-    records a hash would give them away."""
-    each = sorted(sha256(repr([_content(row[c]) for c in columns]).encode()).digest() for row in rows)
-    return sha256(b"".join(each)).hexdigest()
+    """A hash of the values in these columns, which does not depend on the order of the rows.
+
+    It stays with the client, as from the hash of few or short records these could be guessed.
+    """
+    by_row = sorted(sha256(repr([_content(row[c]) for c in columns]).encode()).digest() for row in rows)
+    return sha256(b"".join(by_row)).hexdigest()
 
 
 def _content(value: Any) -> Any:
-    """What tells one value from another: of an image its pixels, or the file's bytes."""
+    """A value as text, numbers and hashes; of an image its pixels, or the file's bytes."""
     if isinstance(value, Mapping):
         return [(key, _content(value[key])) for key in sorted(value)]
     if isinstance(value, bytes):
@@ -41,24 +44,26 @@ class Site:
 
     @cached_property
     def train(self) -> list[Example]:
-        return [example for row in self._by_row for example in row]
+        """The examples to train on."""
+        return list(chain.from_iterable(self._by_row))
 
     @cached_property
     def heldout(self) -> list[Example]:
+        """The examples that the client holds out for an evaluation."""
         return self.encoder(self.heldout_rows)
 
     @cached_property
     def records(self) -> Records:
-        """What a private run protects, one after another."""
+        """The records that a private run protects: each a list of its examples."""
         return self._by_row if self.unit == "row" else [[example] for example in self.train]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which data these are, for the ledger."""
+        """The hash by which a ledger knows these data again."""
         return fingerprint(self.train_rows, self.encoder.form.columns)
 
     def client(self, id: int, rank: int) -> Client:
-        """What the server is told of this client."""
+        """The client as the server knows it: its counts and its rank."""
         records = len(self.train_rows) if self.unit == "row" else len(self.train)
         return Client(id, len(self.train_rows), rank, records)
 

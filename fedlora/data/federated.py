@@ -10,7 +10,7 @@ from . import python_stdlib
 from .partition import hold_out, split
 from .rows import Rows as Rows
 from .rows import pool, take
-from .schema import PLAIN_TEXT, Form, _check, _check_labels, _declared_form, _form, _labelled, _values
+from .schema import PLAIN_TEXT, Form, check_tables, declared_schema, labels_in, schema_of
 from .sources import Table
 from .sources import tables as read
 
@@ -39,7 +39,7 @@ def load(data: DataConfig, task: str, clients: int, seed: int) -> Federated:
         tables, form = [], PLAIN_TEXT
         shares, evaluation = _library(data, task, clients)
     if data.eval:
-        known = form.classes() if data.labels else _values(tables, form)
+        known = form.classes() if data.labels else labels_in(tables, form)
         evaluation = _read_as(form, data.eval, data.limit, known)
     kept, held = hold_out(shares, data.holdout, seed, "data.holdout")
     return Federated(form, tuple(kept), tuple(held), evaluation)
@@ -56,7 +56,7 @@ def server(data: DataConfig, task: str, embedded: bool) -> Federated:
     elif embedded:
         form, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
     else:
-        form, evaluation = _declared_form(data, task), ()
+        form, evaluation = declared_schema(data, task), ()
     return Federated(form, clients=(), heldout=(), evaluation=evaluation)
 
 
@@ -93,15 +93,13 @@ def public(path: str, form: Form) -> Rows:
 def _read_tables(path: str, data: DataConfig, task: str) -> tuple[list[Table], Form]:
     """The tables at `path`, and the form that the settings and the columns give them."""
     tables = read(path, data.limit)
-    return tables, _labelled(_form(data, task, tables[0]), data, tables)
+    return tables, schema_of(tables, data, task)
 
 
 def _read_as(form: Form, path: str, limit: int, classes: Container[str]) -> Rows:
     """The rows at `path`, which must have this form and no class but these."""
     tables = read(path, limit)
-    for table in tables:
-        _check(table, form)
-        _check_labels(table, form, classes)
+    check_tables(tables, form, classes)
     return _pooled(tables)
 
 

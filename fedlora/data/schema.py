@@ -46,7 +46,7 @@ class Form:
 PLAIN_TEXT = Form("text", ("text",))  # of Python's standard library, the data that are embedded
 
 
-def _declared_form(data: DataConfig, task: str) -> Form:
+def declared_schema(data: DataConfig, task: str) -> Form:
     """The form that the settings declare to a server that has no data; columns have their usual names."""
     if not data.labels:
         if task in ("auto", "lm"):
@@ -55,6 +55,21 @@ def _declared_form(data: DataConfig, task: str) -> Form:
     if task == "image":
         return Form("image", ("image", "label"), data.labels)
     return Form("label", ("text", "label"), data.labels)
+
+
+def schema_of(tables: Sequence[Table], data: DataConfig, task: str) -> Form:
+    """The meaning of the tables' columns, with the names of the classes, after a look at every row.
+
+    Raises `DataError` and `ConfigError` for data that cannot be used, with their place.
+    """
+    return _labelled(_form(data, task, tables[0]), data, tables)
+
+
+def check_tables(tables: Sequence[Table], form: Form, classes: Container[str]) -> None:
+    """Raise `DataError` for the first row that does not fit the form, or has another class than these."""
+    for table in tables:
+        _check(table, form)
+        _check_labels(table, form, classes)
 
 
 def _form(data: DataConfig, task: str, table: Table) -> Form:
@@ -146,11 +161,11 @@ def _dataset_classes(table: Table, form: Form) -> tuple[str, ...]:
 
 def _found_classes(tables: Sequence[Table], form: Form) -> tuple[str, ...]:
     """The classes that occur in the data, in order: numbers by size, names by the alphabet."""
-    found = sorted(_values(tables, form))
+    found = sorted(labels_in(tables, form))
     return tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
 
 
-def _values(tables: Sequence[Table], form: Form) -> set[str]:
+def labels_in(tables: Sequence[Table], form: Form) -> set[str]:
     """The labels as they stand in the data."""
     return {str(value) for table in tables for value in column(table.rows, form.columns[-1])}
 

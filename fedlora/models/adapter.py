@@ -28,7 +28,6 @@ INITS: dict[str, Any] = {"gaussian": "gaussian", "orthonormal": "gaussian", "pis
 FROM_WEIGHTS = ("pissa", "olora")  # starts for which PEFT takes A and B out of the weights, and changes these
 INPUTS = 1024  # of a module, that eva looks at
 
-
 Modules = Mapping[str, Any]  # name -> module of the base, or PEFT's layer around it
 
 
@@ -45,7 +44,8 @@ def wear(net: nn.Module, lora: LoRAConfig, form: Form, new: Sequence[str], seed:
     config.target_modules = set(targets)
     config.modules_to_save = heads or None
     config.task_type = TASKS.get(form.kind, TaskType.CAUSAL_LM)
-    # A strategy that wants the weights less the start has to subtract it itself, as every client has the same base.
+    # PEFT subtracts the start of PiSSA and OLoRA from the weights. Here the weights are restored, as every client has
+    # the same base, and a strategy subtracts the start (see strategies/anchored.py).
     before = _weights(modules) if lora.init in FROM_WEIGHTS else []
     with seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so

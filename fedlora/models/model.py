@@ -19,14 +19,13 @@ from fedlora.sections import LoRAConfig, ModelConfig
 
 from . import adapter as wear
 from . import base_model
-from . import offset as offset_module
 from .adapter import NAME, PREFIX
+from .offset import Offset
 
 REFUSALS = {
     "dora": "takes no offset: its magnitudes are those of W + s B A, and would scale what else is added to W",
     "vera": "takes no offset, core or gain: a client trains two vectors a module, beside A and B that are fixed",
 }
-LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": "B"}
 
 
 class Model:
@@ -58,7 +57,7 @@ class Model:
         }
         # A weight in half precision, or quantised, would swallow small residuals: there they stay beside it.
         folds = config.quantize == "none" and config.dtype == "float32"
-        self.offset = offset_module.Offset(self.adapted, self.scales, folds)
+        self.offset = Offset(self.adapted, self.scales, folds)
         self._hooks: list[Any] = []  # of the cores
         if lora.init == "eva":
             self._start_from_inputs(public)

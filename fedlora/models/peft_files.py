@@ -1,4 +1,4 @@
-"""An exported adapter or model, loaded as a stranger loads it: on a base that has seen nothing of the run."""
+"""Adapters in PEFT's files: written from a model, read back into it, and loaded by PEFT alone as a stranger does."""
 
 import shutil
 import warnings
@@ -22,8 +22,9 @@ from fedlora.sections import ModelConfig
 from . import adapter as wear
 from . import base_model
 from .adapter import NAME, PREFIX
-from .model import LETTERS, Model
+from .model import Model
 
+LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": "B"}
 SEED = 2**31 - 1  # not the run's, so that a head that the export has forgotten gives other logits
 
 
