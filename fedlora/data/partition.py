@@ -60,7 +60,7 @@ class Draw:
         return _codes(column(self.rows, self.label))
 
 
-def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> Shares:
+def split(rows: Rows, spec: str, *, clients: int, label: str | None, seed: int) -> Shares:
     """The numbers of each client's rows, ascending: every row falls to exactly one client, and no client has none.
 
     `spec` is as in the head of this module, or `auto`, which is `iid`; `label` is the column that holds the class;
@@ -72,14 +72,14 @@ def split(rows: Rows, spec: str, clients: int, label: str | None, seed: int) -> 
         raise ConfigError(f'data.partition = "{spec}": there is no such partition; {nearest(name, SPECS)}')
     if name != "natural" and not 1 <= clients <= len(rows):
         raise DataError(f"{len(rows)} examples cannot be shared among {clients} clients; ask for 1 to {len(rows)}")
-    shares = [sorted(share) for share in SPECS[name](Draw(rows, spec, clients, label, seed))]
+    shares = [sorted(share) for share in SPECS[name](Draw(rows, spec, clients=clients, label=label, seed=seed))]
     if not (all(shares) and sorted(chain.from_iterable(shares)) == list(range(len(rows)))):
         raise DataError(f'data.partition = "{spec}" leaves out a row or a client; ask for fewer clients, or for iid')
     return shares
 
 
 def hold_out(
-    parts: Sequence[Rows], share: float, seed: int, purpose: str, first: int = 0
+    parts: Sequence[Rows], share: float, purpose: str, *, seed: int, first: int = 0
 ) -> tuple[list[Rows], list[Rows]]:
     """The rows that every part keeps, and the rows that are held out of it: a share of them, one or more but never all.
 

@@ -53,7 +53,7 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
     config = localise(config)
-    rows = federated.load(config.data, config.model.task, config.clients, config.seed)
+    rows = federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed)
     config = resolve(config, rows.form, len(rows.clients))
     return assemble(config, rows, ids=config.clients)
 
@@ -182,7 +182,7 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) ->
     config = localise(_merged(settings, mine))
     if id >= config.clients and not config.data.path:
         raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
-    rows = federated.client(config.data, config.model.task, id, config.clients, config.seed)
+    rows = federated.client(config.data, config.model.task, id=id, clients=config.clients, seed=config.seed)
     setup = assemble(config, rows, ids=max(id + 1, config.clients))
     return Party(setup.model, setup.sites[0], setup.ranks[id])
 

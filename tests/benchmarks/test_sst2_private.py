@@ -61,6 +61,6 @@ def test_its_settings_exist(tmp_path: Path) -> None:
 
 def test_the_docs_have_the_table_of_the_runs_that_are_kept() -> None:
     root = Path(__file__).parents[2]
-    results = json.loads((root / "simulations" / "sst2_private.json").read_text())["runs"]
+    results = json.loads((root / "benchmarks" / "sst2_private.json").read_text())["runs"]
     docs = (root / "docs" / "privacy.md").read_text()
     assert table(lines(), results) in docs and f"has all {sum(map(len, results.values()))} runs" in docs

@@ -227,7 +227,7 @@ def test_sst2_is_encoded_row_by_row_by_a_real_encoder(real_data: Path, minilm: P
     from transformers import AutoTokenizer
 
     data = DataConfig(path=str(real_data / "sst2" / "val.jsonl"), eval_share=0.0)
-    federated = load(data, "auto", 1, 0)
+    federated = load(data, "auto", clients=1, seed=0)
     t = AutoTokenizer.from_pretrained(minilm)
     examples = Encoder(t, federated.form, 128)(federated.clients[0])
     assert len(examples) == 872

@@ -14,6 +14,8 @@ from fedlora.data.federated import Federated, load
 from fedlora.errors import ConfigError, DataError
 from fedlora.sections import DataConfig
 
+IMPORT = "from fedlora.data.federated import load; from fedlora.sections import DataConfig"
+
 
 def jsonl(path: Path, *rows: Any) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -25,7 +27,7 @@ def labelled(n: int, classes: int = 2) -> list[dict[str, Any]]:
 
 
 def read(path: str, clients: int = 2, task: str = "auto", **settings: Any) -> Federated:
-    return load(DataConfig(path=path, **{"eval_share": 0.0, **settings}), task, clients, 0)
+    return load(DataConfig(path=path, **{"eval_share": 0.0, **settings}), task, clients=clients, seed=0)
 
 
 def everything(federated: Federated) -> list[dict[str, Any]]:
@@ -34,7 +36,7 @@ def everything(federated: Federated) -> list[dict[str, Any]]:
 
 
 def test_without_a_path_the_standard_library_is_the_data() -> None:
-    federated = load(DataConfig(), "auto", 0, 0)
+    federated = load(DataConfig(), "auto", clients=0, seed=0)
     assert federated.form.kind == "text"
     assert len(federated.clients) == len(federated.heldout) == 50
     assert {"text", "package", "path"} == set(federated.clients[0][0]) == set(federated.evaluation[0])
@@ -42,7 +44,7 @@ def test_without_a_path_the_standard_library_is_the_data() -> None:
 
 
 def test_the_embedded_data_does_not_wait_for_datasets() -> None:
-    code = "import sys; from fedlora.data import *; load(DataConfig(), 'auto', 3, 0); print(*sys.modules)"
+    code = f"import sys; {IMPORT}; load(DataConfig(), 'auto', clients=3, seed=0); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"fedlora.data.python_stdlib"} <= set(loaded)
     assert not {"datasets", "pandas", "flwr_datasets", "pyarrow"} & set(loaded)
@@ -55,11 +57,13 @@ def test_the_embedded_data_does_not_wait_for_datasets() -> None:
 ])  # fmt: skip
 def test_the_embedded_data_refuse_what_they_cannot_do(task: str, clients: int, settings: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load(DataConfig(**settings), task, clients, 0)
+        load(DataConfig(**settings), task, clients=clients, seed=0)
 
 
 def test_the_embedded_data_may_be_evaluated_on_others_and_held_out_from(tmp_path: Path) -> None:
-    federated = load(DataConfig(eval=jsonl(tmp_path / "e.jsonl", {"text": "x = 1"}), holdout=0.1), "lm", 20, 0)
+    federated = load(
+        DataConfig(eval=jsonl(tmp_path / "e.jsonl", {"text": "x = 1"}), holdout=0.1), "lm", clients=20, seed=0
+    )
     assert [dict(row) for row in federated.evaluation] == [{"text": "x = 1"}]
     assert all(map(len, federated.heldout))
 
@@ -117,7 +121,9 @@ def test_with_a_file_a_client_the_evaluation_is_taken_from_each(tmp_path: Path) 
 
 def test_the_seed_alone_decides_the_draw(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "all.jsonl", *labelled(50))
-    first, again, other = (load(DataConfig(path=path, holdout=0.2), "auto", 3, seed).clients for seed in (1, 1, 2))
+    first, again, other = (
+        load(DataConfig(path=path, holdout=0.2), "auto", clients=3, seed=seed).clients for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 
@@ -274,7 +280,7 @@ def test_parquet_and_a_saved_dataset_are_read_as_what_they_were(tmp_path: Path) 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_id_that_cannot_be_had_is_one_sentence_soon(offline: str) -> None:
-    code = "from fedlora.data import *; load(DataConfig(path='nobody/nothing-at-all'), 'auto', 0, 0)"
+    code = f"{IMPORT}; load(DataConfig(path='nobody/nothing-at-all'), 'auto', clients=0, seed=0)"
     environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

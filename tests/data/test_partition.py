@@ -25,7 +25,7 @@ def rows(n: int, classes: int = 3) -> list[dict[str, Any]]:
 
 
 def shared(data: list[dict[str, Any]], spec: str, clients: int, seed: int) -> list[list[int]]:
-    return split(data, spec, 0 if spec.startswith("natural") else clients, "label", seed)
+    return split(data, spec, clients=0 if spec.startswith("natural") else clients, label="label", seed=seed)
 
 
 @given(st.sampled_from(SPECS), st.integers(1, 90), st.integers(1, 9), st.integers(2, 12), st.integers(0, 2**40))
@@ -54,7 +54,7 @@ def test_another_seed_is_another_partition(spec: str) -> None:
 
 
 def test_iid_is_even_and_not_in_the_order_of_the_file() -> None:
-    shares = split(rows(103), "iid", 10, None, 0)
+    shares = split(rows(103), "iid", clients=10, label=None, seed=0)
     assert {len(share) for share in shares} == {10, 11}
     assert shares[0] != list(range(11))
 
@@ -62,19 +62,19 @@ def test_iid_is_even_and_not_in_the_order_of_the_file() -> None:
 @given(st.integers(1, 6), st.integers(6, 30), st.integers(0, 99))
 def test_every_client_has_exactly_as_many_labels_as_asked_for(each: int, clients: int, seed: int) -> None:
     data = rows(600, 6)
-    shares = split(data, f"labels:{each}", clients, "label", seed)
+    shares = split(data, f"labels:{each}", clients=clients, label="label", seed=seed)
     assert {len({data[i]["label"] for i in share}) for share in shares} == {each}
 
 
 def test_few_labels_reach_all_classes_with_fewer_clients_than_classes() -> None:
     data = rows(770, 77)
-    shares = split(data, "labels:2", 39, "label", 0)
+    shares = split(data, "labels:2", clients=39, label="label", seed=0)
     assert len({data[i]["label"] for share in shares for i in share}) == 77
 
 
 def test_a_small_alpha_sets_the_clients_further_apart() -> None:
     def largest_class(spec: str) -> float:
-        shares = split(data, spec, 5, "label", 0)
+        shares = split(data, spec, clients=5, label="label", seed=0)
         return float(np.mean([max(Counter(data[i]["label"] for i in s).values()) / len(s) for s in shares]))
 
     data = rows(3000, 10)
@@ -83,14 +83,14 @@ def test_a_small_alpha_sets_the_clients_further_apart() -> None:
 
 def test_a_natural_partition_has_a_client_for_every_value() -> None:
     data = rows(20)
-    shares = split(data, "natural:user", 4, None, 0)
+    shares = split(data, "natural:user", clients=4, label=None, seed=0)
     assert [{data[i]["user"] for i in share} for share in shares] == [{0}, {1}, {2}, {3}]
 
 
 def test_sizes_follow_the_skew() -> None:
-    sizes = [len(share) for share in split(rows(1000), "size:linear", 4, None, 0)]
+    sizes = [len(share) for share in split(rows(1000), "size:linear", clients=4, label=None, seed=0)]
     assert sizes == [100, 200, 300, 400]
-    assert [len(share) for share in split(rows(300), "size:2", 2, None, 0)] == [60, 240]
+    assert [len(share) for share in split(rows(300), "size:2", clients=2, label=None, seed=0)] == [60, 240]
 
 
 BAD = "random dirichlet dirichlet:x dirichlet:0 dirichlet:nan labels:0 labels:two natural size:big size:-1 iid:3 files"
@@ -99,7 +99,7 @@ BAD = "random dirichlet dirichlet:x dirichlet:0 dirichlet:nan labels:0 labels:tw
 @pytest.mark.parametrize("spec", [*BAD.split(), "natural:user"])
 def test_a_spec_that_is_none_is_refused_by_name(spec: str) -> None:
     with pytest.raises(ConfigError, match=spec if spec != "natural:user" else "clients = 7"):
-        split(rows(100), spec, 7, "label", 0)
+        split(rows(100), spec, clients=7, label="label", seed=0)
 
 
 @pytest.mark.parametrize(("spec", "clients", "says"), [
@@ -113,23 +113,23 @@ def test_a_spec_that_is_none_is_refused_by_name(spec: str) -> None:
 ])  # fmt: skip
 def test_what_the_rows_do_not_allow_is_said_in_a_sentence(spec: str, clients: int, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        split(rows(100), spec, clients, "label", 0)
+        split(rows(100), spec, clients=clients, label="label", seed=0)
 
 
 def test_a_partition_by_class_wants_a_label() -> None:
     with pytest.raises(ConfigError, match=r"set data\.label"):
-        split(rows(10), "dirichlet:1", 2, None, 0)
+        split(rows(10), "dirichlet:1", clients=2, label=None, seed=0)
 
 
 def test_examples_without_an_owner_are_counted() -> None:
     with pytest.raises(DataError, match="1 of 5 examples have no user"):
-        split([*rows(4), {"text": "", "user": None}], "natural:user", 0, None, 0)
+        split([*rows(4), {"text": "", "user": None}], "natural:user", clients=0, label=None, seed=0)
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.floats(0.001, 0.999), st.integers(0, 99))
 def test_what_is_held_out_is_some_and_never_all(sizes: list[int], share: float, seed: int) -> None:
     parts = [rows(n) for n in sizes]
-    kept, held = hold_out(parts, share, seed, "data.holdout")
+    kept, held = hold_out(parts, share, "data.holdout", seed=seed)
     for part, stays, out in zip(parts, kept, held, strict=True):
         assert len(stays) and len(out)
         assert sorted(r["text"] for r in [*stays, *out]) == sorted(r["text"] for r in part)
@@ -138,14 +138,14 @@ def test_what_is_held_out_is_some_and_never_all(sizes: list[int], share: float, 
 
 def test_nothing_is_held_out_of_a_single_example() -> None:
     with pytest.raises(DataError, match=r"data\.holdout = 0\.1 takes the one example of client 1"):
-        hold_out([rows(5), rows(1)], 0.1, 0, "data.holdout")
+        hold_out([rows(5), rows(1)], 0.1, "data.holdout", seed=0)
 
 
 def test_banking77_is_shared_out_in_well_under_five_seconds(real_data: Path) -> None:
     data = DataConfig(path=str(real_data / "banking77" / "train.csv"), eval_share=0.0, partition="dirichlet:0.5")
-    split(rows(10), "iid", 2, None, 0)  # the import is not what is measured
+    split(rows(10), "iid", clients=2, label=None, seed=0)  # the import is not what is measured
     begin = time.perf_counter()
-    federated = load(data, "classify", 50, 0)
+    federated = load(data, "classify", clients=50, seed=0)
     assert time.perf_counter() - begin < 5
     assert sum(map(len, federated.clients)) == 10003
     assert len(federated.form.labels) == 77
