@@ -209,17 +209,17 @@ def _is_enough(got: Gathered, asked: int, t: int, plan: Plan) -> bool:
 
 
 def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
-    """The clients of round t; who has joined as many rounds as its noise is for is not asked again."""
+    """The clients of round t; a client that has joined as many rounds as its noise is for is not asked again."""
     clients = fleet.clients()
     if plan.central:
         return plan.central.sample(clients, t)
     if plan.terms:
         clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.joins]
-        if not clients:
-            raise RoundFailed(
-                f"round {t + 1}: every client has joined dp.joins = {plan.terms.joins} rounds, and has no budget for "
-                "more; the rounds before are kept"
-            )
+    if plan.terms and not clients:
+        raise RoundFailed(
+            f"round {t + 1}: every client has joined dp.joins = {plan.terms.joins} rounds, and has no budget for "
+            "more; the rounds before are kept"
+        )
     return sample(clients, plan.cohort, plan.seed, t)
 
 
@@ -237,11 +237,16 @@ def sample(clients: Sequence[Client], cohort: int, seed: int, t: int) -> list[Cl
 
 
 def split(jobs: Mapping[int, Job], answers: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
-    """The answers that are one, in the order of the jobs, and the reasons for the others."""
-    good = {i: answers[i] for i in jobs if i in answers and not isinstance(answers[i], Failure)}
-    bad = {i: getattr(answers.get(i), "reason", "no answer") for i in jobs if i not in good}
-    for i, reason in bad.items():
-        log.warning("client %d failed: %s", i, reason)
+    """The answers that clients gave, in the order of the jobs, and why the other clients gave none."""
+    good: dict[int, Any] = {}
+    bad: dict[int, str] = {}
+    for i in jobs:
+        answer = answers.get(i, Failure("no answer"))
+        if isinstance(answer, Failure):
+            bad[i] = answer.reason
+            log.warning("client %d failed: %s", i, answer.reason)
+        else:
+            good[i] = answer
     return good, bad
 
 
@@ -252,39 +257,45 @@ def stalled(losses: Sequence[float], patience: int) -> bool:
 
 def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
     """The adapter of a state; refused where no client could load it, naming the matrix."""
-    name, adapter = type(strategy).__name__, strategy.adapter(state)
+    adapter = strategy.adapter(state)
+    for misfit in _misfits(adapter, like):
+        raise StrategyError(f"round {t + 1}: strategy {type(strategy).__name__} returned {misfit}")
+    for _, module, matrix in adapter.matrices():
+        if not bool(torch.isfinite(matrix).all()):
+            raise StrategyError(f"round {t + 1}: the new adapter is not finite at {module}; a lower train.lr may help")
+    return adapter
+
+
+def _misfits(adapter: LoRA, like: LoRA) -> Iterator[str]:
+    """What of an adapter does not fit the modules of another, with what they take."""
     for m in like.A:
         a, b = adapter.A.get(m), adapter.B.get(m)
         if a is None or b is None:
-            raise StrategyError(f"round {t + 1}: strategy {name} returned no {'A' if a is None else 'B'} for {m}")
-        if not _fits(a, b, like.A[m], like.B[m]):
-            d_in, d_out = like.A[m].shape[-1], like.B[m].shape[0]
-            want = f"A (r, {d_in}) and B ({d_out}, r)" if a.dim() > 1 else f"A ({d_in},) and B ({d_out},)"
-            raise StrategyError(
-                f"round {t + 1}: strategy {name} returned A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; "
-                f"it takes {want}"
-            )
+            yield f"no {'A' if a is None else 'B'} for {m}"
+        elif not _fits(a, b, like.A[m], like.B[m]):
+            takes = _factors_of(a.dim(), d_in=like.A[m].shape[-1], d_out=like.B[m].shape[0])
+            yield f"A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; it takes {takes}"
     for m, h in like.H.items():
         got = adapter.H.get(m)
         if got is None or got.shape != h.shape:
-            there = "nothing" if got is None else tuple(got.shape)
-            raise StrategyError(f"round {t + 1}: strategy {name} returned {there} for {m}; it takes {tuple(h.shape)}")
-    for side in (adapter.A, adapter.B, adapter.H):
-        for m, x in side.items():
-            if not bool(torch.isfinite(x).all()):
-                raise StrategyError(f"round {t + 1}: the new adapter is not finite at {m}; a lower train.lr may help")
-    return adapter
+            yield f"{'nothing' if got is None else tuple(got.shape)} for {m}; it takes {tuple(h.shape)}"
+
+
+def _factors_of(dimensions: int, *, d_in: int, d_out: int) -> str:
+    """The shapes of A and B that a module of this size takes, in words: matrices, or VeRA's vectors."""
+    if dimensions > 1:
+        return f"A (r, {d_in}) and B ({d_out}, r)"
+    return f"A ({d_in},) and B ({d_out},)"
 
 
 def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
     """Are these two factors of one rank, or two vectors (VeRA), for a module of this shape?"""
     if like_a.dim() == 1:
         return a.shape == like_a.shape and b.shape == like_b.shape
-    return a.dim() == b.dim() == 2 and (b.shape[0], a.shape[1], a.shape[0]) == (
-        like_b.shape[0],
-        like_a.shape[1],
-        b.shape[1],
-    )
+    if not a.dim() == b.dim() == 2:
+        return False
+    (rank, d_in), (d_out, rank_b) = a.shape, b.shape
+    return rank == rank_b and d_in == like_a.shape[1] and d_out == like_b.shape[0]
 
 
 def job_for(strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: Spent | None = None) -> Job:

@@ -1,6 +1,6 @@
 """The strategy that a config names, with all that goes round it, refused where the combination has no meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedlora.config import Config
@@ -30,34 +30,52 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     accepts(strategy, config.lora.kind, ranks)
     if config.dp.by_client or config.secure.aggregation:
         needs_sums_alone(strategy, config)
-    if any(bool(b.any()) for b in start.B.values()) and config.lora.kind != "vera":
-        if len(set(ranks)) > 1:
-            raise StrategyError(
-                f"lora.init = {config.lora.init} starts from a product that is not zero, of which clients of low rank "
-                "would lose a piece: with lora.ranks take kaiming, gaussian, orthonormal or eva"
-            )
+    if config.lora.kind != "vera" and _has_product(start):
+        _check_ranks_are_alike(config, ranks)
         strategy = Anchored(strategy)
-    cap = config.aggregate.offset_rank or (QUANTIZED_CAP if config.model.quantize != "none" else 0)
-    if cap and config.lora.kind == "lora":
+    if config.lora.kind == "lora" and (cap := _offset_cap(config)):
         strategy = Capped(strategy, cap)
     if start.H and config.model.head != "shared":
         strategy = Head(strategy, config.model.head)
     chosen = config.aggregate
     if chosen.optimizer != "none":
-        strategy = ServerOptimizer(strategy, chosen.optimizer, chosen.lr, chosen.beta1, chosen.beta2, chosen.tau)
+        strategy = ServerOptimizer(
+            strategy, chosen.optimizer, lr=chosen.lr, beta1=chosen.beta1, beta2=chosen.beta2, tau=chosen.tau
+        )
     if chosen.robust != "none":
-        strategy = Robust(strategy, chosen.robust, chosen.trim, chosen.byzantine, chosen.bound)
+        strategy = Robust(strategy, chosen.robust, trim=chosen.trim, byzantine=chosen.byzantine, bound=chosen.bound)
     return strategy
+
+
+def _has_product(start: LoRA) -> bool:
+    """Is any B A of this start unlike zero, as with PiSSA's or OLoRA's?"""
+    return any(bool(b.any()) for b in start.B.values())
+
+
+def _check_ranks_are_alike(config: Config, ranks: Sequence[int]) -> None:
+    if len(set(ranks)) > 1:
+        raise StrategyError(
+            f"lora.init = {config.lora.init} starts from a product that is not zero, of which clients of low rank "
+            "would lose a piece: with lora.ranks take kaiming, gaussian, orthonormal or eva"
+        )
+
+
+def _offset_cap(config: Config) -> int:
+    """The rank above which the offset is truncated; 0: it is not."""
+    if config.model.quantize == "none":
+        return config.aggregate.offset_rank
+    return config.aggregate.offset_rank or QUANTIZED_CAP
 
 
 def needs_sums_alone(strategy: Strategy[Any], config: Config) -> None:
     """Raise `PrivacyError` for a strategy that needs single updates, where the run lets the server have sums alone."""
-    others = ", ".join(sorted(e.name for e in catalogue() if e.cls.sums_only))
     asked = "dp.level = client hides each in a noised sum" if config.dp.by_client else "secure.aggregation hides each"
-    remedy = "dp.level = record, sound for every strategy" if config.dp.by_client else "secure.aggregation = false"
     if not strategy.sums_only:
+        others = _names(lambda cls: cls.sums_only)
+        remedy = "dp.level = record, sound for every strategy" if config.dp.by_client else "secure.aggregation = false"
         needs = "every client's own update or product"
-        needs = "to know which client sent which update" if strategy.needs_senders else needs
+        if strategy.needs_senders:
+            needs = "to know which client sent which update"
         raise PrivacyError(f"{title(strategy)} needs {needs}, and {asked}; take {remedy}, or one of {others}")
     if config.aggregate.robust != "none":
         raise PrivacyError(
@@ -68,11 +86,16 @@ def needs_sums_alone(strategy: Strategy[Any], config: Config) -> None:
 def accepts(strategy: Strategy[Any], kind: str, ranks: Sequence[int] = ()) -> None:
     """Raise `StrategyError` where the strategy has no meaning for this kind of adapter, or for ranks that differ."""
     if kind not in strategy.kinds:
-        others = ", ".join(sorted(e.name for e in catalogue() if kind in e.cls.kinds))
+        others = _names(lambda cls: kind in cls.kinds)
         raise StrategyError(f"{title(strategy)} cannot train lora.kind = {kind}: {KINDS[kind]}; it works with {others}")
     if len(set(ranks)) > 1 and not strategy.mixed_ranks:
-        others = ", ".join(sorted(e.name for e in catalogue() if e.cls.mixed_ranks is True))
+        others = _names(lambda cls: cls.mixed_ranks is True)
         raise StrategyError(
             f"{title(strategy)} needs clients of one rank, and lora.ranks gives {min(ranks)} to {max(ranks)}; "
             f"mixed ranks work with {others}"
         )
+
+
+def _names(fits: Callable[[type[Strategy[Any]]], bool]) -> str:
+    """The strategies of the catalogue that fit, by name."""
+    return ", ".join(sorted(entry.name for entry in catalogue() if fits(entry.cls)))
