@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks import dense
 from benchmarks.uploads import KINDS, D, Module
 from fedlora.lora import LoRA, delta
-from fedlora.server.aggregation import Sum
+from fedlora.server.aggregation import WeightedSum
 from fedlora.strategy import Client, Strategy, load
 
 REPEATS = 3
@@ -151,7 +151,7 @@ def streamed(label: str, clients: int, args: argparse.Namespace) -> Stream:
     """One row of the second table: every update is summed as it arrives and forgotten, as in the round loop."""
     before = _resident()
     strategy = load(STREAMED[label])
-    total = Sum()
+    total = WeightedSum()
     names = [f"layer.{i}" for i in range(args.modules)]
 
     def draw(sides: str) -> LoRA:

@@ -36,19 +36,19 @@ from fedlora import simulations
 from fedlora.client import training as worker
 from fedlora.config import EMBEDDED
 from fedlora.errors import Failure
-from fedlora.jobs import Ask
+from fedlora.jobs import SecAggStep
 from fedlora.lora import SIDES, LoRA
-from fedlora.messages.compression import compress, expand, with_feedback
-from fedlora.messages.parts import Traffic
+from fedlora.messages.compression import compress, compress_with_error_feedback, decompress
+from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
 from fedlora.run.compose import compose
 from fedlora.run.plan import Plan
-from fedlora.run.setup import Setup, prepare, quiet
+from fedlora.run.setup import RunSetup, prepare, quiet_libraries
 from fedlora.sections import Encoding
-from fedlora.server.aggregation import Answers, Sum
+from fedlora.server.aggregation import Answers, WeightedSum
 from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
-from fedlora.storage.client_state import Store
+from fedlora.storage.client_state import ClientState
 from fedlora.strategy import Client, Job
 
 SST2 = Path(simulations.__file__ or "").parent / "sst2.toml"
@@ -79,8 +79,8 @@ FORMS = Form("float32"), Form("bfloat16"), Form("int8"), Form("int8", True)
 class Uploads:
     """What the clients meant to change and what was received, summed over rounds as a strategy's mean would."""
 
-    meant: Sum = field(default_factory=Sum)
-    missed: Sum = field(default_factory=Sum)
+    meant: WeightedSum = field(default_factory=WeightedSum)
+    missed: WeightedSum = field(default_factory=WeightedSum)
     manifest: int = 0  # bytes of one
     count: int = 0
 
@@ -98,7 +98,7 @@ class Compressing:
     """A fleet whose updates are packed, and unpacked again, with a residual a client."""
 
     def __init__(self, inner: Serial, form: Form) -> None:
-        self.traffic, self.uploads = Traffic(), Uploads()
+        self.traffic, self.uploads = PartTracker(), Uploads()
         self._inner, self._form = inner, form
         self._left: dict[int, LoRA] = {}
 
@@ -118,12 +118,12 @@ class Compressing:
 
     def _send(self, client: int, job: Job, lora: LoRA) -> LoRA:
         left = self._left.get(client, LoRA()) if self._form.feedback else LoRA()
-        packed, received, self._left[client] = with_feedback(job.start, lora, left, self._form.encoding)
+        packed, received, self._left[client] = compress_with_error_feedback(job.start, lora, left, self._form.encoding)
         self.traffic.up += packed.nbytes
         self.uploads.manifest = len(packed.manifest)
         return lora if self._form.encoding == "float32" else received  # float32 travels as it is
 
-    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         return self._inner.ask(asks)
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
@@ -138,7 +138,7 @@ def norm(lora: LoRA) -> float:
     return sqrt(sum(float(t.double().square().sum()) for s in SIDES for t in lora.side(s).values()))
 
 
-def setup(place: str, data: Path) -> Setup | None:
+def setup(place: str, data: Path) -> RunSetup | None:
     """The place's model and data; none where they are not."""
     file, own = PLACES[place]
     model, rows, where = minilm(), data / "sst2", {}
@@ -157,7 +157,7 @@ def minilm() -> Path | None:
     return next((found.parent for place in places for found in Path(place).rglob("config.json")), None)
 
 
-def measured(s: Setup, strategy_name: str, form: Form) -> dict[str, Any]:
+def measured(s: RunSetup, strategy_name: str, form: Form) -> dict[str, Any]:
     """One run: what it sent, and how good its model is at the end."""
     began, config = time.process_time(), s.config
     strategy = compose(replace(config, strategy=strategy_name), s.start, s.ranks)
@@ -183,14 +183,16 @@ def measured(s: Setup, strategy_name: str, form: Form) -> dict[str, Any]:
     }
 
 
-def apart(s: Setup, jobs: Mapping[int, Job], folder: Path) -> Metrics:
+def apart(s: RunSetup, jobs: Mapping[int, Job], folder: Path) -> Metrics:
     """Clients' own models, each on its part of the common evaluation set."""
     parts = [s.evaluation[n :: len(jobs)] for n in range(len(jobs))]
     each = zip(jobs.items(), parts, strict=True)
-    return reduce(add, (worker.evaluate(s.model, j, p, Store(folder / str(i)).before(j.round)) for (i, j), p in each))
+    return reduce(
+        add, (worker.evaluate(s.model, j, p, ClientState(folder / str(i)).before(j.round)) for (i, j), p in each)
+    )
 
 
-def axes(s: Setup, optimizer: Any, lr: float) -> dict[str, float]:
+def axes(s: RunSetup, optimizer: Any, lr: float) -> dict[str, float]:
     """Int8's relative error of one client's second round, with scales by direction, and the other way."""
     client, strategy = s.sites[0].client(0, s.ranks[0]), compose(s.config, s.start, s.ranks)
     start, training = s.start, replace(s.config.train, optimizer=optimizer, lr=lr)
@@ -204,7 +206,7 @@ def both_ways(delta: LoRA) -> dict[str, float]:
     found = {}
     for way, x in (("direction", delta), ("other", LoRA(delta.B, delta.A))):  # A's columns, taken for a B's, and so on
         packed = compress(x, "int8")
-        error = less(x, expand(packed))
+        error = less(x, decompress(packed))
         for side, inside in zip("AB", "AB" if way == "direction" else "BA", strict=True):
             found[f"{side} by {way}"] = norm(error.only(inside)) / norm(x.only(inside))
         found[f"bytes by {way}"] = packed.nbytes / packed.numbers.numel()
@@ -228,7 +230,7 @@ def quadratics(turnout: float, rounds: int, seed: int) -> dict[str, float]:
             rate, got = 0.3 * (1 - t / rounds), []
             for i in random.sample(range(20), round(20 * turnout)):
                 lora, e = LoRA({"q": x + rate * (targets[i] - x)}), left[i] if form.feedback else LoRA()
-                _, received, left[i] = with_feedback(LoRA({"q": x}), lora, e, form.encoding)
+                _, received, left[i] = compress_with_error_feedback(LoRA({"q": x}), lora, e, form.encoding)
                 got.append(received.A["q"])
             x = torch.stack(got).mean(0)
         ends[form.name] = x
@@ -286,7 +288,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("FEDLORA_DATA", "../shared/data"))
     parser.add_argument("--only", default="", help="what begins so: embedded, sst2/fedavg, scales, quadratics")
     args = parser.parse_args()
-    quiet()
+    quiet_libraries()
     path = Path(__file__).with_suffix(".json")
     about = {
         "cores": os.cpu_count(),

@@ -30,18 +30,20 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from fedlora.client import training as worker
 from fedlora.data.encoding import Example
-from fedlora.data.schema import Form
-from fedlora.jobs import Privacy
+from fedlora.data.schema import Schema
+from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.sections import LoRAConfig, ModelConfig, Training
 from fedlora.strategy import Job
 
-LABEL = Form("label", ("text", "label"), ("no", "yes"))
-TEXT = Form("text", ("text",))
+LABEL = Schema("label", ("text", "label"), ("no", "yes"))
+TEXT = Schema("text", ("text",))
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 LLAMA = {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
-TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=1.0, steps=1, delta=1e-5)  # rate 1: all are drawn, as plainly
+TERMS = PrivacyTerms(
+    noise=1.0, clip=1.0, head_share=0.5, rate=1.0, steps=1, delta=1e-5
+)  # rate 1: all are drawn, as plainly
 WARM = 2  # turns that are not counted
 
 
@@ -49,7 +51,7 @@ WARM = 2  # turns that are not counted
 class Shape:
     """A model, the part of it that is trained, and the size of a batch."""
 
-    form: Form
+    form: Schema
     rank: int
     targets: tuple[str, ...]
     trains: str = "ABH"
@@ -91,7 +93,7 @@ def stage(name: str, steps: int) -> Stage:
         words().save_pretrained(folder)
         lora = LoRAConfig(rank=shape.rank, targets=shape.targets)
         model = Model(ModelConfig(path=folder, max_length=shape.length), lora, shape.form, seed=0)
-    start = model.read()
+    start = model.get_adapter()
     start = LoRA(start.A, {m: torch.randn(b.shape) / 100 for m, b in start.B.items()}, start.H)
 
     def one(i: int) -> Example:
@@ -130,8 +132,8 @@ def by_opacus(s: Stage, ghost: bool) -> None:
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
-    s.model.write(s.job.start)
-    parameters = s.model.trains(s.job.trains)
+    s.model.set_adapter(s.job.start)
+    parameters = s.model.set_trainable(s.job.trains)
     s.model.net.train()
     clips = {"max_grad_norm": TERMS.clip} if ghost else {}
     made: Any = GradSampleModuleFastGradientClipping if ghost else GradSampleModule
@@ -147,7 +149,7 @@ def by_opacus(s: Stage, ghost: bool) -> None:
         steps.step()
         steps.zero_grad(set_to_none=True)
     module.cleanup()
-    s.model.read()
+    s.model.get_adapter()
 
 
 METHODS: dict[str, Callable[[Stage], None]] = {

@@ -23,20 +23,20 @@ from typing import Any
 from benchmarks import sweep as kept
 from benchmarks.sweep import Results, sweep
 from fedlora import config as configuration
-from fedlora.client.policy import own
+from fedlora.client.policy import policy_of
 from fedlora.config import Config
-from fedlora.data.client_data import Site
+from fedlora.data.client_data import ClientData
 from fedlora.data.rows import take
 from fedlora.errors import ConfigError, FedloraError, nearest
 from fedlora.metrics import spread
-from fedlora.privacy.record_level import terms
+from fedlora.privacy.record_level import record_level_dp
 from fedlora.run.client_ranks import ranks
 from fedlora.run.compose import compose
 from fedlora.run.console import size
 from fedlora.run.plan import Plan
-from fedlora.run.setup import Setup, prepare
+from fedlora.run.setup import RunSetup, prepare
 from fedlora.sections import LoRAConfig
-from fedlora.server.rounds import fit, split
+from fedlora.server.rounds import answers_and_failures, fit
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Strategy, catalogue
 
@@ -165,7 +165,7 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
     start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
     strategy = compose(config, start, client_ranks)
     with TemporaryDirectory() as folder:
-        fleet = Serial(setup.model, sites, client_ranks, Path(folder), own=own(config))
+        fleet = Serial(setup.model, sites, client_ranks, Path(folder), own=policy_of(config))
         plan = _plan(config, setup, fleet, final)
         rounds = list(fit(strategy, fleet, start, plan))
         record = _judged(strategy, rounds[-1].state, fleet, config.rounds - 1)
@@ -175,7 +175,7 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
     return record
 
 
-def _plan(config: Config, setup: Setup, fleet: Serial, final: bool) -> Plan:
+def _plan(config: Config, setup: RunSetup, fleet: Serial, final: bool) -> Plan:
     """The plan of a run; only the one that is measured is evaluated after every round."""
     return Plan(
         rounds=config.rounds,
@@ -185,7 +185,7 @@ def _plan(config: Config, setup: Setup, fleet: Serial, final: bool) -> Plan:
         policy=config.server,
         evaluate=setup.evaluate if final else None,
         exactness=setup.model.scales if final and config.lora.kind == "lora" else None,
-        terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        terms=record_level_dp(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
     )
 
 
@@ -195,7 +195,7 @@ def _judged(strategy: Strategy[Any], state: Any, fleet: Serial, t: int) -> dict[
     The plan has no such evaluation, since its traffic would be counted as that of the training.
     """
     jobs = {c.id: replace(strategy.client_init(state, c), round=t) for c in fleet.clients()}
-    metrics, _ = split(jobs, fleet.evaluate(jobs))
+    metrics, _ = answers_and_failures(jobs, fleet.evaluate(jobs))
     loss = fmean(m.loss / m.targets for m in metrics.values())
     personal = any(set(job.trains) - set(job.shares) for job in jobs.values())
     return {"own": spread(metrics) | {"loss": loss}, "personal": personal}
@@ -214,16 +214,16 @@ def config_of(place: Place, *layers: Mapping[str, Any]) -> Config:
 
 
 @cache
-def _setup(place: Place, lora: LoRAConfig) -> Setup:
+def _setup(place: Place, lora: LoRAConfig) -> RunSetup:
     """The model with this adapter, and the encoded examples; a process makes each once."""
     return prepare(replace(config_of(place), lora=lora))
 
 
 @cache
-def _sites(place: Place, final: bool, most: int) -> tuple[Site, ...]:
+def _sites(place: Place, final: bool, most: int) -> tuple[ClientData, ...]:
     """The clients with one half of the rows they hold out: the half to choose a rate by, or the one to measure on."""
 
-    def half(site: Site) -> Site:
+    def half(site: ClientData) -> ClientData:
         return replace(site, heldout_rows=take(site.heldout_rows, range(int(final), len(site.heldout_rows), 2)[:most]))
 
     return tuple(half(site) for site in _setup(place, config_of(place).lora).sites)

@@ -8,59 +8,59 @@ from flwr.app import RecordDict
 
 from fedlora.client import training
 from fedlora.client.part_cache import PartStore
-from fedlora.client.runner import Desk
+from fedlora.client.runner import JobRunner
 from fedlora.errors import Failure, FedloraError
 from fedlora.jobs import Job
 from fedlora.messages import codec
-from fedlora.messages.parts import carried
+from fedlora.messages.parts import payload
 from fedlora.models.model import Model
-from fedlora.storage.client_state import Store
-from fedlora.storage.event_log import Journal
+from fedlora.storage.client_state import ClientState
+from fedlora.storage.event_log import EventLog
 
 log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ClientContext:
     """One client's place at this process's model."""
 
     model: Model
-    desk: Desk
+    desk: JobRunner
     parts: PartStore  # what it need not be sent again
     rank: int
-    journal: Journal = Journal(None)  # noqa: RUF009  of none, it writes nothing
+    journal: EventLog = EventLog(None)  # noqa: RUF009  of none, it writes nothing
     told: bool = False  # is there a person to see each round's end?
 
-    def job(self, content: RecordDict) -> Job | codec.Lacks:
+    def job(self, content: RecordDict) -> Job | codec.MissingParts:
         """The job of a message, or what is lacking for it."""
         order = codec.read_order(content)
         nbytes = sum(flat.nbytes for flat in order.sent.values())
         self.journal.write("entered", what="job", round=order.head.round + 1, bytes=nbytes, parts=list(order.sent))
         parts, lacks = self.parts.take(order)
-        return codec.Lacks(lacks) if lacks else order.job(parts)
+        return codec.MissingParts(lacks) if lacks else order.job(parts)
 
 
-def describe(place: Place, content: RecordDict) -> RecordDict:
+def describe(place: ClientContext, content: RecordDict) -> RecordDict:
     """Who this client is."""
     desk = place.desk
     place.journal.write("left", what="who", client=desk.id)
     return codec.pack_client(desk.site.client(desk.id, place.rank), place.model.fingerprint)
 
 
-def take_step(place: Place, content: RecordDict) -> RecordDict:
+def take_step(place: ClientContext, content: RecordDict) -> RecordDict:
     """A step of secure aggregation."""
     ask = codec.read_ask(content)
     place.journal.write("left", what=f"secure {ask.step}", context=ask.context)
     return codec.pack_said(place.desk.reply(ask))
 
 
-def train(place: Place, content: RecordDict) -> RecordDict:
+def train(place: ClientContext, content: RecordDict) -> RecordDict:
     """One round's work."""
     job = place.job(content)
-    if isinstance(job, codec.Lacks):
+    if isinstance(job, codec.MissingParts):
         return codec.pack_lacks(job)
     update = place.desk.answer(place.model, job)
-    tensors, nbytes = carried(update)
+    tensors, nbytes = payload(update)
     place.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
     if place.told:
         words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
@@ -68,17 +68,17 @@ def train(place: Place, content: RecordDict) -> RecordDict:
     return codec.pack_update(update, job.round)
 
 
-def evaluate(place: Place, content: RecordDict) -> RecordDict:
+def evaluate(place: ClientContext, content: RecordDict) -> RecordDict:
     """The model that this client would use, on its held-out examples."""
     job = place.job(content)
-    if isinstance(job, codec.Lacks):
+    if isinstance(job, codec.MissingParts):
         return codec.pack_lacks(job)
-    kept = Store(place.desk.folder).before(job.round + 1)
+    kept = ClientState(place.desk.folder).before(job.round + 1)
     place.journal.write("left", what="metrics", round=job.round + 1)
     return codec.pack_metrics(training.evaluate(place.model, job, place.desk.site.heldout, kept))
 
 
-WORKS: Mapping[str, Callable[[Place, RecordDict], RecordDict]] = {
+WORKS: Mapping[str, Callable[[ClientContext, RecordDict], RecordDict]] = {
     "who": describe,
     "secure": take_step,
     "train": train,
@@ -87,7 +87,7 @@ WORKS: Mapping[str, Callable[[Place, RecordDict], RecordDict]] = {
 CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "training", "evaluate": "evaluating"}
 
 
-def do(kind: str, records: RecordDict, place: Callable[[str], Place]) -> RecordDict | str:
+def do(kind: str, records: RecordDict, place: Callable[[str], ClientContext]) -> RecordDict | str:
     """Do the work at the place that a run has here; what goes wrong is a failure's kind and one sentence about it."""
     try:
         run = codec.run_of(records)

@@ -9,13 +9,13 @@ from flwr.clientapp import ClientApp
 from fedlora import config as configuration
 from fedlora.client import flower_app, handlers
 from fedlora.client.part_cache import PartStore
-from fedlora.client.policy import own
-from fedlora.client.runner import Desk
+from fedlora.client.policy import policy_of
+from fedlora.client.runner import JobRunner
 from fedlora.config import Config
 from fedlora.errors import ClientFailed
-from fedlora.run.setup import Setup, prepare
+from fedlora.run.setup import RunSetup, prepare
 
-_ready: dict[str, Setup] = {}  # by config: a process loads the model once, and serves any client with it
+_ready: dict[str, RunSetup] = {}  # by config: a process loads the model once, and serves any client with it
 
 
 def build(config: Config, folder: Path) -> ClientApp:
@@ -30,7 +30,7 @@ def do(
     return handlers.do(kind, content, lambda run: _place(config, folder, context, run))
 
 
-def _place(config: Config | None, folder: Path | None, context: Context, run: str) -> handlers.Place:
+def _place(config: Config | None, folder: Path | None, context: Context, run: str) -> handlers.ClientContext:
     if config is None:
         config = configuration.build(dict(context.run_config))
     if folder is None:
@@ -44,5 +44,5 @@ def _place(config: Config | None, folder: Path | None, context: Context, run: st
     id = int(context.node_config.get("partition-id", -1))
     if not 0 <= id < len(setup.sites):
         raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
-    desk = Desk(id, setup.sites[id], folder / str(id), own(setup.config))
-    return handlers.Place(setup.model, desk, PartStore(desk.folder), setup.ranks[id])
+    desk = JobRunner(id, setup.sites[id], folder / str(id), policy_of(setup.config))
+    return handlers.ClientContext(setup.model, desk, PartStore(desk.folder), setup.ranks[id])

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import LedgerError
-from fedlora.jobs import Charge, Privacy, Spent, Update
+from fedlora.jobs import Charge, PrivacySpent, PrivacyTerms, Update
 from fedlora.privacy.accounting import epsilon
-from fedlora.storage.client_state import Answer
+from fedlora.storage.client_state import CachedReply
 from fedlora.storage.files import append_durably, write_durably
 
 FIRST = "0" * 64  # what the first line has for the hash of a line before
@@ -34,7 +34,7 @@ class Ledger:
         """`data` is the fingerprint of the client's records. Nothing is read, or refused, before it is needed."""
         self.folder, self.data = folder, data
 
-    def charge(self, job: str, privacy: Privacy, round: int, budget: float) -> None:
+    def charge(self, job: str, privacy: PrivacyTerms, round: int, budget: float) -> None:
         """Write down what this job (its digest) will spend. Raises `LedgerError`, and writes nothing, if it may not."""
         entries = self._entries()
         charges = charges_of(entries)
@@ -43,7 +43,7 @@ class Ledger:
                 f"{self._path}: it holds {len(charges)} charges, and the server has had {privacy.known} answers from "
                 "this client; put the ledger back from a copy, or leave the run"
             )
-        if self._is_open(entries, job):
+        if self._already_paid(entries, job):
             return
         now = Charge(privacy.noise, privacy.rate, privacy.steps)
         before = epsilon(charges, privacy.delta)
@@ -66,10 +66,10 @@ class Ledger:
         """The answer to this job, if it was worked out already."""
         return self._answer.to(job)
 
-    def spent(self, delta: float) -> Spent:
+    def spent(self, delta: float) -> PrivacySpent:
         """All that was ever charged here."""
         charges = self.charges()
-        return Spent(epsilon(charges, delta), len(charges))
+        return PrivacySpent(epsilon(charges, delta), len(charges))
 
     def charges(self) -> list[Charge]:
         """Every charge, in order. Raises `LedgerError` for a ledger that is not what was written."""
@@ -84,10 +84,10 @@ class Ledger:
         return self.folder / "ledger.head"
 
     @property
-    def _answer(self) -> Answer:
-        return Answer(self.folder)
+    def _answer(self) -> CachedReply:
+        return CachedReply(self.folder)
 
-    def _is_open(self, entries: Sequence[Mapping[str, Any]], job: str) -> bool:
+    def _already_paid(self, entries: Sequence[Mapping[str, Any]], job: str) -> bool:
         """Was this job charged, and nothing of it sent, or only what `answer` gives again?"""
         own = [e["kind"] for e in entries if e["job"] == job]
         return bool(own) and (own[-1] == "charge" or self.answer(job) is not None)

@@ -6,9 +6,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from fedlora.lora import LoRA
-from fedlora.messages.codec import Order
+from fedlora.messages.codec import IncomingJob
 from fedlora.storage.files import replace_file
-from fedlora.vectors import Flat, name_of, unflatten
+from fedlora.vectors import FlatAdapter, content_hash, unflatten
 
 # Parts of this process's last job, whoever's it was. That the next client's are the same objects tells the model that
 # it wears the same offset already.
@@ -21,7 +21,7 @@ class PartStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def take(self, order: Order) -> tuple[dict[str, LoRA], tuple[str, ...]]:
+    def take(self, order: IncomingJob) -> tuple[dict[str, LoRA], tuple[str, ...]]:
         """The order's parts, and the names of those it lacks. Where none is lacking, all others are dropped."""
         for flat in order.sent.values():
             self._write(flat)
@@ -34,21 +34,21 @@ class PartStore:
             _recent.update(parts)
         return parts, lacks
 
-    def _find(self, name: str, sent: Flat | None) -> LoRA | None:
+    def _find(self, name: str, sent: FlatAdapter | None) -> LoRA | None:
         flat = sent or self._read(name)
         if flat is None:
             return None
         return _recent.get(name) or unflatten(flat.vector, flat.manifest)
 
-    def _read(self, name: str) -> Flat | None:
+    def _read(self, name: str) -> FlatAdapter | None:
         try:
             with safe_open(self._path(name), framework="pt") as f:
-                flat = Flat(f.get_tensor("part"), f.metadata()["manifest"], name)
+                flat = FlatAdapter(f.get_tensor("part"), f.metadata()["manifest"], name)
         except (SafetensorError, OSError, KeyError, TypeError):
             return None
-        return flat if name_of(flat.vector, flat.manifest) == name else None
+        return flat if content_hash(flat.vector, flat.manifest) == name else None
 
-    def _write(self, flat: Flat) -> None:
+    def _write(self, flat: FlatAdapter) -> None:
         """Keep a part. There is no wait for the disk, as the hash tells what a crash left."""
         content = to_bytes({"part": flat.vector}, metadata={"manifest": flat.manifest})
         replace_file(self._path(flat.name), content, wait_for_disk=False)

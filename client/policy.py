@@ -10,11 +10,11 @@ from typing import Any
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Job, Privacy
+from fedlora.jobs import Job, PrivacyTerms
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own:
+class ClientPolicy:
     """What a client insists on, whatever a server asks of it."""
 
     ledgers: Path | None = None  # where its ledger lies, if not with what else it keeps: a folder that outlives the run
@@ -44,7 +44,7 @@ class Own:
         if self.masked and job.masking is None:
             yield "an update without a mask, and secure.aggregation is set here"
 
-    def _weak_terms(self, terms: Privacy, records: int) -> Iterator[str]:
+    def _weak_terms(self, terms: PrivacyTerms, records: int) -> Iterator[str]:
         if terms.seeded and not self.seeded:
             yield "noise from a seed, and dp.seeded is not set here"
         if terms.delta >= 1 / max(records, 1):
@@ -58,17 +58,17 @@ def _shared_tensors(job: Job) -> Iterator[str]:
             yield f"{side} {module}"
 
 
-def insists(mine: Mapping[str, Any], ledgers: Path) -> Own:
+def client_policy(mine: Mapping[str, Any], ledgers: Path) -> ClientPolicy:
     """What a client insists on, by its own settings alone; its ledgers outlive every run."""
     config = configuration.build(mine)
     where = Path(config.dp.ledger).expanduser() if config.dp.ledger else ledgers
-    return replace(own(config), ledgers=where, seeded=config.dp.seeded)
+    return replace(policy_of(config), ledgers=where, seeded=config.dp.seeded)
 
 
-def own(config: Config) -> Own:
+def policy_of(config: Config) -> ClientPolicy:
     """What clients with these settings insist on."""
     dp = config.dp
-    return Own(
+    return ClientPolicy(
         ledgers=Path(dp.ledger) if dp.ledger else None,
         budget=dp.limit,
         private=dp.by_record,

@@ -6,30 +6,30 @@ from pathlib import Path
 
 from fedlora.client import training
 from fedlora.client.ledger import Ledger
-from fedlora.client.policy import Own
-from fedlora.client.secure_aggregation import Seat
-from fedlora.data.client_data import Site
-from fedlora.jobs import Ask, Job, Privacy, Update
+from fedlora.client.policy import ClientPolicy
+from fedlora.client.secure_aggregation import SecAggClient
+from fedlora.data.client_data import ClientData
+from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA
-from fedlora.messages.compression import with_feedback
-from fedlora.messages.parts import digest
-from fedlora.messages.sketch import narrow, widen
+from fedlora.messages.compression import compress_with_error_feedback
+from fedlora.messages.parts import job_hash
+from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
-from fedlora.storage.client_state import Answer, Store
+from fedlora.storage.client_state import CachedReply, ClientState
 
 log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True, eq=False)
-class Desk:
+class JobRunner:
     """One client at a model: its site, and its folder."""
 
     id: int
-    site: Site
+    site: ClientData
     folder: Path  # of what it keeps
-    own: Own = field(default_factory=Own)
+    own: ClientPolicy = field(default_factory=ClientPolicy)
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
     once: bool = False  # keep the last answer, so that a job which comes again is not done twice; private ones always
 
@@ -46,8 +46,8 @@ class Desk:
 
     def _masked(self, model: Model, job: Job) -> Update:
         """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update."""
-        update = self._trained(model, narrow(job))
-        return self.seat.mask(job, replace(update, lora=widen(job, update.lora)))
+        update = self._trained(model, select_rows(job))
+        return self.seat.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 
     def _trained(self, model: Model, job: Job) -> Update:
         return self._private(model, job, job.privacy) if job.privacy else self._plain(model, job)
@@ -56,16 +56,16 @@ class Desk:
         """The update as it travels in few bytes, and as the server will have it."""
         if job.upload == "float32":
             return update
-        store = Store(self.folder, "left")
+        store = ClientState(self.folder, "left")
         residual = store.before(job.round) if job.feedback else LoRA()
-        packed, received, left = with_feedback(job.start, update.lora, residual, job.upload)
+        packed, received, left = compress_with_error_feedback(job.start, update.lora, residual, job.upload)
         if job.feedback:
             store.keep(job.round, left)
         return replace(update, lora=received, packed=packed)
 
     def _plain(self, model: Model, job: Job) -> Update:
-        store, last = Store(self.folder), Answer(self.folder)
-        name = digest(job) if self.once else ""
+        store, last = ClientState(self.folder), CachedReply(self.folder)
+        name = job_hash(job) if self.once else ""
         if self.once and (done := last.to(name)):
             return done
         update, kept = training.train(model, job, self.id, self.site.train, store.before(job.round))
@@ -75,9 +75,9 @@ class Desk:
             last.keep(name, update)
         return update
 
-    def _private(self, model: Model, job: Job, privacy: Privacy) -> Update:
-        preflight.once(model, job)
-        store, ledger, name = Store(self.folder), self.ledger, digest(job)
+    def _private(self, model: Model, job: Job, privacy: PrivacyTerms) -> Update:
+        preflight.check_once(model, job)
+        store, ledger, name = ClientState(self.folder), self.ledger, job_hash(job)
         ledger.charge(name, privacy, job.round, self.own.budget)
         answer = ledger.answer(name)
         if answer is None:
@@ -87,7 +87,7 @@ class Desk:
             ledger.keep(name, answer)
         return replace(answer, spent=ledger.spent(privacy.delta))
 
-    def reply(self, ask: Ask) -> dict[str, str]:
+    def reply(self, ask: SecAggStep) -> dict[str, str]:
         """Do a step of secure aggregation; who joins says how much it weighs. Raises `SecureError`."""
         said = self.seat.reply(ask)
         if ask.step == "join":
@@ -95,9 +95,9 @@ class Desk:
         return said
 
     @property
-    def seat(self) -> Seat:
+    def seat(self) -> SecAggClient:
         """Its part in secure aggregation."""
-        return Seat(self.folder, self.id)
+        return SecAggClient(self.folder, self.id)
 
     @property
     def ledger(self) -> Ledger:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedlora.data.encoding import Example, Records, length
 from fedlora.errors import TrainingDiverged
 from fedlora.jobs import Job, Update
-from fedlora.lora import SIDES, LoRA, join, scale, wide
+from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale
 from fedlora.metrics import Metrics
 from fedlora.models import optimizer as optimize
 from fedlora.models.model import Model
@@ -25,10 +25,10 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
     Of a job that resumes, A and B of the update hold the change of the product: [A'; A] and [B', -B].
     Raises `TrainingDiverged` where the loss is no longer a number.
     """
-    taken = _wear(model, job, kept)
+    taken = load_start(model, job, kept)
     with seeded(derive(job.seed, "dropout", client, job.round)):
-        loss = _descend(model, _sides(model, job), job, client, examples)
-    return _told(model, job, taken, len(examples), loss if job.metrics else None)
+        loss = run_steps(model, _sides(model, job), job, client, examples)
+    return make_update(model, job, taken, len(examples), loss if job.metrics else None)
 
 
 def train_privately(
@@ -38,36 +38,36 @@ def train_privately(
 
     Raises `PrivacyError` for a model that cannot be trained so.
     """
-    taken = _wear(model, job, kept)
-    dpsgd.descend(model, _sides(model, job), job, client, records, mechanism)
-    return _told(model, job, taken, len(records), None)
+    taken = load_start(model, job, kept)
+    dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
+    return make_update(model, job, taken, len(records), None)
 
 
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
     """The model that this client would use: what it keeps over what the job brings."""
-    _wear(model, job, kept)
+    load_start(model, job, kept)
     return model.metrics(examples)
 
 
-def _wear(model: Model, job: Job, kept: LoRA) -> LoRA:
+def load_start(model: Model, job: Job, kept: LoRA) -> LoRA:
     """Put the client where it starts; of a job that resumes, return what this takes off the weights, -B A."""
     start = kept.only(_keeps(job)).over(job.start)
     moved = job.resumes and any(bool(b.any()) for b in start.B.values())
     taken = scale(start.only("AB"), -1) if moved else LoRA()
-    model.write(start, (*job.offset, taken) if taken else job.offset, job.gain)
+    model.set_adapter(start, (*job.offset, taken) if taken else job.offset, job.gain)
     return taken
 
 
 def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
     """The parameters that the job trains, by side, with gradients let through to them alone."""
-    sides = {side: model.trains(side) for side in job.trains}
-    model.trains(job.trains)
+    sides = {side: model.set_trainable(side) for side in job.trains}
+    model.set_trainable(job.trains)
     return sides
 
 
-def _told(model: Model, job: Job, taken: LoRA, examples: int, loss: float | None) -> tuple[Update, LoRA]:
+def make_update(model: Model, job: Job, taken: LoRA, examples: int, loss: float | None) -> tuple[Update, LoRA]:
     """What the client sends of what it has trained, and what it keeps."""
-    lora = model.read()
+    lora = model.get_adapter()
     shared = lora.only(job.shares)
     change = join(shared.only("AB"), taken) if taken else LoRA()
     return Update(change.over(shared), examples, loss), lora.only(_keeps(job))
@@ -79,7 +79,7 @@ def _keeps(job: Job) -> str:
     return "".join(s for s in SIDES if s in own)
 
 
-def _descend(
+def run_steps(
     model: Model, sides: Mapping[str, list[nn.Parameter]], job: Job, client: int, examples: Sequence[Example]
 ) -> float:
     """All of a round's optimizer steps; the mean loss over the targets seen."""
@@ -103,7 +103,7 @@ def _descend(
                 f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
                 f"a train.lr below {training.lr:g} may help"
             )
-        optimize.attract(parameters, start, training.prox)
+        optimize.add_proximal_gradient(parameters, start, training.prox)
         if training.clip and not job.example_clip:
             nn.utils.clip_grad_norm_(parameters, training.clip)
         optimizer.step()
@@ -132,12 +132,12 @@ def _clipped_gradients(
     An example's loss is the mean over its own targets: divided by all the chunk's, one example's gradient would depend
     on the lengths of the others. Returns loss sum and targets of the chunk.
     """
-    means = [torch.zeros_like(wide(p)) for p in parameters]
+    means = [torch.zeros_like(at_least_float32(p)) for p in parameters]
     total, targets = 0.0, 0
     for example in chunk:  # one at a time: the reference that faster ways answer to
         n = max(model.targets([example]), 1)
         loss: Tensor = model.loss(model.encoder.collate([example]))
-        grads = [wide(g) for g in torch.autograd.grad(loss / n, parameters, materialize_grads=True)]
+        grads = [at_least_float32(g) for g in torch.autograd.grad(loss / n, parameters, materialize_grads=True)]
         norm = torch.stack([g.norm() for g in grads]).norm()
         for mean, g in zip(means, grads, strict=True):
             mean.add_(g * (largest / norm.clamp(min=largest)) / len(chunk))

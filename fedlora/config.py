@@ -26,9 +26,15 @@ from .sections import (
     Training,
 )
 
-FREE = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # what a run that goes on may change
-MINE = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
-MY = ("model.path", "model.revision", "model.device", "threads")
+CHANGEABLE_ON_RESUME = (
+    "rounds",
+    "engine",
+    "threads",
+    "model.device",
+    "data.eval_limit",
+)  # what a run that goes on may change
+CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
+CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")
 SHORT = {  # settings that the commands and `fedlora.simulate` take by a short name too
     **{key: key for key in ("clients", "rounds", "cohort", "strategy", "engine", "seed")},
     "model": "model.path",
@@ -212,12 +218,12 @@ def _on_disk(path: str) -> bool:
     return any(c in path for c in "*?[") or (bool(path) and Path(path).expanduser().exists())
 
 
-def check_mine(mine: Mapping[str, Any]) -> Config:
+def check_client_settings(mine: Mapping[str, Any]) -> Config:
     """A client's own settings, built. Raises `ConfigError` for one that only the server may set."""
-    wrong = sorted(key for key in mine if not key.startswith(MINE) and key not in MY)
+    wrong = sorted(key for key in mine if not key.startswith(CLIENT_SECTIONS) and key not in CLIENT_KEYS)
     if wrong:
         raise ConfigError(
-            f"{wrong[0]} is the server's to set; a client's own are data.*, dp.*, secure.*, {', '.join(MY)}"
+            f"{wrong[0]} is the server's to set; a client's own are data.*, dp.*, secure.*, {', '.join(CLIENT_KEYS)}"
         )
     return absolute(build(mine))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .lora import LoRA
 from .sections import Encoding, Training
-from .vectors import name_of
+from .vectors import content_hash
 
 TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
 
@@ -28,7 +28,7 @@ class Charge:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class CompressedUpdate:
     """A change as it travels."""
 
     encoding: Encoding
@@ -44,7 +44,7 @@ class Packed:
     @property
     def name(self) -> str:
         """A hash of all that is in it."""
-        both = name_of(self.numbers, self.manifest) + name_of(self.scales, self.encoding)
+        both = content_hash(self.numbers, self.manifest) + content_hash(self.scales, self.encoding)
         return sha256(both.encode()).hexdigest()
 
 
@@ -59,7 +59,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Privacy:
+class PrivacyTerms:
     """What makes a client's work in a round differentially private: the terms of its DP-SGD (docs/privacy.md)."""
 
     noise: float  # sigma: the noise's standard deviation over the clip
@@ -74,7 +74,7 @@ class Privacy:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SecAggStep:
     """Server to client: a step of secure aggregation (see `secure`)."""
 
     step: Literal["join", "share", "reveal"]
@@ -85,7 +85,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Masking:
+class MaskingTerms:
     """How a client hides its update in the sum of a round's."""
 
     context: str
@@ -97,7 +97,7 @@ class Masking:
 
 
 @dataclass(frozen=True)
-class Spent:
+class PrivacySpent:
     """What a client's ledger says after a round."""
 
     epsilon: float  # of all its charges, at the run's delta
@@ -118,8 +118,8 @@ class Job:
     example_clip: float = 0.0  # largest norm of one example's gradient; 0: gradients are of batches
     overrides: Mapping[str, float | int | str] = field(default_factory=dict)  # training settings unlike the run's
     lr_factor: float = 1.0  # on the learning rates of the run, or of the overrides
-    privacy: Privacy | None = None  # DP-SGD instead. The run fills in this and all below, and a strategy sets none
-    masking: Masking | None = None  # of the update, by secure aggregation
+    privacy: PrivacyTerms | None = None  # DP-SGD instead. The run fills in this and all below, and a strategy sets none
+    masking: MaskingTerms | None = None  # of the update, by secure aggregation
     metrics: bool = True  # may the client tell its training loss?
     upload: Encoding = "float32"  # what its change travels in (see `compress`)
     feedback: bool = False  # and whether what rounding left out is added to its next
@@ -136,6 +136,8 @@ class Update:
     lora: LoRA  # the shared sides, trained; of a job that resumes, A and B hold the change of the product
     examples: int
     loss: float | None  # mean over the round's training; None where it is not to be told
-    spent: Spent | None = None  # of a private job
-    packed: "Packed | None" = None  # the change from the job's start as it travels, where `lora` is what that brings
+    spent: PrivacySpent | None = None  # of a private job
+    packed: "CompressedUpdate | None" = (
+        None  # the change from the job's start as it travels, where `lora` is what that brings
+    )
     masked: Tensor | None = None  # of a job with masking, instead of the lora: (n,) int32, to be read as unsigned

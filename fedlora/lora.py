@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .seeds import derive
+from .svd import at_least_float32 as at_least_float32
 from .svd import row_signs
 from .svd import svd as svd
-from .svd import wide as wide
 
 Side = Mapping[str, Tensor]  # module name -> one matrix
 SIDES = "ABRDH"
@@ -86,7 +86,7 @@ def euclidean_norm(lora: LoRA) -> float:
     return sqrt(sum(float(t.square().sum()) for _, _, t in lora.matrices()))
 
 
-def shares(weights: Sequence[float]) -> list[float]:
+def normalised(weights: Sequence[float]) -> list[float]:
     """The weights divided by their sum."""
     total = float(sum(weights))
     return [w / total for w in weights]
@@ -94,13 +94,15 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 def average(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     """The weighted mean, matrix by matrix, in float32 or wider; that of equal matrices is the same to the last bit."""
-    p = shares(weights)
+    p = normalised(weights)
 
     def mean(*terms: Tensor) -> Tensor:
-        so_far, weight = wide(terms[0]).clone(), p[0]
+        so_far, weight = at_least_float32(terms[0]).clone(), p[0]
         for c, term in zip(p[1:], terms[1:], strict=True):
             weight += c
-            so_far.lerp_(wide(term), c / weight if weight else 0.0)  # a sum would change bits that all have alike
+            so_far.lerp_(
+                at_least_float32(term), c / weight if weight else 0.0
+            )  # a sum would change bits that all have alike
         return so_far
 
     return map_factors(mean, *loras)
@@ -111,10 +113,10 @@ def scale(lora: LoRA, c: float) -> LoRA:
     root = abs(c) ** 0.5
     signed_root = copysign(root, c)
     return LoRA(
-        A={m: root * wide(a) for m, a in lora.A.items()},
-        B={m: signed_root * wide(b) for m, b in lora.B.items()},
+        A={m: root * at_least_float32(a) for m, a in lora.A.items()},
+        B={m: signed_root * at_least_float32(b) for m, b in lora.B.items()},
         R=lora.R,
-        D={m: c * wide(d) for m, d in lora.D.items()},
+        D={m: c * at_least_float32(d) for m, d in lora.D.items()},
     )
 
 
@@ -148,24 +150,27 @@ def stack(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
 
     Each factor of a client takes the square root of the client's weight, which keeps them of like size.
     """
-    weighted = [_weighted(x, p**0.5) for p, x in zip(shares(weights), loras, strict=True)]
+    weighted = [_weighted(x, p**0.5) for p, x in zip(normalised(weights), loras, strict=True)]
     return join(*weighted)
 
 
 def _weighted(lora: LoRA, root: float) -> LoRA:
     """The adapter in two factors, each multiplied by `root`."""
     two = factored(lora)
-    return LoRA({m: root * wide(a) for m, a in two.A.items()}, {m: root * wide(b) for m, b in two.B.items()})
+    return LoRA(
+        {m: root * at_least_float32(a) for m, a in two.A.items()},
+        {m: root * at_least_float32(b) for m, b in two.B.items()},
+    )
 
 
-def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
+def residual(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     """Mean of the products minus product of the means, at its smallest rank, (K - 1) r for K clients of rank r.
 
     With p the weights made to sum to one, that residual is sum_i p_i (B_i - B)(A_i - A) = sum_ij D_ij B_i A_j, where
     D = diag(p) - p p^T = Q diag(e) Q^T has rank K - 1. Means are taken off first: of two nearly equal products the
     difference would have no digits left.
     """
-    p = torch.tensor(shares(weights), dtype=torch.float64)
+    p = torch.tensor(normalised(weights), dtype=torch.float64)
     e, Q = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))  # ascending; the first is zero
     e, Q = e[1:], Q[:, 1:]
     if not bool((e > 0).any()):
@@ -179,8 +184,10 @@ def contrast(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
 
     A, B = {}, {}
     for m, a in loras[0].A.items():
-        A[m] = mix(torch.stack([wide(x.A[m]) for x in loras]).flatten(1)).view(-1, a.shape[1])  # ((K - 1) r, d_in)
-        B[m] = mix(torch.stack([wide(x.B[m]) for x in loras], 1)).flatten(1)  # (d_out, (K - 1) r)
+        A[m] = mix(torch.stack([at_least_float32(x.A[m]) for x in loras]).flatten(1)).view(
+            -1, a.shape[1]
+        )  # ((K - 1) r, d_in)
+        B[m] = mix(torch.stack([at_least_float32(x.B[m]) for x in loras], 1)).flatten(1)  # (d_out, (K - 1) r)
     return LoRA(A, B)
 
 
@@ -224,8 +231,8 @@ def orthonormal(lora: LoRA) -> LoRA:
     """The same product with orthonormal rows in A, whose span is that of A's rows before; the head is kept."""
     A, B = {}, {}
     for m, a in lora.A.items():
-        q, t = torch.linalg.qr(wide(a).T)  # (d_in, r), (r, r)
-        A[m], B[m] = q.T, wide(lora.B[m]) @ t.T
+        q, t = torch.linalg.qr(at_least_float32(a).T)  # (d_in, r), (r, r)
+        A[m], B[m] = q.T, at_least_float32(lora.B[m]) @ t.T
     return LoRA(A, B, lora.H)
 
 
@@ -234,7 +241,7 @@ def leading(lora: LoRA, rank: int) -> LoRA:
     return LoRA({m: a[:rank] for m, a in lora.A.items()}, {m: b[:, :rank] for m, b in lora.B.items()}, lora.H)
 
 
-def redraw(lora: LoRA, seed: str) -> LoRA:
+def reinitialise(lora: LoRA, seed: str) -> LoRA:
     """A new start of the same shape: A drawn as by PEFT, uniform within 1/sqrt(d_in), B zero; the head is kept."""
     A = {}
     for m, a in lora.A.items():
@@ -243,7 +250,7 @@ def redraw(lora: LoRA, seed: str) -> LoRA:
     return LoRA(A, {m: torch.zeros_like(b) for m, b in lora.B.items()}, lora.H)
 
 
-def settle(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
+def densify(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
     """Bound the size of an offset, whose product is the sum of its parts' products.
 
     While its low-rank parts together hold fewer numbers than one dense matrix per module, return them unchanged:
@@ -286,7 +293,11 @@ def inner(x: LoRA, y: LoRA) -> float:
 
 def _inner_product(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> float:
     (bx, ax), (by, ay) = x, y
-    return float(((wide(bx).T @ wide(by)) * (wide(ax) @ wide(ay).T)).double().sum())
+    return float(
+        ((at_least_float32(bx).T @ at_least_float32(by)) * (at_least_float32(ax) @ at_least_float32(ay).T))
+        .double()
+        .sum()
+    )
 
 
 def delta(lora: LoRA) -> Side:
@@ -304,7 +315,7 @@ def _dense(lora: LoRA, m: str) -> Tensor:
     if m not in lora.A:
         return lora.D[m]
     b, a = _pair(LoRA(lora.A, lora.B, R=lora.R), m)
-    product = wide(b) @ wide(a)
+    product = at_least_float32(b) @ at_least_float32(a)
     return lora.D[m] + product if m in lora.D else product
 
 
@@ -312,7 +323,9 @@ def _pair(lora: LoRA, m: str) -> tuple[Tensor, Tensor]:
     """Two factors of one module's product: (d_out, k), (k, d_in)."""
     pairs = []
     if m in lora.A:
-        pairs.append((wide(lora.B[m]) @ wide(lora.R[m]) if m in lora.R else lora.B[m], lora.A[m]))
+        pairs.append(
+            (at_least_float32(lora.B[m]) @ at_least_float32(lora.R[m]) if m in lora.R else lora.B[m], lora.A[m])
+        )
     if m in lora.D:
         d = lora.D[m]
         eye = torch.eye(min(d.shape), dtype=d.dtype)

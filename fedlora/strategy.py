@@ -135,7 +135,7 @@ def load(spec: str, **options: Any) -> Strategy[Any]:
     """
     pass  # import gone
 
-    return foreign(spec, options) if spec.startswith("flwr:") else build(find(spec), options)
+    return flower_strategy(spec, options) if spec.startswith("flwr:") else build(find(spec), options)
 
 
 GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
@@ -143,7 +143,7 @@ BUILT_IN = "fedlora.strategies"  # the package whose files are the strategies th
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """A line of the catalogue."""
 
     name: str  # what `--strategy` takes
@@ -192,16 +192,16 @@ def title(strategy: Strategy[Any]) -> str:
     """How the paper of a strategy calls it, whatever is wrapped round it."""
     while inner := getattr(strategy, "inner", None):
         strategy = inner
-    return Entry("", type(strategy)).title
+    return CatalogueEntry("", type(strategy)).title
 
 
-def catalogue() -> Iterator[Entry]:
+def catalogue() -> Iterator[CatalogueEntry]:
     """Every strategy that has a name: the files of `strategies/`, then the entry points of what is installed."""
     for module in sorted(_built_in()):
         for cls in _strategies_in(f"{BUILT_IN}.{module}"):
-            yield Entry(module, cls)
+            yield CatalogueEntry(module, cls)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        yield Entry(point.name, point.load())
+        yield CatalogueEntry(point.name, point.load())
 
 
 def find(spec: str) -> type[Strategy[Any]]:
@@ -244,7 +244,7 @@ def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]
     return made
 
 
-def foreign(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:
+def flower_strategy(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:
     """A strategy of Flower's own; where Flower is known is not for the core to import."""
     flower = import_module(f"{__package__}.server.flower_strategy")
     made: Strategy[Any] = flower.load(spec.removeprefix("flwr:"), options)
@@ -265,7 +265,7 @@ def _by_name(name: str) -> type[Strategy[Any]]:
     def plain(word: str) -> str:
         return "".join(c for c in word.lower() if c.isalnum())
 
-    known: dict[str, Entry] = {}
+    known: dict[str, CatalogueEntry] = {}
     for entry in catalogue():
         for alias in (entry.name, entry.cls.__name__, entry.title):
             known.setdefault(plain(alias), entry)

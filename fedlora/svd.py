@@ -8,7 +8,7 @@ from torch import Tensor
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-def wide(t: Tensor) -> Tensor:
+def at_least_float32(t: Tensor) -> Tensor:
     """The tensor in float32, or in its own type where that is wider."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -26,7 +26,7 @@ def svd(B: Tensor, A: Tensor, rank: int | None = None, energy: float = inf) -> T
     where that converges in a few steps, as on what training leaves; all others from two thin QRs and a core in float64.
     Either is right to rounding in the wider of float32 and the factors' own type.
     """
-    B, A = wide(B), wide(A)
+    B, A = at_least_float32(B), at_least_float32(A)
     most = min(*B.shape, A.shape[1])
     rank = most if rank is None else min(rank, most)
     few = rank if energy == inf else min(rank, 1 + most // 32)  # with luck they hold the energy

@@ -11,7 +11,7 @@ from .lora import LoRA, from_matrices
 
 
 @dataclass(frozen=True, eq=False)
-class Flat:
+class FlatAdapter:
     """A LoRA as one vector, and the manifest that says what lies where in it."""
 
     vector: Tensor  # (n,)
@@ -23,16 +23,16 @@ class Flat:
         return self.vector.numel() * self.vector.element_size()
 
 
-def flatten(lora: LoRA, dtype: torch.dtype = torch.float32) -> Flat:
+def flatten(lora: LoRA, dtype: torch.dtype = torch.float32) -> FlatAdapter:
     """The adapter as one vector, in the order of its sides and modules."""
     items = list(lora.matrices())
     manifest = json.dumps([[s, m, list(t.shape)] for s, m, t in items])
     vectors = [t.detach().reshape(-1).to("cpu", dtype) for _, _, t in items]
     vector = torch.cat(vectors) if vectors else torch.empty(0, dtype=dtype)
-    return Flat(vector, manifest, name_of(vector, manifest))
+    return FlatAdapter(vector, manifest, content_hash(vector, manifest))
 
 
-def name_of(vector: Tensor, manifest: str) -> str:
+def content_hash(vector: Tensor, manifest: str) -> str:
     """The name of a flat adapter: a hash of its type, its manifest and its bytes."""
     digest = sha256(f"{vector.dtype}{manifest}".encode())
     digest.update(vector.contiguous().view(torch.uint8).numpy().data)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedlora.errors import Failure as Failure
 from fedlora.errors import FailureKind
-from fedlora.jobs import Job, Spent, Update
+from fedlora.jobs import Job, PrivacySpent, Update
 from fedlora.lora import LoRA, from_matrices
-from fedlora.messages.sketch import widen
+from fedlora.messages.sketch import scatter_rows
 from fedlora.strategy import Sender
 
 log = logging.getLogger("fedlora")
@@ -21,7 +21,7 @@ log = logging.getLogger("fedlora")
 Answers = Iterable[tuple[int, Update | Failure]]
 
 
-class Sum:
+class WeightedSum:
     """A weighted sum of adapters, as large as one of them however many there are.
 
     It runs in float64, so that the order in which clients answer leaves no trace in the float32 mean.
@@ -59,7 +59,7 @@ def _grown(total: Tensor, shape: torch.Size) -> Tensor:
 
 
 @dataclass
-class Gathered:
+class Collected:
     """What a round's clients sent back, ready for `aggregate`."""
 
     updates: list[LoRA] = field(default_factory=list)  # of each client in the order of the jobs, or the one mean of all
@@ -69,22 +69,22 @@ class Gathered:
     answered: int = 0
     failed: dict[int, Failure] = field(default_factory=dict)
     loss: float | None = None  # mean by weight over the clients that tell theirs
-    spent: dict[int, Spent] = field(default_factory=dict)  # client -> what its ledger says
+    spent: dict[int, PrivacySpent] = field(default_factory=dict)  # client -> what its ledger says
 
 
-def gather(
+def collect(
     jobs: Mapping[int, Job],
     answers: Answers,
     weigh: Callable[[Update], float],
     sums: bool,
     keep: bool,
     instead: Callable[[Job, LoRA], None] | None = None,
-) -> Gathered:
+) -> Collected:
     """Collect the answers to these jobs; with `sums` and without `keep`, no update outlives its turn.
 
     `instead` is given each update, and then none is summed or kept here.
     """
-    got, updates, losses = Gathered(), _Updates(sums=sums, keep=keep, instead=instead), _Losses()
+    got, updates, losses = Collected(), _Updates(sums=sums, keep=keep, instead=instead), _Losses()
     answered = set[int]()
     for i, answer in answers:
         if isinstance(answer, Failure):
@@ -113,13 +113,13 @@ class _Updates:
     sums: bool
     keep: bool
     instead: Callable[[Job, LoRA], None] | None
-    total: Sum = field(default_factory=Sum)
+    total: WeightedSum = field(default_factory=WeightedSum)
     each: dict[int, tuple[LoRA, float]] = field(default_factory=dict)
     senders: dict[int, Sender] = field(default_factory=dict)
 
     def add(self, client: int, job: Job, update: Update, weight: float) -> None:
         """Take in a client's update; that of a sketch is put in its places first."""
-        lora = widen(job, update.lora)
+        lora = scatter_rows(job, update.lora)
         if self.instead:
             self.instead(job, lora)
             return
@@ -129,7 +129,7 @@ class _Updates:
             self.each[client] = lora, weight
             self.senders[client] = Sender(client, update.examples, update.loss)
 
-    def hand_over(self, got: Gathered, order: Iterable[int]) -> None:
+    def hand_over(self, got: Collected, order: Iterable[int]) -> None:
         """Fill in the updates with their weights, in this order of the clients, or their one mean."""
         got.each = {i: self.each[i] for i in order if i in self.each}
         if not self.sums:

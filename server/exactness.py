@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from fedlora.jobs import Job
-from fedlora.lora import LoRA, join, norm, scale, shares
+from fedlora.lora import LoRA, join, norm, normalised, scale
 
 
-def distance(
+def aggregation_error(
     adapter: LoRA, jobs: Mapping[int, Job], updates: Mapping[int, tuple[LoRA, float]], scales: Mapping[str, float]
 ) -> float | None:
     """||broadcast - ideal|| / ||ideal||, both as what is added to the pretrained weights; never a dense matrix.
@@ -16,7 +16,7 @@ def distance(
     """
     if any(set(job.trains) - set(job.shares) - {"H"} for job in jobs.values()):
         return None
-    p = shares([weight for _, weight in updates.values()])
+    p = normalised([weight for _, weight in updates.values()])
     models = [_model(jobs[i], lora) for i, (lora, _) in updates.items()]
     ideal = join(*[scale(model, w) for model, w in zip(models, p, strict=True)])
     size = norm(_scaled(ideal, scales))

@@ -13,14 +13,14 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.errors import Failure, FailureKind, RoundFailed, WireError
-from fedlora.jobs import Ask, Client, Job, Update
+from fedlora.jobs import Client, Job, SecAggStep, Update
 from fedlora.messages import codec
-from fedlora.messages.parts import Parts, Traffic, carried
+from fedlora.messages.parts import Parts, PartTracker, payload
 from fedlora.metrics import Metrics
 from fedlora.server import upload_checks
 from fedlora.server.aggregation import Answers
-from fedlora.server.replies import Inbox, Pause, read_error
-from fedlora.storage.event_log import Journal
+from fedlora.server.replies import Pause, ReplyInbox, read_error
+from fedlora.storage.event_log import EventLog
 
 SECURE = f"{MessageType.QUERY}.secure"
 GRACE = 30.0  # seconds that the others have to be back, once there are enough
@@ -29,11 +29,11 @@ AGAIN = 60.0  # seconds after which it is asked again all the same: its owner ma
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
 X = TypeVar("X")
-Read = Callable[[RecordDict, Job], T | codec.Lacks]
+Read = Callable[[RecordDict, Job], T | codec.MissingParts]
 
 
 @dataclass(frozen=True)
-class Rules:
+class FleetRules:
     """What a fleet goes by."""
 
     clients: int  # there are to be
@@ -54,7 +54,7 @@ class FlowerFleet:
     def __init__(
         self,
         grid: Grid,
-        rules: Rules,
+        rules: FleetRules,
         answered: Callable[[int], None] = lambda _: None,
         waiting: Callable[[Mapping[int, float]], None] = lambda _: None,
         stop: Event | None = None,
@@ -63,11 +63,11 @@ class FlowerFleet:
 
         `stop`, once set, raises `KeyboardInterrupt` from whatever waits.
         """
-        self.traffic = Traffic()
-        self.journal = Journal(None)
+        self.traffic = PartTracker()
+        self.journal = EventLog(None)
         self.online: Callable[[int], None] = lambda _: None  # told how many are connected, at every look
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
-        self._stop, self._inbox = stop or Event(), Inbox(grid)
+        self._stop, self._inbox = stop or Event(), ReplyInbox(grid)
         self._begun = False
         self._clients: dict[int, Client] = {}
         self._nodes: dict[int, int] = {}  # client -> node
@@ -116,7 +116,7 @@ class FlowerFleet:
             left = {i: jobs[i] for i in away} if self._rules.needed and self._are_back(away, short, began) else {}
         yield from away.items()
 
-    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
         waiting = self._push(SECURE, asks, lambda i: codec.pack_ask(asks[i]))
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
@@ -134,7 +134,7 @@ class FlowerFleet:
 
         A client that lost its parts is sent its job again, once, in full.
         """
-        parts, packer, again = Parts(), codec.Packer(), set[int]()
+        parts, packer, again = Parts(), codec.JobEncoder(), set[int]()
 
         def letter(i: int) -> RecordDict:
             whole = parts.of(jobs[i])
@@ -143,7 +143,7 @@ class FlowerFleet:
             self.journal.write("sent", what=kind, client=i, round=jobs[i].round + 1, bytes=nbytes, parts=list(missing))
             return packer.job(jobs[i], whole, missing)
 
-        def at(job: Job) -> Callable[[RecordDict], T | codec.Lacks]:
+        def at(job: Job) -> Callable[[RecordDict], T | codec.MissingParts]:
             return lambda content: read(content, job)
 
         done = set[int]()
@@ -151,12 +151,12 @@ class FlowerFleet:
         offline = set(jobs) - set(waiting.values())
         for i, reply in self._replies(waiting, most):
             answer = self._open(reply, at(jobs[i]))
-            if isinstance(answer, codec.Lacks) and i not in again:
+            if isinstance(answer, codec.MissingParts) and i not in again:
                 again.add(i)
                 self.traffic.held.pop(i, None)
                 waiting |= self._push(kind, [i], letter)
                 continue
-            if isinstance(answer, codec.Lacks):
+            if isinstance(answer, codec.MissingParts):
                 answer = Failure(
                     f"it still lacks {len(answer.lacks)} parts of a job that was sent in full", FailureKind.REFUSED
                 )
@@ -190,8 +190,8 @@ class FlowerFleet:
     def _is_late(self, began: float) -> bool:
         return bool(self._rules.deadline) and time.monotonic() - began > self._rules.deadline
 
-    def _read_update(self, content: RecordDict, job: Job) -> Update | codec.Lacks:
-        return upload_checks.read_update(content, job, self._rules.largest_step)
+    def _read_update(self, content: RecordDict, job: Job) -> Update | codec.MissingParts:
+        return upload_checks.validated_update(content, job, self._rules.largest_step)
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
         """The server's log of what came in, or did not."""
@@ -200,7 +200,7 @@ class FlowerFleet:
             event = "refused" if answer.kind == FailureKind.REFUSED else "failed"
             self.journal.write(event, **told, reason=answer.reason)
         elif isinstance(answer, Update):
-            tensors, nbytes = carried(answer)
+            tensors, nbytes = payload(answer)
             self.journal.write("received", **told, bytes=nbytes, tensors=tensors)
         else:
             self.journal.write("received", **told)

@@ -66,7 +66,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Flower(Strategy[State]):
+class FlowerStrategy(Strategy[State]):
     name: str  # of a class of flwr.serverapp.strategy
     options: tuple[tuple[str, int | float], ...] = ()
 
@@ -107,7 +107,7 @@ class Flower(Strategy[State]):
         return state.lora
 
 
-def load(name: str, options: Mapping[str, Any]) -> Flower:
+def load(name: str, options: Mapping[str, Any]) -> FlowerStrategy:
     """The strategy that Flower calls by this name.
 
     Raises `StrategyError` where it has none, it means nothing here, or it has no such option or value.
@@ -129,7 +129,7 @@ def load(name: str, options: Mapping[str, Any]) -> Flower:
             build(name, values)
     except ValueError as e:
         raise StrategyError(f"strategy flwr:{name} cannot be built: {e}") from e
-    return Flower(name, tuple(sorted(values.items())))
+    return FlowerStrategy(name, tuple(sorted(values.items())))
 
 
 def options_of(cls: type[FedAvg]) -> dict[str, type]:

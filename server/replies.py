@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from fedlora.errors import Failure, FailureKind, WireError
-from fedlora.messages.envelope import brief
+from fedlora.messages.envelope import printable
 from fedlora.server.memory_bounds import bounded
 
 POISON = AttributeError, DecodeError, KeyError, RecursionError, TypeError, ValueError  # of content, not of the network
@@ -37,7 +37,7 @@ class Pause:
             raise KeyboardInterrupt
 
 
-class Inbox:
+class ReplyInbox:
     """Replies, one at a time, and by our own record of what was asked.
 
     Flower unpacks uploads as it pulls: one that cannot be unpacked would take others with it. It waits for all that was
@@ -103,7 +103,7 @@ def read_error(error: Error) -> Failure:
 
 def _one_line(error: Error) -> str:
     """The text of an error reply without what Flower and Ray add: exceptions come in their class or in tracebacks."""
-    text = brief(error.reason or f"Flower's error {error.code}", "\n")
+    text = printable(error.reason or f"Flower's error {error.code}", "\n")
     if wrapped := re.fullmatch(r"<class '(?:.*\.)?(\w+)[^']*'>:<'(.*)'>", text, re.DOTALL):
         text = f"{wrapped[1]}: {wrapped[2]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

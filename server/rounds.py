@@ -12,17 +12,17 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedlora.errors import Failure, PrivacyError, RoundFailed, StrategyError, nearest
-from fedlora.jobs import Ask, Client, Job, Spent, Update
+from fedlora.jobs import Client, Job, PrivacySpent, SecAggStep, Update
 from fedlora.lora import LoRA, map_factors
-from fedlora.messages.parts import Traffic
-from fedlora.messages.sketch import narrow
+from fedlora.messages.parts import PartTracker
+from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics, spread
-from fedlora.privacy.client_level import Clipping, Release
-from fedlora.run.plan import Past, Plan, Round
+from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
+from fedlora.run.plan import Plan, ResumePoint, RoundResult
 from fedlora.sections import Policy, Training
 from fedlora.server import secure_aggregation
-from fedlora.server.aggregation import Answers, Gathered, Sum, gather
-from fedlora.server.exactness import distance
+from fedlora.server.aggregation import Answers, Collected, WeightedSum, collect
+from fedlora.server.exactness import aggregation_error
 from fedlora.strategy import HIGHEST_RANK, Strategy, check_declarations, next_state
 
 __all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
@@ -45,7 +45,7 @@ ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate", "clip")  # training 
 class Fleet(Protocol):
     """Somewhere clients run: this process, Flower's simulation, or machines elsewhere."""
 
-    traffic: Traffic
+    traffic: PartTracker
 
     def clients(self) -> Sequence[Client]:
         """The clients that may be asked, known by their ids."""
@@ -53,14 +53,16 @@ class Fleet(Protocol):
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job, handing over each answer as it comes; a client that failed has a `Failure`, or is missing."""
 
-    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         """A step of secure aggregation by each client, and what it says."""
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """The model of every job, with what its client keeps, on that client's held-out examples."""
 
 
-def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Past | None = None) -> Iterator[Round]:
+def fit(
+    strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: ResumePoint | None = None
+) -> Iterator[RoundResult]:
     """Run the rounds that are left, yielding after each.
 
     Raises `RoundFailed` where too few clients answer, and `StrategyError` or `PrivacyError` for a strategy that
@@ -73,7 +75,7 @@ def fit(strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: Pas
             "sums alone; leave out secure.aggregation and dp.level = client, or take a strategy that declares sums_only"
         )
     run = _Run(strategy, fleet, lora, plan)
-    past = past or Past(0, strategy.init(lora))
+    past = past or ResumePoint(0, strategy.init(lora))
     answered = past.rounds > 0
     while past.rounds < plan.rounds:
         if stalled(past.losses, plan.policy.patience):
@@ -91,7 +93,7 @@ class _Outcome:
 
     state: Any
     skipped: bool = False  # too few clients answered, and the state is as it was
-    release: Release | None = None  # where the run hides clients
+    release: NoisedUpdate | None = None  # where the run hides clients
     exactness: float | None = None  # where it is measured
 
 
@@ -112,20 +114,20 @@ class _Run:
     lora: LoRA  # the adapter as PEFT made it
     plan: Plan
 
-    def play(self, past: Past) -> tuple[Round, Past]:
+    def play(self, past: ResumePoint) -> tuple[RoundResult, ResumePoint]:
         """The next round, and where the one after it takes up."""
         central, traffic = self.plan.central, self.fleet.traffic
         began, up, down = time.monotonic(), traffic.up, traffic.down
         if central:
             past = replace(past, charges=central.charge(past.charges), clip=past.clip or central.clip)
         jobs = self._jobs(past)
-        bound = Clipping(past.clip) if past.clip else None
+        bound = ClippedSum(past.clip) if past.clip else None
         got = self._collect(jobs, bound)
         past = past.with_spent(got.spent)
         outcome = self._aggregate(past, jobs, got, bound)
         found = self._evaluate(outcome.state, past.rounds)
         after = self._after(past, outcome, found)
-        done = Round(
+        done = RoundResult(
             number=after.rounds,
             state=outcome.state,
             asked=tuple(jobs),
@@ -145,25 +147,27 @@ class _Run:
         )
         return done, after
 
-    def _jobs(self, past: Past) -> dict[int, Job]:
+    def _jobs(self, past: ResumePoint) -> dict[int, Job]:
         """The work of every client of the round."""
         clients = _cohort(self.fleet, self.plan, past.rounds, past.joined)
         return {c.id: self._job(past.state, c, past.rounds, past.spent.get(c.id)) for c in clients}
 
-    def _job(self, state: Any, client: Client, t: int, spent: Spent | None = None) -> Job:
+    def _job(self, state: Any, client: Client, t: int, spent: PrivacySpent | None = None) -> Job:
         return job_for(self.strategy, state, client, self.plan, t, spent)
 
-    def _collect(self, jobs: Mapping[int, Job], bound: Clipping | None) -> Gathered:
+    def _collect(self, jobs: Mapping[int, Job], bound: ClippedSum | None) -> Collected:
         """Have the jobs done, and collect what came of them: by sums alone where the run says so."""
         plan = self.plan
         uniform = plan.policy.weights == "uniform"
         if plan.secure:
-            return secure_aggregation.gather(self.fleet, jobs, plan.secure, uniform, bound)
-        answers = self.fleet.train({i: narrow(job) for i, job in jobs.items()})
+            return secure_aggregation.collect_masked(self.fleet, jobs, plan.secure, uniform, bound)
+        answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
         weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
-        return gather(jobs, answers, weigh, self.strategy.sums_only, plan.exactness is not None, bound)
+        return collect(jobs, answers, weigh, self.strategy.sums_only, plan.exactness is not None, bound)
 
-    def _aggregate(self, past: Past, jobs: Mapping[int, Job], got: Gathered, bound: Clipping | None) -> _Outcome:
+    def _aggregate(
+        self, past: ResumePoint, jobs: Mapping[int, Job], got: Collected, bound: ClippedSum | None
+    ) -> _Outcome:
         """The next state; the same one where too few clients answered, and the run is to go on."""
         plan, t = self.plan, past.rounds
         if not _is_enough(got, len(jobs), t, plan):
@@ -174,8 +178,8 @@ class _Run:
             updates, weights = [release.update], [1.0]
         senders = [replace(sender, metrics=past.scores.get(sender.id, {})) for sender in got.senders]
         state = next_state(self.strategy, past.state, updates, weights, senders)
-        adapter = check(self.strategy, state, self.lora, t)
-        exactness = distance(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
+        adapter = validate_adapter(self.strategy, state, self.lora, t)
+        exactness = aggregation_error(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
         return _Outcome(state, release=release, exactness=exactness)
 
     def _evaluate(self, state: Any, t: int) -> _Evaluation:
@@ -188,9 +192,9 @@ class _Run:
         if not plan.evaluate_clients:
             return _Evaluation(values)
         jobs = {c.id: self._job(state, c, t) for c in self.fleet.clients()}
-        return _Evaluation(values, split(jobs, self.fleet.evaluate(jobs))[0])
+        return _Evaluation(values, answers_and_failures(jobs, self.fleet.evaluate(jobs))[0])
 
-    def _after(self, past: Past, outcome: _Outcome, found: _Evaluation) -> Past:
+    def _after(self, past: ResumePoint, outcome: _Outcome, found: _Evaluation) -> ResumePoint:
         """Where the next round takes up."""
         losses = (*past.losses, found.values["loss"]) if found.values else past.losses
         scores = past.scores
@@ -200,7 +204,7 @@ class _Run:
         return replace(past, rounds=past.rounds + 1, state=outcome.state, losses=losses, clip=clip, scores=scores)
 
 
-def _is_enough(got: Gathered, asked: int, t: int, plan: Plan) -> bool:
+def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
     """Did a quorum answer? Of a Poisson sample, which may be empty, that may be none."""
     enough = got.answered >= max(int(not plan.central), plan.policy.quorum * asked)
     if not enough and plan.policy.below_quorum == "stop":
@@ -214,10 +218,10 @@ def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list
     if plan.central:
         return plan.central.sample(clients, t)
     if plan.terms:
-        clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.joins]
+        clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.max_participations]
     if plan.terms and not clients:
         raise RoundFailed(
-            f"round {t + 1}: every client has joined dp.joins = {plan.terms.joins} rounds, and has no budget for "
+            f"round {t + 1}: every client has joined dp.joins = {plan.terms.max_participations} rounds, and has no budget for "
             "more; the rounds before are kept"
         )
     return sample(clients, plan.cohort, plan.seed, t)
@@ -236,7 +240,7 @@ def sample(clients: Sequence[Client], cohort: int, seed: int, t: int) -> list[Cl
     return sorted(chosen, key=lambda c: c.id)
 
 
-def split(jobs: Mapping[int, Job], answers: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
+def answers_and_failures(jobs: Mapping[int, Job], answers: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
     """The answers that clients gave, in the order of the jobs, and why the other clients gave none."""
     good: dict[int, Any] = {}
     bad: dict[int, str] = {}
@@ -255,7 +259,7 @@ def stalled(losses: Sequence[float], patience: int) -> bool:
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def check(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
+def validate_adapter(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
     """The adapter of a state; refused where no client could load it, naming the matrix."""
     adapter = strategy.adapter(state)
     for misfit in _misfits(adapter, like):
@@ -298,7 +302,9 @@ def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
     return rank == rank_b and d_in == like_a.shape[1] and d_out == like_b.shape[0]
 
 
-def job_for(strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: Spent | None = None) -> Job:
+def job_for(
+    strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: PrivacySpent | None = None
+) -> Job:
     """A client's job of round t: what the strategy has it do, and what the run fills in.
 
     Raises `StrategyError` for a job in which the strategy sets what the run fills in, and `PrivacyError` for one that
@@ -320,7 +326,7 @@ def job_for(strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: 
         metrics=plan.metrics,
         privacy=plan.terms.of(client, spent.charges if spent else 0) if plan.terms else None,
     )
-    return _small(filled, strategy, plan)
+    return with_encoding(filled, strategy, plan)
 
 
 def _check_left_to_the_run(strategy: str, job: Job) -> None:
@@ -363,7 +369,7 @@ def _training(strategy: str, job: Job, run: Training) -> Training:
         ) from e
 
 
-def _small(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
+def with_encoding(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
     """The job with how its numbers travel; masks, and changes of a product, go as they are."""
     if plan.messages.down == "bfloat16":
         job = replace(job, start=map_factors(lambda t: t.bfloat16().to(t.dtype), job.start))

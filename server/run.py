@@ -11,35 +11,35 @@ from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.models.peft_files import save_peft
 from fedlora.privacy import preflight
-from fedlora.privacy.client_level import Central, central
-from fedlora.privacy.record_level import terms
+from fedlora.privacy.client_level import ClientLevelDP, client_level_dp
+from fedlora.privacy.record_level import record_level_dp
 from fedlora.run import privacy_report, privacy_statement
 from fedlora.run.compose import compose
-from fedlora.run.directory import RunFolder
+from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
-from fedlora.run.setup import Setup
+from fedlora.run.setup import RunSetup
 from fedlora.server.rounds import Fleet, fit
-from fedlora.storage.checkpoint import again
+from fedlora.storage.checkpoint import resume_hint
 from fedlora.strategy import Strategy
 
 
-class Show(Protocol):
+class RunObserver(Protocol):
     """Whoever watches a run."""
 
     def started(
-        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
     ) -> None: ...
     def answered(self, client: int) -> None: ...
     def waiting(self, clients: Mapping[int, float]) -> None: ...
     def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None: ...
-    def finished(self, folder: RunFolder, stopped: bool) -> None: ...
+    def finished(self, folder: RunDirectory, stopped: bool) -> None: ...
 
 
-def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
+def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, show: RunObserver) -> None:
     """Run the rounds that are left, keeping each; then write the adapter."""
     config = setup.config
     strategy = compose(config, setup.start, setup.ranks)
-    past = folder.past()
+    past = folder.resume_point()
     records = folder.records()
     plan = Plan(
         rounds=config.rounds,
@@ -51,7 +51,7 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
         evaluate_clients=config.data.holdout > 0,
         exactness=_measured(setup) if config.exactness else None,
         metrics=not config.dp.on or config.dp.metrics,
-        terms=terms(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        terms=record_level_dp(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
         central=_central(setup) if config.dp.by_client else None,
         secure=config.secure if config.secure.aggregation else None,
         messages=config.messages,
@@ -60,7 +60,11 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
     promised = _promise(setup, plan, strategy, state, fleet) if config.dp.on or plan.secure else {}
     before = records[0].get("before", {}) if records else _before(plan, strategy.adapter(state))
     show.started(
-        setup, strategy, before, past.rounds if past else 0, privacy_statement.lines(promised) if promised else ()
+        setup,
+        strategy,
+        before,
+        past.rounds if past else 0,
+        privacy_statement.summary_lines(promised) if promised else (),
     )
     try:
         for done in fit(strategy, fleet, setup.start, plan, past):
@@ -77,27 +81,27 @@ def drive(setup: Setup, fleet: Fleet, folder: RunFolder, show: Show) -> None:
     show.finished(folder, stopped=len(folder.records()) < config.rounds)
 
 
-def _promise(setup: Setup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet) -> dict[str, Any]:
+def _promise(setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet) -> dict[str, Any]:
     """The facts of the run's privacy; where records are hidden, the model is looked at first, and may be refused."""
     clients = fleet.clients()
     job, findings = strategy.client_init(state, clients[0]), None
     if plan.terms:
         job = replace(job, privacy=plan.terms.of(clients[0]))
-        findings = preflight.once(setup.model, job)
-    return privacy_statement.facts(setup.config, plan, clients, job, findings)
+        findings = preflight.check_once(setup.model, job)
+    return privacy_statement.privacy_facts(setup.config, plan, clients, job, findings)
 
 
-def _deliver(model: Model, adapter: LoRA, folder: RunFolder) -> None:
+def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:
     try:
         save_peft(model, adapter, folder.adapter)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "
-            f"make room, then {again(folder.path)}"
+            f"make room, then {resume_hint(folder.path)}"
         ) from e
 
 
-def _measured(setup: Setup) -> Mapping[str, float]:
+def _measured(setup: RunSetup) -> Mapping[str, float]:
     """Every module's s, for the exactness meter."""
     if setup.config.lora.kind != "lora":
         raise ConfigError(
@@ -107,9 +111,9 @@ def _measured(setup: Setup) -> Mapping[str, float]:
     return setup.model.scales
 
 
-def _central(setup: Setup) -> Central:
+def _central(setup: RunSetup) -> ClientLevelDP:
     config = setup.config
-    return central(config.dp, config.cohort, config.clients, config.rounds, config.seed)
+    return client_level_dp(config.dp, config.cohort, config.clients, config.rounds, config.seed)
 
 
 def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:

@@ -14,14 +14,14 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedlora.errors import WireError
-from fedlora.jobs import Client, Job, Packed, Update
+from fedlora.jobs import Client, CompressedUpdate, Job, Update
 from fedlora.lora import SIDES, LoRA, difference, euclidean_norm, norm
-from fedlora.messages.codec import Introduction, Lacks, MetricsHead, Said, UpdateHead
+from fedlora.messages.codec import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.messages.compression import restore
 from fedlora.messages.envelope import read_head, read_vector, reading, text
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
-from fedlora.vectors import name_of, unflatten
+from fedlora.vectors import content_hash, unflatten
 
 MOST_HEAD = 8 * 2**20  # characters of a head
 PLAIN_HEAD = 2**16  # of one without a manifest
@@ -35,7 +35,7 @@ FLOATS = ("float32", "float64", "bfloat16", "float16")
 
 
 @reading("an update")
-def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Update | Lacks:
+def validated_update(records: RecordDict, job: Job, largest_step: float = inf) -> Update | MissingParts:
     """The answer to a job: an update of the shapes that the job asked for, or that parts are lacking.
 
     `largest_step`: norm of what the client changed, over all that it sends, above which it is refused.
@@ -46,21 +46,21 @@ def read_update(records: RecordDict, job: Job, largest_step: float = inf) -> Upd
     head = read_head(records, UpdateHead)
     _plausible(head, job)
     vector = read_vector(records, head.dtype)
-    if name_of(vector, head.manifest) != head.name:
+    if content_hash(vector, head.manifest) != head.name:
         raise WireError(f"an update is not what its hash {head.name[:12]!r} says: it was damaged on its way")
     if job.masking or not head.manifest:
         return _read_masked(head, vector, job)
     lora, packed = _small(head, vector, job) if job.upload != "float32" else (_plain(head, vector), None)
     _of_the_shapes(lora, job)
     _finite(lora)
-    step = change(lora, job)
+    step = update_norm(lora, job)
     if not step <= largest_step:
         raise WireError(f"an update's change has norm {step:.4g}; server.largest_step = {largest_step:g}")
     return Update(lora, head.examples, head.loss, head.spent, packed)
 
 
 @reading("metrics")
-def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | Lacks:
+def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | MissingParts:
     """The answer to a job that asked for an evaluation."""
     _bounded(records, MOST_METRICS, _most_characters(job) if job else MOST_HEAD)
     if _is_lacking(records):
@@ -80,7 +80,7 @@ def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | Lacks
 def read_client(records: RecordDict) -> tuple[Client, str]:
     """What a client says of itself, and the fingerprint of its base model."""
     _bounded(records, None, PLAIN_HEAD)
-    said = read_head(records, Introduction)
+    said = read_head(records, ClientInfo)
     client, counts = said.client, (said.client.examples, said.client.records)
     if not (0 <= client.id < 2**31 and 1 <= client.rank <= MOST_RANK and all(0 <= n <= MOST_EXAMPLES for n in counts)):
         raise WireError(f"a client says what cannot be: {client}")
@@ -91,10 +91,10 @@ def read_client(records: RecordDict) -> tuple[Client, str]:
 def read_said(records: RecordDict) -> Mapping[str, str]:
     """The answer to a step of secure aggregation."""
     _bounded(records, None)
-    return read_head(records, Said).said
+    return read_head(records, SecAggReply).said
 
 
-def change(lora: LoRA, job: Job) -> float:
+def update_norm(lora: LoRA, job: Job) -> float:
     """The norm of what a client changed: of all the numbers it sends, or of a product where it sends its change."""
     if not job.resumes:
         return euclidean_norm(difference(lora, job.start))
@@ -149,13 +149,13 @@ def _plain(head: UpdateHead, vector: Tensor) -> LoRA:
     return unflatten(vector, _manifest(head.manifest, vector.numel()))
 
 
-def _small(head: UpdateHead, vector: Tensor, job: Job) -> tuple[LoRA, Packed]:
+def _small(head: UpdateHead, vector: Tensor, job: Job) -> tuple[LoRA, CompressedUpdate]:
     """A change in few bytes, and what it makes of where the job started."""
     n = vector.numel() - 4 * head.scales
     if head.dtype != job.upload or head.scales < 0 or n < 0 or (head.scales and job.upload != "int8"):
         raise WireError(f"an update is of {head.dtype} with {head.scales} scales; the job asked for {job.upload}")
     scales = vector[n:].clone().view(torch.float32) if head.scales else torch.empty(0)
-    packed = Packed(job.upload, vector[:n], scales, _manifest(head.manifest, n))
+    packed = CompressedUpdate(job.upload, vector[:n], scales, _manifest(head.manifest, n))
     return restore(job.start, packed), packed
 
 
@@ -210,8 +210,8 @@ def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
     return Update(LoRA(), head.examples, None, head.spent, masked=vector)
 
 
-def _read_lacks(records: RecordDict) -> Lacks:
-    lacks = read_head(records, Lacks)
+def _read_lacks(records: RecordDict) -> MissingParts:
+    lacks = read_head(records, MissingParts)
     if records.array_records:
         raise WireError("a message that parts are lacking has numbers; it takes their names alone")
     if not lacks.lacks or len(lacks.lacks) > 10**5:

@@ -47,14 +47,14 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
     if find_spec("ray") is None:
         raise ConfigError('engine = "flower" needs Ray: pip install "fedlora[ray]"')
     _quiet()
-    from fedlora.server.fleet import FlowerFleet, Rules
+    from fedlora.server.fleet import FleetRules, FlowerFleet
 
     with scratch_folder(RAY_SOCKET) as scratch:
         flower = Flower(config, folder.absolute(), scratch)
         flower.start()
         ended = False
         try:
-            rules = Rules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
+            rules = FleetRules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
             fleet = FlowerFleet(flower.grid(), rules, answered, stop=flower.broken)
             with _terminable():
                 serve(fleet)

@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedlora.client import training
-from fedlora.client.policy import Own
-from fedlora.client.runner import Desk
-from fedlora.data.client_data import Site
+from fedlora.client.policy import ClientPolicy
+from fedlora.client.runner import JobRunner
+from fedlora.data.client_data import ClientData
 from fedlora.errors import ClientFailed, Failure, LedgerError, PrivacyError, SecureError
-from fedlora.jobs import Ask, Client, Job
-from fedlora.messages.parts import Parts, Traffic
+from fedlora.jobs import Client, Job, SecAggStep
+from fedlora.messages.parts import Parts, PartTracker
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.server.aggregation import Answers
-from fedlora.storage.client_state import Store
+from fedlora.storage.client_state import ClientState
 
 REFUSALS = ClientFailed, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
 
@@ -22,15 +22,15 @@ class Serial:
     def __init__(
         self,
         model: Model,
-        sites: Sequence[Site],
+        sites: Sequence[ClientData],
         ranks: Sequence[int],
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
-        own: Own = Own(),  # noqa: B008
+        own: ClientPolicy = ClientPolicy(),  # noqa: B008
     ) -> None:
-        self.traffic = Traffic()
+        self.traffic = PartTracker()
         self._model, self._sites, self._ranks, self._answered = model, sites, ranks, answered
-        self._desks = [Desk(i, site, folder / str(i), own) for i, site in enumerate(sites)]
+        self._desks = [JobRunner(i, site, folder / str(i), own) for i, site in enumerate(sites)]
 
     def clients(self) -> Sequence[Client]:
         return [site.client(i, rank) for i, (site, rank) in enumerate(zip(self._sites, self._ranks, strict=True))]
@@ -49,7 +49,7 @@ class Serial:
                 self._answered(i)
                 yield i, update
 
-    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         replies: dict[int, Mapping[str, str] | Failure] = {}
         for i, ask in asks.items():
             try:
@@ -63,6 +63,6 @@ class Serial:
         answers = {}
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
-            kept = Store(self._desks[i].folder).before(job.round + 1)
+            kept = ClientState(self._desks[i].folder).before(job.round + 1)
             answers[i] = training.evaluate(self._model, job, self._sites[i].heldout, kept)
         return answers

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.lora import LoRA, average, factored, redraw, wide
+from fedlora.lora import LoRA, at_least_float32, average, factored, reinitialise
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -31,12 +31,12 @@ class FedSB(Strategy[LoRA]):
 
     def init(self, lora: LoRA) -> LoRA:
         turned = LoRA({m: b.T for m, b in lora.B.items()}, {m: a.T for m, a in lora.A.items()})
-        drawn = redraw(turned, f"fed_sb/{self.seed}").A  # (r, d_out)
+        drawn = reinitialise(turned, f"fed_sb/{self.seed}").A  # (r, d_out)
         A, B, R = {}, {}, {}
         for m, a in lora.A.items():
-            q_a, t_a = torch.linalg.qr(wide(a).T)  # (d_in, r), (r, r)
+            q_a, t_a = torch.linalg.qr(at_least_float32(a).T)  # (d_in, r), (r, r)
             given = bool(lora.B[m].any())
-            q_b, t_b = torch.linalg.qr(wide(lora.B[m] if given else drawn[m].T))  # (d_out, r), (r, r)
+            q_b, t_b = torch.linalg.qr(at_least_float32(lora.B[m] if given else drawn[m].T))  # (d_out, r), (r, r)
             core = t_b @ t_a.T
             A[m], B[m], R[m] = q_a.T, q_b, core if given else torch.zeros_like(core)
         return LoRA(A, B, lora.H, R)

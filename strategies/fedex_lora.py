@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fedlora.lora import LoRA, average, contrast, join, leading, redraw, settle, stack, truncate
+from fedlora.lora import LoRA, average, densify, join, leading, reinitialise, residual, stack, truncate
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
@@ -65,12 +65,12 @@ class FedEx(Strategy[State]):
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
         if self.assignment == "average":
-            residual = contrast(updates, weights)
+            residual = residual(updates, weights)
             part = truncate(residual, self.rank) if self.rank else residual
-            return State(average(updates, weights), settle((*state.parts, part)), state.round + 1)
-        start = redraw(state.lora, f"flora/{state.round}") if self.assignment == "reinit" else state.lora
+            return State(average(updates, weights), densify((*state.parts, part)), state.round + 1)
+        start = reinitialise(state.lora, f"flora/{state.round}") if self.assignment == "reinit" else state.lora
         head = average([u.only("H") for u in updates], weights)
-        return State(head.over(start), settle((*state.parts, stack(updates, weights))), state.round + 1)
+        return State(head.over(start), densify((*state.parts, stack(updates, weights))), state.round + 1)
 
     def adapter(self, state: State) -> LoRA:
         own = () if self.assignment == "keep" and state.parts else (state.lora,)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.lora import LoRA, average, wide
+from fedlora.lora import LoRA, at_least_float32, average
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -53,8 +53,10 @@ class FedRot(Strategy[State]):
     def _aligned(self, x: LoRA, state: State) -> LoRA:
         A, B, last = {}, {}, state.lora
         for m in x.A:
-            a, b = wide(x.A[m]), wide(x.B[m])
-            M = a @ wide(last.A[m]).T if state.round % 2 == 0 else b.T @ wide(last.B[m])  # (r, r)
+            a, b = at_least_float32(x.A[m]), at_least_float32(x.B[m])
+            M = (
+                a @ at_least_float32(last.A[m]).T if state.round % 2 == 0 else b.T @ at_least_float32(last.B[m])
+            )  # (r, r)
             R = rotation(M, self.soft)
             A[m], B[m] = R.T @ a, b @ R
         return LoRA(A, B, x.H)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedlora.lora import LoRA, average, inner, leading, principal, stack, wide
+from fedlora.lora import LoRA, at_least_float32, average, inner, leading, principal, stack
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -56,6 +56,6 @@ def filled(lora: LoRA, first: LoRA) -> LoRA:
     A, B = {}, {}
     for m, fresh in first.A.items():
         r, k = fresh.shape[0], lora.A[m].shape[0]
-        A[m] = torch.cat([lora.A[m][:r], wide(fresh[k:])])  # (r, d_in)
+        A[m] = torch.cat([lora.A[m][:r], at_least_float32(fresh[k:])])  # (r, d_in)
         B[m] = torch.nn.functional.pad(lora.B[m][:, :r], (0, max(0, r - k)))  # (d_out, r)
     return LoRA(A, B)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fedlora.lora import LoRA, average, join, leading, redraw, settle, stack
+from fedlora.lora import LoRA, average, densify, join, leading, reinitialise, stack
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -38,8 +38,8 @@ class FLoRA(Strategy[State]):
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
         head = average([u.only("H") for u in updates], weights)
-        start = head.over(redraw(state.lora, f"flora/{state.round}"))
-        return State(start, settle((*state.stacks, stack(updates, weights))), state.round + 1)
+        start = head.over(reinitialise(state.lora, f"flora/{state.round}"))
+        return State(start, densify((*state.stacks, stack(updates, weights))), state.round + 1)
 
     def adapter(self, state: State) -> LoRA:
         return join(*(state.stacks or (state.lora,))).over(state.lora)

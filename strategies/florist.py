@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from fedlora.lora import LoRA, average, inner, join, leading, redraw, settle, stack, svd
+from fedlora.lora import LoRA, average, densify, inner, join, leading, reinitialise, stack, svd
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
@@ -49,8 +49,10 @@ class FLoRIST(Strategy[State]):
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
         part, kept, dropped = threshold(stack(updates, weights), self.energy)
         head = average([u.only("H") for u in updates], weights)
-        start = head.over(redraw(state.lora, f"flora/{state.round}"))  # with tau = 1 the run is FLoRA's, bit for bit
-        return State(start, settle((*state.parts, part)), state.round + 1, kept, dropped)
+        start = head.over(
+            reinitialise(state.lora, f"flora/{state.round}")
+        )  # with tau = 1 the run is FLoRA's, bit for bit
+        return State(start, densify((*state.parts, part)), state.round + 1, kept, dropped)
 
     def adapter(self, state: State) -> LoRA:
         return join(*(state.parts or (state.lora,))).over(state.lora)

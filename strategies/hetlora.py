@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import pad
 
-from fedlora.lora import LoRA, average, leading, norm, wide
+from fedlora.lora import LoRA, at_least_float32, average, leading, norm
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
@@ -44,8 +44,8 @@ class HetLoRA(Strategy[LoRA]):
         w = norms if any(norms) else weights  # nobody has a product yet
         ranks = {m: max(u.A[m].shape[0] for u in updates) for m in state.A}
         mean = average([padded(u, ranks) for u in updates], w)
-        A = {m: torch.cat([mean.A[m], wide(a[ranks[m] :])]) for m, a in state.A.items()}
-        B = {m: torch.cat([mean.B[m], wide(b[:, ranks[m] :])], 1) for m, b in state.B.items()}
+        A = {m: torch.cat([mean.A[m], at_least_float32(a[ranks[m] :])]) for m, a in state.A.items()}
+        B = {m: torch.cat([mean.B[m], at_least_float32(b[:, ranks[m] :])], 1) for m, b in state.B.items()}
         return LoRA(A, B, average([u.only("H") for u in updates], weights).H)
 
     def adapter(self, state: LoRA) -> LoRA:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.lora import LoRA, average, inner, shares, stack
+from fedlora.lora import LoRA, average, inner, normalised, stack
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -84,7 +84,7 @@ def _missed(m: str, mean: LoRA, updates: Sequence[LoRA], weights: Sequence[float
     """(W* - B' A) A^T = sum_i p_i (B_i - B') (A_i - A) A^T (d_out, r); means come off first, to keep the digits."""
     A, B = mean.A[m], mean.B[m]
     N = torch.zeros_like(B)
-    for p, x in zip(shares(weights), updates, strict=True):
+    for p, x in zip(normalised(weights), updates, strict=True):
         N.addmm_(x.B[m] - B, (x.A[m] - A) @ A.T, alpha=p)
     return N.double()
 

@@ -11,8 +11,8 @@ from fedlora.lora import (
     LoRA,
     average,
     compact,
-    contrast,
     delta,
+    densify,
     factored,
     inner,
     join,
@@ -20,9 +20,9 @@ from fedlora.lora import (
     norm,
     orthonormal,
     principal,
-    redraw,
+    reinitialise,
+    residual,
     scale,
-    settle,
     stack,
     truncate,
 )
@@ -100,19 +100,19 @@ def test_stack_is_the_weighted_mean_of_products_of_any_ranks(some: list[tuple[Lo
 @given(WEIGHTS)
 def test_contrast_is_what_averaging_factors_loses(weights: list[float]) -> None:
     loras = [factors(i) for i in range(len(weights))]
-    residual, mean = contrast(loras, weights), average(loras, weights)
+    residual, mean = residual(loras, weights), average(loras, weights)
     assert_close(delta(join(mean, residual)), dense(loras, weights))
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
 def test_contrast_has_rank_k_minus_one_times_r(clients: int, rank: int) -> None:
-    residual = contrast([factors(i, rank) for i in range(clients)], [1.0] * clients)
+    residual = residual([factors(i, rank) for i in range(clients)], [1.0] * clients)
     assert all(a.shape[0] == (clients - 1) * rank for a in residual.A.values())
 
 
 def test_clients_that_agree_leave_no_residual() -> None:
     same = factors(1)
-    assert norm(contrast([same, same, same], [1, 2, 3])) < 1e-12 * norm(same)
+    assert norm(residual([same, same, same], [1, 2, 3])) < 1e-12 * norm(same)
 
 
 @given(ANY, st.floats(-3, 3))
@@ -177,7 +177,7 @@ def test_leading_is_the_product_of_the_first_rows_and_columns(seed: int, rank: i
 @given(st.text(max_size=8), st.integers(1, 5))
 def test_redraw_is_peft_s_start_and_the_same_for_the_same_seed(seed: str, rank: int) -> None:
     x = factors(1, rank)
-    once, again, other = redraw(x, seed), redraw(x, seed), redraw(x, seed + "!")
+    once, again, other = reinitialise(x, seed), reinitialise(x, seed), reinitialise(x, seed + "!")
     for m, a in once.A.items():
         assert torch.equal(a, again.A[m]) and not torch.equal(a, other.A[m])
         assert a.shape == x.A[m].shape and bool((a.abs() <= a.shape[1] ** -0.5).all())
@@ -187,27 +187,27 @@ def test_redraw_is_peft_s_start_and_the_same_for_the_same_seed(seed: str, rank: 
 
 
 def test_redraw_has_the_variance_of_a_uniform_draw() -> None:
-    a = redraw(LoRA({"q": torch.zeros(64, 400)}, {"q": torch.zeros(10, 64)}), "x").A["q"]
+    a = reinitialise(LoRA({"q": torch.zeros(64, 400)}, {"q": torch.zeros(10, 64)}), "x").A["q"]
     assert float(a.var()) == pytest.approx(1 / 3 / 400, rel=0.03)
 
 
 @given(st.lists(ANY, min_size=1, max_size=6))
 def test_settled_parts_add_up_to_the_same(some: list[LoRA]) -> None:
-    parts = settle([x.only("ABRD") for x in some])
+    parts = densify([x.only("ABRD") for x in some])
     want = total(some, [1.0] * len(some))
     assert_close({m: torch.stack([delta(p)[m] for p in parts]).sum(0) for m in want}, want)
 
 
 def test_parts_stay_what_they_are_until_a_dense_one_is_smaller() -> None:
     parts = [factors(i, 1).only("AB") for i in range(6)]  # 39 numbers each; the three matrices have 126
-    assert all(kept is part for kept, part in zip(settle(parts[:3]), parts, strict=False))
-    (whole,) = settle(parts[:4])
+    assert all(kept is part for kept, part in zip(densify(parts[:3]), parts, strict=False))
+    (whole,) = densify(parts[:4])
     assert not whole.A and {m: tuple(d.shape) for m, d in whole.D.items()} == SHAPES
 
 
 def test_a_dense_part_is_not_counted_against_the_factors_that_came_after() -> None:
-    (whole,) = settle([factors(i, 1).only("AB") for i in range(4)])
-    kept = settle((whole, factors(5, 1).only("AB"), LoRA()))
+    (whole,) = densify([factors(i, 1).only("AB") for i in range(4)])
+    kept = densify((whole, factors(5, 1).only("AB"), LoRA()))
     assert len(kept) == 2 and kept[0] is whole
 
 

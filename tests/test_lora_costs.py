@@ -15,15 +15,15 @@ from fedlora.lora import (
     LoRA,
     average,
     compact,
-    contrast,
     delta,
+    densify,
     inner,
     join,
     norm,
     orthonormal,
     principal,
+    residual,
     scale,
-    settle,
     stack,
     truncate,
 )
@@ -43,8 +43,8 @@ def test_contrast_keeps_its_digits_when_clients_hardly_differ() -> None:
         )
         for i in (1, 2, 3)
     ]
-    exact = delta(contrast(near, [1, 1, 1]))
-    for m, d in delta(contrast([rounded(x, torch.float32) for x in near], [1, 1, 1])).items():
+    exact = delta(residual(near, [1, 1, 1]))
+    for m, d in delta(residual([rounded(x, torch.float32) for x in near], [1, 1, 1])).items():
         assert (d - exact[m]).norm() < 0.02 * exact[m].norm()  # the difference of two products would be all noise
 
 
@@ -66,7 +66,7 @@ def test_half_precision_is_averaged_in_float32(dtype: torch.dtype) -> None:
 def test_half_precision_is_worked_on_in_float32(dtype: torch.dtype) -> None:
     loras = [factors(i, dtype=dtype) for i in range(3)]
     exact = [rounded(x, torch.float64) for x in loras]
-    for work in (stack, contrast, lambda x, w: truncate(stack(x, w), 3), lambda x, w: orthonormal(average(x, w))):
+    for work in (stack, residual, lambda x, w: truncate(stack(x, w), 3), lambda x, w: orthonormal(average(x, w))):
         got = work(loras, [1, 2, 3])
         assert all(t.dtype == torch.float32 for t in (*got.A.values(), *got.B.values()))
         assert norm(join(got, scale(work(exact, [1, 2, 3]), -1))) < 1e-5 * norm(stack(loras, [1, 2, 3]))
@@ -109,24 +109,24 @@ def test_nothing_as_large_as_a_dense_matrix_is_made() -> None:
     K, d, r = 20, 300, 2
     loras, weights = drawn(K, d, r, 1), [1.0] * K
     with Made() as made:
-        mean, residual = stack(loras, weights), contrast(loras, weights)
+        mean, residual = stack(loras, weights), residual(loras, weights)
         average(loras, weights)
         for x in (mean, residual):
             truncate(x, r), truncate(x, K), principal(x, r), norm(x), inner(x, mean), compact(x)
-        settle((residual, orthonormal(loras[0])))
+        densify((residual, orthonormal(loras[0])))
     assert 4 * K * r * d <= made.largest < 4 * d * d / 2  # `norm` has one factor in float64
 
 
 WHOLE: dict[str, Callable[[list[LoRA], LoRA], Any]] = {
     "average": lambda loras, _: average(loras, [1.0] * len(loras)),
     "stack": lambda loras, _: stack(loras, [1.0] * len(loras)),
-    "contrast": lambda loras, _: contrast(loras, [1.0] * len(loras)),
+    "contrast": lambda loras, _: residual(loras, [1.0] * len(loras)),
     "join": lambda loras, _: join(*loras),
     "truncate": lambda _, joined: truncate(joined, 2),
     "principal": lambda _, joined: principal(joined, 2),
     "norm": lambda _, joined: norm(joined),
     "inner": lambda _, joined: inner(joined, joined),
-    "settle": lambda loras, _: settle((*loras, *loras, *loras, *loras)),
+    "settle": lambda loras, _: densify((*loras, *loras, *loras, *loras)),
 }
 
 

@@ -68,9 +68,9 @@ def test_the_tables_of_strategies_are_the_catalogues() -> None:
 
 
 def test_the_keys_of_a_round_are_all_named() -> None:
-    from fedlora.run.plan import Round
+    from fedlora.run.plan import RoundResult
 
-    record = Round(1, None, (), {}, None, None, None, 0, 0, 0.0, {"kept": 1.0}, 0.5).record()
+    record = RoundResult(1, None, (), {}, None, None, None, 0, 0, 0.0, {"kept": 1.0}, 0.5).record()
     assert all(f"`{key}`" in README for key in record)
 
 

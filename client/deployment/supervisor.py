@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from fedlora.client.deployment.health import is_serving
-from fedlora.deployment.processes import Process, Tail, alone, free_port, home, program, scratch_folder, stop
+from fedlora.deployment.processes import Process, Tail, exclusive, flwr_home, free_port, program, scratch_folder, stop
 from fedlora.deployment.provision import read_client
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.errors import ConfigError
@@ -37,7 +37,7 @@ MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClientOptions:
     """What `fedlora client` was asked for."""
 
     server: str  # host:port
@@ -54,29 +54,31 @@ class Asked:
         return f"{'https' if self.credentials else 'http'}://{self.server}"
 
 
-def asked(server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any]) -> Asked:
+def asked(
+    server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any]
+) -> ClientOptions:
     """What was asked for, checked. Raises `ConfigError` for what does not go together."""
     if credentials:
         who = read_client(credentials)
         if id not in (None, who.id):
             raise ConfigError(f"--id {id}: the keys in {credentials} are those of {who.name}, number {who.id}")
         address = server or who.server
-        return Asked(_address(address), credentials, state, who.id, who.name, settings)
+        return ClientOptions(_address(address), credentials, state, who.id, who.name, settings)
     if id is None:
         raise ConfigError("without keys a client needs a number of its own: --id 0")
-    return Asked(_address(server), None, state, id, f"client {id}", settings)
+    return ClientOptions(_address(server), None, state, id, f"client {id}", settings)
 
 
-def serve(asked: Asked) -> None:
+def serve(asked: ClientOptions) -> None:
     """Take part until SIGTERM or Ctrl-C."""
-    with alone(asked.state), scratch_folder(len(SOCKET)) as scratch:
+    with exclusive(asked.state), scratch_folder(len(SOCKET)) as scratch:
         os.umask(0o077)
         if not asked.credentials:
             print("INSECURE: no TLS, no key: anyone on the way can read and change what is sent. For trials only.")
         ClientProcesses(asked, asked.worker or scratch / SOCKET, scratch).run()
 
 
-def reachable(asked: Asked, meanwhile: Callable[[], None]) -> None:
+def reachable(asked: ClientOptions, meanwhile: Callable[[], None]) -> None:
     """Wait until the server answers; say why it does not. Raises `ConfigError` for what waiting does not mend."""
     pause, verify = 1.0, _context(asked)
     while True:
@@ -105,12 +107,12 @@ def reachable(asked: Asked, meanwhile: Callable[[], None]) -> None:
             )
 
 
-def told(asked: Asked) -> str:
+def told(asked: ClientOptions) -> str:
     """Who the client is and what is its own, for its worker."""
     return json.dumps({"id": asked.id, "state": str(asked.state.absolute()), "settings": dict(asked.settings)})
 
 
-def worker_command(asked: Asked, socket: Path) -> list[str]:
+def worker_command(asked: ClientOptions, socket: Path) -> list[str]:
     """The command line of the worker that belongs to this client."""
     return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", told(asked)]
 
@@ -118,12 +120,14 @@ def worker_command(asked: Asked, socket: Path) -> list[str]:
 class ClientProcesses:
     """SuperNode, SuperExec and worker of one client, watched until the command is ended."""
 
-    def __init__(self, asked: Asked, socket: Path, scratch: Path) -> None:
+    def __init__(self, asked: ClientOptions, socket: Path, scratch: Path) -> None:
         self._asked, self._socket, self._scratch = asked, socket, scratch
         self._logs = asked.state / "logs"
         secret, port = scratch / "superexec.secret", free_port()
         secret.write_text(token_hex(32))
-        self._node = Process("SuperNode", self._node_command(port, secret), self._log("supernode"), home(asked.state))
+        self._node = Process(
+            "SuperNode", self._node_command(port, secret), self._log("supernode"), flwr_home(asked.state)
+        )
         command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
         command += ["--superexec-auth-secret-file", str(secret)]
         self._superexec = Process("SuperExec", command, self._log("superexec"))
@@ -174,8 +178,8 @@ class ClientProcesses:
     def _restart(self, process: Process) -> Restart:
         """Raises `ConfigError` for a worker that its settings or its data ended: to start it again is of no use."""
         if process is self._worker and process.code == MISTAKE:
-            raise ConfigError(process.last_words(1).removeprefix("error: "))
-        words = process.last_words(15)
+            raise ConfigError(process.log_tail(1).removeprefix("error: "))
+        words = process.log_tail(15)
         if process is self._node and any(f"code: {code}]" in words for code in REFUSED):
             why = (
                 "the server does not take this key: it was here less than a minute ago, or is not registered, or this "
@@ -207,5 +211,5 @@ def _address(server: str) -> str:
     return f"[{server}]:{PORT}" if ":" in server and not server.startswith("[") else f"{server}:{PORT}"
 
 
-def _context(asked: Asked) -> ssl.SSLContext | bool:
+def _context(asked: ClientOptions) -> ssl.SSLContext | bool:
     return ssl.create_default_context(cafile=str(asked.credentials / "ca.crt")) if asked.credentials else False

@@ -24,12 +24,12 @@ from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import SERVICE
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
 from fedlora.client.part_cache import PartStore
-from fedlora.client.policy import insists
-from fedlora.client.runner import Desk
+from fedlora.client.policy import client_policy
+from fedlora.client.runner import JobRunner
 from fedlora.errors import WireError
 from fedlora.messages import codec
-from fedlora.run.setup import Party, for_client
-from fedlora.storage.event_log import Journal
+from fedlora.run.setup import ClientSetup, for_client
+from fedlora.storage.event_log import EventLog
 from fedlora.storage.files import write_durably
 
 SETTINGS = "settings.json"
@@ -38,7 +38,7 @@ log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True)
-class Mine:
+class ClientIdentity:
     """Who this client is, and what is its own."""
 
     id: int
@@ -47,12 +47,12 @@ class Mine:
 
 
 @dataclass
-class Bench:
+class WarmWorker:
     """What stays warm between messages."""
 
-    mine: Mine
+    mine: ClientIdentity
     _key: str = ""
-    _party: Party | None = None
+    _party: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
 
     def do(self, task: Task, data: bytes) -> RecordDict | str:
@@ -67,7 +67,7 @@ class Bench:
             return handlers.do(kind, content, lambda run: self._place(run, codec.read_hello(content).settings))
         return handlers.do(kind, content, self._place)
 
-    def _place(self, run: str, told: Mapping[str, Any] | None = None) -> handlers.Place:
+    def _place(self, run: str, told: Mapping[str, Any] | None = None) -> handlers.ClientContext:
         if not run:
             raise WireError("a message names no run, and this client keeps its state by it")
         folder = self.mine.state / run / str(self.mine.id)
@@ -79,9 +79,9 @@ class Bench:
         if told:
             write_durably(folder / SETTINGS, json.dumps(dict(told)).encode())
         party, mine = self._party, self.mine
-        desk = Desk(mine.id, party.site, folder, insists(mine.settings, mine.state / "ledgers"), once=True)
-        journal = Journal(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
-        return handlers.Place(party.model, desk, PartStore(folder), party.rank, journal, told=True)
+        desk = JobRunner(mine.id, party.site, folder, client_policy(mine.settings, mine.state / "ledgers"), once=True)
+        journal = EventLog(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
+        return handlers.ClientContext(party.model, desk, PartStore(folder), party.rank, journal, told=True)
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
@@ -96,16 +96,16 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 def cold(told: Path, kind: str, content: RecordDict) -> RecordDict | str:
     """A message's work in this process, which loads the model for it; `told` is the file that says whose it is."""
     mine = json.loads(told.read_text())
-    return Bench(Mine(int(mine["id"]), Path(mine["state"]), mine["settings"])).answer(kind, content)
+    return WarmWorker(ClientIdentity(int(mine["id"]), Path(mine["state"]), mine["settings"])).answer(kind, content)
 
 
-def serve(socket: Path, mine: Mine) -> None:
+def serve(socket: Path, mine: ClientIdentity) -> None:
     """Serve until SIGTERM or SIGINT; the socket can be opened by its owner alone."""
     ended = Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
     _shows(mine.state / "logs" / "screen.log")
-    server, state = start(socket, Bench(mine).do)
+    server, state = start(socket, WarmWorker(mine).do)
     log.info("worker of client %d is ready", mine.id)
     ended.wait()
     state.enter_graceful_shutdown()

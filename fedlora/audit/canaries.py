@@ -25,7 +25,7 @@ from scipy import optimize, stats
 from torch import nn
 
 from fedlora.data.encoding import Example
-from fedlora.jobs import Job, Privacy
+from fedlora.jobs import Job, PrivacyTerms
 from fedlora.models.model import Model
 from fedlora.privacy.dpsgd import Engine, Mechanism
 from fedlora.privacy.per_sample_gradients import Gradients, Learner, PerExample
@@ -62,10 +62,10 @@ def room(job: Job) -> int:
 
 def engine(
     mechanism: Mechanism, where: NDArray[np.int64]
-) -> Callable[[Model, Sequence[nn.Parameter], Privacy], Engine]:
+) -> Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine]:
     """The mechanism's own engine, with an ear for canaries at these places."""
 
-    def made(model: Model, parameters: Sequence[nn.Parameter], privacy: Privacy) -> Engine:
+    def made(model: Model, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> Engine:
         own = mechanism.engine(model, parameters, privacy)
         return lambda m, ps: _Aviary(m, ps).over(own(m, ps), where, LOUD * privacy.clip)
 

@@ -14,11 +14,11 @@ import torch
 
 from fedlora.config import Config
 from fedlora.errors import Failure
-from fedlora.jobs import Ask, Charge, Client, Job, Update
+from fedlora.jobs import Charge, Client, Job, SecAggStep, Update
 from fedlora.lora import LoRA, map_factors
-from fedlora.messages.parts import Traffic
+from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
-from fedlora.privacy.client_level import Central, Clipping, central
+from fedlora.privacy.client_level import ClientLevelDP, ClippedSum, client_level_dp
 from fedlora.run.plan import Plan
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit
@@ -35,11 +35,11 @@ FEW = 50  # clients, where nothing says how many there are
 
 
 @dataclass(frozen=True)
-class Subject:
+class ClientLevelSubject:
     """The product as it is; or with a bug in one of its parts, which the audit must find."""
 
-    central: type[Central] = Central
-    clipping: type[Clipping] = Clipping
+    central: type[ClientLevelDP] = ClientLevelDP
+    clipping: type[ClippedSum] = ClippedSum
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +49,10 @@ class Crowd:
     config: Config
     start: LoRA
     strategy: Strategy[Any]
-    central: Central
+    central: ClientLevelDP
     seed: int = 0
 
-    def mechanism(self, subject: Subject, **other: Any) -> Central:
+    def mechanism(self, subject: ClientLevelSubject, **other: Any) -> ClientLevelDP:
         """The run's, in the subject's class, with some of it changed."""
         same = {f.name: getattr(self.central, f.name) for f in fields(self.central)}
         return subject.central(**same | other)
@@ -68,7 +68,7 @@ class Silent:
 
     number: int
     rank: int
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: PartTracker = field(default_factory=PartTracker)
 
     def clients(self) -> Sequence[Client]:
         return [Client(i, 1, self.rank, 1) for i in range(self.number)]
@@ -76,7 +76,7 @@ class Silent:
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         return ((i, Update(job.start.only(job.shares), 1, None)) for i, job in jobs.items())
 
-    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         return {}
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
@@ -88,11 +88,11 @@ def build(config: Config, seed: int = 0) -> Crowd:
     _, start, strategy = worn(config)
     wide = map_factors(torch.Tensor.double, start)  # where small noise shows
     clients = config.clients or FEW
-    made = central(config.dp, config.cohort or max(2, clients // 5), clients, config.rounds, config.seed)
+    made = client_level_dp(config.dp, config.cohort or max(2, clients // 5), clients, config.rounds, config.seed)
     return Crowd(config, wide, strategy, made, seed)
 
 
-def sensitivity(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
+def sensitivity(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
     """T1: with the noise off, how far does one client more or less move the sum over all sides, over the clip?"""
     state = crowd.strategy.init(crowd.start)
     job, C = crowd.job(state), crowd.central.clip
@@ -115,7 +115,7 @@ def sensitivity(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
     yield Finding("T1 sensitivity", good, worst, "C", allowed, detail)
 
 
-def noise(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
+def noise(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
     """T2, T3, T4: of rounds in which no client changes a thing, the noise, and what they cost."""
     mechanism, share = crowd.mechanism(subject, limit=inf), crowd.central.share
     z = mechanism.noise / sqrt(1 - share) if mechanism.quantile else mechanism.noise
@@ -132,14 +132,14 @@ def noise(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
     yield statistics.accounted(seen[-1].epsilon, crowd.config.dp, charge, mechanism.delta)
 
 
-def draws(crowd: Crowd, subject: Subject) -> Iterator[Finding]:
+def draws(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
     """T5: is every client in a round by itself?"""
     mechanism, clients = crowd.mechanism(subject), Silent(crowd.central.population, 1).clients()
     sizes = np.array([float(len(mechanism.sample(clients, t))) for t in range(DRAWS)])
     yield statistics.drawn("cohort", sizes, mechanism.population, mechanism.rate)
 
 
-Look = Callable[[Crowd, Subject], Iterator[Finding]]
+Look = Callable[[Crowd, ClientLevelSubject], Iterator[Finding]]
 TESTS: tuple[Look, ...] = (sensitivity, noise, draws)
 
 
@@ -155,7 +155,7 @@ class Heard:
         return np.concatenate(list(self.noise.values()))
 
 
-def _rounds(crowd: Crowd, mechanism: Central, rounds: int) -> Iterator[Heard]:
+def _rounds(crowd: Crowd, mechanism: ClientLevelDP, rounds: int) -> Iterator[Heard]:
     state = crowd.strategy.init(crowd.start)
     plan = Plan(rounds, cohort=2, seed=crowd.config.seed, metrics=False, central=mechanism)
     for done in fit(crowd.strategy, Silent(mechanism.population, crowd.config.lora.rank), crowd.start, plan):
@@ -167,10 +167,10 @@ def _rounds(crowd: Crowd, mechanism: Central, rounds: int) -> Iterator[Heard]:
         state = done.state
 
 
-def _counts(mechanism: Central) -> Floats:
+def _counts(mechanism: ClientLevelDP) -> Floats:
     """The noise on the count, taken back out of the clips that follow from it."""
     one = LoRA({"m": torch.ones(1, 1)})
-    clips = [mechanism.release(Clipping(mechanism.clip), one, t, ()).next_clip for t in range(DRAWS)]
+    clips = [mechanism.release(ClippedSum(mechanism.clip), one, t, ()).next_clip for t in range(DRAWS)]
     within = np.array([mechanism.quantile - log(c / mechanism.clip) / mechanism.lr for c in clips])
     return (within - 0.5) * mechanism.rate * mechanism.population
 

@@ -33,12 +33,12 @@ from fedlora.errors import CheckpointError, ConfigError
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.models.peft_files import load_peft
-from fedlora.privacy.client_level import central
-from fedlora.privacy.record_level import terms
+from fedlora.privacy.client_level import client_level_dp
+from fedlora.privacy.record_level import record_level_dp
 from fedlora.run.compose import compose
-from fedlora.run.directory import RunFolder
+from fedlora.run.directory import RunDirectory
 from fedlora.run.privacy_report import refresh
-from fedlora.run.setup import Setup, prepare, quiet
+from fedlora.run.setup import RunSetup, prepare, quiet_libraries
 from fedlora.storage.files import write_durably
 
 from .statistics import Floats
@@ -72,11 +72,11 @@ class Attack:
 
 def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Attack what a run delivered, print how well that goes, and write `membership.json` into its directory."""
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     settings = config.build(folder.config(), given)
     console = Console(highlight=False, stderr=as_json)
     with console.status("loading"):
-        quiet()
+        quiet_libraries()
         setup = prepare(settings)
         if not (folder.adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{run} has no adapter yet; finish the run with fedlora simulate --resume {run}")
@@ -95,7 +95,7 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
     print(json.dumps(told)) if as_json else _show(console, attacks, told)
 
 
-def both(setup: Setup) -> tuple[Records, Records]:
+def both(setup: RunSetup) -> tuple[Records, Records]:
     """The records that clients trained on, and those that nobody did. Raises `ConfigError` where there are none."""
     by_row = setup.model.encoder.by_row
     parts = [by_row(rows) for rows in (setup.evaluation_rows, *(s.heldout_rows for s in setup.sites)) if len(rows)]
@@ -123,7 +123,7 @@ def against(
 @torch.no_grad()
 def losses(model: Model, lora: LoRA, records: Records) -> Floats:
     """Of each record the mean loss of its examples, with the model as it is used."""
-    model.write(lora)
+    model.set_adapter(lora)
     model.net.eval()
     of = sorted(((i, e) for i, record in enumerate(records) for e in record), key=lambda pair: length(pair[1]))
     total, count = np.zeros(len(records)), np.zeros(len(records))
@@ -164,17 +164,17 @@ def some(records: Records) -> Records:
     return [whole[i * len(whole) // MOST] for i in range(MOST)] if len(whole) > MOST else whole
 
 
-def _promise(setup: Setup, folder: RunFolder) -> tuple[float, float]:
+def _promise(setup: RunSetup, folder: RunDirectory) -> tuple[float, float]:
     """The epsilon that the run spent on one record, at its delta; a record less is a client replaced by another."""
     settings, records = setup.config, folder.records()
     spent = max((r["epsilon"] for r in records if "epsilon" in r), default=inf)
     if settings.dp.by_client:
-        hides = central(settings.dp, settings.cohort, settings.clients, settings.rounds, settings.seed)
+        hides = client_level_dp(settings.dp, settings.cohort, settings.clients, settings.rounds, settings.seed)
         return 2 * spent, (1 + exp(min(spent, 700.0))) * hides.delta
     if not settings.dp.by_record:
         return inf, 0.0
     clients = [site.client(i, rank) for i, (site, rank) in enumerate(zip(setup.sites, setup.ranks, strict=True))]
-    return spent, terms(settings.dp, settings.train, settings.rounds, clients).config.delta
+    return spent, record_level_dp(settings.dp, settings.train, settings.rounds, clients).config.delta
 
 
 def _show(console: Console, attacks: Sequence[Attack], told: Mapping[str, Any]) -> None:

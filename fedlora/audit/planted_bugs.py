@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fedlora.client.ledger import Ledger
-from fedlora.client.runner import Desk
-from fedlora.jobs import Charge, Client, Job, Privacy
+from fedlora.client.runner import JobRunner
+from fedlora.jobs import Charge, Client, Job, PrivacyTerms
 from fedlora.lora import SIDES, LoRA
-from fedlora.privacy.client_level import Central, Clipping, Release
-from fedlora.privacy.dpsgd import STANDARD, disturb
-from fedlora.privacy.noise import Source
+from fedlora.privacy.client_level import ClientLevelDP, ClippedSum, NoisedUpdate
+from fedlora.privacy.dpsgd import STANDARD, add_noise
+from fedlora.privacy.noise import SecureRandom
 from fedlora.privacy.per_sample_gradients import Gradients, clip
 from fedlora.seeds import derive
 
@@ -28,7 +28,7 @@ from .subject import RATE, Stage, Subject
 
 
 @dataclass(frozen=True)
-class Control:
+class PlantedBug:
     """A bug, and the test that must find it."""
 
     name: str
@@ -47,10 +47,10 @@ def _noise_of_a_mean(stage: Stage) -> Subject:
     """The noise of a sum, taken down as if it were averaged over the batch."""
     root = sqrt(RATE * stage.records)
 
-    def less(total: Tensor, deviation: float, numbers: Source) -> Tensor:
-        return disturb(total, deviation / root, numbers)
+    def less(total: Tensor, deviation: float, numbers: SecureRandom) -> Tensor:
+        return add_noise(total, deviation / root, numbers)
 
-    return Subject(replace(STANDARD, disturb=less))
+    return Subject(replace(STANDARD, add_noise=less))
 
 
 def _a_side_without_noise(stage: Stage) -> Subject:
@@ -58,10 +58,10 @@ def _a_side_without_noise(stage: Stage) -> Subject:
     job = stage.strategy.client_init(stage.strategy.init(stage.start), stage.client)
     bare = {t.shape for t in job.start.side(job.trains[0]).values()}
 
-    def some(total: Tensor, deviation: float, numbers: Source) -> Tensor:
-        return disturb(total, 0.0 if total.shape in bare else deviation, numbers)
+    def some(total: Tensor, deviation: float, numbers: SecureRandom) -> Tensor:
+        return add_noise(total, 0.0 if total.shape in bare else deviation, numbers)
 
-    return Subject(replace(STANDARD, disturb=some))
+    return Subject(replace(STANDARD, add_noise=some))
 
 
 def _clip_by_tensor(_stage: Stage) -> Subject:
@@ -75,15 +75,15 @@ def _clip_by_tensor(_stage: Stage) -> Subject:
 
 
 def _one_seed_for_all(_stage: Stage) -> Subject:
-    def source(job: Job, client: int, privacy: Privacy) -> Source:
-        return Source.seeded(derive(job.seed, "noise", job.round))
+    def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
+        return SecureRandom.seeded(derive(job.seed, "noise", job.round))
 
     return Subject(replace(STANDARD, source=source))
 
 
 def _one_seed_for_all_rounds(_stage: Stage) -> Subject:
-    def source(job: Job, client: int, privacy: Privacy) -> Source:
-        return Source.seeded(derive(job.seed, "noise", client))
+    def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
+        return SecureRandom.seeded(derive(job.seed, "noise", client))
 
     return Subject(replace(STANDARD, source=source))
 
@@ -95,7 +95,7 @@ class _Forgetful(Ledger):
         return super().charges()[-1:]
 
 
-class _Forgets(Desk):
+class _Forgets(JobRunner):
     @property
     def ledger(self) -> Ledger:
         return _Forgetful(self.folder, self.site.fingerprint)
@@ -110,7 +110,7 @@ def _batches_dealt_out(stage: Stage) -> Subject:
     left: list[int] = []
     deck = np.random.default_rng(stage.seed)
 
-    def deal(_numbers: Source, n: int, rate: float) -> list[int]:
+    def deal(_numbers: SecureRandom, n: int, rate: float) -> list[int]:
         size = round(rate * n)
         if len(left) < size:
             left[:] = deck.permutation(n).tolist()
@@ -121,25 +121,25 @@ def _batches_dealt_out(stage: Stage) -> Subject:
 
 
 RECORD = (
-    Control("no clipping", "T1", _no_clipping),
-    Control("noise divided by the root of the batch", "T2", _noise_of_a_mean),
-    Control("one side without noise", "T2", _a_side_without_noise),
-    Control("each tensor clipped by itself", "T1", _clip_by_tensor),
-    Control("one seed for the noise of all clients", "T3 noise, two clients", _one_seed_for_all),
-    Control("one seed for the noise of all rounds", "T3 noise, two rounds", _one_seed_for_all_rounds),
-    Control("accountant made anew every round", "T4", _accountant_made_anew),
-    Control("batches dealt out instead of drawn", "T5", _batches_dealt_out),
+    PlantedBug("no clipping", "T1", _no_clipping),
+    PlantedBug("noise divided by the root of the batch", "T2", _noise_of_a_mean),
+    PlantedBug("one side without noise", "T2", _a_side_without_noise),
+    PlantedBug("each tensor clipped by itself", "T1", _clip_by_tensor),
+    PlantedBug("one seed for the noise of all clients", "T3 noise, two clients", _one_seed_for_all),
+    PlantedBug("one seed for the noise of all rounds", "T3 noise, two rounds", _one_seed_for_all_rounds),
+    PlantedBug("accountant made anew every round", "T4", _accountant_made_anew),
+    PlantedBug("batches dealt out instead of drawn", "T5", _batches_dealt_out),
 )
 
 
-class _Unclipped(Clipping):
+class _Unclipped(ClippedSum):
     def __call__(self, job: Job, update: LoRA) -> None:
         clip, self.clip = self.clip, inf
         super().__call__(job, update)
         self.clip = clip
 
 
-class _ClipsTensors(Clipping):
+class _ClipsTensors(ClippedSum):
     """Every tensor cut to C by itself."""
 
     def __call__(self, job: Job, update: LoRA) -> None:
@@ -147,52 +147,52 @@ class _ClipsTensors(Clipping):
             super().__call__(job, LoRA(**{s: {m: t}}))
 
 
-class _NoiseOfAMean(Central):
+class _NoiseOfAMean(ClientLevelDP):
     @property
     def sum_noise(self) -> float:
         return super().sum_noise / sqrt(self.rate * self.population)
 
 
-class _SideWithoutNoise(Central):
+class _SideWithoutNoise(ClientLevelDP):
     """A, or whatever is shared first, is the plain mean of the clipped updates."""
 
-    def release(self, got: Clipping, start: LoRA, t: int, charges: tuple[Charge, ...]) -> Release:
+    def release(self, got: ClippedSum, start: LoRA, t: int, charges: tuple[Charge, ...]) -> NoisedUpdate:
         made, bare = super().release(got, start, t, charges), next(s for s in SIDES if start.side(s))
         expected = self.rate * self.population
         plain = {m: x.double() + got.total.get((bare, m), 0.0) / expected for m, x in start.side(bare).items()}
         return replace(made, update=LoRA(**{bare: plain}).over(made.update))
 
 
-class _OneSeed(Central):
-    def _source(self, purpose: str, t: int) -> Source:
-        return Source.seeded(derive(0, purpose)) if purpose == "noise" else super()._source(purpose, t)
+class _OneSeed(ClientLevelDP):
+    def _source(self, purpose: str, t: int) -> SecureRandom:
+        return SecureRandom.seeded(derive(0, purpose)) if purpose == "noise" else super()._source(purpose, t)
 
 
-class _ChargesAnew(Central):
+class _ChargesAnew(ClientLevelDP):
     def charge(self, before: Sequence[Charge]) -> tuple[Charge, ...]:
         return super().charge(())
 
 
-class _CohortsOfOneSize(Central):
+class _CohortsOfOneSize(ClientLevelDP):
     def sample(self, clients: Sequence[Client], t: int) -> list[Client]:
         some = np.random.default_rng(t).permutation(len(clients))[: round(self.rate * self.population)]
         return [clients[i] for i in sorted(some.tolist())]
 
 
-def _clips(kind: type[Clipping]) -> Callable[[Any], client_level.Subject]:
-    return lambda _: client_level.Subject(clipping=kind)
+def _clips(kind: type[ClippedSum]) -> Callable[[Any], client_level.ClientLevelSubject]:
+    return lambda _: client_level.ClientLevelSubject(clipping=kind)
 
 
-def _hides(kind: type[Central]) -> Callable[[Any], client_level.Subject]:
-    return lambda _: client_level.Subject(central=kind)
+def _hides(kind: type[ClientLevelDP]) -> Callable[[Any], client_level.ClientLevelSubject]:
+    return lambda _: client_level.ClientLevelSubject(central=kind)
 
 
 CLIENT = (
-    Control("no clipping", "T1", _clips(_Unclipped)),
-    Control("each tensor clipped by itself", "T1", _clips(_ClipsTensors)),
-    Control("noise divided by the root of the cohort", "T2", _hides(_NoiseOfAMean)),
-    Control("one side without noise", "T2", _hides(_SideWithoutNoise)),
-    Control("one seed for the noise of all rounds", "T3 noise, two rounds", _hides(_OneSeed)),
-    Control("accountant made anew every round", "T4", _hides(_ChargesAnew)),
-    Control("cohorts of one size instead of drawn", "T5", _hides(_CohortsOfOneSize)),
+    PlantedBug("no clipping", "T1", _clips(_Unclipped)),
+    PlantedBug("each tensor clipped by itself", "T1", _clips(_ClipsTensors)),
+    PlantedBug("noise divided by the root of the cohort", "T2", _hides(_NoiseOfAMean)),
+    PlantedBug("one side without noise", "T2", _hides(_SideWithoutNoise)),
+    PlantedBug("one seed for the noise of all rounds", "T3 noise, two rounds", _hides(_OneSeed)),
+    PlantedBug("accountant made anew every round", "T4", _hides(_ChargesAnew)),
+    PlantedBug("cohorts of one size instead of drawn", "T5", _hides(_CohortsOfOneSize)),
 )

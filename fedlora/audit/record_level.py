@@ -19,16 +19,16 @@ from fedlora.client import training as worker
 from fedlora.data.encoding import Example
 from fedlora.jobs import Charge, Job
 from fedlora.lora import LoRA
-from fedlora.messages.sketch import narrow
+from fedlora.messages.sketch import select_rows
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import Mechanism
-from fedlora.privacy.noise import Source
+from fedlora.privacy.noise import SecureRandom
 from fedlora.sections import Training
 from fedlora.seeds import seeded
 
 from . import canaries, statistics
 from .statistics import Finding, Floats
-from .subject import ROUNDS, STEPS, Made, Seen, Stage, Subject, flat, play
+from .subject import ROUNDS, STEPS, Made, ObservedRound, Stage, Subject, flat, play
 
 FREE, LEAST = 1e9, 1e-12  # clips: one that cuts nothing, and the least for gradients of zero
 NULLS = 16  # records without a gradient, of a client whose noise is looked at
@@ -40,7 +40,7 @@ def sensitivity(stage: Stage, subject: Subject) -> Iterator[Finding]:
 
     Over all that is trained, sent or not, read off the model itself; for clips that cut all records, some and none.
     """
-    silent = replace(subject.mechanism, draw=_everyone, disturb=_silently)
+    silent = replace(subject.mechanism, draw=_everyone, add_noise=_silently)
     records = stage.made_up(0)
     tried = [(*_most(stage, job, silent, records), job.trains) for job in _jobs(stage)]
     worst, clip, lengths, sides = max(tried)
@@ -98,9 +98,9 @@ def _jobs(stage: Stage) -> list[Job]:
     """A job of each set of sides that the strategy has trained in the first two rounds, with no factor at zero."""
     state, jobs = stage.strategy.init(stage.start), dict[str, Job]()
     for _ in range(2):
-        job = narrow(stage.strategy.client_init(state, stage.client))
+        job = select_rows(stage.strategy.client_init(state, stage.client))
         with seeded(7):
-            jobs.setdefault(job.trains, replace(job, start=preflight.stirred(job.start)))
+            jobs.setdefault(job.trains, replace(job, start=preflight.random_start(job.start)))
         state = stage.strategy.aggregate(state, [job.start.only(job.shares)], [1.0])
     return list(jobs.values())
 
@@ -122,24 +122,24 @@ def _step(stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Exampl
     """What all that is trained moved by in one step over these records, in units."""
     privacy = replace(stage.privacy, clip=clip, steps=1, rate=1.0)
     plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=stage.config.train.batch_size)
-    with preflight.still(stage.model.net.train()):
+    with preflight.no_dropout(stage.model.net.train()):
         worker.train_privately(
             stage.model, replace(job, privacy=privacy, training=plain), 0, [[e] for e in records], LoRA(), mechanism
         )
-    after = stage.model.read()
+    after = stage.model.get_adapter()
     moved = {(s, m): job.start.side(s)[m].double() - t.double() for s in job.trains for m, t in after.side(s).items()}
     return flat(moved) * unit
 
 
-def _everyone(_numbers: Source, n: int, _rate: float) -> list[int]:
+def _everyone(_numbers: SecureRandom, n: int, _rate: float) -> list[int]:
     return list(range(n))
 
 
-def _silently(total: Tensor, _deviation: float, _numbers: Source) -> Tensor:
+def _silently(total: Tensor, _deviation: float, _numbers: SecureRandom) -> Tensor:
     return total.double()
 
 
-def _attacked(stage: Stage, seen: Sequence[Seen], there: NDArray[np.bool_]) -> Finding:
+def _attacked(stage: Stage, seen: Sequence[ObservedRound], there: NDArray[np.bool_]) -> Finding:
     """T6: an epsilon that the client cannot have, as too many canaries were told from what it sent."""
     own, difference = np.zeros(len(there)), np.zeros(len(there))
     for t in range(ROUNDS):

@@ -15,9 +15,9 @@ from rich.text import Text
 from fedlora import config as configuration
 from fedlora.config import Config, flatten
 from fedlora.errors import PrivacyError
-from fedlora.run.directory import RunFolder
+from fedlora.run.directory import RunDirectory
 from fedlora.run.privacy_report import refresh
-from fedlora.run.setup import quiet
+from fedlora.run.setup import quiet_libraries
 from fedlora.storage.files import write_durably
 
 LITTLE = (
@@ -49,7 +49,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
     """
     console = Console(highlight=False, stderr=as_json)
     with console.status("loading"):
-        quiet()
+        quiet_libraries()
         config = settings(run, given)
         level = _level(config)
         stage = level.build(config, config.seed)
@@ -63,7 +63,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
     told |= {"seconds": round(time.monotonic() - began, 2), "settings": _settings(config, stage)}
     if run and "tests" in told and FREE.issuperset(given):
         write_durably(run / "audit.json", json.dumps(told, indent=1).encode())
-        refresh(RunFolder(run))
+        refresh(RunDirectory(run))
     if as_json:
         print(json.dumps(told))
     else:
@@ -75,7 +75,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
 def settings(run: Path | None, given: Mapping[str, Any]) -> Config:
     """The run's settings, or small ones that take a few seconds, under those that are given."""
     if run:
-        config = configuration.build(RunFolder(run).config(), given)
+        config = configuration.build(RunDirectory(run).config(), given)
     else:
         small = {} if given.get("model.path") or given.get("data.path") else _embedded()
         config = configuration.build({} if given.get("dp.noise") else EPSILON, small, given)
@@ -96,7 +96,7 @@ def _level(config: Config) -> Level:
     from . import subject as subject_module
 
     if config.dp.by_client:
-        return Level(client_level.build, client_level.TESTS, client_level.Subject(), planted_bugs.CLIENT)
+        return Level(client_level.build, client_level.TESTS, client_level.ClientLevelSubject(), planted_bugs.CLIENT)
     return Level(subject_module.build, record_level.TESTS, subject_module.Subject(), planted_bugs.RECORD)
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from fedlora.config import Config
 from fedlora.data import federated
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.models.base_model import TINY
 
 TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "image"}
 
 
-def of(config: Config) -> Form:
+def of(config: Config) -> Schema:
     """The form of the run's data; of a model by itself, that of what it was made for, if its folder says so."""
     if config.data.path:
         return federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed).form
@@ -19,10 +19,10 @@ def of(config: Config) -> Form:
     classes = [task for end, task in TASKS.items() for name in told.get("architectures", ()) if name.endswith(end)]
     task = config.model.task if config.model.task != "auto" else (*classes, "lm")[0]
     if task == "lm":
-        return Form("text", ("text",))
+        return Schema("text", ("text",))
     numbered = told.get("id2label", {"0": "no", "1": "yes"})  # left out where there are two without names
     names = config.data.labels or tuple(str(numbered[k]) for k in sorted(numbered, key=int))
-    return Form("image" if task == "image" else "label", ("image" if task == "image" else "text", "label"), names)
+    return Schema("image" if task == "image" else "label", ("image" if task == "image" else "text", "label"), names)
 
 
 def _told(path: str) -> dict[str, dict[str, str]]:

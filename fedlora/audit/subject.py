@@ -20,19 +20,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.client.runner import Desk
+from fedlora.client.runner import JobRunner
 from fedlora.config import Config
 from fedlora.data import federated
-from fedlora.data.client_data import Site
+from fedlora.data.client_data import ClientData
 from fedlora.data.encoding import Example
 from fedlora.errors import Failure, PrivacyError
-from fedlora.jobs import Client, Job, Privacy, Update
+from fedlora.jobs import Client, Job, PrivacyTerms, Update
 from fedlora.lora import LoRA
-from fedlora.messages.sketch import narrow
+from fedlora.messages.sketch import select_rows
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
-from fedlora.privacy.record_level import Terms, terms
+from fedlora.privacy.record_level import RecordLevelDP, record_level_dp
 from fedlora.run.compose import compose
 from fedlora.run.plan import Plan
 from fedlora.sections import AggregateConfig, Training
@@ -40,7 +40,7 @@ from fedlora.seeds import derive, seeded
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
-from fedlora.storage.client_state import Store
+from fedlora.storage.client_state import ClientState
 from fedlora.strategy import Strategy
 
 from . import canaries, schemas
@@ -58,11 +58,11 @@ class Subject:
     """The product as it is; or with a bug in one of its parts, which the audit must find."""
 
     mechanism: Mechanism = STANDARD
-    desk: type[Desk] = Desk
+    desk: type[JobRunner] = JobRunner
 
 
 @dataclass(frozen=True, eq=False)
-class Made(Site):
+class Made(ClientData):
     """A client whose examples are made up, a record each."""
 
     examples: Sequence[Example] = ()
@@ -80,7 +80,7 @@ class Made(Site):
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ObservedRound:
     """One client's round, seen from outside."""
 
     client: int
@@ -108,7 +108,7 @@ class Stage:
     model: Model
     start: LoRA
     strategy: Strategy[Any]
-    terms: Terms
+    terms: RecordLevelDP
     canaries: int
     seed: int = 0
 
@@ -118,7 +118,7 @@ class Stage:
         return RECORDS + self.canaries
 
     @property
-    def privacy(self) -> Privacy:
+    def privacy(self) -> PrivacyTerms:
         return self.terms.of(self.client)
 
     @property
@@ -144,8 +144,8 @@ def worn(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
     if config.threads:
         torch.set_num_threads(config.threads)
     form = schemas.of(config)
-    model = Model(config.model, config.lora, form, config.seed, federated.public(config.lora.init_data, form))
-    start = model.read()
+    model = Model(config.model, config.lora, form, config.seed, federated.public_rows(config.lora.init_data, form))
+    start = model.get_adapter()
     return model, start, compose(replace(config, aggregate=AggregateConfig()), start)
 
 
@@ -156,18 +156,20 @@ def build(config: Config, seed: int = 0) -> Stage:
     trained = first.start.only(first.trains).numel()
     count = int(min(CANARIES, canaries.room(first), ROOM / (RATE * ROUNDS * STEPS * trained)))
     stage = Stage(config, model, start, strategy, _terms(config, RECORDS + count), count, seed)
-    preflight.once(model, replace(narrow(first), privacy=stage.privacy))
+    preflight.check_once(model, replace(select_rows(first), privacy=stage.privacy))
     return stage
 
 
-def _terms(config: Config, records: int) -> Terms:
+def _terms(config: Config, records: int) -> RecordLevelDP:
     dp = replace(config.dp, rate=RATE, joins=0, budget=inf, ledger="")
     dp = replace(dp, delta=dp.delta if dp.delta < 1 / records else 0.0)
     training = Training(optimizer="sgd", steps=STEPS, batch_size=config.train.batch_size)
-    return terms(dp, training, ROUNDS, [Client(0, records, config.lora.rank, records)])
+    return record_level_dp(dp, training, ROUNDS, [Client(0, records, config.lora.rank, records)])
 
 
-def play(stage: Stage, subject: Subject, sites: Sequence[Site], folder: Path, rounds: int = ROUNDS) -> list[Seen]:
+def play(
+    stage: Stage, subject: Subject, sites: Sequence[ClientData], folder: Path, rounds: int = ROUNDS
+) -> list[ObservedRound]:
     """So many rounds of two clients, and what was seen of each. Raises `PrivacyError` where a client refuses."""
     fleet = _Watched(stage, subject, sites, folder)
     for _ in fit(stage.strategy, fleet, stage.start, stage.plan(len(sites[0].records), rounds)):
@@ -178,9 +180,9 @@ def play(stage: Stage, subject: Subject, sites: Sequence[Site], folder: Path, ro
 class _Watched(Serial):
     """Two clients in this process, and what is seen of their work."""
 
-    def __init__(self, stage: Stage, subject: Subject, sites: Sequence[Site], folder: Path) -> None:
+    def __init__(self, stage: Stage, subject: Subject, sites: Sequence[ClientData], folder: Path) -> None:
         super().__init__(stage.model, sites, [stage.config.lora.rank] * len(sites), folder)
-        self.seen: list[Seen] = []
+        self.seen: list[ObservedRound] = []
         self._stage, self._subject, self._folder = stage, subject, folder
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
@@ -189,7 +191,7 @@ class _Watched(Serial):
             where = canaries.places(job, self._stage.canaries, self._stage.seed)
             folder, mechanism = self._folder / str(i), _tapped(self._subject.mechanism, drawn, where)
             self._desks[i] = self._subject.desk(i, self._sites[i], folder, mechanism=mechanism)
-            before = Store(folder).before(job.round).over(job.start)
+            before = ClientState(folder).before(job.round).over(job.start)
             for _, answer in super().train({i: job}):
                 if isinstance(answer, Failure):
                     raise PrivacyError(f"client {i} refused in round {job.round + 1}: {answer.reason}")
@@ -203,7 +205,7 @@ class _Watched(Serial):
         sums = {key: unit * t for key, t in _moved(after, before, job.trains)}
         told = {key: unit * t for key, t in _shown(answer.lora, job)}
         spent = answer.spent.epsilon if answer.spent else inf
-        self.seen.append(Seen(i, job, sums, told, np.array(drawn, dtype=np.float64), spent))
+        self.seen.append(ObservedRound(i, job, sums, told, np.array(drawn, dtype=np.float64), spent))
 
 
 def _tapped(mechanism: Mechanism, drawn: list[int], where: NDArray[np.int64]) -> Mechanism:

@@ -5,11 +5,11 @@ from inspect import signature
 from typing import Any
 
 from fedlora.lora import SIDES
-from fedlora.messages.sketch import narrow
-from fedlora.server.aggregation import Sum
+from fedlora.messages.sketch import select_rows
+from fedlora.server.aggregation import WeightedSum
 from fedlora.strategy import Strategy
 
-from .played_rounds import ALIKE, MIXED, Moment, models, rounds, spread
+from .played_rounds import ALIKE, MIXED, PlayedRound, models, rounds, spread
 from .random_clients import RANK
 from .verdict import NOWHERE, Skip, apart, declared
 
@@ -28,7 +28,7 @@ def check_sums_only_is_as_declared(strategy: Strategy[Any]) -> Skip | None:
         return Skip("it is told who sent what, and a mean has no sender")
     worst = NOWHERE
     for now in _with_all_ranks(strategy) if strategy.sums_only else rounds(strategy):
-        total = Sum()
+        total = WeightedSum()
         for update, weight in zip(now.updates, now.weights, strict=True):
             total.add(update, weight)
         summed = strategy.aggregate(now.state, [total.mean()], [total.weight])
@@ -51,7 +51,7 @@ def check_mixed_ranks_are_as_declared(strategy: Strategy[Any]) -> None:
     try:
         for now in rounds(strategy, MIXED):
             for rank, work in zip(MIXED, now.work, strict=True):
-                for m, a in narrow(work.job).start.A.items():
+                for m, a in select_rows(work.job).start.A.items():
                     if len(a) != rank:
                         happened, evidence = False, f"a client of rank {rank} was sent rank {len(a)} at {m}"
             models(now.clients, now.after)
@@ -72,7 +72,7 @@ def check_continues_is_as_declared(strategy: Strategy[Any]) -> None:
     declared(strategy, "continues", worst.near, f"what a client alone is sent next differs from where it was {worst}")
 
 
-def _with_all_ranks(strategy: Strategy[Any]) -> Iterator[Moment]:
+def _with_all_ranks(strategy: Strategy[Any]) -> Iterator[PlayedRound]:
     """Rounds of clients alike, and then of clients of mixed ranks where it takes them."""
     yield from rounds(strategy, ALIKE)
     if strategy.mixed_ranks:

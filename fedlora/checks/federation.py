@@ -8,15 +8,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedlora.lora import LoRA, Side, scale
-from fedlora.messages.sketch import narrow
-from fedlora.run.plan import Plan, Round
+from fedlora.messages.sketch import select_rows
+from fedlora.run.plan import Plan, RoundResult
 from fedlora.sections import Training
 from fedlora.server.rounds import Fleet, fit, job_for
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Job, Strategy, Update
 
 from .random_clients import added
-from .small_models import RANK, Fleets, World
+from .small_models import RANK, Fleets, SmallModel
 
 ALIKE = (RANK, RANK, RANK)
 MIXED = (1, RANK, RANK)
@@ -29,11 +29,11 @@ class Lab:
     """A strategy, a world and the fleet in it."""
 
     strategy: Strategy[Any]
-    world: World
+    world: SmallModel
     fleet: Fleet
     plan: Plan = PLAN
 
-    def played(self) -> list[Round]:
+    def played(self) -> list[RoundResult]:
         """All rounds of the plan."""
         return list(fit(self.strategy, self.fleet, self.world.start, self.plan))
 
@@ -51,23 +51,23 @@ class Lab:
     def jobs(self, state: Any, t: int) -> dict[int, Job]:
         """The jobs of all clients for round t, as they are sent."""
         clients = self.fleet.clients()
-        return {c.id: narrow(job_for(self.strategy, state, c, self.plan, t)) for c in clients}
+        return {c.id: select_rows(job_for(self.strategy, state, c, self.plan, t)) for c in clients}
 
     def worn(self, i: int, job: Job) -> LoRA:
         """Have client i wear the model that it would use; its adapter."""
         self.fleet.evaluate({i: job})
-        return self.world.model.read()
+        return self.world.model.get_adapter()
 
     def trained(self, i: int, job: Job) -> tuple[Update, LoRA]:
         """Have client i do the job; its message, and its adapter as training left it."""
         update = dict(self.fleet.train({i: job}))[i]
         assert isinstance(update, Update), f"{self.strategy}: client {i} failed in round {job.round}: {update.reason}"
-        return update, self.world.model.read()
+        return update, self.world.model.get_adapter()
 
 
 @contextmanager
 def lab(
-    strategy: Strategy[Any], where: World, fleets: Fleets = Serial, ranks: Sequence[int] = ALIKE, plan: Plan = PLAN
+    strategy: Strategy[Any], where: SmallModel, fleets: Fleets = Serial, ranks: Sequence[int] = ALIKE, plan: Plan = PLAN
 ) -> Iterator[Lab]:
     """A fleet of as many clients as there are ranks, on a disk that goes afterwards."""
     with TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlora.lora import SIDES, LoRA, Side, delta
 from fedlora.messages import codec
-from fedlora.messages.sketch import widen
+from fedlora.messages.sketch import scatter_rows
 from fedlora.models import peft_files
 from fedlora.models.peft_files import save_peft
 from fedlora.server import upload_checks
@@ -24,7 +24,7 @@ from fedlora.strategy import Client, Job, Sender, Strategy, Update, declare, nex
 
 from .federation import ALIKE, MIXED, PLAN, lab, model_of
 from .random_clients import keeps, mean, private, start_apart
-from .small_models import KINDS, RANK, Fleets, World, world
+from .small_models import KINDS, RANK, Fleets, SmallModel, world
 from .verdict import Skip, agree, identical
 
 Some = Strategy[Any]
@@ -48,7 +48,7 @@ def check_gradients_reach_what_trains_alone(strategy: Some, fleets: Fleets = Ser
             here.trained(0, job)
             where.model.loss(where.batch).backward()  # type: ignore[no-untyped-call]
             reached = {id(p): n for n, p in where.model.net.named_parameters() if p.grad is not None}
-            wanted = {id(p) for p in where.model.trains(job.trains)}
+            wanted = {id(p) for p in where.model.set_trainable(job.trains)}
             claim = f"{strategy}: round {t} trains {job.trains}, and"
             wrong = [n for p, n in reached.items() if p not in wanted]
             assert not wrong, f"{claim} a gradient reached {wrong[0]}"
@@ -64,7 +64,7 @@ def check_messages_hold_what_is_shared_alone(strategy: Some, fleets: Fleets = Se
             sent = "".join(s for s in SIDES if update.lora.side(s))
             claim = f"{strategy}: round {t} shares {job.shares}"
             assert set(sent) == set(job.shares), f"{claim}, and {sent} was sent"
-            arrived = upload_checks.read_update(codec.pack_update(update, job.round), job)
+            arrived = upload_checks.validated_update(codec.pack_update(update, job.round), job)
             same = isinstance(arrived, Update) and identical(arrived.lora, update.lora)
             assert same, f"{claim}, and its message holds another update than was made"
 
@@ -151,7 +151,7 @@ def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = S
                 agree(strategy, f"a client that slept wears another {s}", worn.side(s), adapter.side(s))
             return None
         got = where.logits()
-        where.model.write(adapter)
+        where.model.set_adapter(adapter)
         agree(strategy, "a client that slept wears another model", {"the logits": got}, {"the logits": where.logits()})
     return None
 
@@ -187,7 +187,7 @@ def check_senders_are_those_of_the_updates(strategy: Some, fleets: Fleets = Seri
             jobs = here.jobs(state, t)
             updates = {i: here.trained(i, job)[0] for i, job in jobs.items()}
             whole = {c.id: strategy.client_init(state, c) for c in here.fleet.clients()}
-            trained.append({i: replace(u, lora=widen(whole[i], u.lora)) for i, u in updates.items()})
+            trained.append({i: replace(u, lora=scatter_rows(whole[i], u.lora)) for i, u in updates.items()})
     for t, (loras, senders) in enumerate(heard.calls):
         where = f"{strategy}: in round {t}"
         assert len(senders) == len(loras), f"{where} it gets {len(loras)} updates and {len(senders)} senders"
@@ -255,7 +255,7 @@ def _numbers(formula: str, job: Job, ranks: Sequence[int], i: int) -> int:
     return total
 
 
-def _plain(where: World, product: Side, head: Side) -> Tensor:
+def _plain(where: SmallModel, product: Side, head: Side) -> Tensor:
     """The logits of the base with these products, (d_out, d_in), in its weights, and this head."""
     net = deepcopy(where.clean)
     modules: dict[str, Any] = dict(net.named_modules())

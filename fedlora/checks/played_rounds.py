@@ -12,7 +12,7 @@ ALIKE = (RANK, RANK, RANK)
 MIXED = tuple(range(1, RANK + 1))
 
 
-class Moment(NamedTuple):
+class PlayedRound(NamedTuple):
     """A round that was played, with all there was before and after."""
 
     t: int
@@ -35,14 +35,14 @@ class Moment(NamedTuple):
         return mean([{**w.model, **w.update.H} for w in self.work], self.weights)
 
 
-def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, start: LoRA | None = None) -> Iterator[Moment]:
+def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, start: LoRA | None = None) -> Iterator[PlayedRound]:
     """Three rounds in a row, so that a rule which alternates shows all it does, from a fresh start or another."""
     clients = Clients(strategy, ranks)
     state = strategy.init(start or fresh())
     for t in range(3):
         work = clients.work(state, t)
         after = aggregated(strategy, state, work, clients.weights)
-        yield Moment(t, clients, state, work, after)
+        yield PlayedRound(t, clients, state, work, after)
         state = after
 
 

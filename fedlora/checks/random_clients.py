@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.lora import SIDES, LoRA, Side, delta, join, scale
-from fedlora.messages.sketch import narrow, widen
+from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.strategy import Client, Job, Sender, Strategy, next_state
 
 from .verdict import identical
@@ -108,14 +108,14 @@ def keeps(job: Job) -> str:
 
 def wears(job: Job, kept: LoRA) -> tuple[LoRA, tuple[LoRA, ...]]:
     """The factors with which a client starts the job, and the offset it wears under them."""
-    sent = narrow(job)
+    sent = select_rows(job)
     start = kept.only(keeps(job)).over(sent.start)
     return start, (*sent.offset, scale(start.only("ABR"), -1)) if job.resumes else sent.offset
 
 
 def added(job: Job, lora: LoRA, offset: tuple[LoRA, ...]) -> Side:
     """All that a client adds to the pretrained weights, with the gain of its sketch: (d_out, d_in)."""
-    gain = narrow(job).gain
+    gain = select_rows(job).gain
     own = delta(LoRA(lora.A, {m: gain.get(m, 1.0) * b for m, b in lora.B.items()}, R=lora.R))
     under = delta(join(*offset))
     return {m: own[m] + under[m] if m in under else own[m] for m in own}
@@ -128,7 +128,7 @@ def do(job: Job, kept: LoRA, seed: str) -> tuple[Work, LoRA]:
     shared = trained.only(job.shares)
     if job.resumes:  # the change of the product, at twice the rank
         shared = join(trained, scale(start.only("ABR"), -1)).over(shared.only("H"))
-    work = Work(job, widen(job, shared), trained, added(job, trained, offset))
+    work = Work(job, scatter_rows(job, shared), trained, added(job, trained, offset))
     return work, trained.only(keeps(job))
 
 

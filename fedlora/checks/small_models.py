@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.data.client_data import Site
-from fedlora.data.schema import Form
+from fedlora.data.client_data import ClientData
+from fedlora.data.schema import Schema
 from fedlora.lora import LoRA
 from fedlora.models import base_model
 from fedlora.models.model import Model
@@ -22,7 +22,7 @@ from fedlora.server.rounds import Fleet
 
 Kind = Literal["gpt2", "llama", "bert"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "bert")
-Fleets = Callable[[Model, Sequence[Site], Sequence[int], Path], Fleet]
+Fleets = Callable[[Model, Sequence[ClientData], Sequence[int], Path], Fleet]
 RANK = 2
 RANKS = (RANK, RANK, RANK)
 LORA = {  # in none of them s = 1
@@ -36,15 +36,15 @@ LABELS = ("no", "yes")
 
 
 @dataclass(frozen=True, eq=False)
-class World:
+class SmallModel:
     """One resident model as it is before training, and what is known of it."""
 
     model: Model
     start: LoRA
-    sites: tuple[Site, ...]
+    sites: tuple[ClientData, ...]
     config: ModelConfig
     lora: LoRAConfig
-    form: Form
+    form: Schema
 
     @property
     def s(self) -> float:
@@ -70,18 +70,18 @@ class World:
     @cached_property
     def clean(self) -> nn.Module:
         """The base, loaded afresh, with nothing on it."""
-        return base_model.load(self.config, self.form, seed=0)[0]
+        return base_model.load_base_model(self.config, self.form, seed=0)[0]
 
 
 @cache
-def world(kind: Kind, adapter: Literal["lora", "dora", "vera"] = "lora") -> World:
+def world(kind: Kind, adapter: Literal["lora", "dora", "vera"] = "lora") -> SmallModel:
     """The federation of this kind; one in a process, so it must be left with the base as it was."""
-    form = Form("label", ("text", "label"), LABELS) if kind == "bert" else Form("text", ("text",))
+    form = Schema("label", ("text", "label"), LABELS) if kind == "bert" else Schema("text", ("text",))
     config = ModelConfig(path=str(_folder(kind)), max_length=16, device="cpu")
     lora = LORA[kind] if adapter == "lora" else LoRAConfig(kind=adapter, rank=RANK)
     model = Model(config, lora, form, seed=0)
-    sites = tuple(Site(model.encoder, _rows(i, 4 + 2 * i), _rows(10 + i, 4)) for i in range(len(RANKS)))
-    return World(model, model.read(), sites, config, lora, form)
+    sites = tuple(ClientData(model.encoder, _rows(i, 4 + 2 * i), _rows(10 + i, 4)) for i in range(len(RANKS)))
+    return SmallModel(model, model.get_adapter(), sites, config, lora, form)
 
 
 def _rows(client: int, n: int) -> list[dict[str, str]]:

@@ -12,18 +12,18 @@ from fedlora.metrics import Metrics, spread
 from fedlora.models.peft_files import load_peft
 from fedlora.run.compose import compose
 from fedlora.run.console import figures
-from fedlora.run.directory import RunFolder
-from fedlora.run.setup import Setup, quiet, reopen
-from fedlora.server.rounds import split
+from fedlora.run.directory import RunDirectory
+from fedlora.run.setup import RunSetup, quiet_libraries, reopen
+from fedlora.server.rounds import answers_and_failures
 from fedlora.storage import checkpoint
 from fedlora.strategy import Strategy
 
 
 def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Print how good the delivered adapter is, beside the base model that the run started from."""
-    folder = RunFolder(path)
+    folder = RunDirectory(path)
     config = configuration.build(folder.config(), given)
-    quiet()
+    quiet_libraries()
     setup = reopen(folder, config)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{path} has no adapter yet; finish the run with fedlora simulate --resume {path}")
@@ -43,7 +43,7 @@ def evaluate(path: Path, given: Mapping[str, Any], as_json: bool) -> None:
         print(f"{name + ':':9}{figures(values)}")
 
 
-def _clients(setup: Setup, strategy: Strategy[Any], folder: RunFolder) -> Mapping[int, Metrics]:
+def _clients(setup: RunSetup, strategy: Strategy[Any], folder: RunDirectory) -> Mapping[int, Metrics]:
     """Each client's own model, with what it keeps, on its own held-out examples; none where it has none."""
     from fedlora.simulations.serial import Serial
 
@@ -54,4 +54,4 @@ def _clients(setup: Setup, strategy: Strategy[Any], folder: RunFolder) -> Mappin
     fleet = Serial(setup.model, setup.sites, setup.ranks, folder.clients)
     clients = [client for client in fleet.clients() if client.id in able]
     jobs = {client.id: replace(strategy.client_init(last.state, client), round=last.round) for client in clients}
-    return split(jobs, fleet.evaluate(jobs))[0]
+    return answers_and_failures(jobs, fleet.evaluate(jobs))[0]

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.config import settings as every_setting
-from fedlora.strategy import Entry, catalogue
+from fedlora.strategy import CatalogueEntry, catalogue
 
 LEGEND = """
 exact: the new model is the weighted mean of the clients' models. ranks: may those of clients differ. sums: the server
@@ -27,7 +27,7 @@ def strategies() -> None:
     console.print(LEGEND)
 
 
-def _row(entry: Entry) -> dict[str, str]:
+def _row(entry: CatalogueEntry) -> dict[str, str]:
     """What a strategy declares, by the heading of its column."""
     made, (trains, sends) = entry.default, entry.sides
     return {

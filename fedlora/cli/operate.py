@@ -75,10 +75,10 @@ def server(
     }
     given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     given |= {f"option.{key}": value for key, value in map(pair, option or ())} | dotted(context.args)
-    from fedlora.server.deployment.supervisor import Asked, serve
+    from fedlora.server.deployment.supervisor import ServerOptions, serve
 
     metrics = f"{metrics_host}:{metrics_port}" if metrics_port else ""
-    serve(Asked(out, credentials, host, port, superlink, metrics), config, given)
+    serve(ServerOptions(out, credentials, host, port, superlink, metrics), config, given)
 
 
 @app.command(context_settings=DOTTED)
@@ -130,17 +130,17 @@ def worker(
         id = _number(credentials, id)
     if state is None:
         raise ConfigError("a worker keeps what is its client's: give it --state, a folder")
-    from fedlora.client.deployment.worker import Mine, serve
+    from fedlora.client.deployment.worker import ClientIdentity, serve
     from fedlora.data.federated import readable
-    from fedlora.run.setup import quiet
+    from fedlora.run.setup import quiet_libraries
 
-    quiet()
+    quiet_libraries()
     try:
         readable(settings.get("data.path", ""))
     except FedloraError as e:  # told by its exit code, so that it is not started again
         print(f"error: {e}")
         raise typer.Exit(2) from e
-    serve(socket, Mine(id, state, settings))
+    serve(socket, ClientIdentity(id, state, settings))
 
 
 def _mine(context: typer.Context, config: Path | None, data: Text, model: Text) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _mine(context: typer.Context, config: Path | None, data: Text, model: Text) 
     flags = {"data.path": data, "model.path": model}
     given = configuration.read(config) if config else {}
     given |= {key: value for key, value in flags.items() if value is not None} | dotted(context.args)
-    built = configuration.flatten(configuration.check_mine(given))
+    built = configuration.flatten(configuration.check_client_settings(given))
     return {key: built[key] for key in given}
 
 

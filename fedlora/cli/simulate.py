@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import config as configuration
-from fedlora.client.policy import own
-from fedlora.config import FREE, Config, over_defaults
+from fedlora.client.policy import policy_of
+from fedlora.config import CHANGEABLE_ON_RESUME, Config, over_defaults
 from fedlora.errors import ConfigError
-from fedlora.run.compose import accepts
-from fedlora.run.console import Screen
-from fedlora.run.directory import RunFolder
-from fedlora.run.setup import Setup, prepare, quiet
+from fedlora.run.compose import check_kind_and_ranks
+from fedlora.run.console import ConsoleProgress
+from fedlora.run.directory import RunDirectory
+from fedlora.run.setup import RunSetup, prepare, quiet_libraries
 from fedlora.server.rounds import Fleet
-from fedlora.server.run import drive
+from fedlora.server.run import run_rounds
 from fedlora.strategy import load
 
 
 def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resume: Path | None) -> None:
     """Run, or go on with, a federation on this machine."""
-    screen = Screen()
+    screen = ConsoleProgress()
     folder, config = _resumed(resume, given) if resume else _new(file, given, out)
     screen.say(f"run directory {folder.path}; loading model and data")
-    quiet()
+    quiet_libraries()
     setup = prepare(config)
     folder.create(setup.config, again=resume is not None)
     try:
-        _with_fleet(setup, folder, screen, lambda fleet: drive(setup, fleet, folder, screen))
+        _with_fleet(setup, folder, screen, lambda fleet: run_rounds(setup, fleet, folder, screen))
     except KeyboardInterrupt:
         screen.close()
         screen.say(f"interrupted; go on with: fedlora simulate --resume {folder.path}")
@@ -36,23 +36,25 @@ def simulate(file: Path | None, given: Mapping[str, Any], out: Path | None, resu
         screen.close()
 
 
-def _new(file: Path | None, given: Mapping[str, Any], out: Path | None) -> tuple[RunFolder, Config]:
+def _new(file: Path | None, given: Mapping[str, Any], out: Path | None) -> tuple[RunDirectory, Config]:
     """The folder and the settings of a run that begins, refused before a model is loaded where they make no sense."""
     config = over_defaults(configuration.read(file) if file else {}, given)
-    accepts(load(config.strategy, **config.option), config.lora.kind)
-    return RunFolder(out or _fresh(config.strategy)), config
+    check_kind_and_ranks(load(config.strategy, **config.option), config.lora.kind)
+    return RunDirectory(out or _fresh(config.strategy)), config
 
 
-def _resumed(path: Path, given: Mapping[str, Any]) -> tuple[RunFolder, Config]:
+def _resumed(path: Path, given: Mapping[str, Any]) -> tuple[RunDirectory, Config]:
     """The folder and the settings of a run that goes on; what its finished rounds do not rest on may be changed."""
-    fixed = sorted(key for key in given if key not in FREE and not key.startswith("server."))
+    fixed = sorted(key for key in given if key not in CHANGEABLE_ON_RESUME and not key.startswith("server."))
     if fixed:
-        raise ConfigError(f"{fixed[0]} cannot change in a run that is resumed; {', '.join(FREE)} and server.* can")
-    folder = RunFolder(path)
+        raise ConfigError(
+            f"{fixed[0]} cannot change in a run that is resumed; {', '.join(CHANGEABLE_ON_RESUME)} and server.* can"
+        )
+    folder = RunDirectory(path)
     return folder, configuration.build(folder.config(), given)
 
 
-def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable[[Fleet], None]) -> None:
+def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, serve: Callable[[Fleet], None]) -> None:
     if setup.config.engine == "flower":
         from fedlora.simulations import flower
 
@@ -60,7 +62,7 @@ def _with_fleet(setup: Setup, folder: RunFolder, screen: Screen, serve: Callable
     else:
         from fedlora.simulations.serial import Serial
 
-        serve(Serial(setup.model, setup.sites, setup.ranks, folder.clients, screen.answered, own(setup.config)))
+        serve(Serial(setup.model, setup.sites, setup.ranks, folder.clients, screen.answered, policy_of(setup.config)))
 
 
 def _fresh(strategy: str) -> Path:

@@ -34,7 +34,7 @@ def _content(value: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class ClientData:
     """One client's examples, encoded when they are first needed."""
 
     encoder: Encoder

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fedlora.errors import DataError
 
 from .rows import Rows
-from .schema import Form
+from .schema import Schema
 
 Example = dict[str, Tensor]
 IGNORED = -100  # the label of a token that is not learned
@@ -33,7 +33,7 @@ class Encoder:
     """Encodes rows of one form as examples for one model."""
 
     processor: Any  # a tokenizer, or an image processor
-    form: Form
+    form: Schema
     max_length: int
 
     def __call__(self, rows: Rows) -> list[Example]:

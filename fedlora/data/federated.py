@@ -10,7 +10,7 @@ from . import python_stdlib
 from .partition import hold_out, split
 from .rows import Rows as Rows
 from .rows import pool, take
-from .schema import PLAIN_TEXT, Form, check_tables, declared_schema, labels_in, schema_of
+from .schema import PLAIN_TEXT, Schema, check_tables, declared_schema, labels_in, schema_of
 from .sources import Table
 from .sources import tables as read
 
@@ -21,7 +21,7 @@ CLIENTS = 50  # where nothing says how many
 class Federated:
     """The rows that one side of a run has: a simulation all of them, a server no client's, a client its own alone."""
 
-    form: Form
+    form: Schema
     clients: tuple[Rows, ...]  # training rows of each client
     heldout: tuple[Rows, ...]  # each client's own held-out rows; empty where data.holdout = 0
     evaluation: Rows  # the global held-out rows
@@ -45,7 +45,7 @@ def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     return Federated(form, tuple(kept), tuple(held), evaluation)
 
 
-def server(data: DataConfig, task: str, embedded: bool) -> Federated:
+def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
     """The rows that the server of a deployed run has: those for the global evaluation, and no client's.
 
     Raises `ConfigError` where nothing says which classes there are.
@@ -60,7 +60,7 @@ def server(data: DataConfig, task: str, embedded: bool) -> Federated:
     return Federated(form, clients=(), heldout=(), evaluation=evaluation)
 
 
-def client(data: DataConfig, task: str, *, id: int, clients: int, seed: int) -> Federated:
+def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int) -> Federated:
     """The rows that one client of a deployed run has: its own, some of them held out for its own evaluation.
 
     Without data of its own, a client has its share of the embedded data, as in a simulation of so many clients.
@@ -82,7 +82,7 @@ def readable(path: str) -> None:
         read(path, 0)
 
 
-def public(path: str, form: Form) -> Rows:
+def public_rows(path: str, form: Schema) -> Rows:
     """The rows at `path`, which are nobody's secret, in the run's form; none for an empty path.
 
     Raises `DataError` with the place of what does not fit.
@@ -90,13 +90,13 @@ def public(path: str, form: Form) -> Rows:
     return _read_as(form, path, 0, set(form.labels)) if path else ()
 
 
-def _read_tables(path: str, data: DataConfig, task: str) -> tuple[list[Table], Form]:
+def _read_tables(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
     """The tables at `path`, and the form that the settings and the columns give them."""
     tables = read(path, data.limit)
     return tables, schema_of(tables, data, task)
 
 
-def _read_as(form: Form, path: str, limit: int, classes: Container[str]) -> Rows:
+def _read_as(form: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
     """The rows at `path`, which must have this form and no class but these."""
     tables = read(path, limit)
     check_tables(tables, form, classes)
@@ -124,7 +124,7 @@ def _document_rows(documents: Iterable[python_stdlib.Document]) -> Rows:
     return [{"text": d.text, "package": d.package, "path": d.path} for d in documents]
 
 
-def _share(data: DataConfig, form: Form, tables: list[Table], *, clients: int, seed: int) -> tuple[list[Rows], Rows]:
+def _share(data: DataConfig, form: Schema, tables: list[Table], *, clients: int, seed: int) -> tuple[list[Rows], Rows]:
     """Each client's rows, and the rows drawn for the global evaluation; none of these if data.eval has others."""
     evaluation_share = 0.0 if data.eval else data.eval_share
     if data.partition == "files" or (data.partition == "auto" and len(tables) > 1):
@@ -139,7 +139,7 @@ def _share(data: DataConfig, form: Form, tables: list[Table], *, clients: int, s
     return _partitioned(rows, data, form, clients=clients, seed=seed), evaluation
 
 
-def _partitioned(rows: Rows, data: DataConfig, form: Form, *, clients: int, seed: int) -> list[Rows]:
+def _partitioned(rows: Rows, data: DataConfig, form: Schema, *, clients: int, seed: int) -> list[Rows]:
     """Each client's rows by data.partition."""
     unsaid = 0 if data.partition.startswith("natural") else CLIENTS
     label = data.label or form.label_column

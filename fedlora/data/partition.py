@@ -31,7 +31,7 @@ SIZES = {"linear": "LinearPartitioner", "square": "SquarePartitioner", "exponent
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class PartitionSpec:
     """A partition that is asked for: these rows, among so many clients."""
 
     rows: Rows
@@ -72,7 +72,9 @@ def split(rows: Rows, spec: str, *, clients: int, label: str | None, seed: int) 
         raise ConfigError(f'data.partition = "{spec}": there is no such partition; {nearest(name, SPECS)}')
     if name != "natural" and not 1 <= clients <= len(rows):
         raise DataError(f"{len(rows)} examples cannot be shared among {clients} clients; ask for 1 to {len(rows)}")
-    shares = [sorted(share) for share in SPECS[name](Draw(rows, spec, clients=clients, label=label, seed=seed))]
+    shares = [
+        sorted(share) for share in SPECS[name](PartitionSpec(rows, spec, clients=clients, label=label, seed=seed))
+    ]
     if not (all(shares) and sorted(chain.from_iterable(shares)) == list(range(len(rows)))):
         raise DataError(f'data.partition = "{spec}" leaves out a row or a client; ask for fewer clients, or for iid')
     return shares
@@ -105,19 +107,19 @@ def _sample(n: int, share: float, rng: Random) -> set[int]:
     return set(rng.sample(range(n), count))
 
 
-def _iid(draw: Draw) -> Shares:
+def _iid(draw: PartitionSpec) -> Shares:
     if draw.parameter:
         raise draw.wrong("iid takes no parameter")
     return _shares(draw, "IidPartitioner", num_partitions=draw.clients)
 
 
-def _dirichlet(draw: Draw) -> Shares:
+def _dirichlet(draw: PartitionSpec) -> Shares:
     alpha = _positive(draw, "dirichlet takes a number above 0, as in dirichlet:0.5")
     options: dict[str, Any] = {"alpha": alpha, "partition_by": "by", "min_partition_size": 1, "seed": draw.seed}
     return _shares(draw, "DirichletPartitioner", draw.classes(), num_partitions=draw.clients, **options)
 
 
-def _labels(draw: Draw) -> Shares:
+def _labels(draw: PartitionSpec) -> Shares:
     """Deal the classes like cards, and cut each class into as many pieces as it has clients.
 
     Not flwr-datasets' PathologicalPartitioner, which drops the rows of every class that no client happened to draw.
@@ -139,7 +141,7 @@ def _labels(draw: Draw) -> Shares:
     return [list(chain.from_iterable(next(pieces[k]) for k in hand)) for hand in hands]
 
 
-def _check_deal(draw: Draw, per_client: int, known: int) -> None:
+def _check_deal(draw: PartitionSpec, per_client: int, known: int) -> None:
     """Raise `DataError` if clients with so many classes each cannot hold exactly the known ones."""
     if per_client > known:
         raise draw.impossible(f"there are only {known} classes; ask for {known} or fewer")
@@ -178,7 +180,7 @@ def _deal(known: int, per_client: int, clients: int, rng: Random) -> Shares:
     return hands
 
 
-def _natural(draw: Draw) -> Shares:
+def _natural(draw: PartitionSpec) -> Shares:
     if not draw.parameter:
         raise draw.wrong("natural takes the column that says whose a row is, as in natural:user")
     owners = column(draw.rows, draw.parameter)
@@ -192,7 +194,7 @@ def _natural(draw: Draw) -> Shares:
     return _shares(draw, "NaturalIdPartitioner", codes, partition_by="by")
 
 
-def _size(draw: Draw) -> Shares:
+def _size(draw: PartitionSpec) -> Shares:
     if draw.parameter in SIZES:
         return _shares(draw, SIZES[draw.parameter], num_partitions=draw.clients)
     power = _positive(draw, f"size takes {', '.join(SIZES)} or a number above 0, as in size:1.5")
@@ -200,7 +202,7 @@ def _size(draw: Draw) -> Shares:
     return _shares(draw, "IdToSizeFncPartitioner", num_partitions=clients, partition_id_to_size_fn=lambda i: i**power)
 
 
-def _positive(draw: Draw, takes: str) -> float:
+def _positive(draw: PartitionSpec, takes: str) -> float:
     """The parameter as a finite number above 0; raises `ConfigError` that says what the partition takes."""
     try:
         value = float(draw.parameter)
@@ -218,7 +220,7 @@ def _codes(values: Sequence[Any]) -> list[int]:
     return [codes[key] for key in keys]
 
 
-def _shares(draw: Draw, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
+def _shares(draw: PartitionSpec, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
     """The partition that one of flwr-datasets' partitioners makes of the rows, shuffled by the seed beforehand.
 
     `by` are the numbers by which it tells rows apart, as classes or owners, if it does.
@@ -242,7 +244,7 @@ def _shares(draw: Draw, partitioner: str, by: Sequence[int] = (), **options: Any
         ) from e
 
 
-SPECS: dict[str, Callable[[Draw], Shares]] = {
+SPECS: dict[str, Callable[[PartitionSpec], Shares]] = {
     "auto": _iid,
     "iid": _iid,
     "dirichlet": _dirichlet,

@@ -23,7 +23,7 @@ MOST_COLUMNS = {"chat": 1, "response": 2, "image": 2, "label": 3, "text": 1}  # 
 
 
 @dataclass(frozen=True)
-class Form:
+class Schema:
     """What the columns of the data mean."""
 
     kind: Literal["text", "response", "chat", "label", "image"]
@@ -43,36 +43,36 @@ class Form:
         return {str(i): i for i in range(len(by_name))} | by_name
 
 
-PLAIN_TEXT = Form("text", ("text",))  # of Python's standard library, the data that are embedded
+PLAIN_TEXT = Schema("text", ("text",))  # of Python's standard library, the data that are embedded
 
 
-def declared_schema(data: DataConfig, task: str) -> Form:
+def declared_schema(data: DataConfig, task: str) -> Schema:
     """The form that the settings declare to a server that has no data; columns have their usual names."""
     if not data.labels:
         if task in ("auto", "lm"):
             return PLAIN_TEXT
         raise ConfigError(f"model.task = {task}: the server has no data to find the classes in; set data.labels")
     if task == "image":
-        return Form("image", ("image", "label"), data.labels)
-    return Form("label", ("text", "label"), data.labels)
+        return Schema("image", ("image", "label"), data.labels)
+    return Schema("label", ("text", "label"), data.labels)
 
 
-def schema_of(tables: Sequence[Table], data: DataConfig, task: str) -> Form:
+def schema_of(tables: Sequence[Table], data: DataConfig, task: str) -> Schema:
     """The meaning of the tables' columns, with the names of the classes, after a look at every row.
 
     Raises `DataError` and `ConfigError` for data that cannot be used, with their place.
     """
-    return _labelled(_form(data, task, tables[0]), data, tables)
+    return _labelled(find_schema(data, task, tables[0]), data, tables)
 
 
-def check_tables(tables: Sequence[Table], form: Form, classes: Container[str]) -> None:
+def check_tables(tables: Sequence[Table], form: Schema, classes: Container[str]) -> None:
     """Raise `DataError` for the first row that does not fit the form, or has another class than these."""
     for table in tables:
         _check(table, form)
         _check_labels(table, form, classes)
 
 
-def _form(data: DataConfig, task: str, table: Table) -> Form:
+def find_schema(data: DataConfig, task: str, table: Table) -> Schema:
     """What the columns mean by the settings, and else by their names, the likeliest first.
 
     Raises `DataError` for a column that is not there, or if nothing says what to learn, and `ConfigError` if all that
@@ -100,27 +100,27 @@ def _named_columns(data: DataConfig) -> list[tuple[str, str]]:
     return [(key, name) for key, name in settings if name]
 
 
-def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: Sequence[str]) -> list[Form]:
+def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: Sequence[str]) -> list[Schema]:
     """The forms that have all columns that the settings name, the likeliest first."""
     wanted = {name for key, name in named if key != "label"}
-    forms = [form for form in _readings(data, columns) if wanted <= {*form.columns}]
+    forms = [form for form in possible_schemas(data, columns) if wanted <= {*form.columns}]
     if not data.label:
         return forms
     # whoever names a label wants it learned, except by a language model, where it serves to tell the clients apart
     return sorted(forms, key=lambda form: data.label not in form.columns)
 
 
-def _readings(data: DataConfig, columns: Sequence[str]) -> list[Form]:
+def possible_schemas(data: DataConfig, columns: Sequence[str]) -> list[Schema]:
     """Every form that these columns can have."""
     image = _found(data.image, IMAGE, columns)
     label = _found(data.label, LABEL, columns)
     texts = data.text or (_found("", TEXT, columns),)
     forms = [
-        Form("chat", (_found(data.messages, CHAT, columns),)),
-        Form("response", _prompt_and_response(data, columns)),
-        Form("image", (image, label)),
-        Form("label", (*texts, label)),
-        Form("text", texts),
+        Schema("chat", (_found(data.messages, CHAT, columns),)),
+        Schema("response", _prompt_and_response(data, columns)),
+        Schema("image", (image, label)),
+        Schema("label", (*texts, label)),
+        Schema("text", texts),
     ]
     return [form for form in forms if all(form.columns) and len(form.columns) <= MOST_COLUMNS[form.kind]]
 
@@ -138,7 +138,7 @@ def _prompt_and_response(data: DataConfig, columns: Sequence[str]) -> tuple[str,
     return next((pair for pair in PAIRS if {*pair} <= {*columns}), ("", ""))
 
 
-def _labelled(form: Form, data: DataConfig, tables: Sequence[Table]) -> Form:
+def _labelled(form: Schema, data: DataConfig, tables: Sequence[Table]) -> Schema:
     """The form with the names of its classes, after a look at every row."""
     for table in tables:
         _check(table, form)
@@ -153,19 +153,19 @@ def _labelled(form: Form, data: DataConfig, tables: Sequence[Table]) -> Form:
     return form
 
 
-def _dataset_classes(table: Table, form: Form) -> tuple[str, ...]:
+def _dataset_classes(table: Table, form: Schema) -> tuple[str, ...]:
     """The classes that a dataset of the hub has written down; empty for plain rows."""
     feature = getattr(table.rows, "features", {}).get(form.label_column)
     return tuple(getattr(feature, "names", ()))
 
 
-def _found_classes(tables: Sequence[Table], form: Form) -> tuple[str, ...]:
+def _found_classes(tables: Sequence[Table], form: Schema) -> tuple[str, ...]:
     """The classes that occur in the data, in order: numbers by size, names by the alphabet."""
     found = sorted(labels_in(tables, form))
     return tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
 
 
-def labels_in(tables: Sequence[Table], form: Form) -> set[str]:
+def labels_in(tables: Sequence[Table], form: Schema) -> set[str]:
     """The labels as they stand in the data."""
     return {str(value) for table in tables for value in column(table.rows, form.columns[-1])}
 
@@ -174,31 +174,31 @@ def _is_whole(name: str) -> bool:
     return re.fullmatch("-?[0-9]+", name) is not None
 
 
-def _check_labels(table: Table, form: Form, known: Container[str]) -> None:
+def _check_labels(table: Table, form: Schema, known: Container[str]) -> None:
     """Raise `DataError` for the first row whose class is not known; data without classes pass."""
     if form.label_column is None:
         return
     for i, value in enumerate(column(table.rows, form.label_column)):
         if str(value) not in known:
             raise DataError(
-                f'{table.place(i)}: label "{value}" is no class of the training data or of data.labels; '
+                f'{table.location(i)}: label "{value}" is no class of the training data or of data.labels; '
                 f"{nearest(str(value), form.labels)}"
             )
 
 
-def _check(table: Table, form: Form) -> None:
+def _check(table: Table, form: Schema) -> None:
     """Raise `DataError` for the first row that lacks a column, or has in it what the form cannot take."""
     names, rows = _checked_columns(table, form)
     for i, row in enumerate(rows):
         for name in names:
             if name not in row:
-                raise DataError(f'{table.place(i)}: no column "{name}"; {nearest(name, row)}')
+                raise DataError(f'{table.location(i)}: no column "{name}"; {nearest(name, row)}')
             wrong = _wrong(form, name, row[name])
             if wrong:
-                raise DataError(f'{table.place(i)}: "{name}" {wrong}')
+                raise DataError(f'{table.location(i)}: "{name}" {wrong}')
 
 
-def _checked_columns(table: Table, form: Form) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
+def _checked_columns(table: Table, form: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
     """The columns whose every value is checked, and the rows with these alone where that saves reading others."""
     rows: Any = table.rows
     if not hasattr(rows, "column_names"):
@@ -210,7 +210,7 @@ def _checked_columns(table: Table, form: Form) -> tuple[tuple[str, ...], Iterabl
     return names, rows.select_columns(list(names))
 
 
-def _wrong(form: Form, name: str, value: Any) -> str:
+def _wrong(form: Schema, name: str, value: Any) -> str:
     """The reason to refuse a value in column `name`, to follow that name in an error; empty for a good value."""
     if form.kind == "chat":
         return _wrong_chat(value)

@@ -26,7 +26,7 @@ class Table:
     rows: Rows
     lines: Sequence[int] = ()  # none for files that have no lines
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """The place of a row in the words of an error: the file's name, and line or row."""
         return f"{self.name} line {self.lines[row]}" if self.lines else f"{self.name} row {row + 1}"
 
@@ -141,7 +141,7 @@ def _json(path: Path) -> Table:
 def _objects(table: Table) -> Table:
     for i, row in enumerate(table.rows):
         if not isinstance(row, dict):
-            raise DataError(f"{table.place(i)}: a {type(row).__name__}, and not an object with columns")
+            raise DataError(f"{table.location(i)}: a {type(row).__name__}, and not an object with columns")
     return table
 
 

@@ -57,7 +57,7 @@ def server(
     )
 
 
-def wanting(
+def reissue_reason(
     old: x509.Certificate, issuer: x509.Certificate, key: ec.EllipticCurvePublicKey, hosts: Sequence[str]
 ) -> str:
     """Why a server's certificate will not do any longer, as the end of a sentence; empty if it will."""

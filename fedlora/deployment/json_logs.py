@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TextIO
 
 from fedlora.errors import ConfigError
-from fedlora.storage.event_log import moment
+from fedlora.storage.event_log import utc_timestamp
 
 ABOUT = ("run", "round", "client")
 _about: ContextVar[Mapping[str, object]] = ContextVar("about", default={})  # noqa: B039  # it is never changed in place
 
 
 @contextmanager
-def about(run: object = None, round: int | None = None, client: int | None = None) -> Iterator[None]:
+def log_context(run: object = None, round: int | None = None, client: int | None = None) -> Iterator[None]:
     """What is logged within is about these; what is left out stays as it is. A thread begins with none."""
     given = {"run": run, "round": round, "client": client}
     token = _about.set({**_about.get(), **{k: v for k, v in given.items() if v is not None}})
@@ -27,7 +27,7 @@ def about(run: object = None, round: int | None = None, client: int | None = Non
         _about.reset(token)
 
 
-def structured(where: TextIO | Path, **fixed: object) -> Callable[[], None]:
+def log_json(where: TextIO | Path, **fixed: object) -> Callable[[], None]:
     """Log as JSON lines with these fields too; the returned function puts things back.
 
     On a stream they take the place of the lines for people, which would mix with them; to a file they go beside those.
@@ -63,7 +63,7 @@ class Structured(logging.Formatter):
         said = {name: of.get(name, context.get(name)) for name in ABOUT}
         line = {
             **self._fixed,
-            "at": moment(record.created),
+            "at": utc_timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

@@ -82,7 +82,7 @@ class Process:
     def alive(self) -> bool:
         return self._child is not None and self.code is None
 
-    def last_words(self, n: int = 3) -> str:
+    def log_tail(self, n: int = 3) -> str:
         """The end of its log, for a message."""
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         return " | ".join(line.strip() for line in lines[-n:] if line.strip())
@@ -137,7 +137,7 @@ def stop(processes: Sequence[Process], grace: float = 5.0) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """The only process in this folder. Raises `ConfigError` where another one is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / "lock", wait=False):
@@ -159,10 +159,10 @@ def wait_for_port(port: int, process: Process, host: str = "127.0.0.1", seconds:
             if process.alive:
                 return
         time.sleep(0.1)
-    raise ConfigError(f"{process.name} does not listen on port {port}: {process.last_words(1) or 'it said nothing'}")
+    raise ConfigError(f"{process.name} does not listen on port {port}: {process.log_tail(1) or 'it said nothing'}")
 
 
-def home(folder: Path) -> dict[str, str]:
+def flwr_home(folder: Path) -> dict[str, str]:
     """Where Flower keeps what it unpacks, if nobody has said: not among the user's own files."""
     return {} if "FLWR_HOME" in os.environ else {"FLWR_HOME": str((folder / "home").absolute())}
 

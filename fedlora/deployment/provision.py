@@ -75,11 +75,11 @@ def remove(out: Path, name: str) -> list[str]:
     `fedlora server` again, which unregisters every key that `read_clients` no longer names.
     """
     server = out / "server"
-    clients, gone = _roll(server)
+    clients, gone = roster(server)
     if name not in clients or str(clients[name]) in gone:
         raise ConfigError(f'{server / "clients.json"} has no client "{name}"; {nearest(name, clients)}')
     with _alone(out):
-        _write(server / "removed.json", _as_json(_roll(server)[1] | {str(clients[name]): name}))  # now it is out
+        _write(server / "removed.json", _as_json(roster(server)[1] | {str(clients[name]): name}))  # now it is out
         _enrol(out, [])
     return [f"removed {name} (client {clients[name]}): copy {server} to the server, and start fedlora server again"]
 
@@ -98,7 +98,7 @@ def read_clients(folder: Path) -> dict[str, int]:
 
     The public key of each is clients/NAME.pub; other files there belong to nobody.
     """
-    clients, gone = _roll(folder)
+    clients, gone = roster(folder)
     clients = {name: id for name, id in clients.items() if str(id) not in gone}
     for name in clients:
         public_key(folder / "clients" / f"{name}.pub")
@@ -155,7 +155,7 @@ def _server(out: Path, hosts: Sequence[str], days: int, renew: bool) -> list[str
     path, key = folder / "server.crt", _key(folder / "server.key", make=True).public_key()
     old = _certificate(path) if path.exists() else None
     hosts = list(dict.fromkeys([*(certificates.hosts_of(old) if old else ()), *hosts, *certificates.ALWAYS]))
-    why = certificates.wanting(old, issuer, key, hosts) if old else "as there was none"
+    why = certificates.reissue_reason(old, issuer, key, hosts) if old else "as there was none"
     if not (why or renew):
         return []
     signer = _key(out / "ca.key")
@@ -177,7 +177,7 @@ def _secret(path: Path) -> list[str]:
     return [f"made the SuperExec secret, {path}"]
 
 
-def _roll(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+def roster(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
     """clients.json, and of removed.json the numbers of those who left, as JSON has them, with their names."""
     path, left = folder / "clients.json", folder / "removed.json"
     clients, gone = _read(path, json.loads), _read(left, json.loads) if left.exists() else {}
@@ -198,7 +198,7 @@ def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
         if any(server.glob("clients/*.pub")) or (server / "removed.json").exists():
             raise ConfigError(f"{path} is gone, and clients have their numbers from it; {_MEND}")
         _write(path, _as_json({}))
-    clients, gone = _roll(server)
+    clients, gone = roster(server)
     for name in [name for name, id in clients.items() if str(id) in gone]:
         (server / "clients" / f"{name}.pub").unlink(missing_ok=True)
         (out / "clients" / name / "client.key").unlink(missing_ok=True)

@@ -17,11 +17,11 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
 from fedlora.errors import WireError
-from fedlora.jobs import Ask, Client, Job, Masking, Packed, Privacy, Spent, Update
+from fedlora.jobs import Client, CompressedUpdate, Job, MaskingTerms, PrivacySpent, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.metrics import Metrics
 from fedlora.sections import Encoding, Training
-from fedlora.vectors import Flat, count, flatten, name_of
+from fedlora.vectors import FlatAdapter, content_hash, count, flatten
 
 from .envelope import as_array, dtype_name, pack, read_head, read_vector, reading, text
 
@@ -44,8 +44,8 @@ class JobHead:
     gain: dict[str, float]
     resumes: bool
     example_clip: float
-    privacy: Privacy | None
-    masking: Masking | None
+    privacy: PrivacyTerms | None
+    masking: MaskingTerms | None
     metrics: bool
     upload: Encoding
     feedback: bool
@@ -63,7 +63,7 @@ class JobHead:
 class UpdateHead:
     examples: int
     loss: float | None
-    spent: Spent | None
+    spent: PrivacySpent | None
     manifest: str  # of the vector; empty where it is masked
     dtype: Dtype
     name: str  # hash of the vector and the manifest
@@ -82,38 +82,38 @@ class MetricsHead:
 
 
 @checked(frozen=True, config=STRICT)
-class Hello:
+class JoinRequest:
     """The question who a client is, with what it is told of the run's settings."""
 
     settings: dict[str, int | float | str | bool]
 
 
 @checked(frozen=True, config=STRICT)
-class Introduction:
+class ClientInfo:
     client: Client
     base: str
 
 
 @checked(frozen=True, config=STRICT)
-class Lacks:
+class MissingParts:
     """The answer of a client whose parts are lost: it wants the job in full."""
 
     lacks: tuple[str, ...]
 
 
 @checked(frozen=True, config=STRICT)
-class Said:
+class SecAggReply:
     """What a client says in a step of secure aggregation."""
 
     said: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class IncomingJob:
     """A job as it arrived: which parts it is made of, and those that came with it."""
 
     head: JobHead
-    sent: Mapping[str, Flat]  # by name
+    sent: Mapping[str, FlatAdapter]  # by name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,13 +129,13 @@ class Order:
         return Job(start=start, offset=offset, **{name: getattr(head, name) for name in PLAIN})
 
 
-class Packer:
+class JobEncoder:
     """Packs the jobs of a round; what several clients lack is joined into a vector once."""
 
     def __init__(self) -> None:
         self._joined: dict[tuple[str, ...], ArrayRecord] = {}
 
-    def job(self, job: Job, parts: Mapping[str, Flat], missing: Mapping[str, Flat]) -> RecordDict:
+    def job(self, job: Job, parts: Mapping[str, FlatAdapter], missing: Mapping[str, FlatAdapter]) -> RecordDict:
         """The job with those parts that its client lacks."""
         sent = {flat.name: flat for flat in missing.values()}
         head = JobHead(
@@ -150,7 +150,7 @@ class Packer:
         return pack(head, self._joined[tuple(sent)] if sent else None)
 
 
-def read_order(records: RecordDict) -> Order:
+def read_order(records: RecordDict) -> IncomingJob:
     """The job that `Packer.job` packed. Raises `WireError`."""
     head = read_head(records, JobHead)
     vector = read_vector(records, head.dtype)
@@ -160,17 +160,17 @@ def read_order(records: RecordDict) -> Order:
             raise WireError(f"a job's parts are {sum(sizes)} numbers by their manifests; {vector.numel()} came")
         ends = list(accumulate(sizes))
         pieces = [vector[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-        flats = [Flat(piece, manifest, name) for piece, (name, manifest) in zip(pieces, head.sent, strict=True)]
+        flats = [FlatAdapter(piece, manifest, name) for piece, (name, manifest) in zip(pieces, head.sent, strict=True)]
     for flat in flats:
-        if name_of(flat.vector, flat.manifest) != flat.name:
+        if content_hash(flat.vector, flat.manifest) != flat.name:
             raise WireError(f"part {flat.name[:12]} of a job is not what its hash says: it was damaged on its way")
-    return Order(head, {flat.name: flat for flat in flats})
+    return IncomingJob(head, {flat.name: flat for flat in flats})
 
 
 def pack_update(update: Update, round: int) -> RecordDict:
     """An update; its numbers travel in the type they have."""
     if update.masked is not None:
-        name = name_of(update.masked, "")
+        name = content_hash(update.masked, "")
         hidden = UpdateHead(update.examples, None, update.spent, "", "int32", name, round)
         return pack(hidden, as_array(update.masked))
     if update.packed:
@@ -181,26 +181,26 @@ def pack_update(update: Update, round: int) -> RecordDict:
     return pack(UpdateHead(*told, dtype_name(flat.vector), flat.name, round), as_array(flat.vector))
 
 
-def _pack_small(update: Update, packed: Packed, round: int) -> RecordDict:
+def _pack_small(update: Update, packed: CompressedUpdate, round: int) -> RecordDict:
     """A change in few bytes; scales travel in the one array, behind the numbers."""
     vector = torch.cat([packed.numbers, packed.scales.view(packed.numbers.dtype)])
     told = update.examples, update.loss, update.spent, packed.manifest, dtype_name(vector)
-    return pack(UpdateHead(*told, name_of(vector, packed.manifest), round, len(packed.scales)), as_array(vector))
+    return pack(UpdateHead(*told, content_hash(vector, packed.manifest), round, len(packed.scales)), as_array(vector))
 
 
-def pack_ask(ask: Ask) -> RecordDict:
+def pack_ask(ask: SecAggStep) -> RecordDict:
     """A step of secure aggregation."""
     return pack(ask)
 
 
-def read_ask(records: RecordDict) -> Ask:
+def read_ask(records: RecordDict) -> SecAggStep:
     """What `pack_ask` packed. Raises `WireError`."""
-    return read_head(records, Ask)
+    return read_head(records, SecAggStep)
 
 
 def pack_said(said: Mapping[str, str]) -> RecordDict:
     """The answer to a step of secure aggregation."""
-    return pack(Said(dict(said)))
+    return pack(SecAggReply(dict(said)))
 
 
 def pack_metrics(metrics: Metrics) -> RecordDict:
@@ -216,24 +216,24 @@ def pack_metrics(metrics: Metrics) -> RecordDict:
     return pack(head, None if table is None else as_array(table.flatten()))
 
 
-def pack_lacks(lacks: Lacks) -> RecordDict:
+def pack_lacks(lacks: MissingParts) -> RecordDict:
     """That parts are neither in the message nor with the client."""
     return pack(lacks)
 
 
 def pack_client(client: Client, base: str = "") -> RecordDict:
     """What a client says of itself, and the fingerprint of its base model."""
-    return pack(Introduction(client, base))
+    return pack(ClientInfo(client, base))
 
 
 def pack_hello(settings: Mapping[str, int | float | str | bool]) -> RecordDict:
     """The question who a client is."""
-    return pack(Hello(dict(settings)))
+    return pack(JoinRequest(dict(settings)))
 
 
-def read_hello(records: RecordDict) -> Hello:
+def read_hello(records: RecordDict) -> JoinRequest:
     """What `pack_hello` packed. Raises `WireError`."""
-    return read_head(records, Hello)
+    return read_head(records, JoinRequest)
 
 
 def stamp(records: RecordDict, run: str) -> RecordDict:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import TrainingDiverged
-from fedlora.jobs import Packed
+from fedlora.jobs import CompressedUpdate
 from fedlora.lora import LoRA, from_matrices, map_factors
 from fedlora.sections import Encoding
 from fedlora.vectors import flatten, unflatten
@@ -37,7 +37,7 @@ LARGEST = 127  # of an int8, on both sides of zero
 SMALLEST = 2.0**-126  # of a scale; a row below 127 times this, 1.5e-36, is taken for zero: some machines have no less
 
 
-def compress(delta: LoRA, encoding: Encoding) -> Packed:
+def compress(delta: LoRA, encoding: Encoding) -> CompressedUpdate:
     """The change rounded to nearest, ties to even. Raises `TrainingDiverged` for a matrix not finite in float32."""
     for s, m, t in delta.matrices():
         if not bool(torch.isfinite(t.float()).all()):
@@ -50,12 +50,12 @@ def compress(delta: LoRA, encoding: Encoding) -> Packed:
     if encoding == "int8":
         pairs = [_quantise(s, t) for s, _, t in delta.matrices()]
         numbers = torch.cat([q for q, _ in pairs]) if pairs else torch.empty(0, dtype=torch.int8)
-        return Packed(encoding, numbers, torch.cat([none, *(scale for _, scale in pairs)]), flat.manifest)
+        return CompressedUpdate(encoding, numbers, torch.cat([none, *(scale for _, scale in pairs)]), flat.manifest)
     most = torch.finfo(DTYPES[encoding]).max  # float32's largest numbers would round to bfloat16's infinity
-    return Packed(encoding, flat.vector.clamp(-most, most).to(DTYPES[encoding]), none, flat.manifest)
+    return CompressedUpdate(encoding, flat.vector.clamp(-most, most).to(DTYPES[encoding]), none, flat.manifest)
 
 
-def expand(packed: Packed) -> LoRA:
+def decompress(packed: CompressedUpdate) -> LoRA:
     """The change in float32: the very numbers that both sides reckon with, exact products on any machine.
 
     Raises `ValueError` where types, counts and scales are none that `compress` could have made.
@@ -76,19 +76,21 @@ def expand(packed: Packed) -> LoRA:
     return lora
 
 
-def restore(start: LoRA, packed: Packed) -> LoRA:
+def restore(start: LoRA, packed: CompressedUpdate) -> LoRA:
     """What the server takes for the client's matrices: `start`, where it has them, and the change."""
-    return _each(expand(packed), lambda s, m, t: _of(start, s, m, t) + t)
+    return _each(decompress(packed), lambda s, m, t: _of(start, s, m, t) + t)
 
 
-def with_feedback(start: LoRA, lora: LoRA, residual: LoRA, encoding: Encoding) -> tuple[Packed, LoRA, LoRA]:
+def compress_with_error_feedback(
+    start: LoRA, lora: LoRA, residual: LoRA, encoding: Encoding
+) -> tuple[CompressedUpdate, LoRA, LoRA]:
     """What travels of a trained `lora`, what the server then has, and what is left for this client's next round.
 
     A matrix that the residual lacks, or has in another shape, counts as zero there. Raises `TrainingDiverged`.
     """
     meant = _each(lora, lambda s, m, t: t.float() - _of(start, s, m, t) + _of(residual, s, m, t))
     packed = compress(meant, encoding)
-    sent = expand(packed)
+    sent = decompress(packed)
     return packed, restore(start, packed), map_factors(torch.sub, meant, sent)
 
 

@@ -41,7 +41,7 @@ def read_head(records: RecordDict, kind: type[T]) -> T:
             raise WireError(f"a message is no {kind.__name__}: {e.error_count()} things are wrong in it") from None
         first = e.errors()[0]
         place = ".".join(map(str, first["loc"])) or "head"
-        raise WireError(brief(f"a message is no {kind.__name__}: {place}: {first['msg']}")) from e
+        raise WireError(printable(f"a message is no {kind.__name__}: {place}: {first['msg']}")) from e
 
 
 def text(records: RecordDict) -> str:
@@ -49,7 +49,7 @@ def text(records: RecordDict) -> str:
     head = records.config_records.get("head")
     found = head.get("json") if head is not None else None
     if not isinstance(found, str):
-        raise WireError(brief(f"a message has no head; it has {', '.join(records) or 'nothing'}"))
+        raise WireError(printable(f"a message has no head; it has {', '.join(records) or 'nothing'}"))
     return found
 
 
@@ -86,7 +86,7 @@ def _numbers(array: Array) -> Tensor:
     told, here = (array.dtype, tuple(array.shape), len(array.data) - found.end()), (kind.name, (n,), n * kind.itemsize)
     if told != here:
         said, are = ("{} of shape {} in {} bytes".format(*what) for what in (told, here))
-        raise WireError(brief(f"an array says it is {said}; its numbers are {are}"))
+        raise WireError(printable(f"an array says it is {said}; its numbers are {are}"))
     return torch.from_numpy(np.frombuffer(array.data, kind, n, found.end()).copy())
 
 
@@ -95,7 +95,7 @@ def dtype_name(vector: Tensor) -> Any:
     return str(vector.dtype).removeprefix("torch.")
 
 
-def brief(words: str, also: str = "") -> str:
+def printable(words: str, also: str = "") -> str:
     """Words in which something that came may stand, so that they fit a line of a log: printable, and not too long.
 
     `also`: characters that may stay.
@@ -110,6 +110,6 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except WireError as e:
-        raise WireError(brief(str(e))) from e
+        raise WireError(printable(str(e))) from e
     except Exception as e:
-        raise WireError(brief(f"{what} could not be read: {type(e).__name__}: {e}")) from e
+        raise WireError(printable(f"{what} could not be read: {type(e).__name__}: {e}")) from e

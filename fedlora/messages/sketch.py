@@ -14,7 +14,7 @@ from fedlora.jobs import Job
 from fedlora.lora import LoRA
 
 
-def narrow(job: Job) -> Job:
+def select_rows(job: Job) -> Job:
     """The job with those rows of A and columns of B alone that its sketch names, and s times r/k for them.
 
     S = r/k diag(1_I), so that E[S] = I; a gain of the job's own is multiplied by r/k. A job without a sketch is itself.
@@ -32,7 +32,7 @@ def narrow(job: Job) -> Job:
     return replace(job, start=start, sketch={}, gain={**job.gain, **gain})
 
 
-def widen(job: Job, lora: LoRA) -> LoRA:
+def scatter_rows(job: Job, lora: LoRA) -> LoRA:
     """The update with the rows and columns that were not sent filled in from the job's start."""
     if not job.sketch:
         return lora

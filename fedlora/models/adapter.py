@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import DataError, ModelError, nearest
 from fedlora.sections import LoRAConfig
 from fedlora.seeds import derive, seeded
@@ -31,7 +31,7 @@ INPUTS = 1024  # of a module, that eva looks at
 Modules = Mapping[str, Any]  # name -> module of the base, or PEFT's layer around it
 
 
-def wear(net: nn.Module, lora: LoRAConfig, form: Form, new: Sequence[str], seed: int) -> PeftModel:
+def attach_adapter(net: nn.Module, lora: LoRAConfig, form: Schema, new: Sequence[str], seed: int) -> PeftModel:
     """The model with a fresh adapter attached, and with its head, if it has one, ready to train; its weights stay.
 
     `new` are the modules that the checkpoint lacks, to be learned from nothing. Raises `ModelError` if the model cannot
@@ -53,7 +53,7 @@ def wear(net: nn.Module, lora: LoRAConfig, form: Form, new: Sequence[str], seed:
     for module, weight, values in before:
         weight.data = values
         module.weight = weight  # PEFT puts another in the place of a quantised one
-    _settle(layers(worn), lora.init)
+    fix_signs(layers(worn), lora.init)
     return worn
 
 
@@ -143,7 +143,7 @@ def _first_inputs(worn: Modules, passes: Iterable[object]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _settle(worn: Modules, init: str) -> None:
+def fix_signs(worn: Modules, init: str) -> None:
     """Fix the signs of a start from a decomposition, which are free for a row of A and its column of B together.
 
     So the start is the same on every machine. A start that is merely drawn stays as it is.

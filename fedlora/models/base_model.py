@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import ModelError
 from fedlora.sections import ModelConfig
 from fedlora.seeds import seeded
@@ -17,7 +17,7 @@ from fedlora.seeds import seeded
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
-def load(config: ModelConfig, form: Form, seed: int) -> tuple[nn.Module, Any, list[str]]:
+def load_base_model(config: ModelConfig, form: Schema, seed: int) -> tuple[nn.Module, Any, list[str]]:
     """The model, its processor, and the modules that the checkpoint lacks, as a new head, which are drawn by the seed.
 
     Raises `ModelError` for a model that cannot be loaded, or is of another kind than the data need.
@@ -74,7 +74,7 @@ def _readable(path: str) -> Iterator[None]:
         ) from e
 
 
-def _load(config: ModelConfig, form: Form, source: str) -> tuple[nn.Module, Any, list[str]]:
+def _load(config: ModelConfig, form: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
     from transformers import (
         AutoImageProcessor,
         AutoModelForCausalLM,
@@ -102,7 +102,7 @@ def _revision(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision} if config.revision else {}
 
 
-def _classes(form: Form) -> dict[str, Any]:
+def _classes(form: Schema) -> dict[str, Any]:
     """Options for transformers to give the model a head for these classes; none for data without classes."""
     if not form.labels:
         return {}

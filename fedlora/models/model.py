@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedlora.data.encoding import Encoder, Example, length
 from fedlora.data.rows import Rows, take
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, Side, from_matrices
 from fedlora.metrics import Metrics
@@ -31,7 +31,7 @@ REFUSALS = {
 class Model:
     """A base model that stays in memory while adapters are swapped in and out of it."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig, form: Form, seed: int, public: Rows = ()) -> None:
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, form: Schema, seed: int, public: Rows = ()) -> None:
         """Load the base and attach a fresh adapter.
 
         `public` are the rows of `lora.init_data`, in the run's form; only `lora.init = eva` looks at them. Raises
@@ -39,9 +39,9 @@ class Model:
         """
         self.form, self.kind = form, lora.kind
         self.device = base_model.device(config)
-        net, self.processor, new = base_model.load(config, form, seed)
+        net, self.processor, new = base_model.load_base_model(config, form, seed)
         self.fingerprint = base_model.fingerprint(net)
-        self.net = wear.wear(net, lora, form, new, seed)
+        self.net = wear.attach_adapter(net, lora, form, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
         self.encoder = Encoder(self.processor, form, config.max_length)
@@ -110,12 +110,12 @@ class Model:
         scores = 0 if self.form.labels else 8 * shape.vocab_size
         return int(tokens * (17 * width * self.net.dtype.itemsize + scores))
 
-    def read(self) -> LoRA:
+    def get_adapter(self) -> LoRA:
         """A copy of the adapter on the CPU: A (r, d_in), B (d_out, r), core R (r, r) if there is one, and head H."""
         parameters = ((s, m, p) for s, side in self._sides.items() for m, p in side.items())
         return from_matrices((s, m, p.detach().to("cpu", copy=True)) for s, m, p in parameters)
 
-    def write(
+    def set_adapter(
         self, lora: LoRA, offset: tuple[LoRA, ...] = (), gain: Mapping[str, float] = MappingProxyType({})
     ) -> None:
         """Replace the adapter by this one, over the pretrained weights plus the offset; module m's s is times gain[m].
@@ -130,7 +130,7 @@ class Model:
             self._replace_side(letter, lora.side(letter))
         if self.kind != "vera":
             self._wear_factors(lora.R, gain)
-        self.offset.wear(offset)
+        self.offset.set(offset)
 
     def _refuse_what_the_kind_lacks(self, offset: bool, core_or_gain: bool) -> None:
         no_offset, no_core = self.kind != "lora", self.kind == "vera"
@@ -143,7 +143,7 @@ class Model:
             for name, p in self._sides[letter].items():
                 p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
 
-    def trains(self, sides: str) -> list[nn.Parameter]:
+    def set_trainable(self, sides: str) -> list[nn.Parameter]:
         """Let gradients reach these sides alone, and return their parameters in a fixed order."""
         for p in self.net.parameters():
             p.requires_grad_(False)

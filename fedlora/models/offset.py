@@ -25,7 +25,7 @@ class Offset:
         self._pretrained: dict[str, Tensor] = {}
         self._beside: dict[str, LoRA] = {}
 
-    def wear(self, parts: tuple[LoRA, ...]) -> None:
+    def set(self, parts: tuple[LoRA, ...]) -> None:
         """Replace the offset by the sum of these parts; the same objects as last time cost nothing."""
         if list(map(id, parts)) == list(map(id, self._parts)):
             return

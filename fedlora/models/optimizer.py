@@ -11,7 +11,7 @@ from fedlora.sections import Training
 from .model import Model
 
 
-def attract(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+def add_proximal_gradient(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
     """Add to the gradients that of FedProx's term, mu/2 times the squared distance to the start."""
     if not mu:
         return
@@ -41,7 +41,7 @@ def make(training: Training, model: Model, sides: Mapping[str, list[nn.Parameter
 def set_rates(optimizer: torch.optim.Optimizer, training: Training, progress: float) -> None:
     """Set every group's learning rate for this share, 0 to 1, of the whole run."""
     for group in optimizer.param_groups:
-        group["lr"] = group["full_lr"] * factor(training, progress)
+        group["lr"] = group["full_lr"] * lr_factor(training, progress)
 
 
 def count_steps(training: Training, n: int) -> int:
@@ -51,7 +51,7 @@ def count_steps(training: Training, n: int) -> int:
     return max(1, round(training.epochs * ceil(n / (training.batch_size * training.accumulate))))
 
 
-def factor(training: Training, progress: float) -> float:
+def lr_factor(training: Training, progress: float) -> float:
     """The schedule's factor of the learning rate at this share, 0 to 1, of the whole run: it goes on over rounds."""
     if progress < training.warmup:
         return progress / training.warmup

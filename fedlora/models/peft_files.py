@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import ModelError, nearest
 from fedlora.lora import LoRA, compact
 from fedlora.sections import ModelConfig
@@ -28,21 +28,21 @@ LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": 
 SEED = 2**31 - 1  # not the run's, so that a head that the export has forgotten gives other logits
 
 
-def load_adapter(config: ModelConfig, form: Form, folder: Path) -> nn.Module:
+def load_adapter(config: ModelConfig, form: Schema, folder: Path) -> nn.Module:
     """A freshly loaded base with the PEFT adapter in `folder`."""
-    net: nn.Module = _with_adapter(base_model.load(config, form, SEED)[0], folder)
+    net: nn.Module = _with_adapter(base_model.load_base_model(config, form, SEED)[0], folder)
     return net
 
 
-def load_merged(config: ModelConfig, form: Form, folder: Path) -> nn.Module:
+def load_merged(config: ModelConfig, form: Schema, folder: Path) -> nn.Module:
     """The model in `folder`, which has the adapter in its weights."""
-    net, _, _ = base_model.load(replace(config, path=str(folder.absolute()), revision=""), form, SEED)
+    net, _, _ = base_model.load_base_model(replace(config, path=str(folder.absolute()), revision=""), form, SEED)
     return net
 
 
-def merge(config: ModelConfig, form: Form, folder: Path) -> None:
+def merge(config: ModelConfig, form: Schema, folder: Path) -> None:
     """Replace the adapter in `folder` by the base with the adapter in its weights, and by the base's processor."""
-    net, processor, _ = base_model.load(config, form, SEED)
+    net, processor, _ = base_model.load_base_model(config, form, SEED)
     whole = _with_adapter(net, folder).merge_and_unload()
     shutil.rmtree(folder)
     whole.save_pretrained(str(folder))
@@ -60,7 +60,7 @@ def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
     """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run."""
     if model.kind != "vera":
         lora = compact(lora)
-    model.write(lora)
+    model.set_adapter(lora)
     peft_configs: Any = model.net.peft_config
     of_the_run = peft_configs[NAME]
     peft_configs[NAME] = _config_of(model, lora)

@@ -20,7 +20,7 @@ TOLERANCE = 0.004  # relative, of calibrated noise: epsilon ends this little bel
 LEAST = 0.3  # sigma below which PRV takes minutes, and epsilon is beyond all meaning
 
 
-def merged(charges: Sequence[Charge]) -> tuple[Charge, ...]:
+def merge_charges(charges: Sequence[Charge]) -> tuple[Charge, ...]:
     """The same charges, those of one mechanism as one: the time PRV takes grows with how many there are."""
     steps: dict[tuple[float, float], int] = {}
     for c in charges:
@@ -30,7 +30,7 @@ def merged(charges: Sequence[Charge]) -> tuple[Charge, ...]:
 
 def epsilon(charges: Sequence[Charge], delta: float) -> float:
     """What these charges come to at this delta: PRV's upper bound, or RDP's where PRV cannot be right."""
-    return _epsilon(merged(charges), delta)
+    return _epsilon(merge_charges(charges), delta)
 
 
 def prv(charges: Sequence[Charge], delta: float) -> float:
@@ -40,7 +40,7 @@ def prv(charges: Sequence[Charge], delta: float) -> float:
     if any(c.noise < LEAST for c in charges):
         return inf
     try:
-        return _asked(PRVAccountant(), merged(charges), delta)
+        return _asked(PRVAccountant(), merge_charges(charges), delta)
     except (ValueError, RuntimeError, OverflowError, MemoryError):
         return inf
 
@@ -49,7 +49,7 @@ def rdp(charges: Sequence[Charge], delta: float) -> float:
     """By Renyi differential privacy."""
     from opacus.accountants import RDPAccountant
 
-    return _asked(RDPAccountant(), merged(charges), delta)
+    return _asked(RDPAccountant(), merge_charges(charges), delta)
 
 
 @cache
@@ -117,7 +117,7 @@ def _asked(accountant: Any, charges: Sequence[Charge], delta: float) -> float:
         return float(accountant.get_epsilon(delta=delta))
 
 
-def _delta(delta: float, n: int, who: str) -> float:
+def default_delta(delta: float, n: int, who: str) -> float:
     """The delta of n units. Raises `PrivacyError` for one that would let a whole unit be given away."""
     if delta >= 1 / n:
         raise PrivacyError(

@@ -28,12 +28,12 @@ from fedlora.lora import LoRA, difference, euclidean_norm, from_matrices
 from fedlora.sections import PrivacyConfig
 from fedlora.seeds import derive
 
-from .accounting import _delta, calibrate, epsilon, merged
-from .noise import Source
+from .accounting import calibrate, default_delta, epsilon, merge_charges
+from .noise import SecureRandom
 
 
 @dataclass(frozen=True, eq=False)
-class Release:
+class NoisedUpdate:
     """What a round lets out of its clients' updates, and what that has cost so far."""
 
     update: LoRA  # in place of the mean of the clients'
@@ -51,7 +51,7 @@ class Release:
 
 
 @dataclass
-class Clipping:
+class ClippedSum:
     """One round's clipped updates, summed as they come."""
 
     clip: float
@@ -70,7 +70,7 @@ class Clipping:
 
 
 @dataclass(frozen=True)
-class Central:
+class ClientLevelDP:
     """The mechanism of a run."""
 
     noise: float  # z, of sum and count together
@@ -87,11 +87,11 @@ class Central:
     def sample(self, clients: Sequence[Client], t: int) -> list[Client]:
         """The clients of round t: nobody but the server may know them, so no seed of the run draws them."""
         ordered = sorted(clients, key=lambda c: c.id)
-        return [ordered[i] for i in self._source("cohort", t).chosen(len(ordered), self.rate)]
+        return [ordered[i] for i in self._source("cohort", t).poisson_sample(len(ordered), self.rate)]
 
     def charge(self, before: Sequence[Charge]) -> tuple[Charge, ...]:
         """The charges with one more round. Raises `PrivacyError`, before anything is done, if that is too much."""
-        after = merged([*before, Charge(self.noise, self.rate, 1)])
+        after = merge_charges([*before, Charge(self.noise, self.rate, 1)])
         if (there := epsilon(after, self.delta)) > self.limit * (1 + 1e-9):
             raise PrivacyError(
                 f"one more round would bring epsilon from {epsilon(before, self.delta):.3g} to {there:.3g}, and "
@@ -99,7 +99,7 @@ class Central:
             )
         return after
 
-    def release(self, got: Clipping, start: LoRA, t: int, charges: tuple[Charge, ...]) -> Release:
+    def release(self, got: ClippedSum, start: LoRA, t: int, charges: tuple[Charge, ...]) -> NoisedUpdate:
         """The start moved by the noised sum of a round's updates over q n; for none of them by noise alone."""
         numbers, expected = self._source("noise", t), self.rate * self.population
 
@@ -113,7 +113,7 @@ class Central:
             within = 0.5 + (got.below + self.count_noise * float(numbers.normal(1))) / expected
             following = got.clip * exp(-self.lr * (within - self.quantile))
         spent, ratio = epsilon(charges, self.delta), self.noise_to_signal(start.numel())
-        return Release(noised, following, got.clip, charges, spent, ratio)
+        return NoisedUpdate(noised, following, got.clip, charges, spent, ratio)
 
     def noise_to_signal(self, numbers: int) -> float:
         """Norm of the noise on the mean of this many numbers, over the clip."""
@@ -129,17 +129,21 @@ class Central:
         """s, the standard deviation of the noise on the count."""
         return self.noise / (2 * sqrt(self.share))
 
-    def _source(self, purpose: str, t: int) -> Source:
-        return Source.secret() if self.seed is None else Source.seeded(derive(self.seed, "central", purpose, t))
+    def _source(self, purpose: str, t: int) -> SecureRandom:
+        return (
+            SecureRandom.secret()
+            if self.seed is None
+            else SecureRandom.seeded(derive(self.seed, "central", purpose, t))
+        )
 
 
-def central(config: PrivacyConfig, cohort: int, clients: int, rounds: int, seed: int) -> Central:
+def client_level_dp(config: PrivacyConfig, cohort: int, clients: int, rounds: int, seed: int) -> ClientLevelDP:
     """The mechanism that hides clients. Raises `PrivacyError` for what would be no privacy."""
     if config.joins or config.ledger:
         raise PrivacyError("dp.joins and dp.ledger are each client's own; leave them out with dp.level = client")
     rate = cohort / clients
-    delta = _delta(config.delta, clients, f"{clients} clients")
+    delta = default_delta(config.delta, clients, f"{clients} clients")
     noise = config.noise or calibrate(config.epsilon, delta, rate, rounds)
     following = config.quantile, config.quantile_lr, config.quantile_share
     shown = seed if config.seeded else None
-    return Central(noise, rate, clients, delta, config.clip, *following, shown, config.limit)
+    return ClientLevelDP(noise, rate, clients, delta, config.clip, *following, shown, config.limit)

@@ -23,29 +23,31 @@ from torch import Tensor, nn
 
 from fedlora.data.encoding import Example, Records, length
 from fedlora.errors import PrivacyError, TrainingDiverged
-from fedlora.jobs import Job, Privacy
-from fedlora.lora import wide
+from fedlora.jobs import Job, PrivacyTerms
+from fedlora.lora import at_least_float32
 from fedlora.models import optimizer
 from fedlora.models.model import Model
 from fedlora.seeds import derive, seeded
 
-from .noise import Source
-from .per_sample_gradients import ENGINES, LAYERS, Each, Gradients, Learner, PerExample, add_up, clip
+from .noise import SecureRandom
+from .per_sample_gradients import ENGINES, LAYERS, GradientFn, Gradients, Learner, PerExample, add_up, clip
 
 Engine = Callable[[Model, Sequence[nn.Parameter]], PerExample]
 
 
-def source(job: Job, client: int, privacy: Privacy) -> Source:
+def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
     """Where a job's noise and samples come from: the system, or in an experiment the run's seed."""
-    return Source.seeded(derive(job.seed, "noise", client, job.round)) if privacy.seeded else Source.secret()
+    return (
+        SecureRandom.seeded(derive(job.seed, "noise", client, job.round)) if privacy.seeded else SecureRandom.secret()
+    )
 
 
-def disturb(total: Tensor, deviation: float, numbers: Source) -> Tensor:
+def add_noise(total: Tensor, deviation: float, numbers: SecureRandom) -> Tensor:
     """A sum of clipped gradients with noise, added in float64: rounded after it, not before, it hides its last bits."""
     return total.double() + deviation * numbers.normal(*total.shape).to(total.device)
 
 
-def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: Privacy) -> type[PerExample]:
+def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> type[PerExample]:
     """The engine that is named; of itself one pass, or Opacus's hooks where a trained layer is unknown to that."""
     if privacy.engine != "auto":
         return ENGINES[privacy.engine]
@@ -58,17 +60,17 @@ def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: Privacy)
 class Mechanism:
     """What the guarantee rests on, part by part, for an audit to look at; a test spoils one and sees it caught."""
 
-    source: Callable[[Job, int, Privacy], Source] = source
-    draw: Callable[[Source, int, float], list[int]] = Source.chosen
-    engine: Callable[[Model, Sequence[nn.Parameter], Privacy], Engine] = engine
+    source: Callable[[Job, int, PrivacyTerms], SecureRandom] = source
+    draw: Callable[[SecureRandom, int, float], list[int]] = SecureRandom.chosen
+    engine: Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine] = engine
     clip: Callable[[Gradients, Sequence[int], Sequence[float]], list[Tensor]] = clip
-    disturb: Callable[[Tensor, float, Source], Tensor] = disturb
+    add_noise: Callable[[Tensor, float, SecureRandom], Tensor] = add_noise
 
 
 STANDARD = Mechanism()
 
 
-def descend(
+def train(
     model: Model,
     sides: Mapping[str, list[nn.Parameter]],
     job: Job,
@@ -80,7 +82,7 @@ def descend(
 
     Raises `TrainingDiverged` where the parameters are no longer numbers; these are functions of what was released.
     """
-    privacy = terms(job)
+    privacy = privacy_of(job)
     parameters = [p for side in sides.values() for p in side]
     start = [p.detach().clone() for p in parameters]
     numbers = mechanism.source(job, client, privacy)
@@ -93,9 +95,9 @@ def descend(
             examples = [records[i][numbers.one_of(len(records[i]))] for i in drawn if len(records[i])]
             sums = clipped_sum(gradients, parameters, examples, sides, job, mechanism)
             for p, total in zip(parameters, sums, strict=True):
-                noisy = mechanism.disturb(total, privacy.noise * privacy.clip, numbers)
+                noisy = mechanism.add_noise(total, privacy.noise * privacy.clip, numbers)
                 p.grad = (noisy / (privacy.rate * len(records))).to(p.dtype)
-            optimizer.attract(parameters, start, job.training.prox)
+            optimizer.add_proximal_gradient(parameters, start, job.training.prox)
             steps.step()
             steps.zero_grad()
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
@@ -106,7 +108,7 @@ def descend(
 
 
 def clipped_sum(
-    gradients: Each,
+    gradients: GradientFn,
     parameters: Sequence[nn.Parameter],
     examples: Sequence[Example],
     sides: Mapping[str, list[nn.Parameter]],
@@ -114,8 +116,8 @@ def clipped_sum(
     mechanism: Mechanism = STANDARD,
 ) -> Gradients:
     """Of each parameter the sum of these examples' clipped gradients, `train.batch_size` of them at a time."""
-    sums = [torch.zeros_like(wide(p)) for p in parameters]
-    groups, bounds = grouped(sides, terms(job))
+    sums = [torch.zeros_like(at_least_float32(p)) for p in parameters]
+    groups, bounds = grouped(sides, privacy_of(job))
     ordered, size = sorted(examples, key=length), job.training.batch_size  # like lengths together: less padding
     for i in range(0, len(ordered), size):
         each = gradients(ordered[i : i + size])
@@ -125,7 +127,7 @@ def clipped_sum(
     return sums
 
 
-def grouped(sides: Mapping[str, list[nn.Parameter]], privacy: Privacy) -> tuple[list[int], list[float]]:
+def grouped(sides: Mapping[str, list[nn.Parameter]], privacy: PrivacyTerms) -> tuple[list[int], list[float]]:
     """The group of each parameter, 0 the factors and 1 the head, and the groups' bounds."""
     groups = [int(side == "H") for side, some in sides.items() for _ in some]
     if len(set(groups)) < 2:
@@ -133,7 +135,7 @@ def grouped(sides: Mapping[str, list[nn.Parameter]], privacy: Privacy) -> tuple[
     return groups, [privacy.clip * sqrt(1 - privacy.head_share), privacy.clip * sqrt(privacy.head_share)]
 
 
-def terms(job: Job) -> Privacy:
+def privacy_of(job: Job) -> PrivacyTerms:
     """A private job's terms."""
     if job.privacy is None:
         raise PrivacyError("this job has no terms of privacy")

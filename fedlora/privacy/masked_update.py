@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora.errors import PrivacyError, SecureError
-from fedlora.jobs import Ask, Job, Masking, Update
+from fedlora.jobs import Job, MaskingTerms, SecAggStep, Update
 from fedlora.lora import SIDES
 
-from .secure_aggregation import Cohort, Keys, Ring
+from .secure_aggregation import Keys, Ring, Roster
 
 MOST_LOSS = 1e3  # a loss travels as a share of this
 Place = tuple[str, str, torch.Size]
 
 
-def cohort(ask: Ask) -> Cohort:
+def roster_of(ask: SecAggStep) -> Roster:
     """The members of a round, as a client is told of them."""
     keys = {i: Keys(*map(bytes.fromhex, three)) for i, three in ask.roster.items()}
-    return Cohort(ask.context, keys, ask.threshold)
+    return Roster(ask.context, keys, ask.threshold)
 
 
 def layout(job: Job) -> list[Place]:
@@ -34,10 +34,10 @@ def layout(job: Job) -> list[Place]:
 
 def size(job: Job) -> int:
     """Numbers in a job's vector."""
-    return sum(shape.numel() for *_, shape in layout(job)) + job.metrics + bool(masking(job).clip)
+    return sum(shape.numel() for *_, shape in layout(job)) + job.metrics + bool(masking_terms(job).clip)
 
 
-def masking(job: Job) -> Masking:
+def masking_terms(job: Job) -> MaskingTerms:
     """How a job's update is to be hidden."""
     if job.masking is None:
         raise PrivacyError("this job has no terms of secure aggregation")
@@ -46,7 +46,7 @@ def masking(job: Job) -> Masking:
 
 def vector(job: Job, update: Update) -> NDArray[np.float64]:
     """What the update changed, clipped if the job says so, and behind it loss and bit: (size(job),)."""
-    terms = masking(job)
+    terms = masking_terms(job)
     steps = [update.lora.side(s)[m].double() - job.start.side(s)[m].double() for s, m, _ in layout(job)]
     delta = torch.cat([t.flatten() for t in steps])
     extras = [min(max(update.loss or 0.0, 0.0), MOST_LOSS) / MOST_LOSS] if job.metrics else []

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Source:
+class SecureRandom:
     """One stream of random numbers; every number is drawn once."""
 
     def __init__(self, key: bytes) -> None:
@@ -23,12 +23,12 @@ class Source:
         self._stream: Any = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
-    def secret(cls) -> "Source":
+    def secret(cls) -> "SecureRandom":
         """Under a fresh key from the operating system, which is written nowhere."""
         return cls(os.urandom(32))
 
     @classmethod
-    def seeded(cls, seed: int) -> "Source":
+    def seeded(cls, seed: int) -> "SecureRandom":
         """The same stream for the same seed: for experiments, as it protects nobody."""
         return cls(sha256(f"fedlora noise {seed}".encode()).digest())
 
@@ -44,7 +44,7 @@ class Source:
         radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * pi)
         return torch.cat([radius * angle.cos(), radius * angle.sin()])[:n].view(shape)
 
-    def chosen(self, n: int, rate: float) -> list[int]:
+    def poisson_sample(self, n: int, rate: float) -> list[int]:
         """Of n, those that are in a Poisson sample: each by itself, with this probability."""
         return [int(i) for i in np.flatnonzero(self.uniform(n) < rate)]
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fedlora.data.encoding import Encoder, Example
 from fedlora.errors import PrivacyError
-from fedlora.lora import wide
+from fedlora.lora import at_least_float32
 
 Gradients = list[Tensor]  # of each parameter, (examples, *shape), float32 or wider
-Each = Callable[[Sequence[Example]], Gradients]
+GradientFn = Callable[[Sequence[Example]], Gradients]
 Keep = Callable[[Tensor | None, Tensor | None], None]  # of a weight and a bias
 REMEDY = "choose lora.kind = lora and other lora.targets, or dp.engine = one, which takes one example at a time"
 
@@ -47,7 +47,7 @@ class PerExample(Protocol):
     def __call__(self, examples: Sequence[Example]) -> Gradients: ...
 
 
-class OnePass:
+class OnePassGradients:
     """One forward and one backward pass; the layers that hold what is trained keep each example's share.
 
     Raises `PrivacyError`, naming the module, where an example's share cannot be told.
@@ -92,10 +92,10 @@ class OnePass:
         for p, share in ((module.weight, weight), (module.bias, bias)):
             if share is not None:
                 before = self._found.get(id(p))  # a layer that is used twice
-                self._found[id(p)] = wide(share) if before is None else before + share
+                self._found[id(p)] = at_least_float32(share) if before is None else before + share
 
 
-class Hooks:
+class OpacusGradients:
     """Opacus's hooks: the reference, and for layers that `OnePass` does not know."""
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
@@ -124,13 +124,13 @@ class Hooks:
                 raise PrivacyError(
                     f"Opacus's hooks find no gradient of single examples for {_name(self._model, p)}; {REMEDY}"
                 )
-            found.append(wide(g))
+            found.append(at_least_float32(g))
             p.grad_sample = None  # type: ignore[attr-defined]
         _forget(self._parameters)
         return found
 
 
-class OneByOne:
+class LoopedGradients:
     """By autograd, one example after another: slow, right for any module, and what the others answer to."""
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
@@ -147,10 +147,10 @@ class OneByOne:
         for example in examples:
             loss = self._model.losses(self._model.encoder.collate([example])).sum()
             rows.append(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
-        return [torch.stack([wide(g) for g in of_one]) for of_one in zip(*rows, strict=True)]
+        return [torch.stack([at_least_float32(g) for g in of_one]) for of_one in zip(*rows, strict=True)]
 
 
-ENGINES: dict[str, type[PerExample]] = {"lora": OnePass, "hooks": Hooks, "one": OneByOne}
+ENGINES: dict[str, type[PerExample]] = {"lora": OnePassGradients, "hooks": OpacusGradients, "one": LoopedGradients}
 
 
 def clip(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from fedlora.seeds import seeded
 
 from . import dpsgd
 from .dpsgd import STANDARD, Mechanism
-from .per_sample_gradients import Each, Gradients, OneByOne
+from .per_sample_gradients import GradientFn, Gradients, LoopedGradients
 
 RECORDS = 4
 CLIPS = (1e-3, 0.1, 10.0, 1e3)  # from all of the gradients clipped to none
@@ -66,10 +66,10 @@ class Bench:
         return found.rpartition(".")[0]
 
 
-def once(model: Model, job: Job) -> Findings:
+def check_once(model: Model, job: Job) -> Findings:
     """What `check` finds, or found when this model last had such a job."""
     ranks = tuple(sorted({a.shape[0] for a in job.start.A.values()}))
-    key = (job.trains, dpsgd.terms(job).engine, ranks)
+    key = (job.trains, dpsgd.privacy_of(job).engine, ranks)
     passed = _passed.setdefault(model, {})
     if key not in passed:
         passed[key] = check(model, job)
@@ -84,10 +84,10 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
     model.net.train()
     _refuse_shared_statistics(model.net)
     buffers = {name: b.clone() for name, b in model.net.named_buffers()}
-    with seeded(7), still(model.net):
-        model.write(stirred(job.start), gain=job.gain)
-        sides = {side: model.trains(side) for side in job.trains}
-        model.trains(job.trains)
+    with seeded(7), no_dropout(model.net):
+        model.set_adapter(random_start(job.start), gain=job.gain)
+        sides = {side: model.set_trainable(side) for side in job.trains}
+        model.set_trainable(job.trains)
         bench = Bench(model, job, sides, synthetic(model.encoder, RECORDS), mechanism)
         findings = Findings(_error(bench), _sensitivity(bench))
     for name, b in model.net.named_buffers():
@@ -107,10 +107,10 @@ def _refuse_shared_statistics(net: nn.Module) -> None:
 
 def _error(bench: Bench) -> float:
     """The largest relative error of the engine's gradients of single examples."""
-    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.terms(bench.job))
+    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.privacy_of(bench.job))
     with engine(bench.model, bench.parameters) as gradients:
         got = gradients(bench.examples)
-    with OneByOne(bench.model, bench.parameters) as gradients:
+    with LoopedGradients(bench.model, bench.parameters) as gradients:
         wanted = gradients(bench.examples)
     sizes = torch.stack([w.abs().max() for w in wanted])
     sizes = sizes.clamp(min=max(1e-6 * float(sizes.max()), 1e-12))  # of what is zero but for rounding
@@ -126,7 +126,7 @@ def _error(bench: Bench) -> float:
 
 def _sensitivity(bench: Bench) -> float:
     """The largest change of the clipped sum when one record is left out, over the clip."""
-    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.terms(bench.job))
+    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.privacy_of(bench.job))
     seen: dict[tuple[int, ...], Gradients] = {}  # a pass is the same whatever the clip
     with engine(bench.model, bench.parameters) as gradients:
 
@@ -139,9 +139,9 @@ def _sensitivity(bench: Bench) -> float:
         return max(_change(bench, C, remembered) for C in CLIPS)
 
 
-def _change(bench: Bench, C: float, gradients: Each) -> float:
+def _change(bench: Bench, C: float, gradients: GradientFn) -> float:
     """The same, at one clip."""
-    job = replace(bench.job, privacy=replace(dpsgd.terms(bench.job), clip=C))
+    job = replace(bench.job, privacy=replace(dpsgd.privacy_of(bench.job), clip=C))
 
     def clipped(examples: Sequence[Example]) -> Gradients:
         return dpsgd.clipped_sum(gradients, bench.parameters, examples, bench.sides, job, bench.mechanism)
@@ -159,7 +159,7 @@ def _change(bench: Bench, C: float, gradients: Each) -> float:
     return float(over[most])
 
 
-def stirred(start: LoRA) -> LoRA:
+def random_start(start: LoRA) -> LoRA:
     """The adapter with its zeros replaced, so that every factor has a gradient."""
 
     def side(letter: str) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ def _noise() -> Any:
 
 
 @contextmanager
-def still(net: nn.Module) -> Iterator[None]:
+def no_dropout(net: nn.Module) -> Iterator[None]:
     """No dropout, whether it is a module or a function."""
     moving = [m for m in net.modules() if "Drop" in type(m).__name__ and m.training]
     still: Any = _Undropped  # untyped

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Charge, Client, Privacy
+from fedlora.jobs import Charge, Client, PrivacyTerms
 from fedlora.sections import PrivacyConfig as PrivacyConfig
 from fedlora.sections import Training
 
-from .accounting import _delta, calibrate, epsilon
+from .accounting import calibrate, default_delta, epsilon
 
 
 @dataclass(frozen=True)
-class Terms:
+class RecordLevelDP:
     """DP-SGD for every client of a run."""
 
     config: PrivacyConfig  # with its delta
@@ -23,18 +23,18 @@ class Terms:
     rounds: int
 
     @property
-    def joins(self) -> int:
+    def max_participations(self) -> int:
         """The most rounds that a client may take part in; noise is for these, not for an average."""
         return min(self.config.joins or self.rounds, self.rounds)
 
-    def of(self, client: Client, known: int = 0) -> Privacy:
+    def of(self, client: Client, known: int = 0) -> PrivacyTerms:
         """One client's terms; `known`: its charges that the server has seen."""
         c, rate = self.config, self._rate(client)
         steps = self.training.steps or max(1, round(self.training.epochs / rate))
         noise = c.noise or calibrate(c.epsilon, c.delta, rate, steps * self.joins)
-        return Privacy(noise, c.clip, c.head_share, rate, steps, c.delta, c.engine, c.seeded, known)
+        return PrivacyTerms(noise, c.clip, c.head_share, rate, steps, c.delta, c.engine, c.seeded, known)
 
-    def ends_at(self, client: Client) -> float:
+    def final_epsilon(self, client: Client) -> float:
         """Epsilon of a client that takes part as often as it may."""
         p = self.of(client)
         return epsilon([Charge(p.noise, p.rate, p.steps * self.joins)], p.delta)
@@ -43,7 +43,7 @@ class Terms:
         return self.config.rate or self.training.batch_size * self.training.accumulate / client.records
 
 
-def terms(config: PrivacyConfig, training: Training, rounds: int, clients: Sequence[Client]) -> Terms:
+def record_level_dp(config: PrivacyConfig, training: Training, rounds: int, clients: Sequence[Client]) -> RecordLevelDP:
     """The terms of a run with these clients. Raises `PrivacyError` for what would be no privacy, naming the client."""
     smallest, largest = (of(clients, key=lambda c: c.records) for of in (min, max))
     n, batch = smallest.records, training.batch_size * training.accumulate
@@ -60,5 +60,5 @@ def terms(config: PrivacyConfig, training: Training, rounds: int, clients: Seque
             f"dp.rate = {config.rate:g} is less than one record a step for {who}; raise it to {1 / n:.2g} or more, or "
             "leave that client out"
         )
-    delta = _delta(config.delta, largest.records, f"client {largest.id}, which has {largest.records}")
-    return Terms(replace(config, delta=delta), training, rounds)
+    delta = default_delta(config.delta, largest.records, f"client {largest.id}, which has {largest.records}")
+    return RecordLevelDP(replace(config, delta=delta), training, rounds)

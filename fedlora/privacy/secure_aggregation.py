@@ -54,11 +54,11 @@ class Keys:
 
     sealing: bytes  # X25519, for its shares on their way
     masking: bytes  # X25519, for the pairwise masks
-    mark: bytes  # of the seed of its self-mask, by which the server knows it is put together rightly
+    commitment: bytes  # of the seed of its self-mask, by which the server knows it is put together rightly
 
 
 @dataclass(frozen=True)
-class Cohort:
+class Roster:
     """Who takes part in one round, the same for all; the server makes it, and every member checks it by making it."""
 
     context: str  # run and round
@@ -66,7 +66,10 @@ class Cohort:
     threshold: int  # shares that bring a secret back
 
     def __post_init__(self) -> None:
-        n, public = len(self.keys), [k for keys in self.keys.values() for k in (keys.sealing, keys.masking, keys.mark)]
+        n, public = (
+            len(self.keys),
+            [k for keys in self.keys.values() for k in (keys.sealing, keys.masking, keys.commitment)],
+        )
         least = max(FEWEST, n // 2 + 1)
         # A server could tell one half of the members that v survived and the other half that it dropped out, and so
         # get shares of both its secrets. No two groups without a common member both have more than half. With c
@@ -96,7 +99,7 @@ class Cohort:
 
 
 @dataclass(repr=False)
-class Member:
+class Participant:
     """A client's side of one round.
 
     It changes with each of `share`, `mask` and `reveal`, and forgets what it will not need. Between two messages it
@@ -109,11 +112,11 @@ class Member:
     sealing: bytes  # private X25519 key; forgotten once masked
     masking: bytes  # seed of the private X25519 key for the pairwise masks; forgotten once masked
     own: bytes  # seed of the self-mask; forgotten once masked
-    cohort: Cohort | None = None  # once shared
+    cohort: Roster | None = None  # once shared
     shares: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # of others' `masking` and `own`, or b""
 
     @classmethod
-    def join(cls, id: int, context: str) -> "Member":
+    def join(cls, id: int, context: str) -> "Participant":
         """Draw the secrets of one round."""
         return cls(id, context, token_bytes(KEY), token_bytes(SEED), token_bytes(SEED))
 
@@ -123,7 +126,7 @@ class Member:
         masking = _masking_key(self.masking, self.context, self.id)
         return Keys(_public(self.sealing), _public(masking), _derive(self.own, "mark", self.context, self.id))
 
-    def share(self, cohort: Cohort) -> Mapping[int, bytes]:
+    def share(self, cohort: Roster) -> Mapping[int, bytes]:
         """Sealed shares of its two secrets, one message for every other member."""
         if self.cohort:
             raise self._refuses("it has shared its secrets", "join a new round")
@@ -171,7 +174,7 @@ class Member:
         return json.dumps(asdict(self), default=bytes.hex).encode()
 
     @classmethod
-    def loads(cls, state: bytes) -> "Member":
+    def loads(cls, state: bytes) -> "Participant":
         """The member that `dumps` made these bytes of."""
         try:
             raw = json.loads(state)
@@ -179,17 +182,17 @@ class Member:
             raw["shares"] = {int(i): (bytes.fromhex(m), bytes.fromhex(s)) for i, (m, s) in raw["shares"].items()}
             if cohort := raw["cohort"]:
                 keys = {int(i): Keys(**{k: bytes.fromhex(x) for k, x in v.items()}) for i, v in cohort["keys"].items()}
-                raw["cohort"] = Cohort(cohort["context"], keys, cohort["threshold"])
+                raw["cohort"] = Roster(cohort["context"], keys, cohort["threshold"])
             return cls(**raw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SecureError(f"a member's state of {len(state)} bytes is damaged; begin a new round") from error
 
-    def _seal(self, cohort: Cohort, to: int, shares: bytes) -> bytes:
+    def _seal(self, cohort: Roster, to: int, shares: bytes) -> bytes:
         key = _agree(self.sealing, cohort.keys[to].sealing, "seal", cohort.name, self.id, to)
         nonce = token_bytes(NONCE)
         return nonce + AESGCM(key).encrypt(nonce, shares, None)  # from whom, to whom and where is in the key
 
-    def _open(self, cohort: Cohort, sender: int, sealed: bytes) -> tuple[bytes, bytes]:
+    def _open(self, cohort: Roster, sender: int, sealed: bytes) -> tuple[bytes, bytes]:
         try:
             key = _agree(self.sealing, cohort.keys[sender].sealing, "seal", cohort.name, sender, self.id)
             shares = AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], None)
@@ -203,7 +206,7 @@ class Member:
 
 
 def unmask(
-    cohort: Cohort, total: Ring, survivors: Collection[int], revealed: Mapping[int, Mapping[int, bytes]]
+    cohort: Roster, total: Ring, survivors: Collection[int], revealed: Mapping[int, Mapping[int, bytes]]
 ) -> Ring:
     """The sum of the survivors' vectors, from the sum of their masked ones and what enough of them revealed."""
     cohort.enough(len(revealed), "revealed their shares")
@@ -218,7 +221,7 @@ def unmask(
     for owner in owners:
         seed = Shamir.combine([(cohort.places[i], revealed[i][owner]) for i in some_of], False)
         if owner in stay:
-            whole = _derive(seed, "mark", cohort.context, owner) == cohort.keys[owner].mark
+            whole = _derive(seed, "mark", cohort.context, owner) == cohort.keys[owner].commitment
             plain -= _stream(_derive(seed, "self-mask", cohort.context, owner), plain.size)
         else:
             whole = _public(_masking_key(seed, cohort.context, owner)) == cohort.keys[owner].masking
@@ -256,7 +259,7 @@ def _stream(key: bytes, size: int) -> Ring:
     return np.frombuffer(stream, "<u4").astype(np.uint32, copy=False)
 
 
-def _pairwise(seed: bytes, cohort: Cohort, me: int, other: int, size: int) -> Ring:
+def _pairwise(seed: bytes, cohort: Roster, me: int, other: int, size: int) -> Ring:
     """What `me` adds to its vector for `other`; the two add up to zero."""
     private, public = _masking_key(seed, cohort.context, me), cohort.keys[other].masking
     mask = _stream(_agree(private, public, "pairwise", cohort.name, min(me, other), max(me, other)), size)

@@ -19,7 +19,7 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class RankSpec:
     """A spec of the clients' ranks, and what it takes to give each client its own."""
 
     spec: str
@@ -70,7 +70,7 @@ def ranks(spec: str, *, largest: int, clients: int, seed: int, memory: Callable[
     `memory(rank)` is what training at a rank takes, in bytes, and does not fall with the rank. Raises `ConfigError` for
     a spec that is not one, a rank above `largest`, and a budget that not even rank 1 fits.
     """
-    draw = Draw(spec.strip(), largest=largest, clients=clients, seed=seed, memory=memory)
+    draw = RankSpec(spec.strip(), largest=largest, clients=clients, seed=seed, memory=memory)
     name, colon, _ = draw.spec.partition(":")
     if not draw.spec:
         return [largest] * clients
@@ -81,7 +81,7 @@ def ranks(spec: str, *, largest: int, clients: int, seed: int, memory: Callable[
     return SPECS[name](draw)
 
 
-def _uniform(draw: Draw) -> list[int]:
+def _uniform(draw: RankSpec) -> list[int]:
     low, dash, high = draw.parameter.partition("-")
     if not dash:
         raise draw.wrong("uniform takes two ranks, as in uniform:4-16")
@@ -91,7 +91,7 @@ def _uniform(draw: Draw) -> list[int]:
     return draw.drawn(dict.fromkeys(range(first, last + 1), 1.0))
 
 
-def _weighted(draw: Draw) -> list[int]:
+def _weighted(draw: RankSpec) -> list[int]:
     weights: dict[int, float] = {}
     for word in draw.words:
         rank, _, weight = word.partition("=")
@@ -104,11 +104,11 @@ def _weighted(draw: Draw) -> list[int]:
     return draw.drawn(weights)
 
 
-def _auto(draw: Draw) -> list[int]:
+def _auto(draw: RankSpec) -> list[int]:
     return draw.dealt([_fitting(draw, word) for word in draw.words])
 
 
-def _fitting(draw: Draw, word: str) -> int:
+def _fitting(draw: RankSpec, word: str) -> int:
     """The largest rank whose training fits a budget such as 4GB, found by bisection."""
     budget = _number(word[:-2]) * UNITS.get(word[-2:].upper(), 0.0)
     if not 0 < budget < inf:
@@ -131,4 +131,4 @@ def _number(text: str) -> float:
         return 0.0
 
 
-SPECS: dict[str, Callable[[Draw], list[int]]] = {"uniform": _uniform, "weighted": _weighted, "auto": _auto}
+SPECS: dict[str, Callable[[RankSpec], list[int]]] = {"uniform": _uniform, "weighted": _weighted, "auto": _auto}

@@ -27,7 +27,7 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     Raises `StrategyError` for an adapter kind, mixed ranks or a wrapper that the strategy has no meaning for.
     """
     strategy = load(config.strategy, **config.option)
-    accepts(strategy, config.lora.kind, ranks)
+    check_kind_and_ranks(strategy, config.lora.kind, ranks)
     if config.dp.by_client or config.secure.aggregation:
         needs_sums_alone(strategy, config)
     if config.lora.kind != "vera" and _has_product(start):
@@ -83,7 +83,7 @@ def needs_sums_alone(strategy: Strategy[Any], config: Config) -> None:
         )
 
 
-def accepts(strategy: Strategy[Any], kind: str, ranks: Sequence[int] = ()) -> None:
+def check_kind_and_ranks(strategy: Strategy[Any], kind: str, ranks: Sequence[int] = ()) -> None:
     """Raise `StrategyError` where the strategy has no meaning for this kind of adapter, or for ranks that differ."""
     if kind not in strategy.kinds:
         others = _names(lambda cls: kind in cls.kinds)

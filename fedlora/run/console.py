@@ -15,8 +15,8 @@ from fedlora.errors import Failure
 from fedlora.metrics import headline
 from fedlora.strategy import Strategy, title
 
-from .directory import RunFolder
-from .setup import Setup
+from .directory import RunDirectory
+from .setup import RunSetup
 
 WIDTHS = {
     "round": 9,
@@ -35,7 +35,7 @@ FIRST = 30.0  # seconds after which a line without a terminal says which clients
 EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well below what a strategy drops
 
 
-class Screen:
+class ConsoleProgress:
     """A `Show` on a console: a line for each round, and below it on a terminal a moving one for the round under way."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -52,7 +52,7 @@ class Screen:
         self.names: Mapping[int, str] = {}  # of clients elsewhere
 
     def started(
-        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
     ) -> None:
         config = setup.config
         self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
@@ -96,7 +96,7 @@ class Screen:
         self.say("".join(cells[name].rjust(WIDTHS[name]) for name in self._columns))
         self._wait()
 
-    def finished(self, folder: RunFolder, stopped: bool) -> None:
+    def finished(self, folder: RunDirectory, stopped: bool) -> None:
         self.close()
         records = folder.records()
         if stopped and records:
@@ -137,7 +137,7 @@ class Screen:
 
     def handler(self) -> logging.Handler:
         """A logging handler that prints warnings among the lines."""
-        shown = Shown(self)
+        shown = ConsoleHandler(self)
         shown.setLevel(logging.WARNING)
         return shown
 
@@ -161,10 +161,10 @@ class Screen:
         self._status.update(f"round {self._number + 1}: {answered}{who}")
 
 
-class Shown(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """A logging handler that prints records as lines on a screen."""
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: ConsoleProgress) -> None:
         super().__init__()
         self._screen = screen
 
@@ -172,7 +172,7 @@ class Shown(logging.Handler):
         self._screen.say(self._screen.named(record.getMessage()))
 
 
-def _heading(setup: Setup, name: str) -> str:
+def _heading(setup: RunSetup, name: str) -> str:
     """The first line of a run: its strategy, its size and how it is computed."""
     config, start = setup.config, setup.start
     trained = sum(t.numel() for side in (start.A, start.B, start.H) for t in side.values())

@@ -12,18 +12,18 @@ from typing import Any
 from fedlora import config
 from fedlora.config import Config
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.jobs import Charge, Spent
+from fedlora.jobs import Charge, PrivacySpent
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.storage.files import append_durably, write_durably
 
-from .plan import Past, Round
+from .plan import ResumePoint, RoundResult
 
 CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon")  # of a record
 GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by name
 
 
-class RunFolder:
+class RunDirectory:
     """What a run leaves on the disk: all that it needs to go on, and all that is read of it later."""
 
     def __init__(self, path: Path) -> None:
@@ -67,13 +67,13 @@ class RunFolder:
                 break  # a crash in the middle of a line: the checkpoint has it whole
         return records
 
-    def save(self, done: Round, record: Mapping[str, Any]) -> None:
+    def save(self, done: RoundResult, record: Mapping[str, Any]) -> None:
         """Keep a finished round: first what can be resumed, then the line about it."""
         checkpoint.save(self.checkpoints, Checkpoint(done.number, done.state, dict(record), done.scores))
         self._append(record)
         self._chart(record)
 
-    def past(self) -> Past | None:
+    def resume_point(self) -> ResumePoint | None:
         """Where the run stopped; rounds.jsonl is put in step with the checkpoint, whatever moment the crash chose."""
         last = checkpoint.latest(self.checkpoints)
         records = [r for r in self.records() if r["round"] < last.round] + [last.record] if last else []
@@ -92,7 +92,7 @@ class RunFolder:
         except OSError as e:
             raise CheckpointError(
                 f"{self.path}/rounds.jsonl could not be written: {e.strerror}; the round is in the checkpoint: "
-                f"make room, then {checkpoint.again(self.path)}"
+                f"make room, then {checkpoint.resume_hint(self.path)}"
             ) from e
 
     @cached_property
@@ -110,17 +110,17 @@ class RunFolder:
         self._events.flush()
 
 
-def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> Past:
+def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> ResumePoint:
     """Where a run takes up after the round of its last checkpoint, by the lines of all its rounds."""
-    spent: dict[int, Spent] = {}
+    spent: dict[int, PrivacySpent] = {}
     joined: Counter[int] = Counter()
     for record in records:
-        told = {int(client): Spent(*figures) for client, figures in record.get("spent", {}).items()}
+        told = {int(client): PrivacySpent(*figures) for client, figures in record.get("spent", {}).items()}
         spent |= told
         joined.update(told.keys())
     hidden = [record for record in records if "charges" in record]  # a skipped round has none
     newest = hidden[-1] if hidden else {}
-    return Past(
+    return ResumePoint(
         rounds=last.round,
         state=last.state,
         losses=tuple(record["eval"]["loss"] for record in records if record["eval"]),

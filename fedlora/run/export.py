@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.data.encoding import Example
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import CheckpointError, ConfigError, ExportError, nearest
 from fedlora.jobs import Client, Job
 from fedlora.lora import LoRA, compact, join, norm, scale, truncate
@@ -28,11 +28,11 @@ from fedlora.models.model import Model
 from fedlora.models.peft_files import save_peft
 from fedlora.sections import ModelConfig
 from fedlora.storage import checkpoint
-from fedlora.storage.client_state import Store
+from fedlora.storage.client_state import ClientState
 
 from .compose import compose
-from .directory import RunFolder
-from .setup import Setup, quiet, reopen
+from .directory import RunDirectory
+from .setup import RunSetup, quiet_libraries, reopen
 
 FORMS = ("adapter", "merged", "per-client")
 EXAMPLES = 8  # on which the exported model is compared with the worn one
@@ -40,7 +40,7 @@ LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the logits' 
 
 
 @dataclass(frozen=True, eq=False)
-class Worn:
+class ExportedModel:
     """One of the run's models: an adapter over an offset."""
 
     name: str  # of the folder it goes to, in that of the export
@@ -50,7 +50,7 @@ class Worn:
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class Unverified:
     """An adapter that was written and is yet to be verified."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Probe:
     """A few examples, and what else it takes to look at a model of the run's kind."""
 
     config: ModelConfig
-    form: Form
+    form: Schema
     device: torch.device
     batch: dict[str, Tensor]
 
@@ -89,10 +89,10 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
     """
     out = out or path / f"export-{form}"
     config = _checked(path, form, max_rank, out)
-    quiet()
-    setup = reopen(RunFolder(path), config)
+    quiet_libraries()
+    setup = reopen(RunDirectory(path), config)
     with _whole(out) as place:
-        probe, drafts = _write(setup, RunFolder(path), form, max_rank, place)
+        probe, drafts = _write(setup, RunDirectory(path), form, max_rank, place)
         del setup  # the base is loaded afresh now: memory may not have room for two
         gaps = [verify(probe, draft, form) for draft in drafts]
     for draft in drafts:
@@ -107,7 +107,7 @@ def _checked(path: Path, form: str, max_rank: int, out: Path) -> Config:
     """The run's settings, after everything is refused that can be refused without a model."""
     if form not in FORMS:
         raise ConfigError(f"--as {form} is no form of export; {nearest(form, FORMS)}")
-    config = configuration.build(RunFolder(path).config())
+    config = configuration.build(RunDirectory(path).config())
     if out.exists():
         raise ConfigError(f"{out} is there already; remove it, or choose another folder with --out")
     if not any((path / "checkpoint").glob("round-*")):
@@ -144,7 +144,9 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Path) -> tuple[Probe, list[Draft]]:
+def _write(
+    setup: RunSetup, folder: RunDirectory, form: str, max_rank: int, place: Path
+) -> tuple[Probe, list[Unverified]]:
     """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
     model = setup.model
     batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
@@ -152,7 +154,7 @@ def _write(setup: Setup, folder: RunFolder, form: str, max_rank: int, place: Pat
     return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
 
 
-def _examples(setup: Setup) -> list[Example]:
+def _examples(setup: RunSetup) -> list[Example]:
     """Examples to compare two models on: of the evaluation, else of a client, else a made-up one."""
     if setup.evaluation:
         return setup.evaluation
@@ -162,7 +164,7 @@ def _examples(setup: Setup) -> list[Example]:
     return _made_up(setup)
 
 
-def _made_up(setup: Setup) -> list[Example]:
+def _made_up(setup: RunSetup) -> list[Example]:
     """One example for a server that has none; its content matters little where two models are to agree on it."""
     form = setup.model.form
     if form.kind not in ("text", "label"):
@@ -173,7 +175,7 @@ def _made_up(setup: Setup) -> list[Example]:
     return setup.model.encoder([row])
 
 
-def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
+def _models(setup: RunSetup, folder: RunDirectory, form: str) -> list[ExportedModel]:
     """The models to export, from the newest checkpoint: the run's, or with per-client each client's own."""
     strategy = compose(setup.config, setup.start, setup.ranks)  # first: it defines the types of what is read next
     last = checkpoint.latest(folder.checkpoints)
@@ -185,14 +187,16 @@ def _models(setup: Setup, folder: RunFolder, form: str) -> list[Worn]:
     if form == "per-client":
         return _of_each_client(setup.config.strategy, jobs, sides, folder, last.round)
     note = f"{sides} stays with the clients: this is where a new one starts; --as per-client has each one's model"
-    return [Worn("", strategy.adapter(last.state), note=note if sides else "")]
+    return [ExportedModel("", strategy.adapter(last.state), note=note if sides else "")]
 
 
-def _of_each_client(strategy: str, jobs: Mapping[int, Job], sides: str, folder: RunFolder, rounds: int) -> list[Worn]:
+def _of_each_client(
+    strategy: str, jobs: Mapping[int, Job], sides: str, folder: RunDirectory, rounds: int
+) -> list[ExportedModel]:
     """Every client's own model after so many rounds; `sides` are those that clients keep for themselves."""
     if not sides:
         raise ConfigError(f"with {strategy} all clients have the same model; use --as adapter")
-    kept = {i: Store(folder.clients / str(i)).before(rounds) for i in jobs}
+    kept = {i: ClientState(folder.clients / str(i)).before(rounds) for i in jobs}
     if not any(kept.values()):
         raise ConfigError(f"{folder.clients} has nothing that a client kept; it is on the clients' own machines")
     return [_personal(i, job, kept[i]) for i, job in jobs.items()]
@@ -203,25 +207,25 @@ def _keeps(job: Job) -> str:
     return "".join(side for side in job.trains if side not in job.shares)
 
 
-def _personal(client: int, job: Job, kept: LoRA) -> Worn:
+def _personal(client: int, job: Job, kept: LoRA) -> ExportedModel:
     """The model that this client would use: the factors it kept over those that the job brings."""
     note = "" if kept else f"client {client} has not trained yet: its adapter is the start that it would have"
     lora = kept.only(_keeps(job)).over(job.start)
     if job.resumes:  # the offset is the model; the factors are no more than where training goes on from
         lora = replace(lora, B={m: torch.zeros_like(b) for m, b in lora.B.items()})
-    return Worn(f"client-{client}", lora, job.offset, note)
+    return ExportedModel(f"client-{client}", lora, job.offset, note)
 
 
-def _draft(model: Model, probe: Probe, worn: Worn, max_rank: int, place: Path) -> Draft:
+def _draft(model: Model, probe: Probe, worn: ExportedModel, max_rank: int, place: Path) -> Unverified:
     """Write the model as one adapter, cut to the rank that was asked for."""
-    model.write(worn.lora, worn.offset)
+    model.set_adapter(worn.lora, worn.offset)
     logits, lora = probe.logits(model.net), _joined(worn)
     notes = [worn.note] if worn.note else []
     rank = max(a.shape[0] for a in lora.A.values())
     if 0 < max_rank < rank:
         best = truncate(lora, max_rank)
         cut = LoRA(best.A, best.B, lora.H)
-        model.write(cut)
+        model.set_adapter(cut)
         before, logits = logits, probe.logits(model.net)
         error = norm(join(lora, scale(cut, -1))) / (norm(lora) or 1.0)
         notes.append(
@@ -230,10 +234,10 @@ def _draft(model: Model, probe: Probe, worn: Worn, max_rank: int, place: Path) -
         )
         lora = cut
     save_peft(model, lora, place / worn.name)
-    return Draft(place / worn.name, logits, tuple(notes))
+    return Unverified(place / worn.name, logits, tuple(notes))
 
 
-def _joined(worn: Worn) -> LoRA:
+def _joined(worn: ExportedModel) -> LoRA:
     """All of it as one adapter, with no module's rank above its smaller dimension."""
     if any(a.dim() == 1 for a in worn.lora.A.values()):
         return worn.lora  # VeRA's vectors, which no offset goes with
@@ -241,7 +245,7 @@ def _joined(worn: Worn) -> LoRA:
     return compact(LoRA(joined.A, joined.B, worn.lora.H))
 
 
-def verify(probe: Probe, draft: Draft, form: str) -> float:
+def verify(probe: Probe, draft: Unverified, form: str) -> float:
     """How far the logits of what was written are from what they have to be, as a share of their size.
 
     Raises `ExportError` where that is too far.

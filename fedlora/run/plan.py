@@ -7,29 +7,29 @@ from statistics import median
 from typing import Any
 
 from fedlora.errors import Failure
-from fedlora.jobs import Charge, Spent
+from fedlora.jobs import Charge, PrivacySpent
 from fedlora.lora import LoRA
 from fedlora.metrics import Metrics
-from fedlora.privacy.client_level import Central, Release
-from fedlora.privacy.record_level import Terms
+from fedlora.privacy.client_level import ClientLevelDP, NoisedUpdate
+from fedlora.privacy.record_level import RecordLevelDP
 from fedlora.sections import MessageConfig, SecureConfig, Training
 from fedlora.sections import Policy as Policy
 
 
 @dataclass(frozen=True, eq=False)
-class Past:
+class ResumePoint:
     """Where a resumed run takes up."""
 
     rounds: int  # finished
     state: Any
     losses: tuple[float, ...] = ()  # of the global model, one an evaluation
-    spent: Mapping[int, Spent] = field(default_factory=dict)  # client -> what its ledger said last
+    spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # client -> what its ledger said last
     joined: Mapping[int, int] = field(default_factory=dict)  # client -> rounds that it was in, of a private run
     clip: float | None = None  # of clients' updates, where the run hides clients
     charges: tuple[Charge, ...] = ()  # for that, of all rounds
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last held-out scores
 
-    def with_spent(self, spent: Mapping[int, Spent]) -> "Past":
+    def with_spent(self, spent: Mapping[int, PrivacySpent]) -> "ResumePoint":
         """The same after these clients' ledgers were charged for a round."""
         joined = Counter(self.joined)
         joined.update(spent.keys())
@@ -37,7 +37,7 @@ class Past:
 
 
 @dataclass(frozen=True, eq=False)
-class Round:
+class RoundResult:
     """What came of a round."""
 
     number: int  # from 1
@@ -52,8 +52,8 @@ class Round:
     seconds: float
     notes: Mapping[str, float] = field(default_factory=dict)  # the strategy's own figures
     exactness: float | None = None  # relative distance from the mean of the clients' models; none: not measured
-    spent: Mapping[int, Spent] = field(default_factory=dict)  # of every client that ever told, after this round
-    central: Release | None = None  # where the run hides clients
+    spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # of every client that ever told, after this round
+    central: NoisedUpdate | None = None  # where the run hides clients
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last, for who needs senders
     skipped: bool = False  # too few clients answered, and the state is as it was
 
@@ -100,7 +100,7 @@ class Plan:
     evaluate_clients: bool = False
     exactness: Mapping[str, float] | None = None  # module -> s, to measure it; all of a round's updates are then held
     metrics: bool = True  # may clients tell their training loss?
-    terms: Terms | None = None  # of clients that hide their records
-    central: Central | None = None  # the server hides clients
+    terms: RecordLevelDP | None = None  # of clients that hide their records
+    central: ClientLevelDP | None = None  # the server hides clients
     secure: SecureConfig | None = None  # it sees sums alone
     messages: MessageConfig = field(default_factory=MessageConfig)

@@ -14,13 +14,13 @@ from jinja2 import Environment, StrictUndefined
 
 from fedlora.storage.files import write_durably
 
-from .directory import RunFolder
+from .directory import RunDirectory
 
 TEMPLATE = Path(__file__).parent / "privacy_report.md.jinja"
 PEOPLE = (2, 5, 10)  # records of one person, in the table of what they come to
 
 
-def write(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+def write(folder: RunDirectory, facts: Mapping[str, Any]) -> None:
     """Write the report of a run as it stands now."""
     records = folder.records()
     spent: dict[str, tuple[float, int]] = {}
@@ -41,7 +41,7 @@ def write(folder: RunFolder, facts: Mapping[str, Any]) -> None:
     refresh(folder)
 
 
-def refresh(folder: RunFolder) -> None:
+def refresh(folder: RunDirectory) -> None:
     """Write `privacy.md` anew, from the facts and what was found since; nothing where the run has no such facts."""
     facts = _read(folder, "privacy.json")
     if not facts:
@@ -81,7 +81,7 @@ def _delta(facts: Mapping[str, Any]) -> float:
     return float((facts.get("record") or facts.get("client") or {"delta": 1.0})["delta"])
 
 
-def _read(folder: RunFolder, name: str) -> dict[str, Any]:
+def _read(folder: RunDirectory, name: str) -> dict[str, Any]:
     path = folder.path / name
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found

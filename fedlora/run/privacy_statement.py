@@ -11,9 +11,9 @@ from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.jobs import Charge, Client, Job
 from fedlora.privacy.accounting import prv, rdp
-from fedlora.privacy.client_level import Central
+from fedlora.privacy.client_level import ClientLevelDP
 from fedlora.privacy.preflight import Findings
-from fedlora.privacy.record_level import Terms
+from fedlora.privacy.record_level import RecordLevelDP
 
 from .plan import Plan
 
@@ -21,7 +21,9 @@ PARTS = "fedlora", "opacus", "torch", "transformers", "peft", "flwr", "cryptogra
 FEW = 1000  # clients, below which hiding one takes more noise than a mean can bear
 
 
-def facts(config: Config, plan: Plan, clients: Sequence[Client], job: Job, findings: Findings | None) -> dict[str, Any]:
+def privacy_facts(
+    config: Config, plan: Plan, clients: Sequence[Client], job: Job, findings: Findings | None
+) -> dict[str, Any]:
     """All that the report states and the rounds do not; `job` is any client's first."""
     return {
         "level": config.dp.level if config.dp.on else None,
@@ -43,7 +45,7 @@ def facts(config: Config, plan: Plan, clients: Sequence[Client], job: Job, findi
     }
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def summary_lines(found: Mapping[str, Any]) -> list[str]:
     """The facts that whoever starts a run should see first."""
     said = []
     if found.get("record"):
@@ -59,7 +61,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _by_record(terms: Terms, clients: Sequence[Client], numbers: int) -> dict[str, Any]:
+def _by_record(terms: RecordLevelDP, clients: Sequence[Client], numbers: int) -> dict[str, Any]:
     """What the smallest client gets, whose noise is the most, and the largest; the others lie between."""
     ends = {end: of(clients, key=lambda c: c.records) for end, of in (("smallest", min), ("largest", max))}
     c = terms.config
@@ -68,7 +70,7 @@ def _by_record(terms: Terms, clients: Sequence[Client], numbers: int) -> dict[st
         "delta": c.delta,
         "target_epsilon": None if c.epsilon == inf else c.epsilon,
         "budget": None if c.limit == inf else c.limit,
-        "joins": terms.joins,
+        "joins": terms.max_participations,
         "rounds": terms.rounds,
         "clip": c.clip,
         "head_share": c.head_share,
@@ -77,16 +79,16 @@ def _by_record(terms: Terms, clients: Sequence[Client], numbers: int) -> dict[st
     }
     for end, client in ends.items():
         p = terms.of(client)
-        charge = [Charge(p.noise, p.rate, p.steps * terms.joins)]
+        charge = [Charge(p.noise, p.rate, p.steps * terms.max_participations)]
         found[end] = {
             "records": client.records,
             "rate": p.rate,
             "noise": p.noise,
             "steps": p.steps,
-            "total_steps": p.steps * terms.joins,
+            "total_steps": p.steps * terms.max_participations,
             "expected_batch": p.rate * client.records,
             "empty_batches": (1 - p.rate) ** client.records,
-            "epsilon": terms.ends_at(client),
+            "epsilon": terms.final_epsilon(client),
             "epsilon_prv": _told(prv(charge, c.delta)),
             "epsilon_rdp": _told(rdp(charge, c.delta)),
             "noise_to_signal": sqrt(numbers) * p.noise / (p.rate * client.records),
@@ -94,7 +96,7 @@ def _by_record(terms: Terms, clients: Sequence[Client], numbers: int) -> dict[st
     return found
 
 
-def _by_client(central: Central, rounds: int, numbers: int) -> dict[str, Any]:
+def _by_client(central: ClientLevelDP, rounds: int, numbers: int) -> dict[str, Any]:
     charge = [Charge(central.noise, central.rate, rounds)]
     return {
         "clients": central.population,

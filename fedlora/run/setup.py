@@ -15,8 +15,8 @@ from fedlora import config as configuration
 from fedlora.config import Config, absolute
 from fedlora.data import federated
 from fedlora.data import rows as rows_module
-from fedlora.data.client_data import Site
-from fedlora.data.schema import Form
+from fedlora.data.client_data import ClientData
+from fedlora.data.schema import Schema
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.lora import LoRA
 from fedlora.metrics import Metrics
@@ -24,17 +24,17 @@ from fedlora.models.model import Model
 from fedlora.privacy.secure_aggregation import FEWEST
 
 from .client_ranks import ranks
-from .directory import RunFolder
+from .directory import RunDirectory
 
 
 @dataclass(eq=False)
-class Setup:
+class RunSetup:
     """What a process needs to play server and any client: made from the config alone, alike everywhere."""
 
     config: Config  # resolved: counts and labels as they are, paths absolute
     model: Model
     start: LoRA  # the adapter as PEFT made it
-    sites: tuple[Site, ...]
+    sites: tuple[ClientData, ...]
     ranks: tuple[int, ...]  # of each client
     evaluation_rows: rows_module.Rows
 
@@ -46,11 +46,11 @@ class Setup:
 
     def evaluate(self, lora: LoRA) -> Metrics:
         """The global model on the global held-out set."""
-        self.model.write(lora)
+        self.model.set_adapter(lora)
         return self.model.metrics(self.evaluation)
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config) -> RunSetup:
     """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
     config = localise(config)
     rows = federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed)
@@ -65,23 +65,23 @@ def localise(config: Config) -> Config:
     return absolute(config)
 
 
-def assemble(config: Config, rows: federated.Federated, ids: int) -> Setup:
+def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
     """The pieces that one side of a run makes of its rows: the model, each client's examples, every client's rank.
 
     `ids` is one more than the highest number of a client; each number below it has a rank.
     """
-    public = federated.public(config.lora.init_data, rows.form)
+    public = federated.public_rows(config.lora.init_data, rows.form)
     model = Model(config.model, config.lora, rows.form, config.seed, public)
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
-    sites = tuple(Site(model.encoder, train, held, unit) for train, held in shares)
+    sites = tuple(ClientData(model.encoder, train, held, unit) for train, held in shares)
     memory = partial(model.memory, batch_size=config.train.batch_size)
     dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
-    return Setup(config, model, model.read(), sites, tuple(dealt), rows.evaluation)
+    return RunSetup(config, model, model.get_adapter(), sites, tuple(dealt), rows.evaluation)
 
 
-def resolve(config: Config, form: Form, clients: int) -> Config:
+def resolve(config: Config, form: Schema, clients: int) -> Config:
     """The settings with counts and labels as they are. Raises `ConfigError` or `PrivacyError` where they contradict."""
     cohort = _cohort(config, clients)
     if config.engine == "stacked":
@@ -134,39 +134,39 @@ def _refuse_what_is_not_private(config: Config) -> None:
 Plain = int | float | str | bool
 # Settings that are paths on the server's disk: removed from what clients are sent, and ignored by a client if they come
 # all the same.
-AWAY = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
+SERVER_PATHS = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
 ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
 
 
 @dataclass(frozen=True, eq=False)
-class Party:
+class ClientSetup:
     """One client's pieces of a run: the model, its own examples and its rank."""
 
     model: Model
-    site: Site
+    site: ClientData
     rank: int
 
 
-def for_server(config: Config, ids: int) -> Setup:
+def for_server(config: Config, ids: int) -> RunSetup:
     """The server's pieces of a deployed run; `ids` is one more than the highest number of a client."""
     config = localise(replace(config, engine="flower"))
     embedded = not (config.model.path or config.data.path)  # the small model and text that come with fedlora
-    rows = federated.server(config.data, config.model.task, embedded)
+    rows = federated.server_data(config.data, config.model.task, embedded)
     return assemble(resolve(config, rows.form, config.clients), rows, ids)
 
 
-def reopen(folder: RunFolder, config: Config) -> Setup:
+def reopen(folder: RunDirectory, config: Config) -> RunSetup:
     """The pieces of the run in a folder; of a deployed run those of its server, which has no clients' data."""
     deployed = (folder.path / "flower" / "order.json").is_file()
     return for_server(config, config.clients) if deployed else prepare(config)
 
 
-def told(config: Config) -> dict[str, Plain]:
+def settings_for_clients(config: Config) -> dict[str, Plain]:
     """The settings of a run that its clients are sent: all but where the server has its own files."""
     flat = {key: value for key, value in configuration.flatten(config).items() if not key.startswith("option.")}
     plain = {key: ", ".join(value) if isinstance(value, list) else value for key, value in flat.items()}
     changed = {"model.path": _model_name(config.model.path), "data.partition": "auto"}
-    return plain | dict.fromkeys(AWAY, "") | changed
+    return plain | dict.fromkeys(SERVER_PATHS, "") | changed
 
 
 def _model_name(path: str) -> str:
@@ -174,7 +174,7 @@ def _model_name(path: str) -> str:
     return f"{ELSEWHERE}{Path(path).name}" if path and Path(path).is_dir() else path
 
 
-def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> Party:
+def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> ClientSetup:
     """One client's pieces of a deployed run, by the run's settings under those that are the client's own to choose.
 
     Raises `ConfigError`, `DataError` or `ModelError` for what the client itself has to mend.
@@ -182,14 +182,14 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) ->
     config = localise(_merged(settings, mine))
     if id >= config.clients and not config.data.path:
         raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
-    rows = federated.client(config.data, config.model.task, id=id, clients=config.clients, seed=config.seed)
+    rows = federated.client_data(config.data, config.model.task, id=id, clients=config.clients, seed=config.seed)
     setup = assemble(config, rows, ids=max(id + 1, config.clients))
-    return Party(setup.model, setup.sites[0], setup.ranks[id])
+    return ClientSetup(setup.model, setup.sites[0], setup.ranks[id])
 
 
 def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
     """The run's settings under the client's own; a path is the client's own or none."""
-    known = {setting.key for setting in configuration.settings()} - {*AWAY}
+    known = {setting.key for setting in configuration.settings()} - {*SERVER_PATHS}
     run = {key: value for key, value in settings.items() if key in known}
     if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
         run["lora.init"] = "kaiming"
@@ -212,7 +212,7 @@ def _base(run: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, str]:
     return {"model.path": path}
 
 
-def quiet() -> None:
+def quiet_libraries() -> None:
     """Our own warnings, and of the libraries only errors."""
     from transformers.utils import logging as noise
 

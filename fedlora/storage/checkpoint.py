@@ -39,12 +39,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         write_durably(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
     except CheckpointError as e:
-        raise CheckpointError(f"{e}, then {again(folder.parent)}") from e
+        raise CheckpointError(f"{e}, then {resume_hint(folder.parent)}") from e
     for old in list(_rounds(folder))[:-2]:
         old.unlink(missing_ok=True)
 
 
-def again(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """How a run goes on, in words for whoever reads of a full disk: an engineer at a simulation, or at a server."""
     return f"start it again (a simulation: fedlora simulate --resume {run})"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedlora.jobs import Spent, Update
+from fedlora.jobs import PrivacySpent, Update
 from fedlora.lora import LoRA
-from fedlora.vectors import flatten, name_of, unflatten
+from fedlora.vectors import content_hash, flatten, unflatten
 
 from .files import write_durably
 
@@ -21,7 +21,7 @@ DAMAGE = SafetensorError, OSError, ValueError, LookupError, TypeError
 log = logging.getLogger("fedlora")
 
 
-class Store:
+class ClientState:
     """A folder of one client's. The last two rounds stay, so that a round which is done again starts as it did."""
 
     def __init__(self, folder: Path, name: str = "kept") -> None:
@@ -46,7 +46,7 @@ class Store:
             old.unlink(missing_ok=True)
 
 
-class Answer:
+class CachedReply:
     """A client's last answer: a job that comes again, as after a crash of the server, is not done twice."""
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,9 @@ class Answer:
             spent = json.loads(told["spent"])
             if told["job"] != job:
                 return None
-            return Update(lora, int(told["examples"]), json.loads(told["loss"]), Spent(*spent) if spent else None)
+            return Update(
+                lora, int(told["examples"]), json.loads(told["loss"]), PrivacySpent(*spent) if spent else None
+            )
         except DAMAGE:
             return None
 
@@ -85,6 +87,6 @@ def read(path: Path) -> tuple[LoRA, dict[str, str]]:
     with safe_open(path, framework="pt") as f:
         told = f.metadata()
         vector = f.get_tensor(f.keys()[0])
-    if "name" in told and name_of(vector, told["manifest"]) != told["name"]:  # earlier versions wrote none
+    if "name" in told and content_hash(vector, told["manifest"]) != told["name"]:  # earlier versions wrote none
         raise ValueError("its numbers are not those that were written")
     return unflatten(vector, told["manifest"]), told

@@ -31,7 +31,7 @@ PATIENCE = 5.0  # seconds that a line waits for other processes' lines
 log = logging.getLogger("fedlora")
 
 
-class Journal:
+class EventLog:
     """Appends to one file, which its owner alone can read; several processes may share it."""
 
     def __init__(self, path: Path | None, limit: int = 64 * 2**20, **fixed: object) -> None:
@@ -57,9 +57,9 @@ class Journal:
         if not self._path:
             return
         gap = {"lost": self._lost} if self._lost else {}
-        named = {"at": moment(time.time()), "event": event}
+        named = {"at": utc_timestamp(time.time()), "event": event}
         values = {"at": "", **self._fixed, "event": "", **fields, **gap} | named
-        line = json.dumps(harmless(values), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(sanitised(values), ensure_ascii=False).encode() + b"\n"
         try:
             self._append(self._path, line)
             self._lost = 0
@@ -94,12 +94,12 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
-def moment(seconds: float) -> str:
+def utc_timestamp(seconds: float) -> str:
     """A time as UTC with milliseconds: `2026-01-31T12:00:00.123Z`."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def harmless(value: object, depth: int = 0) -> object:
+def sanitised(value: object, depth: int = 0) -> object:
     """A value that JSON can hold and a terminal can show, of bounded size; what is cut off is counted.
 
     >>> harmless({"why": "a\\x1b[2J", "loss": float("nan")})
@@ -115,8 +115,8 @@ def harmless(value: object, depth: int = 0) -> object:
         some, more = list(islice(value, ENTRIES)), max(0, len(value) - ENTRIES)
         rest = f"... and {more} more"
         if isinstance(value, Mapping):
-            return {_text(str(k)): harmless(value[k], depth + 1) for k in some} | ({"...": rest} if more else {})
-        return [harmless(v, depth + 1) for v in some] + ([rest] if more else [])
+            return {_text(str(k)): sanitised(value[k], depth + 1) for k in some} | ({"...": rest} if more else {})
+        return [sanitised(v, depth + 1) for v in some] + ([rest] if more else [])
     return _text(str(value))
 
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from fedlora import config as configuration
 from fedlora.deployment.processes import is_alive
 from fedlora.errors import FedloraError
-from fedlora.run.console import Screen
-from fedlora.run.directory import RunFolder
+from fedlora.run.console import ConsoleProgress
+from fedlora.run.directory import RunDirectory
 from fedlora.run.setup import prepare
-from fedlora.server.deployment.handoff import FOLDER, PARENT, Desk, Order, Status
-from fedlora.server.fleet import FlowerFleet, Rules
-from fedlora.server.run import Show, drive
-from fedlora.storage.event_log import Journal
+from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
+from fedlora.server.fleet import FleetRules, FlowerFleet
+from fedlora.server.run import RunObserver, run_rounds
+from fedlora.storage.event_log import EventLog
 
 app = ServerApp()
 
@@ -28,21 +28,21 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """The run that `fedlora server` has ordered, or one of its own from Flower's run config."""
     if os.environ.get(FOLDER):
-        _ordered(grid, Desk(Path(os.environ[FOLDER])))
+        _ordered(grid, Handoff(Path(os.environ[FOLDER])))
         return
     setup = prepare(configuration.build(dict(context.run_config), {"engine": "flower"}))
-    folder = RunFolder(Path("runs") / f"flower-{context.run_id}")
+    folder = RunDirectory(Path("runs") / f"flower-{context.run_id}")
     folder.create(setup.config)
-    screen = Screen()
+    screen = ConsoleProgress()
     try:
         config = setup.config
-        rules = Rules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
-        drive(setup, FlowerFleet(grid, rules, screen.answered, screen.waiting), folder, screen)
+        rules = FleetRules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
+        run_rounds(setup, FlowerFleet(grid, rules, screen.answered, screen.waiting), folder, screen)
     finally:
         screen.close()
 
 
-def _ordered(grid: Grid, desk: Desk) -> None:
+def _ordered(grid: Grid, desk: Handoff) -> None:
     """Do it, and leave word of how it ended: the command ends, or begins anew, by that."""
     Thread(target=_follow, args=(int(os.environ[PARENT]),), daemon=True).start()
     before = desk.status()
@@ -50,7 +50,7 @@ def _ordered(grid: Grid, desk: Desk) -> None:
     desk.put_status(Status("running", os.getpid(), attempt=attempt))
     try:
         with desk.screen.open("a", encoding="utf-8") as out:
-            screen = Screen(Console(file=out, highlight=False, soft_wrap=True, width=200))
+            screen = ConsoleProgress(Console(file=out, highlight=False, soft_wrap=True, width=200))
             _serve(grid, desk, desk.order(), screen)
     except FedloraError as e:
         desk.put_status(Status("failed", os.getpid(), screen.named(str(e)), attempt))
@@ -68,18 +68,21 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def _serve(grid: Grid, desk: Desk, order: Order, screen: Screen) -> None:
-    from fedlora.deployment.json_logs import structured
-    from fedlora.run.setup import for_server, told  # they load torch
+def _serve(grid: Grid, desk: Handoff, order: RunOrder, screen: ConsoleProgress) -> None:
+    from fedlora.deployment.json_logs import log_json
+    from fedlora.run.setup import (
+        for_server,
+        settings_for_clients,  # they load torch
+    )
     from fedlora.server.deployment.prometheus import Monitor
 
-    folder, names = RunFolder(desk.run), {i: name for name, i in order.names.items()}
+    folder, names = RunDirectory(desk.run), {i: name for name, i in order.names.items()}
     screen.names = names
     config = configuration.build(order.given)
     ids = max([config.clients, *(i + 1 for i in names)])
     setup = for_server(config, ids)
     folder.create(setup.config, again=True)
-    structured(desk.run / "server.log", run=folder.run)
+    log_json(desk.run / "server.log", run=folder.run)
     logging.getLogger("fedlora").addHandler(screen.handler())
     monitor = Monitor(screen)
     if order.metrics:
@@ -87,7 +90,7 @@ def _serve(grid: Grid, desk: Desk, order: Order, screen: Screen) -> None:
         monitor.serve(host or "127.0.0.1", int(port))
     nodes = {int(node): i for node, i in order.nodes.items()} if order.nodes is not None else None
     policy, settings = setup.config.server, setup.config
-    rules = Rules(
+    rules = FleetRules(
         clients=settings.clients,
         quorum=policy.quorum,
         wait=policy.wait,
@@ -97,12 +100,12 @@ def _serve(grid: Grid, desk: Desk, order: Order, screen: Screen) -> None:
         run=folder.run,
         nodes=nodes,
         ranks=setup.ranks,
-        told=told(settings),
+        told=settings_for_clients(settings),
         base=setup.model.fingerprint,
         patient=True,
     )
-    show: Show = monitor
+    show: RunObserver = monitor
     fleet = FlowerFleet(grid, rules, show.answered, show.waiting)
     fleet.online = monitor.online
-    fleet.journal = Journal(desk.run / "audit.jsonl", side="server", run=folder.run)
-    drive(setup, fleet, folder, show)
+    fleet.journal = EventLog(desk.run / "audit.jsonl", side="server", run=folder.run)
+    run_rounds(setup, fleet, folder, show)

@@ -31,7 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.server.deployment.gate_rules import CLOSE, Door, Limits, Refused, log, network
-from fedlora.storage.event_log import moment
+from fedlora.storage.event_log import utc_timestamp
 
 
 class Connection(H11Protocol):
@@ -140,7 +140,7 @@ class Lines(logging.Formatter):
         said = super().format(record)
         if record.name == log.name:
             return said
-        return json.dumps({"event": "error", "at": moment(record.created), "from": record.name, "said": said})
+        return json.dumps({"event": "error", "at": utc_timestamp(record.created), "from": record.name, "said": said})
 
 
 async def serve(options: argparse.Namespace, limits: Limits) -> None:
@@ -167,10 +167,10 @@ async def serve(options: argparse.Namespace, limits: Limits) -> None:
         }
         if outside is not None:
             settings["ssl_context_factory"] = lambda config, default: outside
-        log.info(json.dumps({"event": "open", "at": moment(time.time()), "port": listener.getsockname()[1]}))
+        log.info(json.dumps({"event": "open", "at": utc_timestamp(time.time()), "port": listener.getsockname()[1]}))
         await Server(uvicorn.Config(door, **settings)).serve(sockets=[listener])
         await asyncio.sleep(0.1)  # for those who were in the middle of a request, to hear that they may come again
-        log.info(json.dumps({"event": "closed", "at": moment(time.time()), **vars(door.counts)}))
+        log.info(json.dumps({"event": "closed", "at": utc_timestamp(time.time()), **vars(door.counts)}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from ipaddress import ip_address
 import httpx
 from starlette.types import Receive, Scope, Send
 
-from fedlora.storage.event_log import moment
+from fedlora.storage.event_log import utc_timestamp
 
 CALLS = (
     *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab"),
@@ -112,7 +112,7 @@ class Door:
         self.counts.refused[no.reason] += 1
         path = scope.get("raw_path", b"").decode("latin1")[:120]
         said = {"method": scope.get("method", "")[:16], "path": path, "status": no.status, "reason": no.reason}
-        log.warning(json.dumps({"event": "refused", "at": moment(time.time()), "peer": _peer(scope), **said}))
+        log.warning(json.dumps({"event": "refused", "at": utc_timestamp(time.time()), "peer": _peer(scope), **said}))
 
     def _route(self, scope: Scope, headers: dict[str, bytes]) -> str:
         """The constant that the raw path is equal to. A path that has to be unwound first is no path of ours."""

@@ -14,7 +14,7 @@ PARENT = "FEDLORA_SERVER"  # and the process of `fedlora server`, without which 
 
 
 @dataclass(frozen=True)
-class Order:
+class RunOrder:
     """A run as it was asked for."""
 
     given: Mapping[str, Any]  # settings by their dotted keys
@@ -34,7 +34,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Desk:
+class Handoff:
     """The files by which the command and the ServerApp tell each other."""
 
     run: Path
@@ -53,13 +53,13 @@ class Desk:
         path = self.run / "rounds.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def put_order(self, order: Order) -> None:
+    def put_order(self, order: RunOrder) -> None:
         """For the next ServerApp."""
         _write(self.flower / "order.json", asdict(order))
 
-    def order(self) -> Order:
+    def order(self) -> RunOrder:
         """What the command asked for."""
-        return Order(**json.loads((self.flower / "order.json").read_text()))
+        return RunOrder(**json.loads((self.flower / "order.json").read_text()))
 
     def put_status(self, status: Status) -> None:
         """For the command."""

@@ -7,9 +7,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from fedlora.errors import ConfigError, Failure, FailureKind
-from fedlora.run.directory import RunFolder
-from fedlora.run.setup import Setup
-from fedlora.server.run import Show
+from fedlora.run.directory import RunDirectory
+from fedlora.run.setup import RunSetup
+from fedlora.server.run import RunObserver
 from fedlora.strategy import Strategy
 
 SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
@@ -18,7 +18,7 @@ SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 class Monitor:
     """A `Show` that counts what passes, on its way to another one."""
 
-    def __init__(self, inner: Show) -> None:
+    def __init__(self, inner: RunObserver) -> None:
         self._inner = inner
         self.registry = at = CollectorRegistry()
         self._rounds = Counter("fedlora_rounds", "Rounds finished by this process", registry=at)
@@ -56,7 +56,7 @@ class Monitor:
         self._epsilon.set(nan)
 
     def started(
-        self, setup: Setup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
     ) -> None:
         self._round.set(done)
         self._planned.set(setup.config.rounds)
@@ -97,7 +97,7 @@ class Monitor:
         self._done.clear()
         self._inner.round(record, failed)
 
-    def finished(self, folder: RunFolder, stopped: bool) -> None:
+    def finished(self, folder: RunDirectory, stopped: bool) -> None:
         self._waiting.set(0)
         self._inner.finished(folder, stopped)
 

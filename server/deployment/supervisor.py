@@ -17,13 +17,13 @@ from secrets import token_hex
 from typing import Any
 
 from fedlora import config as configuration
-from fedlora.config import FREE, Config, absolute, over_defaults
+from fedlora.config import CHANGEABLE_ON_RESUME, Config, absolute, over_defaults
 from fedlora.deployment.processes import (
     Process,
     Tail,
-    alone,
+    exclusive,
+    flwr_home,
     free_port,
-    home,
     is_alive,
     kill_marked,
     program,
@@ -32,7 +32,7 @@ from fedlora.deployment.processes import (
 from fedlora.deployment.provision import check_private, read_clients
 from fedlora.deployment.supervisor import Supervisor
 from fedlora.errors import ConfigError, RoundFailed
-from fedlora.server.deployment.handoff import FOLDER, PARENT, Desk, Order, Status
+from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.superlink import Control, ControlError
 from fedlora.storage.files import write_durably
 
@@ -42,7 +42,7 @@ LOOKS = 20.0  # seconds between two looks at what the SuperLink says of the run
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServerOptions:
     """What `fedlora server` was asked for."""
 
     run: Path
@@ -57,11 +57,11 @@ class Asked:
         return self.credentials / "ca.crt" if self.credentials else None
 
 
-def serve(asked: Asked, file: Path | None, given: Mapping[str, Any]) -> None:
+def serve(asked: ServerOptions, file: Path | None, given: Mapping[str, Any]) -> None:
     """Run it to its end. Raises the error of a run that failed."""
-    desk = Desk(asked.run)
+    desk = Handoff(asked.run)
     names = read_clients(asked.credentials) if asked.credentials else {}
-    with alone(desk.flower):
+    with exclusive(desk.flower):
         config = _settings(asked.run, file, given, len(names))
         if _is_done(asked.run, config):
             print(f"{asked.run}: all {config.rounds} rounds are done; the adapter is in {asked.run / 'adapter'}")
@@ -74,7 +74,7 @@ def serve(asked: Asked, file: Path | None, given: Mapping[str, Any]) -> None:
         with _started(asked, desk) as (control, supervisor):
             nodes = _registered(control, asked.credentials, names) if asked.credentials else None
             given = configuration.flatten(config)
-            desk.put_order(Order(given, names, nodes, asked.metrics))
+            desk.put_order(RunOrder(given, names, nodes, asked.metrics))
             _tell(asked, names, config)
             SubmittedRun(control, desk, supervisor, config, Tail(desk.screen)).run()
 
@@ -91,7 +91,7 @@ def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered
     before = configuration.build(begun)
     config = absolute(configuration.build(begun, configuration.read(file) if file else {}, given))
     was, now = configuration.flatten(before), configuration.flatten(config)
-    fixed = [k for k in now if now[k] != was.get(k) and k not in FREE and not k.startswith("server.")]
+    fixed = [k for k in now if now[k] != was.get(k) and k not in CHANGEABLE_ON_RESUME and not k.startswith("server.")]
     if fixed:
         key = fixed[0]
         raise ConfigError(f"{key} was {was.get(key)} when the run in {run} began; choose another --out for {now[key]}")
@@ -100,12 +100,12 @@ def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered
 
 def _is_done(run: Path, config: Config) -> bool:
     """Of a run that stopped early, as of patience, too; more rounds may have been asked for since."""
-    desk = Desk(run)
+    desk = Handoff(run)
     status = desk.status()
     return status is not None and status.state == "finished" and desk.order().given["rounds"] >= config.rounds
 
 
-def _end_what_is_left(desk: Desk) -> None:
+def _end_what_is_left(desk: Handoff) -> None:
     """ServerApps of an attempt before, or of a command that was killed: they would write into the same directory."""
     kill_marked("flwr-serverapp", FOLDER, str(desk.run.absolute()))
 
@@ -117,7 +117,7 @@ def _registered(control: Control, folder: Path, names: Mapping[str, int]) -> dic
 
 
 @contextmanager
-def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, Supervisor]]:
+def _started(asked: ServerOptions, desk: Handoff) -> Iterator[tuple[Control, Supervisor]]:
     """SuperLink, gate and SuperExec, ended at the end, whatever it is."""
     inner = asked.superlink or f"127.0.0.1:{free_port()}"
     control, secret = Control(inner, asked.certificate), _secret(asked, desk)
@@ -136,22 +136,22 @@ def _started(asked: Asked, desk: Desk) -> Iterator[tuple[Control, Supervisor]]:
 
 
 @contextmanager
-def _ending(desk: Desk) -> Iterator[None]:
+def _ending(desk: Handoff) -> Iterator[None]:
     try:
         yield
     finally:
         _end_what_is_left(desk)
 
 
-def _superexec(asked: Asked, desk: Desk, address: str, secret: Path) -> Process:
+def _superexec(asked: ServerOptions, desk: Handoff, address: str, secret: Path) -> Process:
     tls = ["--root-certificates", str(asked.certificate)] if asked.certificate else ["--insecure"]
     command = [program("flower-superexec"), "--runtime-api-address", address, *tls]
     command += ["--superexec-auth-secret-file", str(secret)]
-    environment = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **home(desk.flower)}
+    environment = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **flwr_home(desk.flower)}
     return Process("SuperExec", command, desk.flower / "superexec.log", environment)
 
 
-def _link(asked: Asked, desk: Desk, address: str, secret: Path) -> Process:
+def _link(asked: ServerOptions, desk: Handoff, address: str, secret: Path) -> Process:
     host, _, port = address.rpartition(":")
     command = [program("flower-superlink"), "--host", host, "--port", port, "--isolation", "process"]
     command += [
@@ -165,10 +165,10 @@ def _link(asked: Asked, desk: Desk, address: str, secret: Path) -> Process:
         command += ["--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
     else:
         command += ["--insecure"]
-    return Process("SuperLink", command, desk.flower / "superlink.log", home(desk.flower))
+    return Process("SuperLink", command, desk.flower / "superlink.log", flwr_home(desk.flower))
 
 
-def _gate(asked: Asked, desk: Desk, inner: str) -> Process:
+def _gate(asked: ServerOptions, desk: Handoff, inner: str) -> Process:
     command = [sys.executable, "-m", "fedlora.server.deployment.gate", "--host", asked.host, "--port", str(asked.port)]
     command += ["--superlink", inner, "--log", str(asked.run / "gate.log")]
     if folder := asked.credentials:
@@ -179,7 +179,7 @@ def _gate(asked: Asked, desk: Desk, inner: str) -> Process:
     return Process("gate", command, desk.flower / "gate.out.log")
 
 
-def _secret(asked: Asked, desk: Desk) -> Path:
+def _secret(asked: ServerOptions, desk: Handoff) -> Path:
     """By which the SuperLink knows its SuperExec."""
     if asked.credentials:
         for name in ("server.key", "superexec.secret"):
@@ -191,7 +191,7 @@ def _secret(asked: Asked, desk: Desk) -> Path:
     return path
 
 
-def _tell(asked: Asked, names: Mapping[str, int], config: Config) -> None:
+def _tell(asked: ServerOptions, names: Mapping[str, int], config: Config) -> None:
     who = (
         f"{len(names)} clients' keys: {', '.join(list(names)[:8])}" if names else f"{config.clients} clients, unchecked"
     )
@@ -204,7 +204,7 @@ class SubmittedRun:
     """A run from its submission to its end; a ServerApp that ends before the run does is begun anew."""
 
     control: Control
-    desk: Desk
+    desk: Handoff
     supervisor: Supervisor
     config: Config
     screen: Tail

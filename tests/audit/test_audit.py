@@ -17,14 +17,14 @@ from torch import Tensor
 from fedlora import config as configuration
 from fedlora import jobs
 from fedlora.audit import canaries, client_level, planted_bugs, record_level, report, schemas, statistics, subject
-from fedlora.audit.planted_bugs import Control
+from fedlora.audit.planted_bugs import PlantedBug
 from fedlora.audit.statistics import Finding
 from fedlora.audit.subject import Stage
 from fedlora.checks.small_models import Kind, world
 from fedlora.errors import PrivacyError
 from fedlora.models.model import Model
 from fedlora.privacy import client_level as client_level_dp
-from fedlora.run.directory import RunFolder
+from fedlora.run.directory import RunDirectory
 from tests.cli.test_simulate import Done, fedlora
 from tests.support.models import make
 
@@ -75,7 +75,7 @@ def test_a_sound_product_passes(look: Callable[[Stage, subject.Subject], Iterato
 
 
 @pytest.mark.parametrize("control", planted_bugs.RECORD, ids=lambda c: c.name)
-def test_a_planted_bug_is_caught_by_its_test(control: Control) -> None:
+def test_a_planted_bug_is_caught_by_its_test(control: PlantedBug) -> None:
     found = failed(LOOKS[control.caught_by[:2]](staged(), control.plant(staged())))
     assert any(name.startswith(control.caught_by) for name in found)
 
@@ -126,23 +126,25 @@ def test_noise_from_a_seed_is_found_out() -> None:
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_a_sound_crowd_passes(quantile: float) -> None:
     here = crowd(dp__quantile=quantile)
-    findings = [f for look in client_level.TESTS for f in look(here, client_level.Subject())]
+    findings = [f for look in client_level.TESTS for f in look(here, client_level.ClientLevelSubject())]
     assert failed(iter(findings)) == [] and len(findings) == (9 if quantile else 7)
 
 
 @pytest.mark.parametrize("control", planted_bugs.CLIENT, ids=lambda c: c.name)
-def test_a_bug_planted_in_the_crowd_is_caught_by_its_test(control: Control) -> None:
+def test_a_bug_planted_in_the_crowd_is_caught_by_its_test(control: PlantedBug) -> None:
     found = failed(COUNTS[control.caught_by[:2]](crowd(), control.plant(crowd())))
     assert any(name.startswith(control.caught_by) for name in found)
 
 
 def test_too_little_noise_on_the_count_is_caught() -> None:
-    class Less(client_level_dp.Central):
+    class Less(client_level_dp.ClientLevelDP):
         @property
         def count_noise(self) -> float:
             return super().count_noise / 2
 
-    assert "T2 count, size" in failed(client_level.noise(crowd(dp__quantile=0.5), client_level.Subject(central=Less)))
+    assert "T2 count, size" in failed(
+        client_level.noise(crowd(dp__quantile=0.5), client_level.ClientLevelSubject(central=Less))
+    )
 
 
 def test_canaries_bound_epsilon_from_below_and_not_too_high() -> None:
@@ -200,7 +202,7 @@ def test_an_audit_that_fails_ends_so_and_says_what() -> None:
 
 
 def test_a_runs_settings_are_audited_and_the_findings_left_with_it(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run").create(replace(staged().config, strategy="ffa_lora"))
+    RunDirectory(tmp_path / "run").create(replace(staged().config, strategy="ffa_lora"))
     done = fedlora("audit", tmp_path / "run", "--json")
     told = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert done.returncode == 0 and told == json.loads(done.stdout), done.stderr
@@ -209,7 +211,7 @@ def test_a_runs_settings_are_audited_and_the_findings_left_with_it(tmp_path: Pat
 
 
 def test_other_settings_than_the_runs_leave_nothing_with_it(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run").create(crowd().config)
+    RunDirectory(tmp_path / "run").create(crowd().config)
     done = fedlora("audit", tmp_path / "run", "--dp.clip", "2", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["settings"]["dp.clip"] == 2.0, done.stderr
     assert not (tmp_path / "run" / "audit.json").exists()

@@ -11,11 +11,12 @@ from torch.testing import assert_close
 from fedlora.client.ledger import Ledger
 from fedlora.data.client_data import fingerprint
 from fedlora.errors import LedgerError
-from fedlora.jobs import Charge, Privacy, Update
+from fedlora.jobs import Charge, PrivacyTerms
 from fedlora.privacy.accounting import epsilon
+from fedlora.strategy import Update
 from tests.support.adapters import factors
 
-TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.1, steps=10, delta=1e-5)
+TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.1, steps=10, delta=1e-5)
 ONE = [Charge(1.0, 0.1, 10)]
 NONE = float("inf")
 

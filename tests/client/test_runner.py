@@ -9,14 +9,15 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.checks.small_models import world
-from fedlora.client.policy import Own
-from fedlora.client.runner import Desk
-from fedlora.data.client_data import Site
+from fedlora.client.policy import ClientPolicy
+from fedlora.client.runner import JobRunner
+from fedlora.data.client_data import ClientData
 from fedlora.errors import LedgerError, PrivacyError
-from fedlora.jobs import Job, Privacy
+from fedlora.jobs import PrivacyTerms
 from fedlora.sections import Training
+from fedlora.strategy import Job
 
-TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
+TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
 WORLD = world("gpt2")  # 16 tokens in an example
 TEXTS = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(10 + 20 * i))} for i in range(3)]
 
@@ -26,12 +27,12 @@ def job(round: int = 0, **terms: float) -> Job:
     return Job(WORLD.start, training=training, privacy=replace(TERMS, **terms), round=round, rounds=9)  # type: ignore[arg-type]
 
 
-def desk(folder: Path, **own: Any) -> Desk:
-    return Desk(0, Site(WORLD.model.encoder, TEXTS), folder, Own(**own))
+def desk(folder: Path, **own: Any) -> JobRunner:
+    return JobRunner(0, ClientData(WORLD.model.encoder, TEXTS), folder, ClientPolicy(**own))
 
 
 def test_a_record_is_a_row_or_each_block_of_it() -> None:
-    rows, blocks = (Site(WORLD.model.encoder, TEXTS, unit=unit) for unit in ("row", "example"))  # type: ignore[arg-type]
+    rows, blocks = (ClientData(WORLD.model.encoder, TEXTS, unit=unit) for unit in ("row", "example"))  # type: ignore[arg-type]
     assert [len(r) for r in rows.records] == [1, 2, 3] and rows.client(0, 2).records == 3
     assert [len(r) for r in blocks.records] == [1] * 6 and blocks.client(0, 2).records == 6
     assert rows.client(0, 2).examples == blocks.client(0, 2).examples == 3
@@ -55,7 +56,7 @@ def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> N
 
 
 def test_a_refused_job_trains_nothing_and_charges_nothing(tmp_path: Path) -> None:
-    WORLD.model.write(WORLD.start)
+    WORLD.model.set_adapter(WORLD.start)
     with pytest.raises(LedgerError, match="budget is spent"):
         desk(tmp_path, budget=0.01).answer(WORLD.model, job())
     assert not list(tmp_path.rglob("ledger*")) and not list(tmp_path.rglob("kept*"))
@@ -88,7 +89,7 @@ def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
 def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
     own = desk(tmp_path)
     first = own.answer(WORLD.model, replace(job(), shares="A"))
-    kept = WORLD.model.read()
+    kept = WORLD.model.get_adapter()
     assert not first.lora.B and list(tmp_path.glob("kept-*"))
     own.answer(WORLD.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
-    assert_close(WORLD.model.read().B, kept.B)
+    assert_close(WORLD.model.get_adapter().B, kept.B)

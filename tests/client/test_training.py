@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 from fedlora.client import training as worker
 from fedlora.errors import ClientFailed
-from fedlora.jobs import Job
 from fedlora.lora import LoRA, delta, join, scale, stack
 from fedlora.models.model import Model
-from fedlora.models.optimizer import count_steps, factor
+from fedlora.models.optimizer import count_steps, lr_factor
 from fedlora.sections import LoRAConfig, ModelConfig, Training
+from fedlora.strategy import Job
 from tests.support.models import LABEL, TEXT, make
 
 FAST = Training(lr=1e-2, batch_size=4, epochs=1)
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def start(model: Model) -> LoRA:
-    return model.read()
+    return model.get_adapter()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_every_trained_matrix_moves_and_a_frozen_one_does_not(model: Model, star
     assert all(not torch.equal(after.A[m], a) for m, a in start.A.items())
     assert all(not torch.equal(after.B[m], b) for m, b in start.B.items())
     moved(model, Job(start, trains="B", shares="B", training=FAST))
-    assert all(torch.equal(model.read().A[m], a) for m, a in start.A.items())
+    assert all(torch.equal(model.get_adapter().A[m], a) for m, a in start.A.items())
 
 
 def test_the_same_job_gives_the_same_bits_whoever_trained_in_between(model: Model, start: LoRA) -> None:
@@ -99,8 +99,8 @@ def test_accumulation_equals_one_large_batch(model: Model, start: LoRA) -> None:
 def test_sgd_takes_the_step_that_the_gradient_says(model: Model, start: LoRA) -> None:
     job = Job(start, training=replace(FAST, batch_size=10, optimizer="sgd", lr=0.5, clip=0.0))
     after = moved(model, job)
-    model.write(start)
-    parameters = model.trains("ABH")
+    model.set_adapter(start)
+    parameters = model.set_trainable("ABH")
     batch = examples()
     (model.loss(model.encoder.collate(batch)) / model.targets(batch)).backward()
     wanted = [p.detach() - 0.5 * p.grad for p in parameters if p.grad is not None]
@@ -136,11 +136,11 @@ def test_steps_are_counted_by_epochs_or_given() -> None:
 def test_the_schedule_goes_on_over_the_rounds() -> None:
     """The learning rate that 10 rounds of 4 steps see is that of one run of 40 steps."""
     training = Training(schedule="cosine", warmup=0.1)
-    seen = [factor(training, (t + (i + 1) / 4) / 10) for t in range(10) for i in range(4)]
-    assert seen == pytest.approx([factor(training, (i + 1) / 40) for i in range(40)])
+    seen = [lr_factor(training, (t + (i + 1) / 4) / 10) for t in range(10) for i in range(4)]
+    assert seen == pytest.approx([lr_factor(training, (i + 1) / 40) for i in range(40)])
     assert seen[3] == pytest.approx(1.0) and seen[-1] == pytest.approx(0.0) and max(seen) == pytest.approx(1.0)
-    assert factor(Training(schedule="linear"), 0.25) == pytest.approx(0.75)
-    assert factor(Training(), 0.9) == 1.0
+    assert lr_factor(Training(schedule="linear"), 0.25) == pytest.approx(0.75)
+    assert lr_factor(Training(), 0.9) == 1.0
 
 
 def test_a_loss_that_is_no_number_is_the_clients_failure(model: Model, start: LoRA) -> None:
@@ -279,8 +279,8 @@ def size(tensors: list[torch.Tensor]) -> float:
 
 def gradient(model: Model, lora: LoRA, example: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Of one example's mean loss over its targets, for A then B."""
-    model.write(lora)
-    parameters = model.trains("AB")
+    model.set_adapter(lora)
+    parameters = model.set_trainable("AB")
     value = model.loss(model.encoder.collate([example])) / model.targets([example])
     return list(torch.autograd.grad(value, parameters))
 

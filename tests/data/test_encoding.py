@@ -12,13 +12,13 @@ from PIL import Image
 from fedlora.data.encoding import Encoder
 from fedlora.data.federated import load
 from fedlora.data.rows import Rows
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import DataError
 from fedlora.sections import DataConfig
 from tests.support.models import tokenizer
 
 BOS, EOS, FIRST = 2, 3, 4  # <s>, </s>, w0
-TEXT, ANSWER, CHAT = Form("text", ("text",)), Form("response", ("ask", "answer")), Form("chat", ("messages",))
+TEXT, ANSWER, CHAT = Schema("text", ("text",)), Schema("response", ("ask", "answer")), Schema("chat", ("messages",))
 MARKED = (
     "{% for m in messages %}w5 {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s>{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %} {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
@@ -31,7 +31,7 @@ def words(*numbers: int) -> str:
     return " ".join(f"w{n}" for n in numbers)
 
 
-def encode(form: Form, rows: Rows, max_length: int = 32, template: str = "") -> list[tuple[list[int], list[int]]]:
+def encode(form: Schema, rows: Rows, max_length: int = 32, template: str = "") -> list[tuple[list[int], list[int]]]:
     """Input ids and labels of every example."""
     t = tokenizer()
     t.chat_template = template or None
@@ -133,7 +133,7 @@ def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
 
 
 def test_labels_are_numbers_whether_they_were_names_or_numbers() -> None:
-    form = Form("label", ("text", "label"), ("no", "yes"))
+    form = Schema("label", ("text", "label"), ("no", "yes"))
     examples = Encoder(tokenizer(), form, 8)([{"text": "w1", "label": x} for x in ("yes", "no", 1, "0")])
     assert [e["labels"].item() for e in examples] == [1, 0, 1, 0]
     assert examples[0]["labels"].dtype == torch.int64
@@ -141,7 +141,7 @@ def test_labels_are_numbers_whether_they_were_names_or_numbers() -> None:
 
 
 def test_numbers_are_class_names_before_they_are_positions() -> None:
-    form = Form("label", ("text", "label"), ("-1", "0", "1"))
+    form = Schema("label", ("text", "label"), ("-1", "0", "1"))
     examples = Encoder(tokenizer(), form, 8)([{"text": "w1", "label": x} for x in (-1, 0, "1")])
     assert [e["labels"].item() for e in examples] == [0, 1, 2]
 
@@ -149,14 +149,14 @@ def test_numbers_are_class_names_before_they_are_positions() -> None:
 def test_a_pair_of_texts_is_one_example_with_token_types() -> None:
     t = tokenizer()
     t.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    form = Form("label", ("a", "b", "label"), ("0", "1"))
+    form = Schema("label", ("a", "b", "label"), ("0", "1"))
     [example] = Encoder(t, form, 16)([{"a": "w1", "b": "w2 w3", "label": 1}])
     assert example["input_ids"].tolist() == [BOS, 5, EOS, 6, 7, EOS]
     assert example["token_type_ids"].shape == (6,)
 
 
 def test_a_text_to_classify_is_cut_to_the_longest_allowed() -> None:
-    form = Form("label", ("text", "label"), ("0", "1"))
+    form = Schema("label", ("text", "label"), ("0", "1"))
     [example] = Encoder(tokenizer(), form, 8)([{"text": words(*range(20)), "label": 0}])
     assert len(example["input_ids"]) == 8
 
@@ -170,7 +170,7 @@ def test_a_batch_is_padded_on_the_right_to_its_longest() -> None:
 
 
 def test_a_batch_of_classified_texts_has_a_row_of_labels() -> None:
-    encoder = Encoder(tokenizer(), Form("label", ("text", "label"), ("0", "1")), 16)
+    encoder = Encoder(tokenizer(), Schema("label", ("text", "label"), ("0", "1")), 16)
     batch = encoder.collate(encoder([{"text": "w0 w1", "label": 1}, {"text": "w0", "label": 0}]))
     assert batch["labels"].tolist() == [1, 0]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 4)
@@ -186,7 +186,7 @@ def test_images_are_read_from_files_bytes_and_memory_alike(tmp_path: Path) -> No
     path, picture = tmp_path / "a.png", Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
     picture.save(path)
     sources = [str(path), picture, {"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}]
-    encoder = Encoder(processor(), Form("image", ("image", "label"), ("cat", "dog")), 0)
+    encoder = Encoder(processor(), Schema("image", ("image", "label"), ("cat", "dog")), 0)
     batch = encoder.collate(encoder([{"image": s, "label": "dog"} for s in sources]))
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
     assert (batch["pixel_values"] == batch["pixel_values"][0]).all()
@@ -200,7 +200,7 @@ def test_a_datasets_image_column_is_read(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "a.png")  # grey
     features = Features({"image": Picture(), "label": ClassLabel(names=["cat", "dog"])})
     rows = Dataset.from_dict({"image": [str(tmp_path / "a.png")] * 70, "label": [1] * 70}, features=features)
-    examples = Encoder(processor(), Form("image", ("image", "label"), ("cat", "dog")), 0)(cast(Rows, rows))
+    examples = Encoder(processor(), Schema("image", ("image", "label"), ("cat", "dog")), 0)(cast(Rows, rows))
     assert len(examples) == 70
     assert examples[69]["pixel_values"].shape == (3, 8, 8)
 
@@ -211,7 +211,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | 
     if content:
         path.write_bytes(content)
     with pytest.raises(DataError, match=r"broken\.png cannot be read as an image"):
-        Encoder(processor(), Form("image", ("image", "label"), ("a", "b")), 0)([{"image": str(path), "label": "a"}])
+        Encoder(processor(), Schema("image", ("image", "label"), ("a", "b")), 0)([{"image": str(path), "label": "a"}])
 
 
 def test_encoding_leaves_the_random_state_alone() -> None:

@@ -12,20 +12,20 @@ import torch
 
 from fedlora.config import over_defaults
 from fedlora.errors import Failure
-from fedlora.run.console import Screen
-from fedlora.run.directory import RunFolder
-from fedlora.run.plan import Round
-from fedlora.run.setup import prepare, quiet
+from fedlora.run.console import ConsoleProgress
+from fedlora.run.directory import RunDirectory
+from fedlora.run.plan import RoundResult
+from fedlora.run.setup import prepare, quiet_libraries
 from fedlora.server.aggregation import Answers
-from fedlora.server.run import drive
+from fedlora.server.run import run_rounds
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Job
 
 
-class Whole(RunFolder):
+class Whole(RunDirectory):
     """Keeps every round's checkpoint, beside the two that the run keeps."""
 
-    def save(self, done: Round, record: Mapping[str, Any]) -> None:
+    def save(self, done: RoundResult, record: Mapping[str, Any]) -> None:
         super().save(done, record)
         name = f"round-{done.number:06d}.safetensors"
         (self.path / "all").mkdir(exist_ok=True)
@@ -45,15 +45,15 @@ class Without(Serial):
 
 def calm(out: Path, settings: Mapping[str, Any], absent: int | None = None) -> Path:
     """Run it; the folder with the checkpoint of every round."""
-    quiet()
+    quiet_libraries()
     torch.set_num_threads(1)  # as the deployed ones have it: sums are in another order with more
     setup = prepare(over_defaults({}, settings))
-    folder, screen = Whole(out), Screen()
+    folder, screen = Whole(out), ConsoleProgress()
     folder.create(setup.config)
     fleet = Without(setup.model, setup.sites, setup.ranks, folder.clients)
     fleet.absent = absent
     try:
-        drive(setup, fleet, folder, screen)
+        run_rounds(setup, fleet, folder, screen)
     finally:
         screen.close()
     return out / "all"

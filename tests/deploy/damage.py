@@ -42,7 +42,7 @@ def server_disk(trial: Trial) -> Seen:
     filler = fill(fed.run)
     with suppress(Late):
         until("the server ends", lambda: fed.server.code is not None, 60)
-    code, words = fed.server.code, fed.last_words()
+    code, words = fed.server.code, fed.log_tail()
     filler.unlink()
     said = "the command went on"
     if code is not None:

@@ -207,7 +207,7 @@ def outage(trial: Trial, n: int, began: float) -> Seen:
     until("the round or the run ends", lambda: len(fed.rounds()) >= n or fed.server.code is not None, 300)
     words, ended = "waited for, and asked again", fed.server.code is not None
     if ended:
-        words = f"the command ended with code {fed.server.code}: “{fed.last_words()}”; started again"
+        words = f"the command ended with code {fed.server.code}: “{fed.log_tail()}”; started again"
         fed.server.start()
     back = until("all take part again", lambda: next((r["round"] for r in fed.rounds()[n - 1 :] if not r["failed"]), 0))
     gone = [r["round"] for r in fed.rounds()[n - 1 : back] if r["failed"]]

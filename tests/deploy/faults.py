@@ -144,7 +144,7 @@ def end(fed: Federation) -> str:
     """Wait for the end; empty, or why it is not the one that was promised."""
     until("the command ends", lambda: fed.server.code is not None, 10 * ROUND)
     if fed.server.code:
-        return f"the command ended with code {fed.server.code}: {fed.last_words()}"
+        return f"the command ended with code {fed.server.code}: {fed.log_tail()}"
     return "" if (fed.run / "adapter" / "adapter_model.safetensors").exists() else "there is no adapter"
 
 

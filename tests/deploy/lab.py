@@ -172,7 +172,7 @@ class Federation:
         def there() -> dict[str, Any] | None:
             line = next((r for r in self.rounds() if r["round"] == n), None)
             if not line and self.server.code is not None:
-                raise Late(f"the server ended with code {self.server.code} before round {n}: {self.last_words()}")
+                raise Late(f"the server ended with code {self.server.code} before round {n}: {self.log_tail()}")
             return line
 
         found: dict[str, Any] = until(f"round {n}", there, seconds)
@@ -192,7 +192,7 @@ class Federation:
             with suppress(ValueError):
                 yield json.loads(line)
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         lines = [line.strip(" │╭╮╰╯─") for line in self.server.said().splitlines()]
         return " ".join([line for line in lines if line][-3:])
 

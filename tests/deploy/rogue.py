@@ -24,7 +24,7 @@ from fedlora.client.deployment import relay, worker
 from fedlora.client.deployment.health import SERVICE
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Numbers, TaskPiece
 from fedlora.messages.envelope import as_array, read_vector, text
-from fedlora.vectors import name_of
+from fedlora.vectors import content_hash
 
 HUGE = 2 * 2**30  # bytes
 PIECES = HUGE // relay.CHUNK
@@ -39,7 +39,7 @@ class Upload:
 
     def signed(self) -> RecordDict:
         """With the hash that belongs to these numbers, so that no hash gives it away."""
-        head = self.head | {"name": name_of(self.vector, self.head["manifest"])}
+        head = self.head | {"name": content_hash(self.vector, self.head["manifest"])}
         return RecordDict({"head": ConfigRecord({"json": json.dumps(head)}), "array": as_array(self.vector)})
 
 
@@ -90,7 +90,7 @@ def huge(honest: RecordDict, same: bool) -> Iterator[AnswerPiece]:
         yield AnswerPiece(chunk=bytes(relay.CHUNK) if same else os.urandom(relay.CHUNK))
 
 
-def handle(bench: worker.Bench, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+def handle(bench: worker.WarmWorker, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
     """Answer a task: who it is honestly, a round's work as the words say."""
     task, data = next(pieces).task, b"".join(piece.chunk for piece in pieces)
     honest = bench.do(task, data)
@@ -117,7 +117,7 @@ def main() -> None:
     for name in ("socket", "state", "id", "sends"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
-    bench = worker.Bench(worker.Mine(int(options.id), Path(options.state), {}))
+    bench = worker.WarmWorker(worker.ClientIdentity(int(options.id), Path(options.state), {}))
     server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
     words = options.sends.split(",")
     method = grpc.stream_stream_rpc_method_handler(

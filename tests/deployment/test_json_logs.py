@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.deployment.json_logs import about, structured
+from fedlora.deployment.json_logs import log_context, log_json
 from fedlora.errors import ConfigError
 
 log = logging.getLogger("fedlora")
@@ -20,7 +20,7 @@ log = logging.getLogger("fedlora")
 def stream() -> Iterator[StringIO]:
     """Where the logs of a test go."""
     stream = StringIO()
-    close = structured(stream, side="server")
+    close = log_json(stream, side="server")
     yield stream
     close()
 
@@ -52,8 +52,8 @@ def test_a_line_says_when_where_and_what(stream: StringIO) -> None:
 
 
 def test_what_is_logged_within_is_about_its_run_round_and_client(stream: StringIO) -> None:
-    with about(run="a1", round=2):
-        with about(client=7):
+    with log_context(run="a1", round=2):
+        with log_context(client=7):
             log.info("inner")
         log.info("outer", extra={"client": 8, "round": 3, "other": 1})
     log.info("after")
@@ -65,7 +65,7 @@ def test_what_is_logged_within_is_about_its_run_round_and_client(stream: StringI
 
 def test_threads_are_each_about_their_own_client(stream: StringIO) -> None:
     def work(client: int) -> None:
-        with about(client=client):
+        with log_context(client=client):
             log.info("%d", client)
 
     with ThreadPoolExecutor(4) as pool:
@@ -85,7 +85,7 @@ def test_an_exception_is_one_field(stream: StringIO) -> None:
 
 
 def test_people_keep_their_lines_beside_a_file(people: StringIO, tmp_path: Path) -> None:
-    close = structured(tmp_path / "logs" / "server.jsonl")
+    close = log_json(tmp_path / "logs" / "server.jsonl")
     log.warning("to both")
     close()
     assert people.getvalue() == "to both\n"
@@ -99,13 +99,13 @@ def test_lines_for_people_do_not_mix_with_those_of_a_stream(people: StringIO, st
 
 def test_closed_it_leaves_the_logger_as_it_was() -> None:
     before = log.level, log.propagate, list(log.handlers)
-    structured(StringIO())()
+    log_json(StringIO())()
     assert (log.level, log.propagate, list(log.handlers)) == before
 
 
 def test_a_file_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "server.jsonl"
-    close = structured(path)
+    close = log_json(path)
     log.warning("one")
     path.rename(tmp_path / "server.jsonl.1")
     log.warning("two")
@@ -116,4 +116,4 @@ def test_a_file_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/log cannot be written"):
-        structured(tmp_path / "file" / "log")
+        log_json(tmp_path / "file" / "log")

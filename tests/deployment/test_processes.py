@@ -14,7 +14,7 @@ import pytest
 from fedlora.deployment.processes import (
     Process,
     Tail,
-    alone,
+    exclusive,
     free_port,
     is_alive,
     kill_marked,
@@ -65,7 +65,7 @@ def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(600)"
     process = Process("deaf", [sys.executable, "-c", code], tmp_path / "log")
     process.start()
-    until(lambda: process.last_words() == "x")
+    until(lambda: process.log_tail() == "x")
     stop([process], grace=0.3)
     until(lambda: not process.alive)
 
@@ -84,9 +84,9 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_two_are_not_at_work_in_one_folder(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(ConfigError, match="another fedlora is at work in"), alone(tmp_path):
+    with exclusive(tmp_path), pytest.raises(ConfigError, match="another fedlora is at work in"), exclusive(tmp_path):
         pass
-    with alone(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
@@ -94,7 +94,7 @@ def test_marked_processes_are_killed_and_others_are_not(tmp_path: Path) -> None:
     processes = [Process(n, SLEEP, tmp_path / n, {"FEDLORA_TEST_MARK": f"{tmp_path}/{n}"}) for n in ("one", "two")]
     for process in processes:
         process.start()
-        until(lambda process=process: process.last_words() == "here")  # type: ignore[misc]
+        until(lambda process=process: process.log_tail() == "here")  # type: ignore[misc]
     kill_marked("time.sleep", "FEDLORA_TEST_MARK", f"{tmp_path}/one")
     until(lambda: not processes[0].alive)
     assert processes[1].alive

@@ -60,7 +60,7 @@ def test_what_lives_is_left_alone_and_all_are_ended_at_the_end(tmp_path: Path) -
 
 def test_a_reason_to_give_up_ends_all(tmp_path: Path) -> None:
     def give_up(process: Process) -> Restart:
-        raise ConfigError(process.last_words())
+        raise ConfigError(process.log_tail())
 
     stays = Process("stays", STAYS, tmp_path / "stays")
     with pytest.raises(ConfigError, match="here"), Supervisor(give_up) as supervisor:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.errors import WireError
-from fedlora.jobs import Client, Job, Update
 from fedlora.lora import SIDES, LoRA
 from fedlora.messages import codec
-from fedlora.messages.compression import with_feedback
-from fedlora.messages.parts import Parts, Traffic
+from fedlora.messages.compression import compress_with_error_feedback
+from fedlora.messages.parts import Parts, PartTracker
 from fedlora.metrics import Metrics
 from fedlora.sections import Encoding, Training
 from fedlora.server import upload_checks
+from fedlora.strategy import Client, Job, Update
 from fedlora.vectors import unflatten
 from tests.support.adapters import factors
 
@@ -32,12 +32,12 @@ def equal(x: LoRA, y: LoRA) -> bool:
     )
 
 
-def send(job: Job, traffic: Traffic | None = None, dtype: torch.dtype = torch.float32) -> RecordDict:
+def send(job: Job, traffic: PartTracker | None = None, dtype: torch.dtype = torch.float32) -> RecordDict:
     parts = Parts(dtype).of(job)
-    return codec.Packer().job(job, parts, (traffic or Traffic()).send(0, parts))
+    return codec.JobEncoder().job(job, parts, (traffic or PartTracker()).send(0, parts))
 
 
-def receive(order: codec.Order) -> Job:
+def receive(order: codec.IncomingJob) -> Job:
     """The job where all its parts came with it."""
     return order.job({n: unflatten(f.vector, f.manifest) for n, f in order.sent.items()})
 
@@ -76,7 +76,7 @@ def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
     job = Job(factors(1, dtype=dtype), shares="AH")
     update = Update(factors(2, dtype=dtype).only("AH"), 17, 0.1)
     records = codec.pack_update(update, 0)
-    back = upload_checks.read_update(records, job)
+    back = upload_checks.validated_update(records, job)
     assert isinstance(back, Update)
     assert equal(back.lora, update.lora) and (back.examples, back.loss) == (17, 0.1)
     assert len(arrays(records)) == 1
@@ -97,11 +97,11 @@ def test_a_client_comes_back() -> None:
 
 
 def test_what_a_client_lacks_comes_back() -> None:
-    records = codec.pack_lacks(codec.Lacks(("ab", "cd")))
+    records = codec.pack_lacks(codec.MissingParts(("ab", "cd")))
     assert (
-        upload_checks.read_update(records, Job(factors(1)))
+        upload_checks.validated_update(records, Job(factors(1)))
         == upload_checks.read_metrics(records)
-        == codec.Lacks(("ab", "cd"))
+        == codec.MissingParts(("ab", "cd"))
     )
 
 
@@ -110,7 +110,7 @@ def test_only_parts_that_the_client_lacks_travel() -> None:
     old, new = factors(5, 2).only("AB"), factors(6, 3).only("AB")
     first = Job(factors(1), offset=(old,))
     second = Job(LoRA(first.start.A, factors(2).B, first.start.H), offset=(old, new))
-    traffic = Traffic()
+    traffic = PartTracker()
     assert len(codec.read_order(send(first, traffic)).sent) == 4
     before = traffic.down
     records = send(second, traffic)
@@ -128,7 +128,7 @@ def test_a_part_that_is_there_twice_travels_once() -> None:
 
 
 def test_clients_that_lack_the_same_share_one_array() -> None:
-    job, packer = Job(factors(1)), codec.Packer()
+    job, packer = Job(factors(1)), codec.JobEncoder()
     parts = Parts().of(job)
     first, second = (packer.job(job, parts, parts) for _ in range(2))
     assert first["array"] is second["array"]
@@ -204,12 +204,12 @@ def test_a_malformed_job_is_refused_with_what_is_wrong(records: RecordDict, said
 )
 def test_an_update_of_other_shapes_than_the_job_s_is_refused(lora: LoRA, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        upload_checks.read_update(codec.pack_update(Update(lora, 1, 0.0), 0), JOB)
+        upload_checks.validated_update(codec.pack_update(Update(lora, 1, 0.0), 0), JOB)
 
 
 def test_an_update_may_not_share_more_than_was_asked() -> None:
     with pytest.raises(WireError, match=r"H is .* asked for nothing"):
-        upload_checks.read_update(codec.pack_update(Update(factors(1), 1, 0.0), 0), Job(factors(1), shares="AB"))
+        upload_checks.validated_update(codec.pack_update(Update(factors(1), 1, 0.0), 0), Job(factors(1), shares="AB"))
 
 
 @settings(max_examples=300)
@@ -231,17 +231,17 @@ def test_no_byte_can_be_changed_unseen(at: int, byte: int) -> None:
 def test_a_small_update_arrives_as_its_client_reckons_with_it(encoding: Encoding) -> None:
     """In a half or a quarter of the bytes, and bit for bit what `with_feedback` says that the server will have."""
     start, trained = factors(1, dtype=torch.float32), factors(2, dtype=torch.float32)
-    packed, received, _ = with_feedback(start, trained, LoRA(), encoding)
+    packed, received, _ = compress_with_error_feedback(start, trained, LoRA(), encoding)
     records = codec.pack_update(Update(received, 1, 0.5, packed=packed), 0)
-    back = upload_checks.read_update(records, Job(start, upload=encoding))
+    back = upload_checks.validated_update(records, Job(start, upload=encoding))
     assert isinstance(back, Update) and back.packed is not None and back.packed.nbytes == packed.nbytes
     assert all(torch.equal(t, back.lora.side(s)[m]) for s in "ABH" for m, t in received.side(s).items())
 
 
 def test_an_update_in_another_encoding_than_asked_for_is_refused() -> None:
     start = factors(1, dtype=torch.float32)
-    packed, received, _ = with_feedback(start, factors(2, dtype=torch.float32), LoRA(), "int8")
+    packed, received, _ = compress_with_error_feedback(start, factors(2, dtype=torch.float32), LoRA(), "int8")
     records = codec.pack_update(Update(received, 1, 0.5, packed=packed), 0)
     for asked in ("float32", "bfloat16"):
         with pytest.raises(WireError, match="an update is of int8"):
-            upload_checks.read_update(records, Job(start, upload=asked))
+            upload_checks.validated_update(records, Job(start, upload=asked))

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fedlora.jobs import Job, Update
 from fedlora.lora import LoRA
-from fedlora.messages.parts import Parts, Traffic
+from fedlora.messages.parts import Parts, PartTracker
+from fedlora.strategy import Job, Update
 from fedlora.vectors import flatten, unflatten
 from tests.support.adapters import factors
 
@@ -32,7 +32,7 @@ def test_a_manifest_that_does_not_fit_its_vector_is_refused() -> None:
 
 
 def test_what_a_client_holds_does_not_cross_the_wire_again() -> None:
-    parts, traffic, frozen = Parts(), Traffic(), factors(1).only("A")
+    parts, traffic, frozen = Parts(), PartTracker(), factors(1).only("A")
     first = traffic.send(0, parts.of(Job(start=factors(2).only("B").over(frozen))))
     then = traffic.send(0, parts.of(Job(start=factors(3).only("B").over(frozen))))
     assert set(first) == {"A", "B"} and set(then) == {"B"}
@@ -40,13 +40,13 @@ def test_what_a_client_holds_does_not_cross_the_wire_again() -> None:
 
 
 def test_only_new_residuals_cross_the_wire() -> None:
-    parts, traffic, residuals = Parts(), Traffic(), [factors(i).only("AB") for i in (1, 2)]
+    parts, traffic, residuals = Parts(), PartTracker(), [factors(i).only("AB") for i in (1, 2)]
     traffic.send(0, parts.of(Job(start=LoRA(), offset=(residuals[0],))))
     assert set(traffic.send(0, parts.of(Job(start=LoRA(), offset=tuple(residuals))))) == {"offset 1"}
     assert set(traffic.send(1, parts.of(Job(start=LoRA(), offset=tuple(residuals))))) == {"offset 0", "offset 1"}
 
 
 def test_uploads_count_what_is_shared() -> None:
-    traffic = Traffic()
+    traffic = PartTracker()
     traffic.receive(Update(factors(1).only("B"), 1, 0.0))
     assert traffic.up == 4 * sum(b.numel() for b in factors(1).B.values())

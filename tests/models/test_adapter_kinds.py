@@ -60,7 +60,7 @@ def build(folders: dict[str, Path]) -> Maker:
 
 @pytest.fixture
 def bare(folders: dict[str, Path]) -> Callable[[str], Any]:
-    return lambda model: base_model.load(ModelConfig(path=str(folders[model])), FORMS[model], seed=1)[0]
+    return lambda model: base_model.load_base_model(ModelConfig(path=str(folders[model])), FORMS[model], seed=1)[0]
 
 
 @pytest.mark.parametrize(("model", "adapter"), WORN)
@@ -162,9 +162,9 @@ def test_eva_wants_inputs_of_as_many_directions_as_the_rank(build: Maker) -> Non
 def test_a_frozen_side_has_no_gradient(build: Maker, adapter: str, trains: str) -> None:
     worn = build("bert", **ADAPTERS[adapter])
     worn.write(stirred(worn, 1))
-    worn.trains("ABH")
+    worn.set_trainable("ABH")
     worn.loss(batch("bert")).backward()  # a client that failed here leaves its gradients
-    chosen = worn.trains(trains)
+    chosen = worn.set_trainable(trains)
     worn.loss(batch("bert")).backward()
     assert {id(p) for p in worn.net.parameters() if p.grad is not None} == {id(p) for p in chosen}
     assert len(chosen) == sum(len(worn.read().side(side)) for side in trains)
@@ -175,7 +175,7 @@ def test_magnitudes_travel_with_the_head_and_are_no_head(build: Maker) -> None:
     magnitudes = {f"{m}.lora_magnitude_vector": computed(layer).norm(dim=1) for m, layer in clean.adapted.items()}
     assert_close({k: h for k, h in worn.read().H.items() if k in worn.extras}, magnitudes)
     assert set(worn.extras) == set(magnitudes) and set(worn.heads) == set(clean.read().H)
-    assert {id(p) for p in worn.trains("H")} == {id(p) for p in (*worn.heads.values(), *worn.extras.values())}
+    assert {id(p) for p in worn.set_trainable("H")} == {id(p) for p in (*worn.heads.values(), *worn.extras.values())}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -251,12 +251,12 @@ def test_pissa_wants_weights_that_are_not_quantised(bare: Callable[[str], Any]) 
     module = net.get_submodule("model.layers.1.self_attn.v_proj")
     module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"the weight of model.layers.1.self_attn.v_proj is quantised"):
-        wear.wear(net, LoRAConfig(rank=3, init="pissa"), TEXT, [], 1)
+        wear.attach_adapter(net, LoRAConfig(rank=3, init="pissa"), TEXT, [], 1)
 
 
 def test_what_is_new_is_trained_whole_and_not_adapted(bare: Callable[[str], Any]) -> None:
     net = bare("bert")
-    worn = wear.wear(net, LoRAConfig(rank=3, targets=("dense",)), FORMS["bert"], ["bert.pooler.dense"], 1)
+    worn = wear.attach_adapter(net, LoRAConfig(rank=3, targets=("dense",)), FORMS["bert"], ["bert.pooler.dense"], 1)
     assert len(wear.layers(worn)) == 2 * 3 and all("layer" in name for name in wear.layers(worn))
     assert worn.get_submodule("base_model.model.bert.pooler.dense.modules_to_save")
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import ModelError, StrategyError
 from fedlora.lora import LoRA, delta, join
 from fedlora.models import base_model
@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def build(folders: dict[str, Path]) -> Maker:
-    def one(kind: str, form: Form | None = None, **lora: Any) -> Model:
+    def one(kind: str, form: Schema | None = None, **lora: Any) -> Model:
         return Model(ModelConfig(path=str(folders[kind])), LoRAConfig(rank=3, **lora), form or FORMS[kind], seed=1)
 
     return one
@@ -53,9 +53,9 @@ def dense(model: Model, seed: int) -> LoRA:
 def test_it_wears_what_it_is_given(build: Maker, kind: str) -> None:
     model = build(kind)
     given = stirred(model, 1)
-    model.write(given)
-    assert_close(vars(model.read()), vars(given), rtol=0, atol=0)
-    assert bool(model.read().H) == bool(FORMS[kind].labels)
+    model.set_adapter(given)
+    assert_close(vars(model.get_adapter()), vars(given), rtol=0, atol=0)
+    assert bool(model.get_adapter().H) == bool(FORMS[kind].labels)
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -63,14 +63,14 @@ def test_an_offset_is_the_same_in_the_weights_and_beside_them(build: Maker, kind
     """Linear and GPT-2's Conv1D: folded, as a branch of its own, and as a wider adapter."""
     model, start = build(kind), None
     start, parts = stirred(model, 1), (stirred(model, 2, rank=2), stirred(model, 3, rank=4))
-    model.write(join(*parts, start).over(start))
+    model.set_adapter(join(*parts, start).over(start))
     wanted = logits(model, kind)
-    model.write(start, parts)
+    model.set_adapter(start, parts)
     assert_close(logits(model, kind), wanted, rtol=1e-4, atol=1e-5)
-    model.write(start, ())
+    model.set_adapter(start, ())
     assert not torch.allclose(logits(model, kind), wanted, atol=1e-3)
     model.offset.folds = False
-    model.write(start, parts)
+    model.set_adapter(start, parts)
     assert_close(logits(model, kind), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_a_module_computes_the_dense_formula(build: Maker, kind: str, folds: boo
     model.offset.folds = folds
     worn, parts = cored(model, 1, rank=2), (cored(model, 2, rank=4), dense(model, 3), cored(model, 4, rank=1))
     first, *others = model.adapted
-    model.write(worn, parts, {first: 1.5})
+    model.set_adapter(worn, parts, {first: 1.5})
     for m in (first, *others):
         offset = sum(delta(part)[m] for part in parts)
         wanted = pretrained[m] + 5 / 3 * ((1.5 if m == first else 1.0) * delta(worn)[m] + offset)
@@ -93,20 +93,20 @@ def test_a_module_computes_the_dense_formula(build: Maker, kind: str, folds: boo
 def test_a_gain_and_a_core_hold_for_one_write(build: Maker) -> None:
     model = build("bert")
     worn = stirred(model, 1)
-    model.write(worn)
+    model.set_adapter(worn)
     before = logits(model, "bert")
-    model.write(cored(model, 2), (), dict.fromkeys(model.adapted, 2.0))
+    model.set_adapter(cored(model, 2), (), dict.fromkeys(model.adapted, 2.0))
     assert not torch.allclose(logits(model, "bert"), before, atol=1e-3)
-    model.write(worn)
-    assert torch.equal(logits(model, "bert"), before) and not model.read().R
+    model.set_adapter(worn)
+    assert torch.equal(logits(model, "bert"), before) and not model.get_adapter().R
 
 
 def test_a_core_is_trained_and_read(build: Maker) -> None:
     model = build("llama")
     worn = cored(model, 1)
-    model.write(worn)
-    assert_close(vars(model.read()), vars(worn), rtol=0, atol=0)
-    trained = model.trains("R")
+    model.set_adapter(worn)
+    assert_close(vars(model.get_adapter()), vars(worn), rtol=0, atol=0)
+    trained = model.set_trainable("R")
     model.loss(batch("llama")).backward()
     assert len(trained) == len(worn.R) and all(p.grad is not None and p.grad.any() for p in trained)
     assert {id(p) for p in model.net.parameters() if p.grad is not None} == {id(p) for p in trained}
@@ -115,16 +115,16 @@ def test_a_core_is_trained_and_read(build: Maker) -> None:
 def test_wearing_a_core_draws_nothing(build: Maker) -> None:
     model = build("llama")
     before = torch.random.get_rng_state()
-    model.write(cored(model, 1))
+    model.set_adapter(cored(model, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_an_adapter_with_a_dense_side_is_worn_whole(build: Maker) -> None:
     model = build("gpt2")
     worn, side = stirred(model, 1), dense(model, 2)
-    model.write(join(worn, side).over(worn))
+    model.set_adapter(join(worn, side).over(worn))
     wanted = logits(model, "gpt2")
-    model.write(side.over(worn))
+    model.set_adapter(side.over(worn))
     assert_close(logits(model, "gpt2"), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -135,8 +135,8 @@ def test_cores_and_dense_sides_are_delivered_as_factors_of_at_most_full_rank(
     model = build(kind, alpha=5.0)
     trained = dense(model, 2).over(cored(model, 1, rank=7))
     save_peft(model, trained, tmp_path)
-    model.write(trained)
-    bare, *_ = base_model.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
+    model.set_adapter(trained)
+    bare, *_ = base_model.load_base_model(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
     loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
     assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
     layers = model.adapted.values()
@@ -146,9 +146,9 @@ def test_cores_and_dense_sides_are_delivered_as_factors_of_at_most_full_rank(
 
 def test_taking_an_offset_off_leaves_the_pretrained_weights(build: Maker) -> None:
     model = build("gpt2")
-    start, before = model.read(), logits(build("gpt2"), "gpt2")
-    model.write(start, (stirred(model, 2),))
-    model.write(start)
+    start, before = model.get_adapter(), logits(build("gpt2"), "gpt2")
+    model.set_adapter(start, (stirred(model, 2),))
+    model.set_adapter(start)
     assert torch.equal(logits(model, "gpt2"), before)
 
 
@@ -161,8 +161,8 @@ def test_the_delivered_adapter_gives_the_trained_logits(
     model = build(kind, **options)
     trained = stirred(model, 4, rank=7)
     save_peft(model, trained, tmp_path)
-    model.write(trained)
-    bare, *_ = base_model.load(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
+    model.set_adapter(trained)
+    bare, *_ = base_model.load_base_model(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
     loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
     assert_close(plain_logits(loaded, kind), logits(model, kind), rtol=1e-5, atol=1e-5)
 
@@ -187,12 +187,12 @@ def test_ranks_that_differ_by_module_are_delivered(build: Maker, tmp_path: Path)
 @pytest.mark.parametrize("kind", FORMS)
 def test_gradients_reach_the_trained_sides_alone(build: Maker, kind: str) -> None:
     model = build(kind)
-    model.write(stirred(model, 1))
-    chosen = model.trains("BH")
+    model.set_adapter(stirred(model, 1))
+    chosen = model.set_trainable("BH")
     model.loss(batch(kind)).backward()
     graded = {id(p) for p in model.net.parameters() if p.grad is not None}
     assert graded == {id(p) for p in chosen}
-    assert len(chosen) == len(model.read().B) + len(model.read().H)
+    assert len(chosen) == len(model.get_adapter().B) + len(model.get_adapter().H)
 
 
 def test_alpha_and_rank_make_the_scale(build: Maker) -> None:
@@ -212,10 +212,10 @@ def test_the_same_seed_makes_the_same_adapter_and_head(build: Maker) -> None:
 def test_a_half_precision_base_keeps_its_adapter_and_offset_in_float32(folders: dict[str, Path]) -> None:
     config = ModelConfig(path=str(folders["llama"]), dtype="bfloat16")
     model = Model(config, LoRAConfig(rank=3), FORMS["llama"], seed=1)
-    start, small = model.read(), stirred(model, 2)
+    start, small = model.get_adapter(), stirred(model, 2)
     assert {a.dtype for a in start.A.values()} == {torch.float32}
     before = logits(model, "llama")
-    model.write(start, (small,))
+    model.set_adapter(start, (small,))
     weights = [layer.get_base_layer().weight for layer in model.adapted.values()]
     assert not model.offset.folds and {w.dtype for w in weights} == {torch.bfloat16}
     assert not torch.allclose(logits(model, "llama"), before, atol=1e-3)
@@ -253,8 +253,8 @@ def test_matrices_of_the_wrong_shape_are_refused_by_name(build: Maker) -> None:
     good = stirred(model, 1)
     first = next(iter(good.B))
     with pytest.raises(StrategyError, match=f"B of {first}"):
-        model.write(LoRA(good.A, good.B | {first: good.B[first][:-1]}))
+        model.set_adapter(LoRA(good.A, good.B | {first: good.B[first][:-1]}))
     with pytest.raises(StrategyError, match="have different ranks"):
-        model.write(LoRA(good.A, good.B | {first: good.B[first][:, :-1]}))
+        model.set_adapter(LoRA(good.A, good.B | {first: good.B[first][:, :-1]}))
     with pytest.raises(StrategyError, match=f"R of {first}: got .2, 2., with this A the model takes .3, 3."):
-        model.write(LoRA(good.A, good.B, R={first: torch.eye(2)}))
+        model.set_adapter(LoRA(good.A, good.B, R={first: torch.eye(2)}))

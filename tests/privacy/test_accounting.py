@@ -5,7 +5,7 @@ import pytest
 from dp_accounting import dp_event, pld
 
 from fedlora.jobs import Charge
-from fedlora.privacy.accounting import calibrate, epsilon, merged, prv, rdp
+from fedlora.privacy.accounting import calibrate, epsilon, merge_charges, prv, rdp
 
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 CASES = [(1.0, 0.032, 1000, 1e-5), (2.0, 0.1, 200, 1e-4), (0.8, 128 / 60000, 500, 1e-6), (3.0, 0.25, 60, 1e-5)]
@@ -34,7 +34,7 @@ def test_unlike_charges_add_up() -> None:
 def test_a_ledger_of_many_rounds_costs_what_one_long_one_does() -> None:
     """An accountant made anew each round would say the epsilon of the last one alone."""
     rounds = [Charge(1.0, 0.032, 10)] * 100
-    assert merged(rounds) == (Charge(1.0, 0.032, 1000),)
+    assert merge_charges(rounds) == (Charge(1.0, 0.032, 1000),)
     assert epsilon(rounds, 1e-5) == epsilon([Charge(1.0, 0.032, 1000)], 1e-5) > 3 * epsilon(rounds[:1], 1e-5)
 
 

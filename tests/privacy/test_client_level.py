@@ -7,10 +7,11 @@ import torch
 from scipy import stats
 
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Charge, Client, Job
+from fedlora.jobs import Charge
 from fedlora.lora import SIDES, LoRA
 from fedlora.privacy.accounting import epsilon
-from fedlora.privacy.client_level import Central, Clipping
+from fedlora.privacy.client_level import ClientLevelDP, ClippedSum
+from fedlora.strategy import Client, Job
 from tests.support.adapters import factors
 
 START = factors(0, dtype=torch.float32)
@@ -18,9 +19,9 @@ JOB = Job(START)
 CLIENTS = [Client(i, 10, 4) for i in range(400)]
 
 
-def mechanism(**other: float) -> Central:
+def mechanism(**other: float) -> ClientLevelDP:
     settings = {"noise": 1.0, "rate": 0.1, "population": 400, "delta": 1e-4, "clip": 1.0, "seed": 3} | other
-    return Central(**settings)  # type: ignore[arg-type]
+    return ClientLevelDP(**settings)  # type: ignore[arg-type]
 
 
 def moved(length: float, seed: int) -> LoRA:
@@ -39,14 +40,14 @@ def norm(lora: LoRA, less: LoRA = LoRA()) -> float:  # noqa: B008
     return sqrt(sum(squares))
 
 
-def total(clip: float, updates: list[LoRA]) -> Clipping:
-    got = Clipping(clip)
+def total(clip: float, updates: list[LoRA]) -> ClippedSum:
+    got = ClippedSum(clip)
     for update in updates:
         got(JOB, update)
     return got
 
 
-def apart(one: Clipping, other: Clipping) -> float:
+def apart(one: ClippedSum, other: ClippedSum) -> float:
     return sqrt(sum(float((t - other.total.get(k, 0.0)).square().sum()) for k, t in one.total.items()))
 
 
@@ -60,11 +61,11 @@ def test_one_client_moves_the_sum_by_the_clip_and_no_more(clip: float) -> None:
 
 def test_all_that_is_sent_is_clipped_as_one() -> None:
     """Eight matrices clipped apart would move the sum by 2.8 times the clip."""
-    assert apart(total(1.0, [moved(50.0, 1)]), Clipping(1.0)) == pytest.approx(1.0)
+    assert apart(total(1.0, [moved(50.0, 1)]), ClippedSum(1.0)) == pytest.approx(1.0)
 
 
 def test_a_short_update_is_left_as_it_is() -> None:
-    assert apart(total(1.0, [moved(0.3, 1)]), Clipping(1.0)) == pytest.approx(0.3, rel=1e-5)
+    assert apart(total(1.0, [moved(0.3, 1)]), ClippedSum(1.0)) == pytest.approx(0.3, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -85,14 +86,14 @@ def test_the_released_update_is_the_start_moved_by_the_sum_over_the_clients_expe
 
 def test_the_noise_is_normal_with_the_deviation_that_was_paid_for() -> None:
     central = mechanism(noise=2.0)
-    released = central.release(Clipping(0.5), START, 0, ()).update
+    released = central.release(ClippedSum(0.5), START, 0, ()).update
     noise = torch.cat([(released.side(s)[m] - t).flatten() for s in SIDES for m, t in START.side(s).items()]) * 40
     assert stats.kstest(noise.numpy(), "norm", args=(0, 2.0 * 0.5)).pvalue > 0.001
-    assert not torch.equal(released.A["q"], central.release(Clipping(0.5), START, 1, ()).update.A["q"])
+    assert not torch.equal(released.A["q"], central.release(ClippedSum(0.5), START, 1, ()).update.A["q"])
 
 
 def test_a_round_in_which_nobody_was_drawn_is_noise_alone() -> None:
-    assert norm(mechanism().release(Clipping(1.0), START, 0, ()).update, START) > 0
+    assert norm(mechanism().release(ClippedSum(1.0), START, 0, ()).update, START) > 0
 
 
 def test_clients_are_drawn_each_by_itself() -> None:
@@ -103,9 +104,9 @@ def test_clients_are_drawn_each_by_itself() -> None:
 
 
 def test_in_secret_no_two_runs_draw_or_add_the_same() -> None:
-    one, two = (Central(1.0, 0.5, 400, 1e-4, 1.0) for _ in range(2))
+    one, two = (ClientLevelDP(1.0, 0.5, 400, 1e-4, 1.0) for _ in range(2))
     assert one.sample(CLIENTS, 0) != two.sample(CLIENTS, 0)
-    drawn = [c.release(Clipping(1.0), START, 0, ()).update.A["q"] for c in (one, two)]
+    drawn = [c.release(ClippedSum(1.0), START, 0, ()).update.A["q"] for c in (one, two)]
     assert not torch.equal(*drawn)
 
 
@@ -113,7 +114,7 @@ def test_epsilon_is_that_of_all_rounds() -> None:
     central, charges = mechanism(noise=2.0), ()
     for t in range(3):
         charges = central.charge(charges)
-        release = central.release(Clipping(1.0), START, t, charges)
+        release = central.release(ClippedSum(1.0), START, t, charges)
     assert release.charges == (Charge(2.0, 0.1, 3),)
     assert release.epsilon == epsilon([Charge(2.0, 0.1, 3)], 1e-4)
 
@@ -151,6 +152,6 @@ def test_following_a_quantile_is_paid_for_out_of_the_same_noise() -> None:
 
 def test_noise_to_signal_is_what_is_seen() -> None:
     central = mechanism(noise=2.0)
-    noise = norm(central.release(Clipping(1.0), START, 0, ()).update, START)
+    noise = norm(central.release(ClippedSum(1.0), START, 0, ()).update, START)
     numbers = sum(t.numel() for s in SIDES for t in START.side(s).values())
     assert noise == pytest.approx(central.noise_to_signal(numbers), rel=0.15)

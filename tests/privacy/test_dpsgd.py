@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from fedlora.client import training
 from fedlora.data.encoding import Example, Records
 from fedlora.errors import ClientFailed, PrivacyError
-from fedlora.jobs import Job, Privacy
+from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd
@@ -24,10 +24,11 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.preflight import synthetic
 from fedlora.sections import LoRAConfig, ModelConfig, Training
 from fedlora.seeds import seeded
+from fedlora.strategy import Job
 from tests.support.models import FORMS, make
 
 C = 0.05  # about half of the examples' gradients are longer
-EXACT = Privacy(noise=0.0, clip=C, head_share=0.5, rate=1.0, steps=1, delta=1e-5, seeded=True)
+EXACT = PrivacyTerms(noise=0.0, clip=C, head_share=0.5, rate=1.0, steps=1, delta=1e-5, seeded=True)
 NEVER = replace(EXACT, noise=2.0, rate=1e-9)  # nobody is drawn
 PLAIN = Training(optimizer="sgd", lr=1.0, batch_size=16)  # a step is the gradient itself
 LIKELY = 1e-4  # all seeds are fixed
@@ -42,7 +43,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
             folders[kind] = make(kind, tmp_path_factory.mktemp(kind))
         model = Model(ModelConfig(path=str(folders[kind])), LoRAConfig(**({"rank": 8} | lora)), FORMS[kind], seed=1)
         g = torch.Generator().manual_seed(2)
-        model.write(LoRA(B={m: torch.randn(b.shape, generator=g) / 20 for m, b in model.read().B.items()}))
+        model.set_adapter(LoRA(B={m: torch.randn(b.shape, generator=g) / 20 for m, b in model.get_adapter().B.items()}))
         return model
 
     return one
@@ -55,7 +56,7 @@ def model(build: Callable[..., Model]) -> Model:
 
 @pytest.fixture(scope="module")
 def job(model: Model) -> Job:
-    return Job(model.read(), trains="AB", shares="AB", training=PLAIN, privacy=EXACT)
+    return Job(model.get_adapter(), trains="AB", shares="AB", training=PLAIN, privacy=EXACT)
 
 
 def made_up(model: Model, n: int = 10) -> list[Example]:
@@ -85,8 +86,8 @@ def flat(tensors: list[Tensor]) -> Any:
 
 def by_opacus(model: Model, start: LoRA, some: list[Example]) -> list[Tensor]:
     """The same step, by Opacus's own module and optimizer."""
-    model.write(start)
-    parameters = model.trains("AB")
+    model.set_adapter(start)
+    parameters = model.set_trainable("AB")
     before = [p.detach().clone() for p in parameters]
     wrapped: Any = GradSampleModule(model.net.train(), strict=False)
     sgd = torch.optim.SGD(parameters, lr=1.0)
@@ -105,7 +106,7 @@ def test_a_step_without_noise_is_opacuss(build: Callable[..., Model], kind: str)
     for module in model.net.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    some, job = made_up(model), Job(model.read(), trains="AB", training=PLAIN, privacy=EXACT)
+    some, job = made_up(model), Job(model.get_adapter(), trains="AB", training=PLAIN, privacy=EXACT)
     assert_close(step(model, job, alone(some)), by_opacus(model, job.start, some), rtol=1e-4, atol=1e-7)
 
 
@@ -208,7 +209,7 @@ def test_what_is_kept_is_clipped_and_noised_too(model: Model, job: Job) -> None:
 def test_factors_and_head_share_the_clip_by_squares(build: Callable[..., Model]) -> None:
     model = build("bert")
     terms = replace(EXACT, clip=1e-3, head_share=0.25)
-    job = Job(model.read(), training=PLAIN, privacy=terms)
+    job = Job(model.get_adapter(), training=PLAIN, privacy=terms)
     moved = step(model, job, alone(made_up(model, 1)))
     factors = 2 * len(job.start.A)
     assert size(moved[:factors]) == pytest.approx(1e-3 * 0.75**0.5, rel=1e-3)
@@ -227,7 +228,7 @@ def test_the_seeded_mode_repeats_itself_and_the_secret_one_does_not(model: Model
 def test_dropout_is_as_secret_as_the_noise(build: Callable[..., Model]) -> None:
     """To one who knew the masks, a record more would change the gradients of all that come after it."""
     model = build("llama", dropout=0.3)
-    shown = Job(model.read(), trains="AB", training=PLAIN, privacy=EXACT)
+    shown = Job(model.get_adapter(), trains="AB", training=PLAIN, privacy=EXACT)
     hidden, some = replace(shown, privacy=replace(EXACT, seeded=False)), alone(made_up(model))
     before = torch.random.get_rng_state()
     one, other = step(model, hidden, some), step(model, hidden, some)
@@ -245,7 +246,7 @@ def test_a_record_that_is_no_number_is_as_if_it_were_not_there(build: Callable[.
     model = build("vit")
     some = made_up(model, 4)
     broken = some[2] | {"pixel_values": torch.full_like(some[2]["pixel_values"], float("nan"))}
-    job = Job(model.read(), training=PLAIN, privacy=EXACT)
+    job = Job(model.get_adapter(), training=PLAIN, privacy=EXACT)
     got = step(model, job, alone([*some[:2], broken, some[3]]))
     wanted = step(model, job, alone([*some[:2], some[3]]))
     assert_close([4 * t for t in got], [3 * t for t in wanted])
@@ -261,4 +262,4 @@ def test_an_adapter_that_is_no_longer_finite_is_the_clients_failure(model: Model
 
 def test_a_job_without_terms_is_none_of_this(model: Model, job: Job) -> None:
     with pytest.raises(PrivacyError, match="this job has no terms of privacy"):
-        dpsgd.descend(model, {}, replace(job, privacy=None), 0, [])
+        dpsgd.train(model, {}, replace(job, privacy=None), 0, [])

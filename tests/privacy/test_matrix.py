@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedlora.data.encoding import Example
 from fedlora.errors import PrivacyError
-from fedlora.privacy.per_sample_gradients import Hooks, OneByOne, OnePass, PerExample
+from fedlora.privacy.per_sample_gradients import LoopedGradients, OnePassGradients, OpacusGradients, PerExample
 from tests.support.zoo import ROWS, Learner, apart, build, examples, quiet
 
 EXACT = 5e-6  # float32's rounding is up to 3e-6; what is wrong is wrong by tenths
@@ -32,21 +32,21 @@ def animal(request: pytest.FixtureRequest) -> Iterator[Animal]:
     row = ROWS[request.param]
     with quiet():
         learner, some = build(row), examples(row)
-        parameters = learner.trains("ABH")
-        with OneByOne(learner, parameters) as gradients:
+        parameters = learner.set_trainable("ABH")
+        with LoopedGradients(learner, parameters) as gradients:
             wanted = dict(zip(parameters, gradients(some), strict=True))
         yield Animal(learner, some, wanted, row.refused, request.param == "modernbert-cls")
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("sides", ["AB", "B", "A", "ABH"])
-@pytest.mark.parametrize("engine", [OnePass, Hooks])
+@pytest.mark.parametrize("engine", [OnePassGradients, OpacusGradients])
 def test_every_examples_gradient_is_autograds_or_the_module_is_named(
     animal: Animal, engine: type[PerExample], sides: str
 ) -> None:
-    if animal.unbiased and (engine, sides) == (Hooks, "ABH"):
+    if animal.unbiased and (engine, sides) == (OpacusGradients, "ABH"):
         pytest.skip("Opacus 1.6 fails on a layer norm without bias")
-    parameters = animal.learner.trains(sides)
+    parameters = animal.learner.set_trainable(sides)
     if animal.refused:
         with pytest.raises(PrivacyError, match=animal.refused), engine(animal.learner, parameters) as gradients:
             gradients(animal.examples)
@@ -65,8 +65,8 @@ def test_what_is_left_between_them_is_rounding(name: str) -> None:
         learner, some = build(ROWS[name]), examples(ROWS[name])
     learner.net.double()
     some = [{k: t.double() if t.is_floating_point() else t for k, t in e.items()} for e in some]
-    parameters = learner.trains("AB")
-    with OneByOne(learner, parameters) as gradients:
+    parameters = learner.set_trainable("AB")
+    with LoopedGradients(learner, parameters) as gradients:
         wanted = gradients(some)
-    with OnePass(learner, parameters) as gradients:
+    with OnePassGradients(learner, parameters) as gradients:
         assert apart(gradients(some), wanted) < 1e-13

@@ -5,14 +5,14 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.privacy.noise import Source
+from fedlora.privacy.noise import SecureRandom
 
 LIKELY = 1e-4  # the seeds are fixed: a p-value below it is a fault, not bad luck
 MANY = 200_000
 
 
-def numbers(seed: int = 1) -> Source:
-    return Source.seeded(seed)
+def numbers(seed: int = 1) -> SecureRandom:
+    return SecureRandom.seeded(seed)
 
 
 def test_uniform_numbers_are_uniform_and_never_at_an_end() -> None:
@@ -62,7 +62,7 @@ def test_no_number_is_drawn_twice() -> None:
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
     assert torch.equal(numbers(5).normal(100), numbers(5).normal(100))
-    assert numbers(5).chosen(100, 0.3) == numbers(5).chosen(100, 0.3)
+    assert numbers(5).poisson_sample(100, 0.3) == numbers(5).poisson_sample(100, 0.3)
     assert numbers(5).seed() == numbers(5).seed() != numbers(6).seed()
     x, y = numbers(5).normal(MANY), numbers(6).normal(MANY)
     assert abs(float(torch.corrcoef(torch.stack([x, y]))[0, 1])) * MANY**0.5 < 4
@@ -74,16 +74,16 @@ def test_one_stream_goes_on_however_it_is_cut() -> None:
 
 
 def test_a_secret_source_is_never_the_same() -> None:
-    sources = [Source.secret() for _ in range(50)]
+    sources = [SecureRandom.secret() for _ in range(50)]
     assert len({s.seed() for s in sources}) == 50
     assert len(torch.unique(torch.cat([s.normal(100) for s in sources]))) == 5000
 
 
 def test_torchs_seed_changes_nothing() -> None:
     torch.manual_seed(0)
-    one = Source.secret().normal(10)
+    one = SecureRandom.secret().normal(10)
     torch.manual_seed(0)
-    assert not torch.equal(one, Source.secret().normal(10))
+    assert not torch.equal(one, SecureRandom.secret().normal(10))
 
 
 def test_a_sample_is_poisson() -> None:
@@ -91,7 +91,7 @@ def test_a_sample_is_poisson() -> None:
     source, n, rate, draws = numbers(9), 40, 0.3, 5000
     came = np.zeros((draws, n))
     for row in came:
-        row[source.chosen(n, rate)] = 1
+        row[source.poisson_sample(n, rate)] = 1
     sizes = np.bincount(came.sum(1).astype(int), minlength=n + 1)
     expected = draws * stats.binom(n, rate).pmf(np.arange(n + 1))
     some = expected > 5
@@ -103,8 +103,8 @@ def test_a_sample_is_poisson() -> None:
 
 
 def test_a_sample_at_the_ends_is_all_or_next_to_nothing() -> None:
-    assert numbers().chosen(50, 1.0) == list(range(50))
-    assert numbers().chosen(50, 1e-12) == [] == numbers().chosen(0, 0.5)
+    assert numbers().poisson_sample(50, 1.0) == list(range(50))
+    assert numbers().poisson_sample(50, 1e-12) == [] == numbers().poisson_sample(0, 0.5)
 
 
 def test_one_of_several_is_any_of_them_alike() -> None:

@@ -13,7 +13,15 @@ from fedlora.data.encoding import Example
 from fedlora.errors import PrivacyError
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
-from fedlora.privacy.per_sample_gradients import Gradients, Hooks, OneByOne, OnePass, PerExample, add_up, clip
+from fedlora.privacy.per_sample_gradients import (
+    Gradients,
+    LoopedGradients,
+    OnePassGradients,
+    OpacusGradients,
+    PerExample,
+    add_up,
+    clip,
+)
 from fedlora.privacy.preflight import synthetic
 from fedlora.sections import LoRAConfig, ModelConfig
 from fedlora.seeds import seeded
@@ -38,7 +46,7 @@ def build(folders: dict[str, Path]) -> Maker:
         base = ModelConfig(path=str(folders[named]), dtype=dtype, max_length=24)
         model = Model(base, LoRAConfig(**({"rank": 3} | lora)), FORMS[named], seed=1)
         g = torch.Generator().manual_seed(2)
-        model.write(LoRA(B={m: torch.randn(b.shape, generator=g) / 20 for m, b in model.read().B.items()}))
+        model.set_adapter(LoRA(B={m: torch.randn(b.shape, generator=g) / 20 for m, b in model.get_adapter().B.items()}))
         model.net.train()  # without which Opacus's hooks see nothing
         for module in model.net.modules() if "dropout" not in lora else ():
             if isinstance(module, nn.Dropout):
@@ -76,35 +84,37 @@ def trained(model: Model, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
 
 def agree(model: Model, parameters: Sequence[nn.Parameter], *engines: type[PerExample], within: float = EXACT) -> None:
     some = made_up(model)
-    wanted = each(OneByOne, model, parameters, some)
+    wanted = each(LoopedGradients, model, parameters, some)
     assert all(g.any() for g in wanted)
-    for engine in engines or (OnePass, Hooks):
+    for engine in engines or (OnePassGradients, OpacusGradients):
         assert apart(each(engine, model, parameters, some), wanted) < within
 
 
 @pytest.mark.parametrize("sides", ["AB", "B", "A", "ABH"])
 def test_one_pass_and_hooks_find_what_autograd_finds_of_each_example(model: Model, sides: str) -> None:
-    agree(model, model.trains(sides))
+    agree(model, model.set_trainable(sides))
 
 
 def test_a_core_between_the_factors_is_told_apart_too(build: Maker) -> None:
     model, g = build("llama"), torch.Generator().manual_seed(4)
-    model.write(LoRA(R={m: torch.randn(3, 3, generator=g) for m in model.adapted}))
-    agree(model, model.trains("R"))
-    agree(model, model.trains("ABR"), OnePass)  # Opacus takes the core for the layer's output, which preflight refuses
+    model.set_adapter(LoRA(R={m: torch.randn(3, 3, generator=g) for m in model.adapted}))
+    agree(model, model.set_trainable("R"))
+    agree(
+        model, model.set_trainable("ABR"), OnePassGradients
+    )  # Opacus takes the core for the layer's output, which preflight refuses
 
 
 def test_examples_meet_the_same_dropout_as_in_an_ordinary_pass(build: Maker) -> None:
     """The reference is the gradient of one loss of the whole batch, under the same masks."""
     model = build("bert", dropout=0.2)
-    parameters, some = model.trains("ABH"), made_up(model)
+    parameters, some = model.set_trainable("ABH"), made_up(model)
 
     def loss(i: int) -> Tensor:
         torch.manual_seed(7)
         return model.losses(model.encoder.collate(some))[i]
 
     rows = [torch.autograd.grad(loss(i), parameters) for i in range(len(some))]
-    for engine in (OnePass, Hooks):
+    for engine in (OnePassGradients, OpacusGradients):
         torch.manual_seed(7)
         assert apart(each(engine, model, parameters, some), [torch.stack(g) for g in zip(*rows, strict=True)]) < EXACT
 
@@ -113,7 +123,7 @@ def test_a_layer_that_is_used_twice_has_the_sum(build: Maker) -> None:
     model = build("llama")
     layers = model.net.base_model.model.model.layers
     layers[1].self_attn.q_proj = layers[0].self_attn.q_proj
-    agree(model, trained(model, lambda name: "q_proj.lora" in name), OnePass)  # Opacus hooks it twice
+    agree(model, trained(model, lambda name: "q_proj.lora" in name), OnePassGradients)  # Opacus hooks it twice
 
 
 @pytest.mark.parametrize("wanted", ["LayerNorm", "bias", "classifier"])
@@ -128,9 +138,9 @@ def test_layer_norms_biases_and_heads_are_told_apart(build: Maker, wanted: str) 
 
 def test_gradients_of_a_base_in_bf16_are_float32(build: Maker) -> None:
     model = build("llama", dtype="bfloat16")
-    agree(model, model.trains("AB"), within=0.05)  # a batch is rounded otherwise than one example
-    for engine in (OnePass, Hooks, OneByOne):
-        assert {g.dtype for g in each(engine, model, model.trains("AB"), made_up(model))} == {torch.float32}
+    agree(model, model.set_trainable("AB"), within=0.05)  # a batch is rounded otherwise than one example
+    for engine in (OnePassGradients, OpacusGradients, LoopedGradients):
+        assert {g.dtype for g in each(engine, model, model.set_trainable("AB"), made_up(model))} == {torch.float32}
 
 
 def traces(model: Model) -> dict[str, Any]:
@@ -143,10 +153,10 @@ def traces(model: Model) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("engine", [OnePass, Hooks, OneByOne])
+@pytest.mark.parametrize("engine", [OnePassGradients, OpacusGradients, LoopedGradients])
 def test_a_model_is_as_it_was_when_the_block_is_left(build: Maker, engine: type[PerExample]) -> None:
     model = build("bert")
-    parameters, before = model.trains("ABH"), traces(model)
+    parameters, before = model.set_trainable("ABH"), traces(model)
     with engine(model, parameters) as gradients:
         gradients(made_up(model))
         assert all(p.grad is None for p in model.net.parameters())
@@ -154,11 +164,11 @@ def test_a_model_is_as_it_was_when_the_block_is_left(build: Maker, engine: type[
     assert traces(model) == before
 
 
-@pytest.mark.parametrize("engine", [OnePass, Hooks])
+@pytest.mark.parametrize("engine", [OnePassGradients, OpacusGradients])
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_a_model_is_as_it_was_after_an_exception(build: Maker, engine: type[PerExample], when: str) -> None:
     model = build("bert")
-    parameters = model.trains("ABH")
+    parameters = model.set_trainable("ABH")
     layer = model.net.base_model.model.bert.encoder.layer[0]
     kind = layer.register_forward_hook if when == "forward" else layer.output.register_full_backward_pre_hook
     handle = kind(lambda *_: 1 / 0)
@@ -170,10 +180,10 @@ def test_a_model_is_as_it_was_after_an_exception(build: Maker, engine: type[PerE
     agree(model, parameters)
 
 
-@pytest.mark.parametrize("engine", [OnePass, Hooks])
+@pytest.mark.parametrize("engine", [OnePassGradients, OpacusGradients])
 def test_a_model_that_is_refused_is_as_it_was(build: Maker, engine: type[PerExample]) -> None:
     model = build("llama", kind="dora")
-    parameters, before = model.trains("ABH"), traces(model)
+    parameters, before = model.set_trainable("ABH"), traces(model)
     with pytest.raises(PrivacyError, match=r"layers.0.*lora_magnitude_vector.default is a DoraLinearLayer"):
         each(engine, model, parameters, made_up(model))
     assert traces(model) == before
@@ -183,7 +193,7 @@ def test_a_layer_gets_back_the_forward_that_it_had(build: Maker) -> None:
     model = build("llama")
     layer = next(iter(model.adapted.values())).lora_A["default"]
     layer.forward = own = lambda x: nn.Linear.forward(layer, x)
-    each(OnePass, model, model.trains("AB"), made_up(model))
+    each(OnePassGradients, model, model.set_trainable("AB"), made_up(model))
     assert layer.forward is own
 
 
@@ -192,17 +202,17 @@ def test_a_parameter_that_is_used_outside_its_layer_is_refused(build: Maker) -> 
     layer = next(iter(model.adapted.values()))
     handle = layer.register_forward_hook(lambda layer, _, y: y + layer.lora_A["default"].weight.sum())
     with pytest.raises(PrivacyError, match=r"q_proj.lora_A.default.weight is used outside the layer that holds it"):
-        each(OnePass, model, model.trains("AB"), made_up(model))
+        each(OnePassGradients, model, model.set_trainable("AB"), made_up(model))
     assert all(p.grad is None for p in model.net.parameters())
     handle.remove()
 
 
 def test_a_parameter_without_a_gradient_is_refused(build: Maker) -> None:
     model = build("llama")
-    parameters = [*model.trains("AB"), nn.Parameter(torch.zeros(1))]
+    parameters = [*model.set_trainable("AB"), nn.Parameter(torch.zeros(1))]
     model.net.register_parameter("idle", parameters[-1])
     parameters[-1].requires_grad_(False)
-    for engine in (OnePass, Hooks):
+    for engine in (OnePassGradients, OpacusGradients):
         with pytest.raises(PrivacyError, match=r"gradient of single examples.* idle|idle got no gradient"):
             each(engine, model, parameters, made_up(model))
 

@@ -20,24 +20,25 @@ from transformers import (
 )
 
 from fedlora.data.encoding import Example
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Job, Privacy
+from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, per_sample_gradients, preflight
 from fedlora.privacy.dpsgd import STANDARD
-from fedlora.privacy.per_sample_gradients import LAYERS, Hooks, OnePass
+from fedlora.privacy.per_sample_gradients import LAYERS, OnePassGradients, OpacusGradients
 from fedlora.sections import LoRAConfig, ModelConfig
+from fedlora.strategy import Job
 from tests.support.models import FORMS, LABEL, TEXT, make, tokenizer
 from tests.support.zoo import MIXTRAL, OPT, QWEN_MOE, WIDE
 
-TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=1, delta=1e-5)
+TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=1, delta=1e-5)
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook", "ignore:.*sensitivity")
 
 
 def private(model: Model, engine: str = "auto", **job: Any) -> Job:
-    return Job(**({"start": model.read()} | job), privacy=replace(TERMS, engine=engine))
+    return Job(**({"start": model.get_adapter()} | job), privacy=replace(TERMS, engine=engine))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def build(folders: dict[str, Path]) -> Callable[..., Model]:
     return one
 
 
-def worn(net: Any, folder: Path, form: Form, *targets: str) -> Model:
+def worn(net: Any, folder: Path, form: Schema, *targets: str) -> Model:
     """A model of another kind, as anybody would bring it."""
     net.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -78,13 +79,13 @@ def test_a_base_in_bf16_passes_with_what_rounding_takes(build: Callable[..., Mod
 def test_a_model_is_looked_at_once_for_every_way_to_train_it(build: Callable[..., Model]) -> None:
     model, passes = build("llama"), []
     model.net.register_forward_pre_hook(lambda *_: passes.append(1))
-    preflight.once(model, private(model))
+    preflight.check_once(model, private(model))
     first = len(passes)
-    preflight.once(model, private(model))
+    preflight.check_once(model, private(model))
     assert len(passes) == first > 0
     for other in (private(model, trains="B"), private(model, "one")):
         before = len(passes)
-        preflight.once(model, other)
+        preflight.check_once(model, other)
         assert len(passes) > before
 
 
@@ -133,8 +134,8 @@ def test_an_embedding_that_all_examples_share_is_refused(tmp_path: Path) -> None
 
 def test_an_embedding_of_each_example_is_left_to_opacus(tmp_path: Path) -> None:
     model = without("word_embeddings", tmp_path)
-    assert dpsgd.engine(model, model.trains("ABH"), TERMS) is Hooks
-    assert dpsgd.engine(model, model.trains("AB"), TERMS) is OnePass
+    assert dpsgd.engine(model, model.set_trainable("ABH"), TERMS) is OpacusGradients
+    assert dpsgd.engine(model, model.set_trainable("AB"), TERMS) is OnePassGradients
     assert preflight.check(model, private(model)).error < 1e-5
 
 
@@ -183,7 +184,7 @@ def test_a_model_that_mixes_records_is_refused(build: Callable[..., Model], engi
 
 def test_a_core_is_refused_where_opacus_would_take_it_for_the_layers_output(build: Callable[..., Model]) -> None:
     model = build("llama")
-    start = LoRA(model.read().A, model.read().B, R={m: torch.eye(3) for m in model.adapted})
+    start = LoRA(model.get_adapter().A, model.get_adapter().B, R={m: torch.eye(3) for m in model.adapted})
     refused(model, r"lora_A.default: gradients of single records are \d+% off", "hooks", start=start, trains="ABR")
     assert preflight.check(model, private(model, "hooks", start=start, trains="R")).error < 1e-5
     assert preflight.check(model, private(model, start=start, trains="ABR")).error < 1e-5

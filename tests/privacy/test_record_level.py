@@ -7,12 +7,12 @@ import pytest
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import ConfigError, PrivacyError
-from fedlora.jobs import Client
-from fedlora.privacy.client_level import central
-from fedlora.privacy.record_level import terms
+from fedlora.privacy.client_level import client_level_dp
+from fedlora.privacy.record_level import record_level_dp
 from fedlora.run.compose import compose
 from fedlora.run.privacy_report import group
 from fedlora.sections import PrivacyConfig, Training
+from fedlora.strategy import Client
 from tests.support.adapters import fresh
 
 CLIENTS = [Client(0, 400, 4, records=400), Client(1, 100, 4, records=100)]
@@ -26,21 +26,24 @@ def test_privacy_is_off_until_it_is_asked_for() -> None:
 
 
 def test_every_client_has_the_noise_that_its_own_rate_needs() -> None:
-    made = terms(THREE, TRAINING, 10, CLIENTS)
+    made = record_level_dp(THREE, TRAINING, 10, CLIENTS)
     large, small = (made.of(c) for c in CLIENTS)
     assert (large.rate, small.rate) == (0.025, 0.1) and large.noise < small.noise
-    assert all(2.95 < made.ends_at(c) <= 3.0 for c in CLIENTS)
+    assert all(2.95 < made.final_epsilon(c) <= 3.0 for c in CLIENTS)
 
 
 def test_noise_is_for_the_most_rounds_that_a_client_may_join() -> None:
     """Not for an average: of 10 rounds, each client may be drawn in all."""
-    every, some = terms(THREE, TRAINING, 10, CLIENTS), terms(replace(THREE, joins=3), TRAINING, 10, CLIENTS)
+    every, some = (
+        record_level_dp(THREE, TRAINING, 10, CLIENTS),
+        record_level_dp(replace(THREE, joins=3), TRAINING, 10, CLIENTS),
+    )
     assert (every.joins, some.joins) == (10, 3) and some.of(CLIENTS[0]).noise < every.of(CLIENTS[0]).noise
-    assert some.ends_at(CLIENTS[0]) <= 3.0
+    assert some.final_epsilon(CLIENTS[0]) <= 3.0
 
 
 def test_a_rate_can_be_common_and_noise_be_given() -> None:
-    made = terms(PrivacyConfig(noise=2.0, rate=0.05), replace(TRAINING, steps=0, epochs=2.0), 10, CLIENTS)
+    made = record_level_dp(PrivacyConfig(noise=2.0, rate=0.05), replace(TRAINING, steps=0, epochs=2.0), 10, CLIENTS)
     for c in CLIENTS:
         p = made.of(c, known=3)
         assert (p.rate, p.noise, p.steps, p.known) == (0.05, 2.0, 40, 3)  # two epochs at a twentieth a step
@@ -48,9 +51,9 @@ def test_a_rate_can_be_common_and_noise_be_given() -> None:
 
 def test_delta_is_small_against_every_client() -> None:
     """The largest has the most records of which one might be given away."""
-    assert terms(THREE, TRAINING, 10, CLIENTS).config.delta == 1e-5
+    assert record_level_dp(THREE, TRAINING, 10, CLIENTS).config.delta == 1e-5
     many = [*CLIENTS, Client(2, 10**6, 4, records=10**6)]
-    assert terms(THREE, TRAINING, 10, many).config.delta == pytest.approx(1e-7)
+    assert record_level_dp(THREE, TRAINING, 10, many).config.delta == pytest.approx(1e-7)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_delta_is_small_against_every_client() -> None:
 )
 def test_what_is_no_privacy_is_refused(dp: PrivacyConfig, training: Training, clients: list[Client], says: str) -> None:
     with pytest.raises(PrivacyError, match=says):
-        terms(dp, training, 10, clients)
+        record_level_dp(dp, training, 10, clients)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +99,10 @@ def test_a_wrong_setting_is_named(given: dict[str, object], says: str) -> None:
 
 
 def test_clients_are_hidden_by_noise_for_all_rounds() -> None:
-    made = central(replace(THREE, level="client"), 20, 1000, 10, seed=0)
+    made = client_level_dp(replace(THREE, level="client"), 20, 1000, 10, seed=0)
     assert made.rate == 0.02 and made.delta == 1e-5 and made.seed is None
     with pytest.raises(PrivacyError, match=r"dp.delta = 0.01 is not below 1/N = 0.01 of 100 clients"):
-        central(replace(THREE, level="client", delta=0.01), 20, 100, 10, seed=0)
+        client_level_dp(replace(THREE, level="client", delta=0.01), 20, 100, 10, seed=0)
 
 
 @pytest.mark.parametrize("strategy", ["fedex_lora", "flora", "lora_fair", "flexlora", "hetlora", "florist"])

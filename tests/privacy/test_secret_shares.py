@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedlora.errors import FedloraError, SecureError
-from fedlora.privacy.secure_aggregation import Cohort, Member, unmask
+from fedlora.privacy.secure_aggregation import Participant, Roster, unmask
 from tests.privacy.test_secure_aggregation import ROUND, Sealed, add, again, inbox, joined, mask, random, to_masked
 
 
@@ -31,7 +31,7 @@ def test_a_share_that_is_not_the_senders_to_it_is_refused(forge: Callable[[Seale
     )
 
 
-def renamed(member: Member, context: str) -> Member:
+def renamed(member: Participant, context: str) -> Participant:
     """A member that uses its secrets in another round, which no member does: to see that nothing else lets it."""
     return replace(member, context=context)
 
@@ -40,7 +40,7 @@ def test_a_share_of_another_round_is_refused_even_under_the_same_secrets() -> No
     members, cohort = joined(3)
     old: Sealed = {i: again(m).share(cohort) for i, m in members.items()}
     later = {i: renamed(m, "run 7, round 4") for i, m in members.items()}
-    now = Cohort("run 7, round 4", {i: m.keys for i, m in later.items()}, 3)
+    now = Roster("run 7, round 4", {i: m.keys for i, m in later.items()}, 3)
     new: Sealed = {i: m.share(now) for i, m in later.items()}
     with pytest.raises(SecureError, match="shares from 11 are damaged, or of another round"):
         later[10].mask(random(3)[10], {11: old[11][10], 12: new[12][10]})
@@ -48,7 +48,7 @@ def test_a_share_of_another_round_is_refused_even_under_the_same_secrets() -> No
 
 def test_members_who_were_shown_different_rosters_open_none_of_each_others_shares() -> None:
     members, cohort = joined(4)
-    other = replace(cohort, keys=dict(cohort.keys) | {13: Member.join(13, ROUND).keys})
+    other = replace(cohort, keys=dict(cohort.keys) | {13: Participant.join(13, ROUND).keys})
     sealed: Sealed = {10: members[10].share(cohort), 11: members[11].share(other), 12: members[12].share(cohort)}
     with pytest.raises(SecureError, match="shares from 11 are damaged, or of another round, roster"):
         members[10].mask(random(4)[10], inbox(sealed, 10))
@@ -73,8 +73,8 @@ def test_a_malformed_share_is_refused(change: Callable[[Mapping[int, bytes]], di
 
 
 def test_a_damaged_state_is_refused_and_shows_no_secret() -> None:
-    member = Member.join(1, ROUND)
+    member = Participant.join(1, ROUND)
     assert repr(member.own) not in repr(member) and again(member) == member
     for state in (b"", b"[]", b"{}", member.dumps()[:-9], member.dumps().replace(b"own", b"won")):
         with pytest.raises(FedloraError, match=r"state of .* bytes is damaged"):
-            Member.loads(state)
+            Participant.loads(state)

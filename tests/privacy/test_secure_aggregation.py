@@ -12,28 +12,28 @@ from hypothesis import strategies as st
 
 from fedlora.errors import SecureError
 from fedlora.privacy import secure_aggregation
-from fedlora.privacy.secure_aggregation import Cohort, Keys, Member, Ring, unmask
+from fedlora.privacy.secure_aggregation import Keys, Participant, Ring, Roster, unmask
 
 ROUND = "run 7, round 3"
 STEPS = ("joined", "shared", "masked", "revealed")  # the last thing that a member did before it fell silent
 Sealed = dict[int, Mapping[int, bytes]]  # sender -> receiver -> shares
 
 
-def again(member: Member) -> Member:
+def again(member: Participant) -> Participant:
     """The member in a new process."""
-    return Member.loads(member.dumps())
+    return Participant.loads(member.dumps())
 
 
-def joined(n: int, threshold: int = 0, context: str = ROUND) -> tuple[dict[int, Member], Cohort]:
-    members = {i: Member.join(i, context) for i in range(10, 10 + n)}
-    return members, Cohort(context, {i: m.keys for i, m in members.items()}, threshold or max(3, n // 2 + 1))
+def joined(n: int, threshold: int = 0, context: str = ROUND) -> tuple[dict[int, Participant], Roster]:
+    members = {i: Participant.join(i, context) for i in range(10, 10 + n)}
+    return members, Roster(context, {i: m.keys for i, m in members.items()}, threshold or max(3, n // 2 + 1))
 
 
 def inbox(sealed: Sealed, to: int) -> dict[int, bytes]:
     return {sender: shares[to] for sender, shares in sealed.items() if sender != to}
 
 
-def mask(members: dict[int, Member], sealed: Sealed, vectors: Mapping[int, Ring]) -> dict[int, Ring]:
+def mask(members: dict[int, Participant], sealed: Sealed, vectors: Mapping[int, Ring]) -> dict[int, Ring]:
     return {i: members[i].mask(x, inbox(sealed, i)) for i, x in vectors.items()}
 
 
@@ -47,7 +47,7 @@ def random(n: int, size: int = 50) -> dict[int, Ring]:
     return {i: draw.integers(0, 2**32, size, dtype=np.uint32) for i in range(10, 10 + n)}
 
 
-def to_masked(n: int, size: int = 50) -> tuple[dict[int, Member], Cohort, dict[int, Ring], dict[int, Ring]]:
+def to_masked(n: int, size: int = 50) -> tuple[dict[int, Participant], Roster, dict[int, Ring], dict[int, Ring]]:
     """A round in which everybody has sent a masked vector: members, cohort, vectors, masked vectors."""
     members, cohort = joined(n)
     sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
@@ -146,14 +146,16 @@ def test_a_vector_that_comes_too_late_is_still_masked() -> None:
     assert chi_square(bare - vectors[14]) < 400 and (bare != vectors[14]).all()  # and yet not the vector
 
 
-def combine(cohort: Cohort, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> bytes:
+def combine(cohort: Roster, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> bytes:
     some = sorted(revealed)[: cohort.threshold]
     return Shamir.combine([(cohort.places[i], revealed[i][owner]) for i in some], False)
 
 
-def self_mask(cohort: Cohort, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> Ring:
+def self_mask(cohort: Roster, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> Ring:
     seed = combine(cohort, revealed, owner)
-    assert secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].mark  # the server has this seed
+    assert (
+        secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].commitment
+    )  # the server has this seed
     return secure_aggregation._stream(secure_aggregation._derive(seed, "self-mask", ROUND, owner), 1000)
 
 
@@ -195,7 +197,7 @@ def test_a_member_takes_one_step_after_the_other() -> None:
 
 
 def test_a_member_draws_all_its_secrets_anew() -> None:
-    first, second = (vars(Member.join(10, ROUND).keys).values() for _ in range(2))
+    first, second = (vars(Participant.join(10, ROUND).keys).values() for _ in range(2))
     assert not set(first) & set(second)
 
 
@@ -225,7 +227,7 @@ def test_only_whole_numbers_are_masked() -> None:
 
 def test_a_member_looks_for_itself_in_the_roster() -> None:
     members, cohort = joined(4)
-    stranger = Member.join(10, ROUND)
+    stranger = Participant.join(10, ROUND)
     for other in (
         replace(cohort, keys={i: k for i, k in cohort.keys.items() if i != 10}),
         replace(cohort, keys=dict(cohort.keys) | {10: stranger.keys}),

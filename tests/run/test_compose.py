@@ -9,10 +9,9 @@ from torch.testing import assert_close
 
 from fedlora.config import build
 from fedlora.errors import StrategyError
-from fedlora.jobs import Client
 from fedlora.lora import LoRA, delta
-from fedlora.run.compose import accepts, compose
-from fedlora.strategy import load
+from fedlora.run.compose import check_kind_and_ranks, compose
+from fedlora.strategy import Client, load
 from tests.support.adapters import factors, fresh
 
 
@@ -61,13 +60,13 @@ def test_clients_of_low_rank_cannot_start_from_a_piece_of_a_product() -> None:
 @pytest.mark.parametrize("kind", ["dora", "vera"])
 def test_products_have_no_meaning_for_dora_and_vera(name: str, kind: str) -> None:
     with pytest.raises(StrategyError, match=rf"cannot train lora.kind = {kind}: .* it works with .*fedavg"):
-        accepts(load(name), kind)
+        check_kind_and_ranks(load(name), kind)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "ffa_lora", "fedsa_lora", "rolora"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
 def test_means_of_sides_take_every_kind(name: str, kind: str) -> None:
-    accepts(load(name), kind)
+    check_kind_and_ranks(load(name), kind)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "ffa_lora", "fedsa_lora", "fedex_lora", "rolora", "lora_fair"])
@@ -75,12 +74,12 @@ def test_mixed_ranks_are_refused_with_those_that_take_them(name: str) -> None:
     with pytest.raises(
         StrategyError, match=r"clients of one rank, and lora.ranks gives 2 to 8; .*flexlora.*flora.*hetlora"
     ):
-        accepts(load(name), "lora", (8, 2, 4))
+        check_kind_and_ranks(load(name), "lora", (8, 2, 4))
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "fslora", "florist"])
 def test_these_take_mixed_ranks(name: str) -> None:
-    accepts(load(name), "lora", (8, 2, 4))
+    check_kind_and_ranks(load(name), "lora", (8, 2, 4))
 
 
 def test_an_optimizer_over_rounds_is_refused_where_every_round_starts_anew() -> None:

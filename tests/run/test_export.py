@@ -29,11 +29,11 @@ from fedlora.lora import LoRA, delta
 from fedlora.models import base_model
 from fedlora.models.peft_files import load_peft
 from fedlora.run.compose import compose
-from fedlora.run.directory import RunFolder
-from fedlora.run.export import EXAMPLES, Draft, Probe, export, verify
-from fedlora.run.setup import Setup, prepare
+from fedlora.run.directory import RunDirectory
+from fedlora.run.export import EXAMPLES, Probe, Unverified, export, verify
+from fedlora.run.setup import RunSetup, prepare
 from fedlora.storage import checkpoint
-from fedlora.storage.client_state import Store
+from fedlora.storage.client_state import ClientState
 from tests.support.models import make
 
 Run = Callable[[str], Path]
@@ -81,19 +81,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return one
 
 
-def opened(path: Path) -> tuple[Setup, Any, Any]:
+def opened(path: Path) -> tuple[RunSetup, Any, Any]:
     """The run as it stands: its pieces, its strategy, and the state after its last round."""
-    setup = prepare(configuration.build(RunFolder(path).config()))
+    setup = prepare(configuration.build(RunDirectory(path).config()))
     strategy = compose(setup.config, setup.start, setup.ranks)
     last: Any = checkpoint.latest(path / "checkpoint")
     return setup, strategy, last.state
 
 
-def delivered(path: Path) -> tuple[Setup, LoRA]:
+def delivered(path: Path) -> tuple[RunSetup, LoRA]:
     """The run's pieces, its model wearing what the strategy delivers, and that."""
     setup, strategy, state = opened(path)
     lora = strategy.adapter(state)
-    setup.model.write(lora)
+    setup.model.set_adapter(lora)
     return setup, lora
 
 
@@ -105,9 +105,9 @@ def logits(net: Any) -> torch.Tensor:
     return scores
 
 
-def stranger(setup: Setup, adapter: Path) -> torch.Tensor:
+def stranger(setup: RunSetup, adapter: Path) -> torch.Tensor:
     """The logits of a clean base with this adapter, as PEFT loads it."""
-    bare, *_ = base_model.load(setup.config.model, setup.model.form, seed=99)
+    bare, *_ = base_model.load_base_model(setup.config.model, setup.model.form, seed=99)
     loaded: Any = PeftModel
     return logits(loaded.from_pretrained(bare, str(adapter)))
 
@@ -132,7 +132,7 @@ def test_a_stranger_gets_the_runs_logits(run: Run, words: str, form: str, tmp_pa
     setup, _ = delivered(path)
     wanted = logits(setup.model.net)
     alike(stranger(setup, out) if form == "adapter" else logits(whole(out)), wanted)
-    bare, *_ = base_model.load(setup.config.model, setup.model.form, seed=99)
+    bare, *_ = base_model.load_base_model(setup.config.model, setup.model.form, seed=99)
     assert not torch.allclose(logits(bare), wanted, atol=1e-3)
 
 
@@ -142,7 +142,7 @@ def test_the_command_leaves_a_model_that_is_of_transformers_alone(run: Run, tmp_
     done = CliRunner().invoke(app, ["export", str(path), "--as", "merged", "--out", str(out)])
     assert f'load it: transformers.BertForSequenceClassification.from_pretrained("{out}")' in done.stdout
     setup, net = opened(path)[0], whole(out)
-    bare, processor, _ = base_model.load(setup.config.model, setup.model.form, seed=99)
+    bare, processor, _ = base_model.load_base_model(setup.config.model, setup.model.form, seed=99)
     assert net.state_dict().keys() == bare.state_dict().keys() and not list(out.glob("adapter*"))
     assert net.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
     assert AutoTokenizer.from_pretrained(out)("w3 w4") == processor("w3 w4")
@@ -168,7 +168,7 @@ def test_every_client_gets_its_own_model(run: Run, words: str, tmp_path: Path, c
     setup, strategy, state = opened(path)
     found = []
     for i, site in enumerate(setup.sites):
-        kept = Store(path / "checkpoint" / "clients" / str(i)).before(2)
+        kept = ClientState(path / "checkpoint" / "clients" / str(i)).before(2)
         job = strategy.client_init(state, site.client(i, setup.ranks[i]))
         training.evaluate(setup.model, job, setup.evaluation, kept)
         alike(got := stranger(setup, tmp_path / "out" / f"client-{i}"), logits(setup.model.net))
@@ -196,7 +196,7 @@ def test_a_cut_adapter_is_off_by_what_eckart_and_young_say(run: Run, rank: int, 
     cut, probe = load_peft(setup.model, tmp_path / "out"), probe_of(setup)
     assert {a.shape[0] for a in cut.A.values()} == {rank}
     before = probe.logits(setup.model.net)
-    setup.model.write(cut)
+    setup.model.set_adapter(cut)
     assert moved == pytest.approx(float((probe.logits(setup.model.net) - before).abs().max()), rel=0.01, abs=1e-6)
 
 
@@ -209,7 +209,7 @@ def test_no_modules_rank_is_above_its_smaller_dimension(run: Run, tmp_path: Path
         assert {t.shape[0] for name, t in tensors.items() if part in name} == {most}
 
 
-def probe_of(setup: Setup) -> Probe:
+def probe_of(setup: RunSetup) -> Probe:
     batch = setup.model.encoder.collate(setup.evaluation[:EXAMPLES])
     return Probe(setup.config.model, setup.model.form, setup.model.device, batch)
 
@@ -221,7 +221,7 @@ def test_an_export_that_is_not_the_model_is_refused(run: Run, kind: str, part: s
     export(path, "adapter", out=out)
     setup, _ = delivered(path)
     probe = probe_of(setup)
-    draft = Draft(out, probe.logits(setup.model.net), ())
+    draft = Unverified(out, probe.logits(setup.model.net), ())
     assert verify(probe, draft, "adapter") < 1e-5
     tensors = load_file(out / "adapter_model.safetensors")
     name = next(name for name in tensors if part in name)

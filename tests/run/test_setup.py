@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedlora import config
-from fedlora.client.policy import insists
-from fedlora.config import check_mine
+from fedlora.client.policy import client_policy
+from fedlora.config import check_client_settings
 from fedlora.errors import ClientFailed, ConfigError
-from fedlora.run.setup import Setup, for_client, for_server, prepare, told
+from fedlora.run.setup import RunSetup, for_client, for_server, prepare, settings_for_clients
 from tests.support.models import make
 
 SETTINGS = {"cohort": 2, "lora.rank": 4, "lora.ranks": "2,4,3", "strategy": "flora", "model.max_length": 16}
@@ -37,16 +37,16 @@ def settings(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Setup:
+def whole(folder: Path) -> RunSetup:
     return prepare(config.build(settings(folder), {"data.path": str(folder / "site_*.jsonl")}))
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Setup:
+def server(folder: Path) -> RunSetup:
     return for_server(config.build(settings(folder), {"clients": 3}), 3)
 
 
-def test_the_server_has_the_simulations_start_labels_and_evaluation(server: Setup, whole: Setup) -> None:
+def test_the_server_has_the_simulations_start_labels_and_evaluation(server: RunSetup, whole: RunSetup) -> None:
     assert server.config.data.labels == whole.config.data.labels and server.ranks == whole.ranks
     assert list(server.evaluation_rows) == list(whole.evaluation_rows) and server.sites == ()
     for side in "ABH":
@@ -54,9 +54,11 @@ def test_the_server_has_the_simulations_start_labels_and_evaluation(server: Setu
 
 
 @pytest.mark.parametrize("i", [0, 1, 2])
-def test_a_client_has_the_simulations_examples_and_rank(i: int, folder: Path, server: Setup, whole: Setup) -> None:
+def test_a_client_has_the_simulations_examples_and_rank(
+    i: int, folder: Path, server: RunSetup, whole: RunSetup
+) -> None:
     mine = {"data.path": str(folder / f"site_{i}.jsonl"), "model.path": str(folder / "model")}
-    party = for_client(told(server.config), mine, i)
+    party = for_client(settings_for_clients(server.config), mine, i)
     assert party.rank == whole.ranks[i] and party.model.fingerprint == server.model.fingerprint
     assert list(party.site.train_rows) == list(whole.sites[i].train_rows)
     assert list(party.site.heldout_rows) == list(whole.sites[i].heldout_rows)
@@ -65,34 +67,38 @@ def test_a_client_has_the_simulations_examples_and_rank(i: int, folder: Path, se
     )
 
 
-def test_clients_are_not_told_where_the_server_has_its_files(server: Setup, folder: Path) -> None:
-    assert str(folder) not in json.dumps(told(server.config))
+def test_clients_are_not_told_where_the_server_has_its_files(server: RunSetup, folder: Path) -> None:
+    assert str(folder) not in json.dumps(settings_for_clients(server.config))
     with pytest.raises(ConfigError, match="in a folder of its own, model; give --model"):
-        for_client(told(server.config), {"data.path": str(folder / "site_0.jsonl")}, 0)
+        for_client(settings_for_clients(server.config), {"data.path": str(folder / "site_0.jsonl")}, 0)
 
 
-def test_a_server_cannot_name_files_of_a_clients(server: Setup, folder: Path) -> None:
+def test_a_server_cannot_name_files_of_a_clients(server: RunSetup, folder: Path) -> None:
     """A server that is not ours may tell anything: the client reads its own data, or its share of the embedded ones."""
-    evil = told(server.config) | {"data.path": str(folder / "site_1.jsonl"), "model.task": "lm", "data.labels": ""}
+    evil = settings_for_clients(server.config) | {
+        "data.path": str(folder / "site_1.jsonl"),
+        "model.task": "lm",
+        "data.labels": "",
+    }
     party = for_client(evil | {"dp.ledger": "/", "model.path": ""}, {}, 0)
     assert "package" in party.site.train_rows[0]
 
 
-def test_an_embedded_client_beyond_the_shares_is_told_so(server: Setup) -> None:
+def test_an_embedded_client_beyond_the_shares_is_told_so(server: RunSetup) -> None:
     with pytest.raises(ClientFailed, match="client 7 has no share of the embedded data of 3 clients"):
-        for_client(told(server.config) | {"model.path": ""}, {}, 7)
+        for_client(settings_for_clients(server.config) | {"model.path": ""}, {}, 7)
 
 
 def test_only_what_is_its_own_is_a_clients_to_set() -> None:
-    assert check_mine({"data.path": "x.jsonl", "threads": 2, "dp.budget": 3}).dp.budget == 3
+    assert check_client_settings({"data.path": "x.jsonl", "threads": 2, "dp.budget": 3}).dp.budget == 3
     with pytest.raises(ConfigError, match=r"train.lr is the server's to set; a client's own are data.\*"):
-        check_mine({"train.lr": 1})
+        check_client_settings({"train.lr": 1})
 
 
 def test_what_a_client_insists_on_is_its_own_settings_and_its_ledgers_outlive_runs(tmp_path: Path) -> None:
-    own = insists({"dp.epsilon": 3.0, "client.egress": "A *"}, tmp_path)
+    own = client_policy({"dp.epsilon": 3.0, "client.egress": "A *"}, tmp_path)
     assert own.private and own.budget == 3.0 and own.egress == ("A *",) and own.ledgers == tmp_path
-    assert not own.seeded and not insists({}, tmp_path).private
+    assert not own.seeded and not client_policy({}, tmp_path).private
 
 
 def test_a_server_without_data_must_know_the_classes(folder: Path) -> None:

@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from fedlora.errors import Failure, FailureKind
-from fedlora.jobs import Job, Update
 from fedlora.lora import LoRA, average
-from fedlora.server.aggregation import Sum, gather
+from fedlora.server.aggregation import WeightedSum, collect
+from fedlora.strategy import Job, Update
 from tests.support.adapters import factors, fresh
 
 
@@ -26,7 +26,7 @@ def weigh(update: Update) -> float:
 
 @given(n=st.integers(1, 12), seed=st.integers(0, 99))
 def test_the_sum_is_the_same_to_the_last_bit_whoever_comes_first(n: int, seed: int) -> None:
-    there, back = Sum(), Sum()
+    there, back = WeightedSum(), WeightedSum()
     items = list(updates(n).values())
     for u in items:
         there.add(u.lora, weigh(u))
@@ -40,7 +40,7 @@ def test_the_sum_is_the_same_to_the_last_bit_whoever_comes_first(n: int, seed: i
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_mean_is_the_average_in_float32_or_wider(dtype: torch.dtype) -> None:
-    total, some = Sum(), updates(5, dtype)
+    total, some = WeightedSum(), updates(5, dtype)
     for u in some.values():
         total.add(u.lora, weigh(u))
     want = average([u.lora for u in some.values()], [weigh(u) for u in some.values()])
@@ -50,7 +50,7 @@ def test_the_mean_is_the_average_in_float32_or_wider(dtype: torch.dtype) -> None
 
 @given(ranks=st.lists(st.integers(1, 6), min_size=1, max_size=6))
 def test_ranks_that_differ_are_summed_as_if_zeros_stood_beside(ranks: list[int]) -> None:
-    total = Sum()
+    total = WeightedSum()
     for i, r in enumerate(ranks):
         total.add(factors(i, r), 1.0)
     want = sum(pad(factors(i, r).A["q"], (0, 0, 0, max(ranks) - r)) for i, r in enumerate(ranks)) / len(ranks)
@@ -61,7 +61,7 @@ def test_ranks_that_differ_are_summed_as_if_zeros_stood_beside(ranks: list[int])
 def test_with_sums_no_update_is_held() -> None:
     jobs = {i: Job(fresh()) for i in range(3)}
     some = updates(3)
-    got = gather(jobs, some.items(), weigh, sums=True, keep=False)
+    got = collect(jobs, some.items(), weigh, sums=True, keep=False)
     assert len(got.updates) == 1 and got.weights == [6.0] and not got.each
     assert got.loss == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
 
@@ -69,13 +69,13 @@ def test_with_sums_no_update_is_held() -> None:
 def test_without_sums_updates_come_in_the_order_of_the_jobs() -> None:
     jobs = {i: Job(fresh()) for i in (0, 1, 2)}
     some = updates(3)
-    got = gather(jobs, [(i, some[i]) for i in (2, 0, 1)], weigh, sums=False, keep=False)
+    got = collect(jobs, [(i, some[i]) for i in (2, 0, 1)], weigh, sums=False, keep=False)
     assert [u is some[i].lora for i, u in enumerate(got.updates)] == [True] * 3 and got.weights == [1.0, 2.0, 3.0]
 
 
 def test_who_failed_and_who_is_missing_are_named() -> None:
     jobs = {i: Job(fresh()) for i in range(3)}
-    got = gather(jobs, [(0, Failure("no power")), (2, updates(3)[2])], weigh, sums=True, keep=True)
+    got = collect(jobs, [(0, Failure("no power")), (2, updates(3)[2])], weigh, sums=True, keep=True)
     assert got.failed == {0: Failure("no power"), 1: Failure("no answer", FailureKind.LATE)}
     assert got.answered == 1 and list(got.each) == [2]
 
@@ -87,7 +87,7 @@ def test_a_sketch_is_put_back_where_it_was_cut_out() -> None:
         {m: torch.ones(2, a.shape[1]) for m, a in start.A.items()},
         {m: torch.ones(b.shape[0], 2) for m, b in start.B.items()},
     )
-    got = gather({0: job}, [(0, Update(back, 1, 0.0))], weigh, sums=False, keep=False).updates[0]
+    got = collect({0: job}, [(0, Update(back, 1, 0.0))], weigh, sums=False, keep=False).updates[0]
     for m, a in start.A.items():
         assert torch.equal(got.A[m][[1, 3]], torch.ones(2, a.shape[1])) and torch.equal(
             got.A[m][[0, 2]], a[[0, 2]].float()

@@ -16,10 +16,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.client.part_cache import PartStore
 from fedlora.errors import Failure, FailureKind, RoundFailed
-from fedlora.jobs import Client, Job, Update
 from fedlora.messages import codec
-from fedlora.server.fleet import FlowerFleet, Rules
+from fedlora.server.fleet import FleetRules, FlowerFleet
 from fedlora.server.replies import KIND_OF_CODE, read_error
+from fedlora.strategy import Client, Job, Update
 from tests.support.adapters import factors
 
 
@@ -69,7 +69,7 @@ def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | N
         order = codec.read_order(message.content)
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
-            return Message(codec.pack_lacks(codec.Lacks(lacks)), reply_to=message)
+            return Message(codec.pack_lacks(codec.MissingParts(lacks)), reply_to=message)
         return Message(codec.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
 
     return app
@@ -82,7 +82,7 @@ def jobs(n: int) -> dict[int, Job]:
 def test_an_answer_is_handed_over_when_it_comes(tmp_path: Path) -> None:
     told: list[int] = []
     slow = echo(tmp_path, lambda i: time.sleep(0.3 if i == 2 else 0))
-    fleet = FlowerFleet(Threads(slow, slow, slow), Rules(3), told.append)
+    fleet = FlowerFleet(Threads(slow, slow, slow), FleetRules(3), told.append)
     assert [c.id for c in fleet.clients()] == [0, 1, 2]
     answered = [i for i, _ in fleet.train(jobs(3))]
     assert answered == told and sorted(told) == [0, 1, 2] and told[-1] == 2
@@ -90,7 +90,7 @@ def test_an_answer_is_handed_over_when_it_comes(tmp_path: Path) -> None:
 
 def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
     slow = echo(tmp_path, lambda i: time.sleep(1.5 if i == 0 else 0))
-    fleet = FlowerFleet(Threads(slow, slow), Rules(2, deadline=0.5))
+    fleet = FlowerFleet(Threads(slow, slow), FleetRules(2, deadline=0.5))
     fleet.clients()
     answers = dict(fleet.train(jobs(2)))
     assert answers[0] == Failure("no answer after 0.5 s", FailureKind.LATE) and isinstance(answers[1], Update)
@@ -107,7 +107,7 @@ class Hanging(Threads):
 
 
 def test_an_upload_that_hangs_keeps_nobody_else_waiting(tmp_path: Path) -> None:
-    fleet, began = FlowerFleet(Hanging(*[echo(tmp_path)] * 3), Rules(3, deadline=4)), time.monotonic()
+    fleet, began = FlowerFleet(Hanging(*[echo(tmp_path)] * 3), FleetRules(3, deadline=4)), time.monotonic()
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
     assert answers[0] == Failure("no answer after 4 s", FailureKind.LATE)
@@ -135,7 +135,7 @@ class Outage(Threads):
 def test_clients_without_whom_a_round_fails_are_waited_for_and_asked_again(tmp_path: Path) -> None:
     told = list[int]()
     grid = Outage(*[echo(tmp_path)] * 3, lasts=6)
-    fleet = FlowerFleet(grid, Rules(3, needed=1.0), waiting=lambda who: told.append(len(who)))
+    fleet = FlowerFleet(grid, FleetRules(3, needed=1.0), waiting=lambda who: told.append(len(who)))
     fleet.clients()
     assert all(isinstance(answer, Update) for answer in dict(fleet.train(jobs(3))).values())
     assert grid.looks > 6 and 3 in told
@@ -150,7 +150,7 @@ def test_flowers_own_errors_have_the_codes_that_are_known_here() -> None:
 
 
 def test_a_client_that_a_round_can_do_without_is_not_waited_for(tmp_path: Path) -> None:
-    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=1, loses=True), Rules(3, needed=0.5))
+    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=1, loses=True), FleetRules(3, needed=0.5))
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
     assert answers[0] == Failure("offline: its node is not there", FailureKind.OFFLINE)
@@ -161,7 +161,7 @@ def test_once_enough_are_back_the_others_have_a_moment_more(tmp_path: Path, monk
     monkeypatch.setattr("fedlora.server.fleet.GRACE", 0.5)
     told = list[list[int]]()
     grid = Outage(*[echo(tmp_path)] * 3, lasts=4, loses=True)
-    fleet = FlowerFleet(grid, Rules(3, needed=0.5), waiting=lambda who: told.append(sorted(who)))
+    fleet = FlowerFleet(grid, FleetRules(3, needed=0.5), waiting=lambda who: told.append(sorted(who)))
     fleet.clients()
     answers = dict(fleet.train(jobs(3)))
     assert [0, 1, 2] in told and [0] in told
@@ -170,7 +170,7 @@ def test_once_enough_are_back_the_others_have_a_moment_more(tmp_path: Path, monk
 
 
 def test_a_deadline_ends_the_wait_for_clients_that_stay_away(tmp_path: Path) -> None:
-    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=10**9), Rules(3, needed=0.5, deadline=0.5))
+    fleet = FlowerFleet(Outage(*[echo(tmp_path)] * 3, lasts=10**9), FleetRules(3, needed=0.5, deadline=0.5))
     fleet.clients()
     gone = Failure("offline: its node is not there", FailureKind.OFFLINE)
     assert dict(fleet.train(jobs(3))) == dict.fromkeys(range(3), gone)
@@ -178,7 +178,7 @@ def test_a_deadline_ends_the_wait_for_clients_that_stay_away(tmp_path: Path) -> 
 
 def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
     stop, slow = Event(), echo(tmp_path, lambda _: time.sleep(2))
-    fleet = FlowerFleet(Threads(slow), Rules(1), stop=stop)
+    fleet = FlowerFleet(Threads(slow), FleetRules(1), stop=stop)
     fleet.clients()
     ThreadPoolExecutor().submit(lambda: (time.sleep(0.3), stop.set()))
     began = time.monotonic()
@@ -189,9 +189,9 @@ def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
 
 def test_too_few_who_can_say_who_they_are_end_the_run_with_their_reason(tmp_path: Path) -> None:
     with pytest.raises(RoundFailed, match="1 of 2 clients cannot say who they are: ValueError: No query function"):
-        FlowerFleet(Threads(ClientApp(), echo(tmp_path)), Rules(2)).clients()
+        FlowerFleet(Threads(ClientApp(), echo(tmp_path)), FleetRules(2)).clients()
     with pytest.raises(RoundFailed, match="two nodes have partition-id 7"):
-        FlowerFleet(Threads(echo(tmp_path, say=7), echo(tmp_path, say=7)), Rules(2)).clients()
+        FlowerFleet(Threads(echo(tmp_path, say=7), echo(tmp_path, say=7)), FleetRules(2)).clients()
 
 
 def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         asked.append(len(codec.read_order(message.content).sent))
-        return Message(codec.pack_lacks(codec.Lacks(("x",))), reply_to=message)
+        return Message(codec.pack_lacks(codec.MissingParts(("x",))), reply_to=message)
 
-    fleet = FlowerFleet(Threads(app), Rules(1))
+    fleet = FlowerFleet(Threads(app), FleetRules(1))
     fleet.clients()
     dict(fleet.train(jobs(1)))
     lacking = Failure("it still lacks 1 parts of a job that was sent in full", FailureKind.REFUSED)
@@ -253,7 +253,7 @@ class Poisoned(Threads):
 def test_an_answer_that_is_poisoned_or_anothers_is_its_clients_failure_alone(
     how: str, said: str, tmp_path: Path
 ) -> None:
-    fleet = FlowerFleet(Poisoned(how, echo(tmp_path), echo(tmp_path), echo(tmp_path)), Rules(3))
+    fleet = FlowerFleet(Poisoned(how, echo(tmp_path), echo(tmp_path), echo(tmp_path)), FleetRules(3))
     fleet.clients()
     answers = dict(fleet.train(dict(sorted(jobs(3).items()))))
     assert isinstance(answers[0], Failure) and answers[0].kind == FailureKind.REFUSED

@@ -12,13 +12,12 @@ from flwr.serverapp import Grid, strategy
 from torch.testing import assert_close
 
 from fedlora.errors import StrategyError
-from fedlora.jobs import Client
 from fedlora.lora import LoRA, average
-from fedlora.server.flower_strategy import OFFERED, REFUSED, Flower, State, arrays, load, reply
+from fedlora.server.flower_strategy import OFFERED, REFUSED, FlowerStrategy, State, arrays, load, reply
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategy import title
+from fedlora.strategy import Client, title
 from fedlora.vectors import flatten
 from tests.support.adapters import factors, fresh
 
@@ -39,7 +38,7 @@ def updates(round: int) -> list[LoRA]:
     return [factors(10 * round + i) for i in range(7)]
 
 
-def run(flower: Flower, rounds: int, start: LoRA | None = None) -> State:
+def run(flower: FlowerStrategy, rounds: int, start: LoRA | None = None) -> State:
     state = flower.init(start or fresh())
     for t in range(rounds):
         state = flower.aggregate(state, updates(t), WEIGHTS)
@@ -55,11 +54,11 @@ def same(x: Any, y: Any) -> bool:
 
 
 @pytest.fixture(params=OFFERED)
-def flower(request: pytest.FixtureRequest) -> Flower:
+def flower(request: pytest.FixtureRequest) -> FlowerStrategy:
     return load(request.param, OPTIONS.get(request.param, {}))
 
 
-def kept_alive(flower: Flower, rounds: int) -> torch.Tensor:
+def kept_alive(flower: FlowerStrategy, rounds: int) -> torch.Tensor:
     """The vector that one object of Flower's comes to, driven as Flower drives it but for the network."""
     own = OFFERED[flower.name](fraction_train=0.0, **cast(dict[str, Any], dict(flower.options)))
     record = arrays(flatten(fresh(), torch.float64).vector)
@@ -72,7 +71,7 @@ def kept_alive(flower: Flower, rounds: int) -> torch.Tensor:
     return torch.tensor(record["x"].numpy())
 
 
-def test_three_rounds_are_those_of_flowers_own_object_kept_alive(flower: Flower) -> None:
+def test_three_rounds_are_those_of_flowers_own_object_kept_alive(flower: FlowerStrategy) -> None:
     got = flatten(flower.adapter(run(flower, 3)), torch.float64).vector
     assert_close(got, kept_alive(flower, 3))
 
@@ -82,7 +81,7 @@ def test_flowers_fedavg_is_ours() -> None:
     assert_close(vars(got), vars(FedAvg().aggregate(fresh(), updates(0), WEIGHTS)))
 
 
-def test_a_run_resumed_from_its_checkpoint_goes_on_as_it_would_have(flower: Flower, tmp_path: Path) -> None:
+def test_a_run_resumed_from_its_checkpoint_goes_on_as_it_would_have(flower: FlowerStrategy, tmp_path: Path) -> None:
     state = run(flower, 2)
     checkpoint.save(tmp_path, Checkpoint(2, state, {}))
     back = checkpoint.latest(tmp_path)
@@ -90,14 +89,14 @@ def test_a_run_resumed_from_its_checkpoint_goes_on_as_it_would_have(flower: Flow
     assert same(*(flower.aggregate(s, updates(2), WEIGHTS) for s in (state, back.state)))
 
 
-def test_arguments_are_left_alone(flower: Flower) -> None:
+def test_arguments_are_left_alone(flower: FlowerStrategy) -> None:
     state, sent = run(flower, 1), updates(1)
     before = copy.deepcopy((state, sent))
     flower.aggregate(state, sent, WEIGHTS)
     assert same(before, (state, sent))
 
 
-def test_order_of_clients_and_scale_of_weights_change_nothing(flower: Flower) -> None:
+def test_order_of_clients_and_scale_of_weights_change_nothing(flower: FlowerStrategy) -> None:
     state, sent = run(flower, 1), updates(1)
     there = flower.aggregate(state, sent, WEIGHTS)
     back = flower.aggregate(state, sent[::-1], [0.1 * w for w in WEIGHTS[::-1]])
@@ -110,7 +109,7 @@ def test_krum_breaks_a_tie_alike_in_any_order() -> None:
     assert same(picked[0], picked[1]) and same(picked[0], picked[2])
 
 
-def test_sums_are_enough_where_it_says_so(flower: Flower) -> None:
+def test_sums_are_enough_where_it_says_so(flower: FlowerStrategy) -> None:
     """Seven clients that all sent the mean stand for one that did: Bulyan takes no fewer."""
     state, sent = run(flower, 1), updates(1)
     means = [average(sent, WEIGHTS)] * 7
@@ -118,17 +117,17 @@ def test_sums_are_enough_where_it_says_so(flower: Flower) -> None:
     assert all(torch.allclose(x, y) for x, y in zip(whole, summed, strict=True)) == flower.sums_only
 
 
-def test_clients_of_one_mind_are_followed_where_it_says_so(flower: Flower) -> None:
+def test_clients_of_one_mind_are_followed_where_it_says_so(flower: FlowerStrategy) -> None:
     after = leaves(flower.aggregate(run(flower, 1), [factors(1)] * 7, WEIGHTS).lora)
     assert all(torch.allclose(x, y) for x, y in zip(after, leaves(factors(1)), strict=True)) == flower.continues
 
 
-def test_factors_of_half_precision_go_on_in_float32(flower: Flower) -> None:
+def test_factors_of_half_precision_go_on_in_float32(flower: FlowerStrategy) -> None:
     start = factors(0, dtype=torch.bfloat16)
     assert {t.dtype for t in leaves(run(flower, 2, start).lora)} == {torch.float32}
 
 
-def test_flower_says_nothing_of_it(flower: Flower, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+def test_flower_says_nothing_of_it(flower: FlowerStrategy, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
     caplog.set_level(logging.DEBUG)
     run(flower, 1)
     assert not caplog.records and capsys.readouterr() == ("", "")
@@ -175,5 +174,5 @@ def test_too_few_clients_for_bulyan_are_told_and_not_skipped() -> None:
 
 
 def test_a_word_from_the_command_line_becomes_a_number() -> None:
-    assert load("FedAdam", {"eta": "0.1", "tau": 1}) == Flower("FedAdam", (("eta", 0.1), ("tau", 1.0)))
+    assert load("FedAdam", {"eta": "0.1", "tau": 1}) == FlowerStrategy("FedAdam", (("eta", 0.1), ("tau", 1.0)))
     assert title(load("FedAdam", {})) == "Flower"

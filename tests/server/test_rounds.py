@@ -9,16 +9,15 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.errors import Failure, RoundFailed, StrategyError
-from fedlora.jobs import Client, Job, Update
 from fedlora.lora import LoRA
-from fedlora.messages.parts import Traffic
+from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
-from fedlora.run.plan import Past, Plan, Round
+from fedlora.run.plan import Plan, ResumePoint, RoundResult
 from fedlora.sections import Policy
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit, sample, stalled
 from fedlora.strategies.fedavg import FedAvg
-from fedlora.strategy import load
+from fedlora.strategy import Client, Job, Update, load
 from tests.support.adapters import factors, fresh
 
 
@@ -28,7 +27,7 @@ class Few:
 
     size: int = 4
     deaf: Mapping[int, int] = field(default_factory=dict)  # client -> round from which it does not answer
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: PartTracker = field(default_factory=PartTracker)
     jobs: list[Job] = field(default_factory=list)
 
     def clients(self) -> Sequence[Client]:
@@ -48,7 +47,7 @@ class Few:
         return Update(LoRA(**sides), examples=i + 1, loss=float(i))
 
 
-def run(fleet: Few, plan: Plan, past: Past | None = None, strategy: Any = FedAvg()) -> list[Round]:  # noqa: B008
+def run(fleet: Few, plan: Plan, past: ResumePoint | None = None, strategy: Any = FedAvg()) -> list[RoundResult]:  # noqa: B008
     return list(fit(strategy, fleet, fresh(), plan, past))
 
 
@@ -99,7 +98,7 @@ def test_a_run_in_which_nobody_ever_answers_fails() -> None:
 def test_a_resumed_run_ends_where_the_whole_one_does() -> None:
     plan = Plan(rounds=4, cohort=2, seed=3)
     whole = run(Few(), plan)
-    rest = run(Few(), plan, Past(2, whole[1].state))
+    rest = run(Few(), plan, ResumePoint(2, whole[1].state))
     assert [r.number for r in rest] == [3, 4]
     assert torch.equal(rest[-1].state.A["q"], whole[-1].state.A["q"])
 

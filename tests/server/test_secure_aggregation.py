@@ -10,20 +10,20 @@ import torch
 from scipy import stats
 
 from fedlora.checks.small_models import RANK, world
-from fedlora.data.client_data import Site
+from fedlora.data.client_data import ClientData
 from fedlora.errors import Failure, RoundFailed
-from fedlora.jobs import Ask, Client, Job, Update
+from fedlora.jobs import SecAggStep
 from fedlora.lora import SIDES, LoRA, delta
-from fedlora.messages.parts import Traffic
+from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
-from fedlora.privacy.client_level import Central
-from fedlora.privacy.record_level import Terms
-from fedlora.run.plan import Plan, Round
+from fedlora.privacy.client_level import ClientLevelDP
+from fedlora.privacy.record_level import RecordLevelDP
+from fedlora.run.plan import Plan, RoundResult
 from fedlora.sections import Policy, PrivacyConfig, SecureConfig, Training
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
-from fedlora.strategy import Strategy, catalogue, load
+from fedlora.strategy import Client, Job, Strategy, Update, catalogue, load
 
 SGD = Training(optimizer="sgd", lr=0.1, steps=2, batch_size=4, clip=0.0)
 PLAN = Plan(rounds=1, cohort=5, training=SGD)
@@ -41,7 +41,7 @@ class Line:
     heard: list[Any] = field(default_factory=list)
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> PartTracker:
         return self.fleet.traffic
 
     def clients(self) -> Sequence[Client]:
@@ -52,7 +52,7 @@ class Line:
             self.heard.append(answer)
             yield i, Failure("its line is dead") if i == self.silent.get("train") else answer
 
-    def ask(self, asks: Mapping[int, Ask]) -> Mapping[int, Mapping[str, str] | Failure]:
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         replies: dict[int, Mapping[str, str] | Failure] = dict(self.fleet.ask(asks))
         self.heard += replies.values()
         for i, ask in asks.items():
@@ -67,10 +67,10 @@ class Line:
 def line(folder: Path, ranks: Sequence[int] = (RANK,) * 5, **silent: int) -> Line:
     where = world("bert")
     rows = [where.sites[i % 3].train_rows[: 4 + i] for i in range(len(ranks))]
-    return Line(Serial(where.model, [Site(where.model.encoder, r) for r in rows], ranks, folder), silent)
+    return Line(Serial(where.model, [ClientData(where.model.encoder, r) for r in rows], ranks, folder), silent)
 
 
-def run(fleet: Line, plan: Plan, strategy: Strategy[Any] | None = None) -> list[Round]:
+def run(fleet: Line, plan: Plan, strategy: Strategy[Any] | None = None) -> list[RoundResult]:
     return list(fit(strategy or load("fedavg"), fleet, START, plan))
 
 
@@ -175,7 +175,7 @@ def test_only_its_owner_can_read_a_clients_secrets(tmp_path: Path) -> None:
 def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
     """DP-SGD at the client, then the mask; with the noise of a seed both ways end alike."""
     dp = PrivacyConfig(noise=1.0, delta=1e-3, rate=0.5, seeded=True)
-    plan = replace(PLAN, terms=Terms(dp, SGD, 1), metrics=False)
+    plan = replace(PLAN, terms=RecordLevelDP(dp, SGD, 1), metrics=False)
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
     assert apart(plain.state, secure.state) < 2e-7 and plain.spent == secure.spent and len(secure.spent) == 5
     assert secure.train_loss is None
@@ -184,7 +184,7 @@ def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_clients_can_be_hidden_from_all_but_a_sum(tmp_path: Path, quantile: float) -> None:
     """They clip before they mask; the server adds the noise to the sum, which is all it sees."""
-    central = Central(0.3, 0.9, 5, 1e-2, clip=0.01, quantile=quantile, seed=4)
+    central = ClientLevelDP(0.3, 0.9, 5, 1e-2, clip=0.01, quantile=quantile, seed=4)
     plan = replace(PLAN, central=central, metrics=False)
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
     assert plain.central is not None and secure.central is not None

@@ -13,11 +13,11 @@ from fedlora.checks.small_models import RANKS, world
 from fedlora.checks.verdict import Skip, identical
 from fedlora.config import build
 from fedlora.errors import PrivacyError, StrategyError
-from fedlora.jobs import Client, Job, Privacy
+from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA, scale
-from fedlora.privacy.record_level import Terms
+from fedlora.privacy.record_level import RecordLevelDP
 from fedlora.run.compose import compose
-from fedlora.run.directory import RunFolder
+from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
 from fedlora.sections import Encoding, PrivacyConfig, SecureConfig, Training
 from fedlora.server.rounds import fit, job_for
@@ -29,7 +29,7 @@ from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.head import Head
 from fedlora.strategies.robust import Robust
 from fedlora.strategies.server_optimizer import ServerOptimizer
-from fedlora.strategy import Sender, Strategy, load, next_state
+from fedlora.strategy import Client, Job, Sender, Strategy, load, next_state
 from tests.support.adapters import factors, fresh
 from tests.support.bugs import ClustersSaySums
 from tests.support.clustered import Clustered
@@ -93,13 +93,13 @@ def test_no_loss_is_told_where_clients_may_not_tell_it(tmp_path: Path) -> None:
 def test_a_run_that_is_resumed_ends_with_the_same_clusters(tmp_path: Path) -> None:
     whole = [done.state for done in fit(Clustered(), fleet(tmp_path / "one"), WORLD.start, PLAN)][-1]
     for stop in (2, 4):
-        folder = RunFolder(tmp_path / "run")
-        for done in fit(Clustered(), fleet(tmp_path / "two"), WORLD.start, PLAN, folder.past()):
+        folder = RunDirectory(tmp_path / "run")
+        for done in fit(Clustered(), fleet(tmp_path / "two"), WORLD.start, PLAN, folder.resume_point()):
             folder.save(done, done.record())
             if done.number == stop:
                 break
         folder.close()
-    past = folder.past()
+    past = folder.resume_point()
     assert past is not None and past.rounds == 4 and identical(past.state, whole)
 
 
@@ -186,7 +186,7 @@ class Sets(FedAvg):
 
 
 INT8: Encoding = "int8"
-TERMS = Privacy(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-5)
+TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any
 
 @pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
 def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path: Path) -> None:
-    terms = Terms(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, PLAN.rounds)
+    terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, PLAN.rounds)
     plan = replace(PLAN, terms=terms, metrics=False, evaluate_clients=False)
     with pytest.raises(PrivacyError, match=rf"Slower overrides train.{name} for client \d, and a private run"):
         next(fit(Slower(overrides=((name, 1),)), fleet(tmp_path), WORLD.start, plan))
@@ -218,7 +218,7 @@ def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path:
 
 
 def test_a_private_run_takes_a_rate_of_a_clients_own(tmp_path: Path) -> None:
-    terms = Terms(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, rounds=1)
+    terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, rounds=1)
     plan = replace(PLAN, rounds=1, terms=terms, metrics=False, evaluate_clients=False)
     (done,) = fit(Slower(overrides=()), fleet(tmp_path), WORLD.start, plan)
     assert not done.failed and done.spent
@@ -233,7 +233,7 @@ class Doubles(FSLoRA):
 
 
 def test_a_gain_of_the_strategys_own_is_kept_beside_a_sketchs() -> None:
-    from fedlora.messages.sketch import narrow
+    from fedlora.messages.sketch import select_rows
 
-    job = narrow(job_for(Doubles(), FSLoRA().init(fresh()), Client(0, 1, 2), PLAN, t=0))
+    job = select_rows(job_for(Doubles(), FSLoRA().init(fresh()), Client(0, 1, 2), PLAN, t=0))
     assert job.gain == dict.fromkeys(fresh().A, 2.0 * 4 / 2)

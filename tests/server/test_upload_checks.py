@@ -11,12 +11,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.errors import WireError
-from fedlora.jobs import Job, Masking, Update
+from fedlora.jobs import MaskingTerms
 from fedlora.lora import LoRA
 from fedlora.messages import codec, envelope
 from fedlora.messages.envelope import read_vector
 from fedlora.server import upload_checks
-from fedlora.vectors import name_of
+from fedlora.strategy import Job, Update
+from fedlora.vectors import content_hash
 from tests.support import malform
 from tests.support.adapters import factors
 
@@ -28,7 +29,7 @@ VECTOR = SENT.array_records["array"]["vector"]
 def with_manifest(entries: list[Any], numbers: int = 0) -> RecordDict:
     """An update whose manifest lies, hash and all."""
     vector, manifest = torch.zeros(numbers), json.dumps(entries)
-    head = codec.UpdateHead(17, 0.5, None, manifest, "float32", name_of(vector, manifest), 0)
+    head = codec.UpdateHead(17, 0.5, None, manifest, "float32", content_hash(vector, manifest), 0)
     return envelope.pack(head, envelope.as_array(vector))
 
 
@@ -49,27 +50,27 @@ def said(field: str, value: str) -> RecordDict:
 
 
 def test_an_update_of_no_numbers_is_read() -> None:
-    back = upload_checks.read_update(codec.pack_update(Update(LoRA(), 17, 0.5), 0), Job(factors(1), shares=""))
+    back = upload_checks.validated_update(codec.pack_update(Update(LoRA(), 17, 0.5), 0), Job(factors(1), shares=""))
     assert isinstance(back, Update) and not back.lora
 
 
 def test_a_masked_update_comes_back_masked() -> None:
-    job = Job(JOB.start, masking=Masking("round 1", 0.5, 1.0, 3, {}))
+    job = Job(JOB.start, masking=MaskingTerms("round 1", 0.5, 1.0, 3, {}))
     numbers = torch.arange(184, dtype=torch.int32)
-    back = upload_checks.read_update(codec.pack_update(Update(LoRA(), 17, None, masked=numbers), 0), job)
+    back = upload_checks.validated_update(codec.pack_update(Update(LoRA(), 17, None, masked=numbers), 0), job)
     assert isinstance(back, Update) and back.masked is not None and torch.equal(back.masked, numbers)
 
 
 @pytest.mark.parametrize("side", ["", "AB", "ABRDH", "X"])
 def test_a_side_is_one_letter(side: str) -> None:
     with pytest.raises(WireError, match="manifest is none"):
-        upload_checks.read_update(with_manifest([[side, "q", [4]]], 4), JOB)
+        upload_checks.validated_update(with_manifest([[side, "q", [4]]], 4), JOB)
 
 
 @pytest.mark.parametrize("shape", [[2**32, 2**32], [2**31, 2**33], [0, 2**39, 2**39]])
 def test_dimensions_do_not_wrap_to_the_count_of_what_came(shape: list[int]) -> None:
     with pytest.raises(WireError):
-        upload_checks.read_update(with_manifest([["A", "q", shape], ["B", "q", [4]]], 4), JOB)
+        upload_checks.validated_update(with_manifest([["A", "q", shape], ["B", "q", [4]]], 4), JOB)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,13 @@ def test_dimensions_do_not_wrap_to_the_count_of_what_came(shape: list[int]) -> N
 )
 def test_a_number_with_more_digits_than_python_writes_is_refused(field: str, value: str) -> None:
     with pytest.raises(WireError):
-        upload_checks.read_update(said(field, value), JOB)
+        upload_checks.validated_update(said(field, value), JOB)
 
 
 @pytest.mark.parametrize("value", ["true", '"17"', "17.0", "[17]"])
 def test_a_count_is_a_whole_number_and_nothing_that_can_be_read_as_one(value: str) -> None:
     with pytest.raises(WireError, match="examples"):
-        upload_checks.read_update(said("examples", value), JOB)
+        upload_checks.validated_update(said("examples", value), JOB)
 
 
 @pytest.mark.parametrize("header", ["-" * 900, "{'descr': '<f4', 'fortran_order': False, 'shape': (20+4,), }", "1"])
@@ -104,20 +105,20 @@ def test_nothing_that_an_array_says_is_evaluated(header: str) -> None:
 )
 def test_an_array_is_what_it_says_of_itself_and_no_more(array: Array) -> None:
     with pytest.raises(WireError, match="says it is"):
-        upload_checks.read_update(with_array(array), JOB)
+        upload_checks.validated_update(with_array(array), JOB)
 
 
 def test_what_nobody_asked_for_is_refused_with_its_name() -> None:
     more = {**dict(SENT.items()), "x": ConfigRecord({"y": "z" * 10**6})}
     with pytest.raises(WireError, match="more than was asked for: x"):
-        upload_checks.read_update(RecordDict(more), JOB)
+        upload_checks.validated_update(RecordDict(more), JOB)
 
 
 @pytest.mark.parametrize("field", ["x\n\x1b[2Jy", "x" * 10**4])
 def test_a_refusal_is_one_printable_line(field: str) -> None:
     for entry in ([field, "q", [4]], ["A", field, [4]]):
         with pytest.raises(WireError) as refusal:
-            upload_checks.read_update(with_manifest([entry], 4), JOB)
+            upload_checks.validated_update(with_manifest([entry], 4), JOB)
         assert len(str(refusal.value)) < 600 and str(refusal.value).isprintable()
 
 
@@ -129,8 +130,8 @@ ERRORS = ",".join(f'"{i}":1' for i in range(120_000))
 @pytest.mark.parametrize(
     ("read", "text"),
     [
-        (lambda r: upload_checks.read_update(r, JOB), f"{{{KEYS}}}"),
-        (lambda r: upload_checks.read_update(r, JOB), f'{{"lacks":[{ONES}]}}'),
+        (lambda r: upload_checks.validated_update(r, JOB), f"{{{KEYS}}}"),
+        (lambda r: upload_checks.validated_update(r, JOB), f'{{"lacks":[{ONES}]}}'),
         (upload_checks.read_metrics, f'{{"lacks":[{ONES}]}}'),
         (upload_checks.read_said, f'{{"said":{{{KEYS}}}}}'),
         (upload_checks.read_said, f'{{"said":{{{ERRORS}}}}}'),

@@ -19,18 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.errors import Failure, WireError
-from fedlora.jobs import Client, Job, Masking, Update
+from fedlora.jobs import MaskingTerms
 from fedlora.lora import SIDES, LoRA
 from fedlora.messages import codec
 from fedlora.messages.compression import compress, restore
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
-from fedlora.run.plan import Plan, Round
+from fedlora.run.plan import Plan, RoundResult
 from fedlora.sections import Policy
 from fedlora.server import upload_checks
-from fedlora.server.fleet import FlowerFleet, Rules
+from fedlora.server.fleet import FleetRules, FlowerFleet
 from fedlora.server.rounds import fit
-from fedlora.strategy import load
+from fedlora.strategy import Client, Job, Update, load
 from fedlora.vectors import unflatten
 from tests.server.test_fleet import Threads
 from tests.support import malform
@@ -81,12 +81,12 @@ def update_kind(job: Job, update: Update) -> Kind:
     """An upload that answers a job; of what is read, its numbers are the valid one's to the last bit."""
 
     def same(got: Any) -> bool:
-        if isinstance(got, codec.Lacks):
+        if isinstance(got, codec.MissingParts):
             return False
         hidden = update.masked is None or torch.equal(got.masked, update.masked)
         return hidden and equal(got.lora, update.lora) and 0 <= got.examples <= upload_checks.MOST_EXAMPLES
 
-    read = partial(upload_checks.read_update, job=job, largest_step=STEP)
+    read = partial(upload_checks.validated_update, job=job, largest_step=STEP)
     return Kind(codec.pack_update(update, job.round), read, same, UPDATE, optional=("scales",))
 
 
@@ -105,10 +105,10 @@ def small(start: LoRA, to: LoRA) -> Update:
 def kinds() -> dict[str, Kind]:
     """A valid upload of every kind."""
     start, trained = factors(1, dtype=torch.float32), factors(2, dtype=torch.float32)
-    masked = Job(start, masking=Masking("round 2", 0.5, 1.0, 3, {}), round=1)
+    masked = Job(start, masking=MaskingTerms("round 2", 0.5, 1.0, 3, {}), round=1)
     numbers = torch.arange(size(masked), dtype=torch.int32) * 7919
     table = torch.arange(9).view(3, 3)
-    lacks, introduced = codec.Lacks(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
+    lacks, introduced = codec.MissingParts(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
     made = {
         "plain": update_kind(Job(start, round=1), Update(trained, 17, 0.5)),
         "half": update_kind(Job(start, round=1), Update(factors(2, dtype=torch.float16), 17, 0.5)),
@@ -129,7 +129,7 @@ def kinds() -> dict[str, Kind]:
         ),
         "lacks": Kind(
             codec.pack_lacks(lacks),
-            partial(upload_checks.read_update, job=Job(start)),
+            partial(upload_checks.validated_update, job=Job(start)),
             lambda got: bool(got.lacks) and all(isinstance(x, str) for x in got.lacks),
             {("lacks",): [*NOT_TEXT[:6], "x", [1], [None], [["x"]], ["x", 1], {"x": "y"}]},
         ),
@@ -281,8 +281,8 @@ class Watched(FlowerFleet):
             yield i, answer
 
 
-def run(spec: str, rounds: int, apps: list[ClientApp]) -> tuple[list[Round], int]:
-    fleet = Watched(Threads(*apps), Rules(len(apps), largest_step=STEP, run="r"))
+def run(spec: str, rounds: int, apps: list[ClientApp]) -> tuple[list[RoundResult], int]:
+    fleet = Watched(Threads(*apps), FleetRules(len(apps), largest_step=STEP, run="r"))
     plan = Plan(rounds, len(apps), policy=Policy(quorum=0.1, eval_every=5), evaluate_clients=True)
     return list(fit(load(spec), fleet, factors(1, dtype=torch.float32), plan)), fleet.refusals
 

@@ -20,20 +20,19 @@ import torch
 
 from fedlora import config
 from fedlora.errors import Failure
-from fedlora.jobs import Client, Job, Update
 from fedlora.lora import SIDES, LoRA, average
 from fedlora.messages.parts import Parts
 from fedlora.metrics import Metrics
-from fedlora.privacy.record_level import Terms
-from fedlora.run.plan import Plan, Round
-from fedlora.run.setup import Setup, prepare
+from fedlora.privacy.record_level import RecordLevelDP
+from fedlora.run.plan import Plan, RoundResult
+from fedlora.run.setup import RunSetup, prepare
 from fedlora.sections import PrivacyConfig, SecureConfig
 from fedlora.server.rounds import Fleet, fit
 from fedlora.simulations import flower
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx
-from fedlora.strategy import Strategy
+from fedlora.strategy import Client, Job, Strategy, Update
 from tests.support.models import make
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +73,7 @@ ENOUGH = EnoughError("enough")
 class Seen:
     """What a fleet did."""
 
-    runs: dict[str, list[Round]] = field(default_factory=dict)
+    runs: dict[str, list[RoundResult]] = field(default_factory=dict)
     metrics: Mapping[int, Metrics | Failure] = field(default_factory=dict)
     answered: list[int] = field(default_factory=list)
     resent: tuple[bool, int] = (False, 0)  # was there an update, and bytes down
@@ -93,17 +92,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def setup(site: Path) -> Setup:
+def setup(site: Path) -> RunSetup:
     where = {"model.path": str(site / "model"), "data.path": str(site / "text.jsonl"), "data.holdout": 0.3}
     return prepare(config.build(SMALL, where, {"clients": 4, "cohort": 3, "threads": 1, "engine": "flower"}))
 
 
-def play(setup: Setup, fleet: Fleet, seen: Seen) -> None:
+def play(setup: RunSetup, fleet: Fleet, seen: Seen) -> None:
     """Three rounds of every strategy, then an evaluation with what the clients kept."""
     plan = Plan(3, 3, seed=5, training=replace(setup.config.train, steps=2))
     dp = PrivacyConfig(noise=1.0, delta=1e-4, rate=0.3, seeded=True)
     plans = {
-        "private": replace(plan, terms=Terms(dp, plan.training, 3), metrics=False),
+        "private": replace(plan, terms=RecordLevelDP(dp, plan.training, 3), metrics=False),
         "secure": replace(plan, secure=SecureConfig(aggregation=True)),
     }
     for name, strategy in STRATEGIES.items():
@@ -113,7 +112,7 @@ def play(setup: Setup, fleet: Fleet, seen: Seen) -> None:
 
 
 @pytest.fixture(scope="module")
-def serial(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def serial(setup: RunSetup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     seen = Seen()
     play(
         setup,
@@ -124,7 +123,7 @@ def serial(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 @pytest.fixture(scope="module")
-def ray(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def ray(setup: RunSetup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """All that is asked of Flower's simulation, in one start of Ray."""
     seen, folder = Seen(), tmp_path_factory.mktemp("flower")
 
@@ -191,7 +190,7 @@ def test_every_answer_is_told_at_once(serial: Seen, ray: Seen) -> None:
         assert sorted(ray.answered[3 * i : 3 * i + 3]) == serial.answered[3 * i : 3 * i + 3]
 
 
-def test_a_client_that_lost_its_parts_is_sent_them_again(setup: Setup, ray: Seen) -> None:
+def test_a_client_that_lost_its_parts_is_sent_them_again(setup: RunSetup, ray: Seen) -> None:
     whole = sum(flat.nbytes for flat in Parts().of(Job(setup.start)).values())
     assert ray.resent == (True, whole)
 

@@ -12,7 +12,7 @@ from fedlora.errors import CheckpointError
 from fedlora.lora import LoRA
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
-from fedlora.storage.client_state import Store
+from fedlora.storage.client_state import ClientState
 from tests.support.adapters import factors
 
 
@@ -80,9 +80,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> No
 
 
 def test_a_round_done_again_starts_from_what_was_kept_before_it(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = ClientState(tmp_path)
     for round in (0, 1, 2):
         store.keep(round, factors(round).only("B"))
     assert torch.equal(store.before(2).B["q"], factors(1).B["q"].float())
     assert torch.equal(store.before(3).B["q"], factors(2).B["q"].float())
-    assert not Store(tmp_path / "new").before(5)
+    assert not ClientState(tmp_path / "new").before(5)

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
-from fedlora.jobs import Client, Job
-from fedlora.lora import LoRA, average, contrast, delta, orthonormal, stack
-from fedlora.messages.sketch import narrow, widen
+from fedlora.lora import LoRA, average, delta, orthonormal, residual, stack
+from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.strategies.dp_lora import DPLoRA
 from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedavg import FedAvg
@@ -23,7 +22,7 @@ from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.lora_fair import LoRAFair
 from fedlora.strategies.rolora import RoLoRA
-from fedlora.strategy import Strategy, load
+from fedlora.strategy import Client, Job, Strategy, load
 from tests.support.adapters import SHAPES, factors, fresh
 
 SEEDS, RANKS = st.integers(0, 10**6), st.integers(1, 5)
@@ -123,7 +122,7 @@ def test_fedsvd_counts_a_in_the_rounds_that_bring_a_new_one() -> None:
 @given(SEEDS, RANKS)
 def test_fair_is_fedit_and_without_penalty_the_residual_in_the_rows_of_a_besides(seed: int, rank: int) -> None:
     updates, weights = clients(seed, [1, 2, 3], rank), [1, 2, 3]
-    mean, residual = FedAvg().aggregate(fresh(), updates, weights), delta(contrast(updates, weights))
+    mean, residual = FedAvg().aggregate(fresh(), updates, weights), delta(residual(updates, weights))
     got = LoRAFair(lam=0).aggregate(fresh(), updates, weights)
     for m, target in delta(stack(updates, weights)).items():
         a = got.A[m]
@@ -206,7 +205,7 @@ def sketches(rank: int, rounds: int = 1, seed: int = 0, id: int = 0) -> list[Job
 def test_a_sketch_is_one_on_the_mean(rank: int) -> None:
     jobs = sketches(rank, rounds=5000)
     held = torch.tensor([[j in job.sketch["q"] for j in range(4)] for job in jobs]).double()
-    assert_close(held.mean(0) * narrow(jobs[0]).gain["q"], torch.ones(4).double(), rtol=0, atol=0.1)
+    assert_close(held.mean(0) * select_rows(jobs[0]).gain["q"], torch.ones(4).double(), rtol=0, atol=0.1)
 
 
 def test_sketches_differ_by_round_client_module_and_seed_and_are_otherwise_the_same() -> None:
@@ -219,8 +218,8 @@ def test_sketches_differ_by_round_client_module_and_seed_and_are_otherwise_the_s
 
 def test_a_direction_moves_by_the_share_of_those_who_trained_it() -> None:
     start, jobs = factors(0), [sketches(2, id=i)[0] for i in range(2)]
-    zeros = [LoRA({m: 0 * a for m, a in x.A.items()}, x.B, x.H) for x in (narrow(job).start for job in jobs)]
-    updates = [widen(job, zero) for job, zero in zip(jobs, zeros, strict=True)]
+    zeros = [LoRA({m: 0 * a for m, a in x.A.items()}, x.B, x.H) for x in (select_rows(job).start for job in jobs)]
+    updates = [scatter_rows(job, zero) for job, zero in zip(jobs, zeros, strict=True)]
     after = FSLoRA().aggregate(FSLoRA().init(start), updates, [1.0, 3.0]).lora
     for m, a in start.A.items():
         left = [1 - 0.25 * (j in jobs[0].sketch[m]) - 0.75 * (j in jobs[1].sketch[m]) for j in range(4)]

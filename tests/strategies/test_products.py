@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.errors import StrategyError
-from fedlora.jobs import Client, Job
-from fedlora.lora import LoRA, average, delta, join, norm, scale, shares, stack
+from fedlora.lora import LoRA, average, delta, join, norm, normalised, scale, stack
 from fedlora.strategies.fedex_lora import FedEx
 from fedlora.strategies.fedsa_lora import FedSALoRA
 from fedlora.strategies.ffa_lora import FFALoRA
@@ -22,7 +21,7 @@ from fedlora.strategies.flexlora import FlexLoRA
 from fedlora.strategies.flora import FLoRA
 from fedlora.strategies.florist import FLoRIST, threshold
 from fedlora.strategies.hetlora import HetLoRA, padded
-from fedlora.strategy import Strategy, load
+from fedlora.strategy import Client, Job, Strategy, load
 from tests.support.adapters import SHAPES, factors, fresh
 
 CLIENT = Client(id=0, examples=1, rank=4)
@@ -67,7 +66,7 @@ def once(strategy: Any_, updates: Sequence[LoRA], weights: Sequence[float], rank
 
 def mean(loras: Sequence[LoRA], weights: Sequence[float]) -> dict[str, Tensor]:
     """The weighted mean of the products, dense."""
-    p, products = shares(weights), [delta(x) for x in loras]
+    p, products = normalised(weights), [delta(x) for x in loras]
     return {m: torch.stack([c * x[m] for c, x in zip(p, products, strict=True)]).sum(0) for m in products[0]}
 
 
@@ -267,7 +266,7 @@ def test_hetlora_with_equal_ranks_by_examples_is_fedit(weights: list[float]) -> 
 def test_hetlora_is_the_mean_of_factors_with_zeros(clients: Ranked) -> None:
     updates, weights = [factors(i, r) for i, (r, _) in enumerate(clients)], [w for _, w in clients]
     norms = [sum(float(d.square().sum()) for d in delta(u).values()) ** 0.5 for u in updates]
-    for weighting, p in (("examples", shares(weights)), ("norm", shares(norms))):
+    for weighting, p in (("examples", normalised(weights)), ("norm", normalised(norms))):
         got = once(load("hetlora", weighting=weighting), updates, weights, 6)
         assert_close(got.H, average([u.only("H") for u in updates], weights).H)
         for row in range(6):

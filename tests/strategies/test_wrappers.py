@@ -11,9 +11,8 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.errors import StrategyError
-from fedlora.jobs import Client, Job
-from fedlora.lora import SIDES, LoRA, average, contrast, delta, join, stack
-from fedlora.messages.sketch import narrow, widen
+from fedlora.lora import SIDES, LoRA, average, delta, join, residual, stack
+from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.anchored import Anchored
@@ -21,7 +20,7 @@ from fedlora.strategies.capped import Capped
 from fedlora.strategies.head import Head
 from fedlora.strategies.robust import Robust
 from fedlora.strategies.server_optimizer import ServerOptimizer
-from fedlora.strategy import Strategy, load
+from fedlora.strategy import Client, Job, Strategy, load
 from tests.support.adapters import factors, fresh
 
 CLIENT = Client(id=0, examples=1, rank=4)
@@ -175,7 +174,7 @@ def test_fedex_under_momentum_keeps_its_residual() -> None:
     strategy, updates = ServerOptimizer(load("fedex_lora"), "momentum", lr=0.3), [factors(s) for s in (1, 2, 3)]
     after = strategy.aggregate(strategy.init(fresh()), updates, WEIGHTS)
     (residual,) = strategy.client_init(after, CLIENT).offset
-    assert_close(delta(residual), delta(contrast(updates, WEIGHTS)))
+    assert_close(delta(residual), delta(residual(updates, WEIGHTS)))
 
 
 def test_a_side_that_sits_out_a_round_keeps_its_moments() -> None:
@@ -189,7 +188,7 @@ def test_rows_that_no_sketch_held_do_not_move() -> None:
     strategy = ServerOptimizer(load("fslora"), "adam", lr=0.1)
     state = strategy.init(factors(0))
     job = strategy.client_init(state, Client(3, 1, rank=1))
-    update = widen(job, moved(narrow(job), 1).only(job.shares))
+    update = scatter_rows(job, moved(select_rows(job), 1).only(job.shares))
     after = strategy.adapter(strategy.aggregate(state, [update], [1.0]))
     still = [i for i in range(4) if i not in job.sketch["q"]]
     assert_close(after.A["q"][still], factors(0).A["q"][still])

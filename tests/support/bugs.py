@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.jobs import Client, Job
-from fedlora.lora import SIDES, LoRA, average, contrast, delta, join, leading, scale, shares, stack
+from fedlora.lora import SIDES, LoRA, average, delta, join, leading, normalised, residual, scale, stack
 from fedlora.sections import Training
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx, State
@@ -18,7 +17,7 @@ from fedlora.strategies.flora import FLoRA
 from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.hetlora import HetLoRA
-from fedlora.strategy import Sender, Strategy
+from fedlora.strategy import Client, Job, Sender, Strategy
 from tests.support.clustered import Clustered
 
 Updates = Sequence[LoRA]
@@ -40,7 +39,7 @@ class TransposesTheResidual(FedEx):
     """The released FedEx-LoRA adds the transpose; with square modules nothing complains."""
 
     def aggregate(self, state: State, updates: Updates, weights: Weights) -> State:
-        parts = (*state.parts, turned(contrast(updates, weights)))
+        parts = (*state.parts, turned(residual(updates, weights)))
         return State(average(updates, weights), parts, state.round + 1)
 
 
@@ -48,7 +47,7 @@ class WeighsTwice(FedAvg):
     """A mean whose weights were in the terms already."""
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        p = shares(weights)
+        p = normalised(weights)
         terms = [each(u, lambda t, c=c: c * t) for c, u in zip(p, updates, strict=True)]
         return each(average(terms, weights), lambda t: len(p) * t)
 
@@ -57,7 +56,7 @@ class TakesTheFirstOnly(FedAvg):
     """FLoRA's released FedIT assigns the sum to a misspelt name, and returns the first term."""
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        return each(updates[0], lambda t: shares(weights)[0] * t)
+        return each(updates[0], lambda t: normalised(weights)[0] * t)
 
 
 class MergesTheLastOnly(FLoRA):
@@ -98,7 +97,7 @@ class TellsFactorsByShape(FLoRA):
             return LoRA(**sides, H=u.H)
 
         sound = super().aggregate(state, updates, weights)
-        part = join(*[weighed(u, p) for u, p in zip(updates, shares(weights), strict=True)])
+        part = join(*[weighed(u, p) for u, p in zip(updates, normalised(weights), strict=True)])
         return sound._replace(stacks=(*state.stacks, part))
 
 
@@ -142,7 +141,9 @@ class SumsInHalf(FedAvg):
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
         def mean(s: str, m: str) -> Tensor:
-            return reduce(torch.add, [p * u.side(s)[m] for p, u in zip(shares(weights), updates, strict=True)]).float()
+            return reduce(
+                torch.add, [p * u.side(s)[m] for p, u in zip(normalised(weights), updates, strict=True)]
+            ).float()
 
         return LoRA(**{s: {m: mean(s, m) for m in updates[0].side(s)} for s in SIDES})
 
@@ -170,7 +171,7 @@ class Interpolates(FedAvg):
     """Each client moves the mean a share of the way, so the last has the most say."""
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        for p, update in zip(shares(weights), updates, strict=True):
+        for p, update in zip(normalised(weights), updates, strict=True):
             state = average([state, update], [1 - p, p])
         return state
 

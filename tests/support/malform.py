@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto  # type: ignore[attr-defined]
 
-from fedlora.vectors import name_of
+from fedlora.vectors import content_hash
 
 INF, NAN = float("inf"), float("nan")
 NOT_TEXT: list[Any] = [1, 1.5, True, None, [], {}, ["x"], [[[]]]]
@@ -67,7 +67,7 @@ class Kind:
         new = {**self.head, **head}
         bits = torch.from_numpy(vector)
         kind = getattr(torch, new["dtype"])
-        name = name_of(bits if bits.dtype == kind else bits.view(kind), new["manifest"])
+        name = content_hash(bits if bits.dtype == kind else bits.view(kind), new["manifest"])
         return replace(self, records=self.with_array(Array(vector))).with_head({**new, "name": name})
 
 

@@ -16,7 +16,13 @@ from torch import nn
 
 from fedlora.data.encoding import Example
 from fedlora.errors import PrivacyError
-from fedlora.privacy.per_sample_gradients import Gradients, Hooks, OneByOne, OnePass, PerExample
+from fedlora.privacy.per_sample_gradients import (
+    Gradients,
+    LoopedGradients,
+    OnePassGradients,
+    OpacusGradients,
+    PerExample,
+)
 from tests.support.zoo import ROWS, Learner, Row, apart, build, examples, quiet
 
 Cell = Callable[[Row, type[PerExample]], float]
@@ -37,13 +43,13 @@ def sides(letters: str) -> Cell:
         if "H" in letters and not row.head:
             raise NotImplementedError
         learner = build(row)
-        return compared(learner, learner.trains(letters), row, engine)
+        return compared(learner, learner.set_trainable(letters), row, engine)
 
     return one
 
 
 def compared(learner: Learner, parameters: Sequence[nn.Parameter], row: Row, engine: type[PerExample]) -> float:
-    wanted = taken(OneByOne, learner, parameters, examples(row))
+    wanted = taken(LoopedGradients, learner, parameters, examples(row))
     return apart(taken(engine, learner, parameters, examples(row)), wanted)
 
 
@@ -52,7 +58,7 @@ def dropout(rates: dict[str, float]) -> Cell:
 
     def one(row: Row, engine: type[PerExample]) -> float:
         learner = build(row, **rates)
-        parameters, some = learner.trains("ABH"), examples(row)
+        parameters, some = learner.set_trainable("ABH"), examples(row)
         rows = []
         for i in range(len(some)):
             torch.manual_seed(7)
@@ -69,8 +75,8 @@ def checkpoints(reentrant: bool) -> Cell:
 
     def one(row: Row, engine: type[PerExample]) -> float:
         learner = build(row)
-        parameters = learner.trains("ABH")
-        wanted = taken(OneByOne, learner, parameters, examples(row))
+        parameters = learner.set_trainable("ABH")
+        wanted = taken(LoopedGradients, learner, parameters, examples(row))
         learner.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant and row.task:
             learner.net.enable_input_require_grads()
@@ -84,14 +90,14 @@ def bf16(row: Row, engine: type[PerExample]) -> float:
     """The base in 16 bits, and the adapter in 32, as PEFT keeps it: rounding differs with a batch's padding."""
     learner = build(row, dtype=torch.bfloat16)
     assert all(p.dtype == torch.float32 for side in "AB" for p in learner.sides[side])
-    return compared(learner, learner.trains("ABH"), row, engine)
+    return compared(learner, learner.set_trainable("ABH"), row, engine)
 
 
 def compiled(row: Row, engine: type[PerExample]) -> float:
     """Traced by torch.compile, within the engine's block."""
     learner = build(row)
-    parameters = learner.trains("ABH")
-    wanted = taken(OneByOne, learner, parameters, examples(row))
+    parameters = learner.set_trainable("ABH")
+    wanted = taken(LoopedGradients, learner, parameters, examples(row))
     torch.compiler.reset()
     learner.call = torch.compile(learner.net, backend="aot_eager")
     return apart(taken(engine, learner, parameters, examples(row)), wanted)
@@ -109,7 +115,10 @@ COLUMNS: dict[str, Cell] = {
     "bf16": bf16,
     "compiled": compiled,
 }
-ENGINES: dict[str, type[PerExample]] = {"One pass (`dp.engine = lora`)": OnePass, "Opacus's hooks": Hooks}
+ENGINES: dict[str, type[PerExample]] = {
+    "One pass (`dp.engine = lora`)": OnePassGradients,
+    "Opacus's hooks": OpacusGradients,
+}
 HEAD = """# Which models' records can be told apart
 
 ```bash

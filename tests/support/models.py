@@ -17,15 +17,15 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "<s>", "</s>"]
-TEXT = Form("text", ("text",))
-LABEL = Form("label", ("text", "label"), ("no", "maybe", "yes"))
-IMAGE = Form("image", ("image", "label"), ("no", "maybe", "yes"))
+TEXT = Schema("text", ("text",))
+LABEL = Schema("label", ("text", "label"), ("no", "maybe", "yes"))
+IMAGE = Schema("image", ("image", "label"), ("no", "maybe", "yes"))
 FORMS = {"llama": TEXT, "gpt2": TEXT, "bert": LABEL, "llama-cls": LABEL, "vit": IMAGE}
 
 
@@ -111,7 +111,7 @@ def computed(layer: torch.nn.Module) -> torch.Tensor:
 def stirred(model: Model, seed: int, rank: int = 3) -> LoRA:
     """A random adapter that fits the model, at any rank; of VeRA, at its own."""
     g = torch.Generator().manual_seed(seed)
-    like = model.read()
+    like = model.get_adapter()
     vera = model.kind == "vera"
     return LoRA(
         {m: torch.randn(a.shape if vera else (rank, a.shape[1]), generator=g) for m, a in like.A.items()},

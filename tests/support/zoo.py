@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fedlora.data.encoding import Encoder, Example
-from fedlora.data.schema import Form
+from fedlora.data.schema import Schema
 from fedlora.privacy.per_sample_gradients import Gradients
 
 N, WORDS, CLASSES = 5, 67, 3  # examples in a batch, vocabulary, labels
@@ -115,7 +115,7 @@ class Learner:
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return each.sum(1) / (labels != -100).sum(1)
 
-    def trains(self, sides: str) -> list[nn.Parameter]:
+    def set_trainable(self, sides: str) -> list[nn.Parameter]:
         self.net.requires_grad_(False)
         chosen = [p for side in sides for p in self.sides[side]]
         for p in chosen:
@@ -143,7 +143,7 @@ def build(row: Row, dropout: float = 0.0, lora_dropout: float = 0.0, dtype: torc
         nn.init.normal_(p, std=0.3)  # so that A has a gradient
     net.train()
     pads: Any = SimpleNamespace(pad_token_id=getattr(config, "pad_token_id", 0))
-    return Learner(net, Encoder(pads, Form("text", ()), 32), row.task, sides)
+    return Learner(net, Encoder(pads, Schema("text", ()), 32), row.task, sides)
 
 
 def examples(row: Row) -> list[Example]:

@@ -20,12 +20,12 @@ from flwr.app import RecordDict
 from fedlora import config
 from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import is_serving
-from fedlora.jobs import Job, Update
 from fedlora.messages import codec
 from fedlora.messages.parts import Parts
-from fedlora.run.setup import Setup, for_server, told
+from fedlora.run.setup import RunSetup, for_server, settings_for_clients
 from fedlora.sections import Training
 from fedlora.server import upload_checks
+from fedlora.strategy import Job, Update
 from tests.support.models import make
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +35,7 @@ SETTINGS = {"clients": 1, "cohort": 1, "lora.rank": 3, "model.max_length": 16, "
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> RunSetup:
     """The server's side."""
     folder = tmp_path_factory.mktemp("model")
     make("llama", folder)
@@ -68,27 +68,27 @@ class Beside:
 
 
 @pytest.fixture
-def beside(setup: Setup, tmp_path: Path) -> Iterator[Beside]:
+def beside(setup: RunSetup, tmp_path: Path) -> Iterator[Beside]:
     made = Beside(tmp_path, setup.config.model.path)
     try:
-        made.ask("who", codec.pack_hello(told(setup.config)))
+        made.ask("who", codec.pack_hello(settings_for_clients(setup.config)))
         yield made
     finally:
         made.process.kill()
         made.process.wait()
 
 
-def job(setup: Setup, steps: int = 1, round: int = 0) -> Job:
+def job(setup: RunSetup, steps: int = 1, round: int = 0) -> Job:
     return Job(setup.start, training=Training(steps=steps, batch_size=4), round=round, rounds=9)
 
 
 def letter(a_job: Job) -> RecordDict:
     parts = Parts().of(a_job)
-    return codec.Packer().job(a_job, parts, parts)
+    return codec.JobEncoder().job(a_job, parts, parts)
 
 
 def update(records: RecordDict, a_job: Job) -> Update:
-    read = upload_checks.read_update(records, a_job)
+    read = upload_checks.validated_update(records, a_job)
     assert isinstance(read, Update)
     return read
 
@@ -97,7 +97,7 @@ def same(x: Update, y: Update) -> bool:
     return all(torch.equal(t, y.lora.side(s)[m]) for s in "ABH" for m, t in x.lora.side(s).items())
 
 
-def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(beside: Beside, setup: Setup) -> None:
+def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(beside: Beside, setup: RunSetup) -> None:
     first = update(beside.ask("train", letter(job(setup))), job(setup))
     again = update(beside.ask("train", letter(job(setup))), job(setup))
     assert same(first, again) and beside.log.count("trained round 1") == 1
@@ -105,7 +105,7 @@ def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(beside: Bes
     assert not same(first, other)
 
 
-def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Beside, setup: Setup) -> None:
+def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Beside, setup: RunSetup) -> None:
     """The same socket, the same files: whoever asked waits, asks again, and sees nothing of it."""
     long, answers = job(setup, steps=300), list[RecordDict]()
     asking = Thread(target=lambda: answers.append(beside.ask("train", letter(long))))
@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Besid
     assert update(answers[0], long).examples == 30 and beside.log.count("trained round 1") == 1
 
 
-def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside, setup: Setup) -> None:
+def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside, setup: RunSetup) -> None:
     before = update(beside.ask("train", letter(job(setup))), job(setup))
     beside.process.kill()
     beside.process.wait()
@@ -128,7 +128,7 @@ def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside,
     assert same(before, update(beside.ask("train", letter(job(setup))), job(setup)))
 
 
-def test_what_it_refuses_is_a_reason(beside: Beside, setup: Setup) -> None:
+def test_what_it_refuses_is_a_reason(beside: Beside, setup: RunSetup) -> None:
     with pytest.raises(RuntimeError, match="settings are not known here"):
         relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "other-run"), None)
     with pytest.raises(RuntimeError, match="a run's name has up to 40"):
@@ -172,11 +172,11 @@ def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
         assert filecmp.cmp(place / name, HERE / name, shallow=False), f"{name} is not worker.proto's"
 
 
-def test_a_job_with_another_policy_than_the_clients_is_refused(setup: Setup, tmp_path: Path) -> None:
-    from fedlora.client.policy import Own
+def test_a_job_with_another_policy_than_the_clients_is_refused(setup: RunSetup, tmp_path: Path) -> None:
+    from fedlora.client.policy import ClientPolicy
     from fedlora.errors import PrivacyError
 
     asked = replace(job(setup), shares="AB")
-    Own(egress=("A *", "B *")).refuse(asked, 10)
+    ClientPolicy(egress=("A *", "B *")).refuse(asked, 10)
     with pytest.raises(PrivacyError, match=r'asks for "B model\S+", which client.egress does not let out'):
-        Own(egress=("A *",)).refuse(asked, 10)
+        ClientPolicy(egress=("A *",)).refuse(asked, 10)

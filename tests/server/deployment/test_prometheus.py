@@ -35,13 +35,13 @@ from fedlora.errors import (
     TrainingDiverged,
     WireError,
 )
-from fedlora.run.console import Screen
-from fedlora.run.directory import RunFolder
-from fedlora.run.plan import Round
+from fedlora.run.console import ConsoleProgress
+from fedlora.run.directory import RunDirectory
+from fedlora.run.plan import RoundResult
 from fedlora.run.setup import prepare
 from fedlora.server.deployment.prometheus import Monitor
 from fedlora.server.replies import read_error
-from fedlora.server.run import drive
+from fedlora.server.run import run_rounds
 from fedlora.simulations.serial import Serial
 from tests.support.models import make
 
@@ -102,7 +102,7 @@ RAISED = {  # file -> the kinds of the errors that it raises
 }
 
 
-class Quiet(Screen):
+class Quiet(ConsoleProgress):
     """A screen that nobody sees, and that knows who is waited for."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def scrape(monitor: Monitor) -> dict[str, float]:
 
 def tell(monitor: Monitor, failed: Mapping[int, Failure]) -> None:
     """A round of three clients is over, of whom these failed."""
-    monitor.round(Round(1, None, (0, 1, 2), failed, None, None, None, 10, 20, 1.5).record(), failed)
+    monitor.round(RoundResult(1, None, (0, 1, 2), failed, None, None, None, 10, 20, 1.5).record(), failed)
 
 
 def raised(path: Path) -> set[str]:
@@ -152,9 +152,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Rows]:
     (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     paths = {"model.path": str(place / "model"), "data.path": str(place / "rows.jsonl")}
     setup = prepare(config.build(paths, {"clients": 4, "cohort": 3, "rounds": 2, "threads": 1, "train.steps": 1}))
-    folder, monitor = RunFolder(place / "out"), Monitor(Quiet())
+    folder, monitor = RunDirectory(place / "out"), Monitor(Quiet())
     folder.create(setup.config)
-    drive(setup, Serial(setup.model, setup.sites, setup.ranks, folder.clients, monitor.answered), folder, monitor)
+    run_rounds(setup, Serial(setup.model, setup.sites, setup.ranks, folder.clients, monitor.answered), folder, monitor)
     return scrape(monitor), folder.records()
 
 
