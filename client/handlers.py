@@ -59,7 +59,7 @@ def train(place: ClientContext, content: RecordDict) -> RecordDict:
     job = place.job(content)
     if isinstance(job, codec.MissingParts):
         return codec.pack_lacks(job)
-    update = place.desk.answer(place.model, job)
+    update = place.desk.run(place.model, job)
     tensors, nbytes = payload(update)
     place.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
     if place.told:

@@ -33,7 +33,7 @@ class JobRunner:
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
     once: bool = False  # keep the last answer, so that a job which comes again is not done twice; private ones always
 
-    def answer(self, model: Model, job: Job) -> Update:
+    def run(self, model: Model, job: Job) -> Update:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
 
         Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained;

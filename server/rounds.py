@@ -19,13 +19,12 @@ from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
 from fedlora.run.plan import Plan, ResumePoint, RoundResult
-from fedlora.sections import Policy, Training
+from fedlora.sections import Training
 from fedlora.server import secure_aggregation
-from fedlora.server.aggregation import Answers, Collected, WeightedSum, collect
+from fedlora.server.aggregation import Answers, Collected, collect
 from fedlora.server.exactness import aggregation_error
 from fedlora.strategy import HIGHEST_RANK, Strategy, check_declarations, next_state
 
-__all__ = ["Answers", "Failure", "Fleet", "Past", "Plan", "Policy", "Round", "Sum", "fit"]
 log = logging.getLogger("fedlora")
 FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead
     "training": "name in Job.overrides the settings in which a client differs, and in Job.lr_factor by how much",
@@ -221,8 +220,8 @@ def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list
         clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.max_participations]
     if plan.terms and not clients:
         raise RoundFailed(
-            f"round {t + 1}: every client has joined dp.joins = {plan.terms.max_participations} rounds, and has no budget for "
-            "more; the rounds before are kept"
+            f"round {t + 1}: every client has joined dp.joins = {plan.terms.max_participations} rounds, and has no "
+            "budget for more; the rounds before are kept"
         )
     return sample(clients, plan.cohort, plan.seed, t)
 

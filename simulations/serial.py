@@ -40,7 +40,7 @@ class Serial:
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
             try:
-                update = self._desks[i].answer(self._model, job)
+                update = self._desks[i].run(self._model, job)
             except REFUSALS as e:
                 self._answered(i)
                 yield i, Failure.because_of(e)

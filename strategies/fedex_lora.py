@@ -65,8 +65,8 @@ class FedEx(Strategy[State]):
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
         if self.assignment == "average":
-            residual = residual(updates, weights)
-            part = truncate(residual, self.rank) if self.rank else residual
+            part = residual(updates, weights)
+            part = truncate(part, self.rank) if self.rank else part
             return State(average(updates, weights), densify((*state.parts, part)), state.round + 1)
         start = reinitialise(state.lora, f"flora/{state.round}") if self.assignment == "reinit" else state.lora
         head = average([u.only("H") for u in updates], weights)

@@ -100,14 +100,14 @@ def test_stack_is_the_weighted_mean_of_products_of_any_ranks(some: list[tuple[Lo
 @given(WEIGHTS)
 def test_contrast_is_what_averaging_factors_loses(weights: list[float]) -> None:
     loras = [factors(i) for i in range(len(weights))]
-    residual, mean = residual(loras, weights), average(loras, weights)
-    assert_close(delta(join(mean, residual)), dense(loras, weights))
+    rest, mean = residual(loras, weights), average(loras, weights)
+    assert_close(delta(join(mean, rest)), dense(loras, weights))
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
 def test_contrast_has_rank_k_minus_one_times_r(clients: int, rank: int) -> None:
-    residual = residual([factors(i, rank) for i in range(clients)], [1.0] * clients)
-    assert all(a.shape[0] == (clients - 1) * rank for a in residual.A.values())
+    rest = residual([factors(i, rank) for i in range(clients)], [1.0] * clients)
+    assert all(a.shape[0] == (clients - 1) * rank for a in rest.A.values())
 
 
 def test_clients_that_agree_leave_no_residual() -> None:

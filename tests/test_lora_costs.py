@@ -109,18 +109,18 @@ def test_nothing_as_large_as_a_dense_matrix_is_made() -> None:
     K, d, r = 20, 300, 2
     loras, weights = drawn(K, d, r, 1), [1.0] * K
     with Made() as made:
-        mean, residual = stack(loras, weights), residual(loras, weights)
+        mean, rest = stack(loras, weights), residual(loras, weights)
         average(loras, weights)
-        for x in (mean, residual):
+        for x in (mean, rest):
             truncate(x, r), truncate(x, K), principal(x, r), norm(x), inner(x, mean), compact(x)
-        densify((residual, orthonormal(loras[0])))
+        densify((rest, orthonormal(loras[0])))
     assert 4 * K * r * d <= made.largest < 4 * d * d / 2  # `norm` has one factor in float64
 
 
 WHOLE: dict[str, Callable[[list[LoRA], LoRA], Any]] = {
     "average": lambda loras, _: average(loras, [1.0] * len(loras)),
     "stack": lambda loras, _: stack(loras, [1.0] * len(loras)),
-    "contrast": lambda loras, _: residual(loras, [1.0] * len(loras)),
+    "residual": lambda loras, _: residual(loras, [1.0] * len(loras)),
     "join": lambda loras, _: join(*loras),
     "truncate": lambda _, joined: truncate(joined, 2),
     "principal": lambda _, joined: principal(joined, 2),

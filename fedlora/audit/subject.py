@@ -200,7 +200,7 @@ class _Watched(Serial):
 
     def _look(self, i: int, job: Job, before: LoRA, answer: Update, drawn: list[int]) -> None:
         """Read off what the client did, whatever it says."""
-        after, p = self._model.read(), self._stage.privacy
+        after, p = self._model.get_adapter(), self._stage.privacy
         unit = -p.rate * len(self._sites[i].records) / job.training.lr
         sums = {key: unit * t for key, t in _moved(after, before, job.trains)}
         told = {key: unit * t for key, t in _shown(answer.lora, job)}

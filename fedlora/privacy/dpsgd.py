@@ -61,7 +61,7 @@ class Mechanism:
     """What the guarantee rests on, part by part, for an audit to look at; a test spoils one and sees it caught."""
 
     source: Callable[[Job, int, PrivacyTerms], SecureRandom] = source
-    draw: Callable[[SecureRandom, int, float], list[int]] = SecureRandom.chosen
+    draw: Callable[[SecureRandom, int, float], list[int]] = SecureRandom.poisson_sample
     engine: Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine] = engine
     clip: Callable[[Gradients, Sequence[int], Sequence[float]], list[Tensor]] = clip
     add_noise: Callable[[Tensor, float, SecureRandom], Tensor] = add_noise

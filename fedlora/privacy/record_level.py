@@ -31,13 +31,13 @@ class RecordLevelDP:
         """One client's terms; `known`: its charges that the server has seen."""
         c, rate = self.config, self._rate(client)
         steps = self.training.steps or max(1, round(self.training.epochs / rate))
-        noise = c.noise or calibrate(c.epsilon, c.delta, rate, steps * self.joins)
+        noise = c.noise or calibrate(c.epsilon, c.delta, rate, steps * self.max_participations)
         return PrivacyTerms(noise, c.clip, c.head_share, rate, steps, c.delta, c.engine, c.seeded, known)
 
     def final_epsilon(self, client: Client) -> float:
         """Epsilon of a client that takes part as often as it may."""
         p = self.of(client)
-        return epsilon([Charge(p.noise, p.rate, p.steps * self.joins)], p.delta)
+        return epsilon([Charge(p.noise, p.rate, p.steps * self.max_participations)], p.delta)
 
     def _rate(self, client: Client) -> float:
         return self.config.rate or self.training.batch_size * self.training.accumulate / client.records

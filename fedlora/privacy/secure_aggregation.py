@@ -54,7 +54,9 @@ class Keys:
 
     sealing: bytes  # X25519, for its shares on their way
     masking: bytes  # X25519, for the pairwise masks
-    commitment: bytes  # of the seed of its self-mask, by which the server knows it is put together rightly
+    mark: (
+        bytes  # a commitment to the seed of its self-mask: the server sees by it that the seed was put together rightly
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Roster:
     def __post_init__(self) -> None:
         n, public = (
             len(self.keys),
-            [k for keys in self.keys.values() for k in (keys.sealing, keys.masking, keys.commitment)],
+            [k for keys in self.keys.values() for k in (keys.sealing, keys.masking, keys.mark)],
         )
         least = max(FEWEST, n // 2 + 1)
         # A server could tell one half of the members that v survived and the other half that it dropped out, and so
@@ -221,7 +223,7 @@ def unmask(
     for owner in owners:
         seed = Shamir.combine([(cohort.places[i], revealed[i][owner]) for i in some_of], False)
         if owner in stay:
-            whole = _derive(seed, "mark", cohort.context, owner) == cohort.keys[owner].commitment
+            whole = _derive(seed, "mark", cohort.context, owner) == cohort.keys[owner].mark
             plain -= _stream(_derive(seed, "self-mask", cohort.context, owner), plain.size)
         else:
             whole = _public(_masking_key(seed, cohort.context, owner)) == cohort.keys[owner].masking

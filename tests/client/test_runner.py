@@ -39,7 +39,7 @@ def test_a_record_is_a_row_or_each_block_of_it() -> None:
 
 
 def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Path) -> None:
-    update = desk(tmp_path).answer(WORLD.model, job())
+    update = desk(tmp_path).run(WORLD.model, job())
     assert update.spent is not None and update.spent.charges == 1 and update.spent.epsilon > 0
     assert update.loss is None and update.examples == 3
     assert all(not torch.equal(update.lora.B[m], b) for m, b in WORLD.start.B.items())
@@ -47,10 +47,10 @@ def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Pat
 
 def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> None:
     """As after a crash of the server; another round is another job, with other noise."""
-    one, again = (desk(tmp_path).answer(WORLD.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
+    one, again = (desk(tmp_path).run(WORLD.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
     assert_close(vars(one.lora), vars(again.lora), rtol=0, atol=0)
     assert again.spent == one.spent
-    other = desk(tmp_path).answer(WORLD.model, job(1))
+    other = desk(tmp_path).run(WORLD.model, job(1))
     assert other.spent is not None and other.spent.charges == 2
     assert not torch.equal(other.lora.B["transformer.h.0.attn.c_attn"], one.lora.B["transformer.h.0.attn.c_attn"])
 
@@ -58,7 +58,7 @@ def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> N
 def test_a_refused_job_trains_nothing_and_charges_nothing(tmp_path: Path) -> None:
     WORLD.model.set_adapter(WORLD.start)
     with pytest.raises(LedgerError, match="budget is spent"):
-        desk(tmp_path, budget=0.01).answer(WORLD.model, job())
+        desk(tmp_path, budget=0.01).run(WORLD.model, job())
     assert not list(tmp_path.rglob("ledger*")) and not list(tmp_path.rglob("kept*"))
 
 
@@ -76,20 +76,20 @@ def test_a_server_that_asks_for_less_than_was_agreed_gets_nothing(
     own: dict[str, bool], asked: Job, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PrivacyError, match=f"the server asks for {says}"):
-        desk(tmp_path, **own).answer(WORLD.model, asked)
+        desk(tmp_path, **own).run(WORLD.model, asked)
     assert not list(tmp_path.iterdir())
 
 
 def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
     for t, run in enumerate(("one", "two")):
-        desk(tmp_path / run, ledgers=tmp_path / "ledgers").answer(WORLD.model, replace(job(), seed=t))
+        desk(tmp_path / run, ledgers=tmp_path / "ledgers").run(WORLD.model, replace(job(), seed=t))
     assert desk(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
 
 
 def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
     own = desk(tmp_path)
-    first = own.answer(WORLD.model, replace(job(), shares="A"))
+    first = own.run(WORLD.model, replace(job(), shares="A"))
     kept = WORLD.model.get_adapter()
     assert not first.lora.B and list(tmp_path.glob("kept-*"))
-    own.answer(WORLD.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
+    own.run(WORLD.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
     assert_close(WORLD.model.get_adapter().B, kept.B)

@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_is_the_clients_failure(model: Model, start: Lo
 
 
 def test_a_head_can_have_a_learning_rate_of_its_own(classifier: Model, labelled: list[dict[str, torch.Tensor]]) -> None:
-    job = Job(classifier.read())
+    job = Job(classifier.get_adapter())
 
     def steps(head_lr: float) -> tuple[float, float]:
         training = replace(FAST, lr=1e-3, head_lr=head_lr, batch_size=9)
@@ -169,7 +169,7 @@ def test_b_can_have_a_larger_learning_rate_than_a(model: Model, begun: LoRA) -> 
 
 
 def test_a_heads_update_is_shared_with_the_adapter(classifier: Model, labelled: list[dict[str, torch.Tensor]]) -> None:
-    start = classifier.read()
+    start = classifier.get_adapter()
     update, kept = worker.train(classifier, Job(start, training=FAST), 0, labelled, LoRA())
     assert not kept and not torch.equal(update.lora.H["classifier.weight"], start.H["classifier.weight"])
     assert classifier.metrics(labelled).values()["accuracy"] >= 0
@@ -218,7 +218,7 @@ def test_clients_that_resume_compute_alike_and_go_on_from_their_own(model: Model
 
 
 def test_a_client_that_resumes_shares_its_head(classifier: Model, labelled: list[dict[str, torch.Tensor]]) -> None:
-    job = Job(classifier.read(), resumes=True, training=FAST)
+    job = Job(classifier.get_adapter(), resumes=True, training=FAST)
     _, kept = worker.train(classifier, job, 0, labelled, LoRA())
     update, kept = worker.train(classifier, replace(job, round=1), 0, labelled, kept)
     assert not kept.H and far(update.lora, job.start, "H") > 0
@@ -256,7 +256,7 @@ def test_the_clip_of_the_batch_does_not_apply_to_clipped_examples(model: Model, 
 def test_a_head_is_clipped_together_with_the_adapter(
     classifier: Model, labelled: list[dict[str, torch.Tensor]]
 ) -> None:
-    start = classifier.read()
+    start = classifier.get_adapter()
     training = Training(optimizer="sgd", lr=1.0, batch_size=1, steps=1)
     update, _ = worker.train(classifier, Job(start, example_clip=0.01, training=training), 0, labelled[:1], LoRA())
     change = [update.lora.side(s)[m] - t for s in "ABH" for m, t in start.side(s).items()]

@@ -69,10 +69,10 @@ def test_what_is_delivered_gives_its_logits_on_a_clean_base_and_opens_as_it_was(
 ) -> None:
     worn = build(model, **ADAPTERS[adapter])
     trained = stirred(worn, 4)
-    worn.write(trained.only("H"))
+    worn.set_adapter(trained.only("H"))
     before = logits(worn, model)
-    worn.write(trained)
-    assert_close(vars(worn.read()), vars(trained), rtol=0, atol=0)
+    worn.set_adapter(trained)
+    assert_close(vars(worn.get_adapter()), vars(trained), rtol=0, atol=0)
     wanted = logits(worn, model)
     assert not torch.allclose(wanted, before, rtol=1e-3, atol=1e-3)
     save_peft(worn, trained, tmp_path)
@@ -89,10 +89,10 @@ def test_the_base_stays_bit_identical_and_the_start_is_the_pretrained_model(
     worn, clean = build(model, **ADAPTERS[adapter]), bare(model)
     for name, layer in worn.adapted.items():
         assert torch.equal(layer.get_base_layer().weight, clean.get_submodule(name).weight)
-    start = worn.read()
+    start = worn.get_adapter()
     if adapter in ("pissa", "olora"):
         assert not torch.allclose(logits(worn, model), plain_logits(clean, model), rtol=1e-4, atol=1e-5)
-        worn.write(start, (LoRA(start.A, {m: -b for m, b in start.B.items()}),))
+        worn.set_adapter(start, (LoRA(start.A, {m: -b for m, b in start.B.items()}),))
     assert_close(logits(worn, model), plain_logits(clean, model), rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_the_start_is_what_peft_would_take_off(
     worn, clean, net = build(model, **ADAPTERS[adapter]), bare(model), bare(model)
     options = LoraConfig(r=3, lora_alpha=5, target_modules=list(worn.adapted), init_lora_weights=adapter)
     get_peft_model(net, options)
-    start = worn.read()
+    start = worn.get_adapter()
     for m in start.A:
         taken = computed(clean.get_submodule(m)) - computed(net.get_submodule(f"{m}.base_layer"))
         assert_close(5 / 3 * start.B[m] @ start.A[m], taken, rtol=1e-4, atol=1e-6)
@@ -112,9 +112,12 @@ def test_the_start_is_what_peft_would_take_off(
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_start_depends_on_its_seed_alone(build: Maker, adapter: str) -> None:
     torch.manual_seed(123)
-    one = build("bert", **ADAPTERS[adapter]).read()
+    one = build("bert", **ADAPTERS[adapter]).get_adapter()
     torch.manual_seed(456)
-    again, other = build("bert", **ADAPTERS[adapter]).read(), build("bert", seed=2, **ADAPTERS[adapter]).read()
+    again, other = (
+        build("bert", **ADAPTERS[adapter]).get_adapter(),
+        build("bert", seed=2, **ADAPTERS[adapter]).get_adapter(),
+    )
     assert_close(vars(again), vars(one), rtol=0, atol=0)
     drawn = adapter not in ("pissa", "olora", "eva") and "vera" not in adapter
     assert drawn != all(torch.equal(a, other.A[m]) for m, a in one.A.items())
@@ -122,20 +125,20 @@ def test_a_start_depends_on_its_seed_alone(build: Maker, adapter: str) -> None:
 
 @pytest.mark.parametrize("adapter", ["orthonormal", "pissa", "olora", "eva"])
 def test_the_sign_of_a_row_is_fixed(build: Maker, adapter: str) -> None:
-    for a in build("bert", **ADAPTERS[adapter]).read().A.values():
+    for a in build("bert", **ADAPTERS[adapter]).get_adapter().A.values():
         assert (a.gather(1, a.abs().argmax(1, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize("adapter", ["orthonormal", "eva"])
 def test_a_start_of_directions_has_orthonormal_rows(build: Maker, adapter: str) -> None:
-    start = build("bert", **ADAPTERS[adapter]).read()
+    start = build("bert", **ADAPTERS[adapter]).get_adapter()
     for m, a in start.A.items():
         assert_close(a @ a.T, torch.eye(3), rtol=1e-5, atol=1e-6)
         assert not start.B[m].any()
 
 
 def test_gaussian_rows_have_a_deviation_of_one_in_the_rank(build: Maker) -> None:
-    drawn = torch.cat([a.flatten() for a in build("llama", rank=8, init="gaussian").read().A.values()])
+    drawn = torch.cat([a.flatten() for a in build("llama", rank=8, init="gaussian").get_adapter().A.values()])
     assert float(drawn.std()) == pytest.approx(1 / 8, rel=0.1)
     assert float(drawn.abs().max()) > 2 / 8  # no uniform one
 
@@ -148,7 +151,7 @@ def test_eva_spans_what_its_inputs_span_most(build: Maker, bare: Callable[[str],
         net.eval()(input_ids=example["input_ids"][None])
     x = torch.cat(seen).double()
     leading = torch.linalg.eigh(x.T @ x)[1][:, -3:]
-    a = worn.read().A["transformer.h.1.attn.c_attn"].double()
+    a = worn.get_adapter().A["transformer.h.1.attn.c_attn"].double()
     assert_close(a.T @ a, leading @ leading.T, rtol=1e-4, atol=1e-5)
 
 
@@ -161,20 +164,20 @@ def test_eva_wants_inputs_of_as_many_directions_as_the_rank(build: Maker) -> Non
 @pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "pissa"])
 def test_a_frozen_side_has_no_gradient(build: Maker, adapter: str, trains: str) -> None:
     worn = build("bert", **ADAPTERS[adapter])
-    worn.write(stirred(worn, 1))
+    worn.set_adapter(stirred(worn, 1))
     worn.set_trainable("ABH")
     worn.loss(batch("bert")).backward()  # a client that failed here leaves its gradients
     chosen = worn.set_trainable(trains)
     worn.loss(batch("bert")).backward()
     assert {id(p) for p in worn.net.parameters() if p.grad is not None} == {id(p) for p in chosen}
-    assert len(chosen) == sum(len(worn.read().side(side)) for side in trains)
+    assert len(chosen) == sum(len(worn.get_adapter().side(side)) for side in trains)
 
 
 def test_magnitudes_travel_with_the_head_and_are_no_head(build: Maker) -> None:
     worn, clean = build("bert", kind="dora"), build("bert")
     magnitudes = {f"{m}.lora_magnitude_vector": computed(layer).norm(dim=1) for m, layer in clean.adapted.items()}
-    assert_close({k: h for k, h in worn.read().H.items() if k in worn.extras}, magnitudes)
-    assert set(worn.extras) == set(magnitudes) and set(worn.heads) == set(clean.read().H)
+    assert_close({k: h for k, h in worn.get_adapter().H.items() if k in worn.extras}, magnitudes)
+    assert set(worn.extras) == set(magnitudes) and set(worn.heads) == set(clean.get_adapter().H)
     assert {id(p) for p in worn.set_trainable("H")} == {id(p) for p in (*worn.heads.values(), *worn.extras.values())}
 
 
@@ -183,7 +186,7 @@ def test_vera_computes_its_formula(build: Maker, model: str) -> None:
     """W + diag(b) B diag(d) A, of the shared A and B what fits the module."""
     worn = build(model, kind="vera", rank=40, targets=("all-linear",))
     before, given = {m: computed(layer) for m, layer in worn.adapted.items()}, stirred(worn, 1)
-    worn.write(given)
+    worn.set_adapter(given)
     vera_a, vera_b = (getattr(worn.net.base_model, key)["default"] for key in ("vera_A", "vera_B"))
     for m, layer in worn.adapted.items():
         a, b = vera_a[:, : layer.in_features], vera_b[: layer.out_features]
@@ -193,14 +196,14 @@ def test_vera_computes_its_formula(build: Maker, model: str) -> None:
 
 def test_veras_vectors_open_over_their_own_matrices_only(build: Maker, tmp_path: Path) -> None:
     worn = build("llama", kind="vera")
-    save_peft(worn, worn.read(), tmp_path)
+    save_peft(worn, worn.get_adapter(), tmp_path)
     with pytest.raises(ModelError, match="its vera_A is of another seed"):
         load_peft(build("llama", seed=2, kind="vera"), tmp_path)
 
 
 def test_an_adapter_of_another_kind_is_not_opened(build: Maker, tmp_path: Path) -> None:
     worn = build("llama", kind="dora")
-    save_peft(worn, worn.read(), tmp_path)
+    save_peft(worn, worn.get_adapter(), tmp_path)
     with pytest.raises(ModelError, match=r"holds a dora adapter; open it with lora.kind = dora"):
         load_peft(build("llama"), tmp_path)
 
@@ -209,7 +212,7 @@ def test_a_pattern_gives_modules_ranks_and_alphas_of_their_own(build: Maker) -> 
     """Of two names that fit, the one of more parts counts; parts of the full name may be left out."""
     worn = build("llama", alpha=6.0, rank_pattern="layers.0.q_proj=6,q_proj=2", alpha_pattern="v_proj=12")
     q, v = (f"model.layers.{{}}.self_attn.{name}" for name in ("q_proj", "v_proj"))
-    ranks = {m: a.shape[0] for m, a in worn.read().A.items()}
+    ranks = {m: a.shape[0] for m, a in worn.get_adapter().A.items()}
     assert ranks == {q.format(0): 6, q.format(1): 2, v.format(0): 3, v.format(1): 3}
     assert worn.scales == {q.format(0): 1.0, q.format(1): 3.0, v.format(0): 4.0, v.format(1): 4.0}
 
@@ -265,13 +268,13 @@ def test_dora_refuses_an_offset_and_vera_whatever_is_not_two_vectors(build: Make
     dora, vera = build("llama", kind="dora"), build("llama", kind="vera")
     part, first = stirred(build("llama"), 1), next(iter(vera.adapted))
     with pytest.raises(StrategyError, match=r"lora.kind = dora takes no offset: its magnitudes"):
-        dora.write(dora.read(), (part,))
+        dora.set_adapter(dora.get_adapter(), (part,))
     cores = LoRA(R={first: torch.eye(3)})
     for worn, offset, gain in (LoRA(), (part,), {}), (cores, (), {}), (LoRA(), (), {first: 2.0}):
         with pytest.raises(StrategyError, match=r"lora.kind = vera takes no offset, core or gain"):
-            vera.write(worn, offset, gain)
+            vera.set_adapter(worn, offset, gain)
     with pytest.raises(StrategyError, match=rf"A of {first}: got \(2,\), the model takes \(3,\)$"):
-        vera.write(LoRA(A={m: a[:2] for m, a in vera.read().A.items()}))
+        vera.set_adapter(LoRA(A={m: a[:2] for m, a in vera.get_adapter().A.items()}))
 
 
 @pytest.mark.parametrize(("adapter", "more"), [("lora", 16 * 2 * (24 + 24 + 24 + 12)), ("vera", 16 * 4)])
@@ -284,11 +287,13 @@ def test_the_memory_to_train_in_grows_with_the_rank_by_four_copies(build: Maker,
 
 def test_a_base_in_half_precision_takes_half_the_memory(build: Maker) -> None:
     whole, half = build("bert"), build("bert", dtype="bfloat16")
-    trained = 4 * sum(t.numel() for t in (*whole.read().A.values(), *whole.read().B.values(), *whole.heads.values()))
+    trained = 4 * sum(
+        t.numel() for t in (*whole.get_adapter().A.values(), *whole.get_adapter().B.values(), *whole.heads.values())
+    )
     saved = whole.memory(3) - half.memory(3)
     assert saved == pytest.approx((whole.memory(3) - 4 * trained) / 2, rel=0.05)
 
 
 def test_it_is_the_form_that_says_what_public_rows_are(build: Maker) -> None:
     worn = build("gpt2", public=[{TEXT.columns[0]: row["text"]} for row in PUBLIC], **ADAPTERS["eva"])
-    assert_close(vars(worn.read()), vars(build("gpt2", **ADAPTERS["eva"]).read()), rtol=0, atol=0)
+    assert_close(vars(worn.get_adapter()), vars(build("gpt2", **ADAPTERS["eva"]).get_adapter()), rtol=0, atol=0)

@@ -153,9 +153,7 @@ def combine(cohort: Roster, revealed: Mapping[int, Mapping[int, bytes]], owner: 
 
 def self_mask(cohort: Roster, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> Ring:
     seed = combine(cohort, revealed, owner)
-    assert (
-        secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].commitment
-    )  # the server has this seed
+    assert secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].mark  # the server has this seed
     return secure_aggregation._stream(secure_aggregation._derive(seed, "self-mask", ROUND, owner), 1000)
 
 

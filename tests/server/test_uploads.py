@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.errors import Failure, WireError
+from fedlora.errors import Failure, FailureKind, WireError
 from fedlora.jobs import MaskingTerms
 from fedlora.lora import SIDES, LoRA
 from fedlora.messages import codec
@@ -276,7 +276,7 @@ class Watched(FlowerFleet):
     def train(self, jobs: Mapping[int, Job]) -> Iterator[tuple[int, Update | Failure]]:
         for i, answer in super().train(jobs):
             if isinstance(answer, Failure):
-                assert answer.refused, answer
+                assert answer.kind == FailureKind.REFUSED, answer
                 self.refusals += 1
             yield i, answer
 

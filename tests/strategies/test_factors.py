@@ -122,13 +122,13 @@ def test_fedsvd_counts_a_in_the_rounds_that_bring_a_new_one() -> None:
 @given(SEEDS, RANKS)
 def test_fair_is_fedit_and_without_penalty_the_residual_in_the_rows_of_a_besides(seed: int, rank: int) -> None:
     updates, weights = clients(seed, [1, 2, 3], rank), [1, 2, 3]
-    mean, residual = FedAvg().aggregate(fresh(), updates, weights), delta(residual(updates, weights))
+    mean, rest = FedAvg().aggregate(fresh(), updates, weights), delta(residual(updates, weights))
     got = LoRAFair(lam=0).aggregate(fresh(), updates, weights)
     for m, target in delta(stack(updates, weights)).items():
         a = got.A[m]
         assert torch.equal(a, mean.A[m])
         assert_close(delta(got)[m], torch.linalg.lstsq(a.T, target.T).solution.T @ a, rtol=1e-6, atol=1e-7)
-        assert_close(delta(got)[m], delta(mean)[m] + residual[m] @ projector(a), rtol=1e-6, atol=1e-7)
+        assert_close(delta(got)[m], delta(mean)[m] + rest[m] @ projector(a), rtol=1e-6, atol=1e-7)
     assert_close(LoRAFair(lam=1e14).aggregate(fresh(), updates, weights).B, mean.B)
 
 

@@ -173,8 +173,8 @@ def test_three_rounds_are_those_of_the_paper_and_need_the_mean_alone(kind: Any) 
 def test_fedex_under_momentum_keeps_its_residual() -> None:
     strategy, updates = ServerOptimizer(load("fedex_lora"), "momentum", lr=0.3), [factors(s) for s in (1, 2, 3)]
     after = strategy.aggregate(strategy.init(fresh()), updates, WEIGHTS)
-    (residual,) = strategy.client_init(after, CLIENT).offset
-    assert_close(delta(residual), delta(residual(updates, WEIGHTS)))
+    (part,) = strategy.client_init(after, CLIENT).offset
+    assert_close(delta(part), delta(residual(updates, WEIGHTS)))
 
 
 def test_a_side_that_sits_out_a_round_keeps_its_moments() -> None:
