@@ -162,7 +162,7 @@ def measured(s: RunSetup, strategy_name: str, form: Form) -> dict[str, Any]:
     began, config = time.process_time(), s.config
     strategy = compose(replace(config, strategy=strategy_name), s.start, s.ranks)
     with TemporaryDirectory() as folder:
-        fleet = Compressing(Serial(s.model, s.sites, s.ranks, Path(folder)), form)
+        fleet = Compressing(Serial(s.model, s.clients_data, s.ranks, Path(folder)), form)
         plan = Plan(config.rounds, config.cohort, config.seed, config.train, config.server)
         last = list(fit(strategy, fleet, s.start, plan))[-1]
         if strategy_name == "fedsa_lora":
@@ -194,11 +194,11 @@ def apart(s: RunSetup, jobs: Mapping[int, Job], folder: Path) -> Metrics:
 
 def axes(s: RunSetup, optimizer: Any, lr: float) -> dict[str, float]:
     """Int8's relative error of one client's second round, with scales by direction, and the other way."""
-    client, strategy = s.sites[0].client(0, s.ranks[0]), compose(s.config, s.start, s.ranks)
+    client, strategy = s.clients_data[0].client(0, s.ranks[0]), compose(s.config, s.start, s.ranks)
     start, training = s.start, replace(s.config.train, optimizer=optimizer, lr=lr)
     for t in range(2):
         before, job = start, replace(strategy.client_init(start, client), training=training, round=t, rounds=10)
-        start = worker.train(s.model, job, 0, s.sites[0].train, LoRA())[0].lora
+        start = worker.train(s.model, job, 0, s.clients_data[0].train, LoRA())[0].lora
     return both_ways(less(start, before).only("AB"))
 
 

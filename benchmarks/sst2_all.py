@@ -154,18 +154,18 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
     """
     began = time.monotonic()
     setup = _setup(place, replace(config.lora, ranks=""))
-    sites = _sites(place, final, most)
+    clients_data = _clients_data(place, final, most)
     client_ranks = ranks(
         config.lora.ranks,
         largest=config.lora.rank,
-        clients=len(sites),
+        clients=len(clients_data),
         seed=config.seed,
         memory=setup.model.memory,
     )
     start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
     strategy = compose(config, start, client_ranks)
     with TemporaryDirectory() as folder:
-        fleet = Serial(setup.model, sites, client_ranks, Path(folder), own=policy_of(config))
+        fleet = Serial(setup.model, clients_data, client_ranks, Path(folder), own=policy_of(config))
         plan = _plan(config, setup, fleet, final)
         rounds = list(fit(strategy, fleet, start, plan))
         record = _judged(strategy, rounds[-1].state, fleet, config.rounds - 1)
@@ -220,13 +220,16 @@ def _setup(place: Place, lora: LoRAConfig) -> RunSetup:
 
 
 @cache
-def _sites(place: Place, final: bool, most: int) -> tuple[ClientData, ...]:
+def _clients_data(place: Place, final: bool, most: int) -> tuple[ClientData, ...]:
     """The clients with one half of the rows they hold out: the half to choose a rate by, or the one to measure on."""
 
-    def half(site: ClientData) -> ClientData:
-        return replace(site, heldout_rows=take(site.heldout_rows, range(int(final), len(site.heldout_rows), 2)[:most]))
+    def half(client_data: ClientData) -> ClientData:
+        return replace(
+            client_data,
+            heldout_rows=take(client_data.heldout_rows, range(int(final), len(client_data.heldout_rows), 2)[:most]),
+        )
 
-    return tuple(half(site) for site in _setup(place, config_of(place).lora).sites)
+    return tuple(half(client_data) for client_data in _setup(place, config_of(place).lora).clients_data)
 
 
 def run_all(place: Place, chosen: Sequence[Variant], out: Path, jobs: int) -> Results:

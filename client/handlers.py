@@ -25,7 +25,7 @@ class ClientContext:
     """One client's place at this process's model."""
 
     model: Model
-    desk: JobRunner
+    runner: JobRunner
     parts: PartStore  # what it need not be sent again
     rank: int
     journal: EventLog = EventLog(None)  # noqa: RUF009  of none, it writes nothing
@@ -42,16 +42,16 @@ class ClientContext:
 
 def describe(place: ClientContext, content: RecordDict) -> RecordDict:
     """Who this client is."""
-    desk = place.desk
-    place.journal.write("left", what="who", client=desk.id)
-    return codec.pack_client(desk.site.client(desk.id, place.rank), place.model.fingerprint)
+    runner = place.runner
+    place.journal.write("left", what="who", client=runner.id)
+    return codec.pack_client(runner.client_data.client(runner.id, place.rank), place.model.fingerprint)
 
 
 def take_step(place: ClientContext, content: RecordDict) -> RecordDict:
     """A step of secure aggregation."""
     ask = codec.read_ask(content)
     place.journal.write("left", what=f"secure {ask.step}", context=ask.context)
-    return codec.pack_said(place.desk.reply(ask))
+    return codec.pack_said(place.runner.reply(ask))
 
 
 def train(place: ClientContext, content: RecordDict) -> RecordDict:
@@ -59,7 +59,7 @@ def train(place: ClientContext, content: RecordDict) -> RecordDict:
     job = place.job(content)
     if isinstance(job, codec.MissingParts):
         return codec.pack_lacks(job)
-    update = place.desk.run(place.model, job)
+    update = place.runner.run(place.model, job)
     tensors, nbytes = payload(update)
     place.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
     if place.told:
@@ -73,9 +73,9 @@ def evaluate(place: ClientContext, content: RecordDict) -> RecordDict:
     job = place.job(content)
     if isinstance(job, codec.MissingParts):
         return codec.pack_lacks(job)
-    kept = ClientState(place.desk.folder).before(job.round + 1)
+    kept = ClientState(place.runner.folder).before(job.round + 1)
     place.journal.write("left", what="metrics", round=job.round + 1)
-    return codec.pack_metrics(training.evaluate(place.model, job, place.desk.site.heldout, kept))
+    return codec.pack_metrics(training.evaluate(place.model, job, place.runner.client_data.heldout, kept))
 
 
 WORKS: Mapping[str, Callable[[ClientContext, RecordDict], RecordDict]] = {

@@ -42,7 +42,7 @@ def _place(config: Config | None, folder: Path | None, context: Context, run: st
         _ready[key] = prepare(config)
     setup = _ready[key]
     id = int(context.node_config.get("partition-id", -1))
-    if not 0 <= id < len(setup.sites):
-        raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.sites) - 1}")
-    desk = JobRunner(id, setup.sites[id], folder / str(id), policy_of(setup.config))
-    return handlers.ClientContext(setup.model, desk, PartStore(desk.folder), setup.ranks[id])
+    if not 0 <= id < len(setup.clients_data):
+        raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.clients_data) - 1}")
+    runner = JobRunner(id, setup.clients_data[id], folder / str(id), policy_of(setup.config))
+    return handlers.ClientContext(setup.model, runner, PartStore(runner.folder), setup.ranks[id])

@@ -27,7 +27,7 @@ class JobRunner:
     """One client at a model: its site, and its folder."""
 
     id: int
-    site: ClientData
+    client_data: ClientData
     folder: Path  # of what it keeps
     own: ClientPolicy = field(default_factory=ClientPolicy)
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
@@ -39,7 +39,7 @@ class JobRunner:
         Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained;
         `SecureError` for a job that is to be masked and may not be.
         """
-        self.own.refuse(job, self.site.client(self.id, 0).records)
+        self.own.refuse(job, self.client_data.client(self.id, 0).records)
         if job.masking:
             return self._masked(model, job)
         return self._small(job, self._trained(model, job))
@@ -68,7 +68,7 @@ class JobRunner:
         name = job_hash(job) if self.once else ""
         if self.once and (done := last.to(name)):
             return done
-        update, kept = training.train(model, job, self.id, self.site.train, store.before(job.round))
+        update, kept = training.train(model, job, self.id, self.client_data.train, store.before(job.round))
         log.debug("trained round %d", job.round + 1)
         store.keep(job.round, kept)
         if self.once:
@@ -81,7 +81,7 @@ class JobRunner:
         ledger.charge(name, privacy, job.round, self.own.budget)
         answer = ledger.answer(name)
         if answer is None:
-            records, before = self.site.records, store.before(job.round)
+            records, before = self.client_data.records, store.before(job.round)
             answer, kept = training.train_privately(model, job, self.id, records, before, self.mechanism)
             store.keep(job.round, kept)
             ledger.keep(name, answer)
@@ -91,7 +91,7 @@ class JobRunner:
         """Do a step of secure aggregation; who joins says how much it weighs. Raises `SecureError`."""
         said = self.seat.reply(ask)
         if ask.step == "join":
-            said |= {"examples": str(len(self.site.train)), "records": str(len(self.site.records))}
+            said |= {"examples": str(len(self.client_data.train)), "records": str(len(self.client_data.records))}
         return said
 
     @property
@@ -103,4 +103,4 @@ class JobRunner:
     def ledger(self) -> Ledger:
         """What its data have been charged with."""
         folder = self.own.ledgers / str(self.id) if self.own.ledgers else self.folder
-        return Ledger(folder, self.site.fingerprint)
+        return Ledger(folder, self.client_data.fingerprint)

@@ -68,7 +68,7 @@ def fit(
     contradicts itself or the run.
     """
     check_declarations(strategy)
-    if strategy.needs_senders and (plan.secure or plan.central):
+    if strategy.needs_senders and (plan.secure or plan.client_level):
         raise PrivacyError(
             f"strategy {type(strategy).__name__} must know which client sent which update, and here the server gets "
             "sums alone; leave out secure.aggregation and dp.level = client, or take a strategy that declares sums_only"
@@ -115,10 +115,10 @@ class _Run:
 
     def play(self, past: ResumePoint) -> tuple[RoundResult, ResumePoint]:
         """The next round, and where the one after it takes up."""
-        central, traffic = self.plan.central, self.fleet.traffic
+        client_level, traffic = self.plan.client_level, self.fleet.traffic
         began, up, down = time.monotonic(), traffic.up, traffic.down
-        if central:
-            past = replace(past, charges=central.charge(past.charges), clip=past.clip or central.clip)
+        if client_level:
+            past = replace(past, charges=client_level.charge(past.charges), clip=past.clip or client_level.clip)
         jobs = self._jobs(past)
         bound = ClippedSum(past.clip) if past.clip else None
         got = self._collect(jobs, bound)
@@ -140,7 +140,7 @@ class _Run:
             notes=self.strategy.notes(outcome.state),
             exactness=outcome.exactness,
             spent=past.spent,
-            central=outcome.release,
+            client_level=outcome.release,
             scores=after.scores,
             skipped=outcome.skipped,
         )
@@ -172,8 +172,8 @@ class _Run:
         if not _is_enough(got, len(jobs), t, plan):
             return _Outcome(past.state, skipped=True)
         updates, weights, release = got.updates, got.weights, None
-        if plan.central and bound:
-            release = plan.central.release(bound, _start(self.strategy, past.state), t, past.charges)
+        if plan.client_level and bound:
+            release = plan.client_level.release(bound, _start(self.strategy, past.state), t, past.charges)
             updates, weights = [release.update], [1.0]
         senders = [replace(sender, metrics=past.scores.get(sender.id, {})) for sender in got.senders]
         state = next_state(self.strategy, past.state, updates, weights, senders)
@@ -205,7 +205,7 @@ class _Run:
 
 def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
     """Did a quorum answer? Of a Poisson sample, which may be empty, that may be none."""
-    enough = got.answered >= max(int(not plan.central), plan.policy.quorum * asked)
+    enough = got.answered >= max(int(not plan.client_level), plan.policy.quorum * asked)
     if not enough and plan.policy.below_quorum == "stop":
         raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
     return enough
@@ -214,8 +214,8 @@ def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
 def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
     """The clients of round t; a client that has joined as many rounds as its noise is for is not asked again."""
     clients = fleet.clients()
-    if plan.central:
-        return plan.central.sample(clients, t)
+    if plan.client_level:
+        return plan.client_level.sample(clients, t)
     if plan.terms:
         clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.max_participations]
     if plan.terms and not clients:

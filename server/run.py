@@ -52,7 +52,7 @@ def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, show: RunObs
         exactness=_measured(setup) if config.exactness else None,
         metrics=not config.dp.on or config.dp.metrics,
         terms=record_level_dp(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
-        central=_central(setup) if config.dp.by_client else None,
+        client_level=_client_level(setup) if config.dp.by_client else None,
         secure=config.secure if config.secure.aggregation else None,
         messages=config.messages,
     )
@@ -111,7 +111,7 @@ def _measured(setup: RunSetup) -> Mapping[str, float]:
     return setup.model.scales
 
 
-def _central(setup: RunSetup) -> ClientLevelDP:
+def _client_level(setup: RunSetup) -> ClientLevelDP:
     config = setup.config
     return client_level_dp(config.dp, config.cohort, config.clients, config.rounds, config.seed)
 

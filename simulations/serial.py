@@ -22,25 +22,28 @@ class Serial:
     def __init__(
         self,
         model: Model,
-        sites: Sequence[ClientData],
+        clients_data: Sequence[ClientData],
         ranks: Sequence[int],
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
         own: ClientPolicy = ClientPolicy(),  # noqa: B008
     ) -> None:
         self.traffic = PartTracker()
-        self._model, self._sites, self._ranks, self._answered = model, sites, ranks, answered
-        self._desks = [JobRunner(i, site, folder / str(i), own) for i, site in enumerate(sites)]
+        self._model, self._clients_data, self._ranks, self._answered = model, clients_data, ranks, answered
+        self._runners = [JobRunner(i, client_data, folder / str(i), own) for i, client_data in enumerate(clients_data)]
 
     def clients(self) -> Sequence[Client]:
-        return [site.client(i, rank) for i, (site, rank) in enumerate(zip(self._sites, self._ranks, strict=True))]
+        return [
+            client_data.client(i, rank)
+            for i, (client_data, rank) in enumerate(zip(self._clients_data, self._ranks, strict=True))
+        ]
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         parts = Parts()
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
             try:
-                update = self._desks[i].run(self._model, job)
+                update = self._runners[i].run(self._model, job)
             except REFUSALS as e:
                 self._answered(i)
                 yield i, Failure.because_of(e)
@@ -53,7 +56,7 @@ class Serial:
         replies: dict[int, Mapping[str, str] | Failure] = {}
         for i, ask in asks.items():
             try:
-                replies[i] = self._desks[i].reply(ask)
+                replies[i] = self._runners[i].reply(ask)
             except SecureError as e:
                 replies[i] = Failure.because_of(e)
         return replies
@@ -63,6 +66,6 @@ class Serial:
         answers = {}
         for i, job in jobs.items():
             self.traffic.send(i, parts.of(job))
-            kept = ClientState(self._desks[i].folder).before(job.round + 1)
-            answers[i] = training.evaluate(self._model, job, self._sites[i].heldout, kept)
+            kept = ClientState(self._runners[i].folder).before(job.round + 1)
+            answers[i] = training.evaluate(self._model, job, self._clients_data[i].heldout, kept)
         return answers

@@ -79,9 +79,11 @@ class WarmWorker:
         if told:
             write_durably(folder / SETTINGS, json.dumps(dict(told)).encode())
         party, mine = self._party, self.mine
-        desk = JobRunner(mine.id, party.site, folder, client_policy(mine.settings, mine.state / "ledgers"), once=True)
+        runner = JobRunner(
+            mine.id, party.client_data, folder, client_policy(mine.settings, mine.state / "ledgers"), once=True
+        )
         journal = EventLog(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
-        return handlers.ClientContext(party.model, desk, PartStore(folder), party.rank, journal, told=True)
+        return handlers.ClientContext(party.model, runner, PartStore(folder), party.rank, journal, told=True)
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:

@@ -38,7 +38,7 @@ FEW = 50  # clients, where nothing says how many there are
 class ClientLevelSubject:
     """The product as it is; or with a bug in one of its parts, which the audit must find."""
 
-    central: type[ClientLevelDP] = ClientLevelDP
+    client_level: type[ClientLevelDP] = ClientLevelDP
     clipping: type[ClippedSum] = ClippedSum
 
 
@@ -49,13 +49,13 @@ class Crowd:
     config: Config
     start: LoRA
     strategy: Strategy[Any]
-    central: ClientLevelDP
+    client_level: ClientLevelDP
     seed: int = 0
 
     def mechanism(self, subject: ClientLevelSubject, **other: Any) -> ClientLevelDP:
         """The run's, in the subject's class, with some of it changed."""
-        same = {f.name: getattr(self.central, f.name) for f in fields(self.central)}
-        return subject.central(**same | other)
+        same = {f.name: getattr(self.client_level, f.name) for f in fields(self.client_level)}
+        return subject.client_level(**same | other)
 
     def job(self, state: Any) -> Job:
         """What clients of the highest rank would be sent."""
@@ -95,7 +95,7 @@ def build(config: Config, seed: int = 0) -> Crowd:
 def sensitivity(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
     """T1: with the noise off, how far does one client more or less move the sum over all sides, over the clip?"""
     state = crowd.strategy.init(crowd.start)
-    job, C = crowd.job(state), crowd.central.clip
+    job, C = crowd.job(state), crowd.client_level.clip
     numb = crowd.mechanism(subject, noise=0.0, rate=1.0, population=CLIENTS, quantile=0.0, seed=None, limit=inf)
     steps = [_stray(job, C * 10 ** float(x), i) for i, x in enumerate(np.linspace(-2, 2, CLIENTS))]
 
@@ -117,7 +117,7 @@ def sensitivity(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
 
 def noise(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
     """T2, T3, T4: of rounds in which no client changes a thing, the noise, and what they cost."""
-    mechanism, share = crowd.mechanism(subject, limit=inf), crowd.central.share
+    mechanism, share = crowd.mechanism(subject, limit=inf), crowd.client_level.share
     z = mechanism.noise / sqrt(1 - share) if mechanism.quantile else mechanism.noise
     seen = list(_rounds(crowd, mechanism, ROUNDS))
     again = next(_rounds(crowd, mechanism, 1))
@@ -134,7 +134,7 @@ def noise(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
 
 def draws(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
     """T5: is every client in a round by itself?"""
-    mechanism, clients = crowd.mechanism(subject), Silent(crowd.central.population, 1).clients()
+    mechanism, clients = crowd.mechanism(subject), Silent(crowd.client_level.population, 1).clients()
     sizes = np.array([float(len(mechanism.sample(clients, t))) for t in range(DRAWS)])
     yield statistics.drawn("cohort", sizes, mechanism.population, mechanism.rate)
 
@@ -157,9 +157,9 @@ class Heard:
 
 def _rounds(crowd: Crowd, mechanism: ClientLevelDP, rounds: int) -> Iterator[Heard]:
     state = crowd.strategy.init(crowd.start)
-    plan = Plan(rounds, cohort=2, seed=crowd.config.seed, metrics=False, central=mechanism)
+    plan = Plan(rounds, cohort=2, seed=crowd.config.seed, metrics=False, client_level=mechanism)
     for done in fit(crowd.strategy, Silent(mechanism.population, crowd.config.lora.rank), crowd.start, plan):
-        job, release = crowd.job(state), done.central
+        job, release = crowd.job(state), done.client_level
         assert release is not None
         unit = mechanism.rate * mechanism.population / release.clip
         pairs = ((s, m, t, release.update.side(s)[m]) for s in job.shares for m, t in job.start.side(s).items())

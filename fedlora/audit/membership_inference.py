@@ -98,11 +98,13 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
 def both(setup: RunSetup) -> tuple[Records, Records]:
     """The records that clients trained on, and those that nobody did. Raises `ConfigError` where there are none."""
     by_row = setup.model.encoder.by_row
-    parts = [by_row(rows) for rows in (setup.evaluation_rows, *(s.heldout_rows for s in setup.sites)) if len(rows)]
+    parts = [
+        by_row(rows) for rows in (setup.evaluation_rows, *(s.heldout_rows for s in setup.clients_data)) if len(rows)
+    ]
     others = [record for part in parts for record in part]
     if not any(others):
         raise ConfigError("there are no records to compare with that nobody trained on: set data.eval or data.holdout")
-    members = [record for site in setup.sites for record in by_row(site.train_rows)]
+    members = [record for client_data in setup.clients_data for record in by_row(client_data.train_rows)]
     if setup.config.dp.unit == "example":
         members, others = ([[e] for record in part for e in record] for part in (members, others))
     return some(members), some(others)
@@ -173,7 +175,10 @@ def _promise(setup: RunSetup, folder: RunDirectory) -> tuple[float, float]:
         return 2 * spent, (1 + exp(min(spent, 700.0))) * hides.delta
     if not settings.dp.by_record:
         return inf, 0.0
-    clients = [site.client(i, rank) for i, (site, rank) in enumerate(zip(setup.sites, setup.ranks, strict=True))]
+    clients = [
+        client_data.client(i, rank)
+        for i, (client_data, rank) in enumerate(zip(setup.clients_data, setup.ranks, strict=True))
+    ]
     return spent, record_level_dp(settings.dp, settings.train, settings.rounds, clients).config.delta
 
 

@@ -98,11 +98,11 @@ class _Forgetful(Ledger):
 class _Forgets(JobRunner):
     @property
     def ledger(self) -> Ledger:
-        return _Forgetful(self.folder, self.site.fingerprint)
+        return _Forgetful(self.folder, self.client_data.fingerprint)
 
 
 def _accountant_made_anew(_stage: Stage) -> Subject:
-    return Subject(desk=_Forgets)
+    return Subject(runner=_Forgets)
 
 
 def _batches_dealt_out(stage: Stage) -> Subject:
@@ -184,7 +184,7 @@ def _clips(kind: type[ClippedSum]) -> Callable[[Any], client_level.ClientLevelSu
 
 
 def _hides(kind: type[ClientLevelDP]) -> Callable[[Any], client_level.ClientLevelSubject]:
-    return lambda _: client_level.ClientLevelSubject(central=kind)
+    return lambda _: client_level.ClientLevelSubject(client_level=kind)
 
 
 CLIENT = (

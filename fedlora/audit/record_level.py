@@ -78,12 +78,12 @@ def training(stage: Stage, subject: Subject) -> Iterator[Finding]:
     there = np.random.default_rng(stage.seed).random(stage.canaries) < 0.5
     nobody = [False] * stage.canaries
     kinds = (there.tolist(), nobody)
-    sites = [
+    clients_data = [
         Made(stage.model.encoder, (), examples=[*stage.made_up(i), *canaries.examples(kind)])
         for i, kind in enumerate(kinds)
     ]
     with TemporaryDirectory() as folder:
-        seen = play(stage, subject, sites, Path(folder))
+        seen = play(stage, subject, clients_data, Path(folder))
     p, own = stage.privacy, [s for s in seen if s.client == 0]
     charge = Charge(p.noise, p.rate, sum(len(s.drawn) for s in own))
     yield statistics.accounted(own[-1].epsilon, stage.config.dp, charge, p.delta)

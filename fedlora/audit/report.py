@@ -159,7 +159,7 @@ def _settings(config: Config, stage: Any) -> dict[str, Any]:
     chosen = {key: every[key] for key in every if key in SHOWN or key.startswith("dp.")}
     chosen = {key: value for key, value in chosen.items() if value != float("inf")}  # which JSON has no word for
     if config.dp.by_client:
-        m = stage.central
+        m = stage.client_level
         return chosen | {"audit.noise": m.noise, "audit.rate": m.rate, "audit.clients": m.population}
     p = stage.privacy
     plan = {"noise": p.noise, "rate": p.rate, "steps": p.steps, "delta": p.delta, "rounds": stage.terms.rounds}

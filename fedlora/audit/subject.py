@@ -58,7 +58,7 @@ class Subject:
     """The product as it is; or with a bug in one of its parts, which the audit must find."""
 
     mechanism: Mechanism = STANDARD
-    desk: type[JobRunner] = JobRunner
+    runner: type[JobRunner] = JobRunner
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,11 +168,11 @@ def _terms(config: Config, records: int) -> RecordLevelDP:
 
 
 def play(
-    stage: Stage, subject: Subject, sites: Sequence[ClientData], folder: Path, rounds: int = ROUNDS
+    stage: Stage, subject: Subject, clients_data: Sequence[ClientData], folder: Path, rounds: int = ROUNDS
 ) -> list[ObservedRound]:
     """So many rounds of two clients, and what was seen of each. Raises `PrivacyError` where a client refuses."""
-    fleet = _Watched(stage, subject, sites, folder)
-    for _ in fit(stage.strategy, fleet, stage.start, stage.plan(len(sites[0].records), rounds)):
+    fleet = _Watched(stage, subject, clients_data, folder)
+    for _ in fit(stage.strategy, fleet, stage.start, stage.plan(len(clients_data[0].records), rounds)):
         pass
     return fleet.seen
 
@@ -180,8 +180,8 @@ def play(
 class _Watched(Serial):
     """Two clients in this process, and what is seen of their work."""
 
-    def __init__(self, stage: Stage, subject: Subject, sites: Sequence[ClientData], folder: Path) -> None:
-        super().__init__(stage.model, sites, [stage.config.lora.rank] * len(sites), folder)
+    def __init__(self, stage: Stage, subject: Subject, clients_data: Sequence[ClientData], folder: Path) -> None:
+        super().__init__(stage.model, clients_data, [stage.config.lora.rank] * len(clients_data), folder)
         self.seen: list[ObservedRound] = []
         self._stage, self._subject, self._folder = stage, subject, folder
 
@@ -190,7 +190,7 @@ class _Watched(Serial):
             drawn: list[int] = []
             where = canaries.places(job, self._stage.canaries, self._stage.seed)
             folder, mechanism = self._folder / str(i), _tapped(self._subject.mechanism, drawn, where)
-            self._desks[i] = self._subject.desk(i, self._sites[i], folder, mechanism=mechanism)
+            self._runners[i] = self._subject.runner(i, self._clients_data[i], folder, mechanism=mechanism)
             before = ClientState(folder).before(job.round).over(job.start)
             for _, answer in super().train({i: job}):
                 if isinstance(answer, Failure):
@@ -201,7 +201,7 @@ class _Watched(Serial):
     def _look(self, i: int, job: Job, before: LoRA, answer: Update, drawn: list[int]) -> None:
         """Read off what the client did, whatever it says."""
         after, p = self._model.get_adapter(), self._stage.privacy
-        unit = -p.rate * len(self._sites[i].records) / job.training.lr
+        unit = -p.rate * len(self._clients_data[i].records) / job.training.lr
         sums = {key: unit * t for key, t in _moved(after, before, job.trains)}
         told = {key: unit * t for key, t in _shown(answer.lora, job)}
         spent = answer.spent.epsilon if answer.spent else inf

@@ -71,7 +71,7 @@ def lab(
 ) -> Iterator[Lab]:
     """A fleet of as many clients as there are ranks, on a disk that goes afterwards."""
     with TemporaryDirectory() as folder:
-        yield Lab(strategy, where, fleets(where.model, where.sites[: len(ranks)], ranks, Path(folder)), plan)
+        yield Lab(strategy, where, fleets(where.model, where.clients_data[: len(ranks)], ranks, Path(folder)), plan)
 
 
 def model_of(job: Job, start: LoRA, now: LoRA) -> Side:

@@ -135,7 +135,7 @@ def check_what_a_client_keeps_is_its_own(strategy: Some, fleets: Fleets = Serial
 def check_a_client_that_slept_wears_the_model(strategy: Some, fleets: Fleets = Serial) -> Skip | None:
     """A client that was never asked before computes, from its first job alone, with the model that is delivered."""
     where = world("llama")
-    clients = [site.client(i, RANK) for i, site in enumerate(where.sites)]
+    clients = [client_data.client(i, RANK) for i, client_data in enumerate(where.clients_data)]
 
     def sleeps(seed: int) -> bool:
         return all(c.id != 2 for t in range(PLAN.rounds) for c in sample(clients, 2, seed, t))

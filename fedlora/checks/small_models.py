@@ -41,7 +41,7 @@ class SmallModel:
 
     model: Model
     start: LoRA
-    sites: tuple[ClientData, ...]
+    clients_data: tuple[ClientData, ...]
     config: ModelConfig
     lora: LoRAConfig
     form: Schema
@@ -54,7 +54,7 @@ class SmallModel:
     @property
     def batch(self) -> dict[str, Tensor]:
         """Some examples."""
-        return self.model.encoder.collate(self.sites[0].heldout)
+        return self.model.encoder.collate(self.clients_data[0].heldout)
 
     def logits(self) -> Tensor:
         """What the model says of them, as it is worn: (n, classes or vocabulary)."""
@@ -80,8 +80,8 @@ def world(kind: Kind, adapter: Literal["lora", "dora", "vera"] = "lora") -> Smal
     config = ModelConfig(path=str(_folder(kind)), max_length=16, device="cpu")
     lora = LORA[kind] if adapter == "lora" else LoRAConfig(kind=adapter, rank=RANK)
     model = Model(config, lora, form, seed=0)
-    sites = tuple(ClientData(model.encoder, _rows(i, 4 + 2 * i), _rows(10 + i, 4)) for i in range(len(RANKS)))
-    return SmallModel(model, model.get_adapter(), sites, config, lora, form)
+    clients_data = tuple(ClientData(model.encoder, _rows(i, 4 + 2 * i), _rows(10 + i, 4)) for i in range(len(RANKS)))
+    return SmallModel(model, model.get_adapter(), clients_data, config, lora, form)
 
 
 def _rows(client: int, n: int) -> list[dict[str, str]]:

@@ -48,10 +48,10 @@ def _clients(setup: RunSetup, strategy: Strategy[Any], folder: RunDirectory) -> 
     from fedlora.simulations.serial import Serial
 
     last = checkpoint.latest(folder.checkpoints)
-    able = [id for id, site in enumerate(setup.sites) if len(site.heldout)]
+    able = [id for id, client_data in enumerate(setup.clients_data) if len(client_data.heldout)]
     if last is None or not able:
         return {}
-    fleet = Serial(setup.model, setup.sites, setup.ranks, folder.clients)
+    fleet = Serial(setup.model, setup.clients_data, setup.ranks, folder.clients)
     clients = [client for client in fleet.clients() if client.id in able]
     jobs = {client.id: replace(strategy.client_init(last.state, client), round=last.round) for client in clients}
     return answers_and_failures(jobs, fleet.evaluate(jobs))[0]

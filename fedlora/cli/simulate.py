@@ -62,7 +62,11 @@ def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, 
     else:
         from fedlora.simulations.serial import Serial
 
-        serve(Serial(setup.model, setup.sites, setup.ranks, folder.clients, screen.answered, policy_of(setup.config)))
+        serve(
+            Serial(
+                setup.model, setup.clients_data, setup.ranks, folder.clients, screen.answered, policy_of(setup.config)
+            )
+        )
 
 
 def _fresh(strategy: str) -> Path:

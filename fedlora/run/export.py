@@ -158,9 +158,9 @@ def _examples(setup: RunSetup) -> list[Example]:
     """Examples to compare two models on: of the evaluation, else of a client, else a made-up one."""
     if setup.evaluation:
         return setup.evaluation
-    for site in setup.sites:
-        if site.train:
-            return site.train
+    for client_data in setup.clients_data:
+        if client_data.train:
+            return client_data.train
     return _made_up(setup)
 
 

@@ -53,7 +53,7 @@ class RoundResult:
     notes: Mapping[str, float] = field(default_factory=dict)  # the strategy's own figures
     exactness: float | None = None  # relative distance from the mean of the clients' models; none: not measured
     spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # of every client that ever told, after this round
-    central: NoisedUpdate | None = None  # where the run hides clients
+    client_level: NoisedUpdate | None = None  # where the run hides clients
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last, for who needs senders
     skipped: bool = False  # too few clients answered, and the state is as it was
 
@@ -78,8 +78,8 @@ class RoundResult:
         }
 
     def _privacy(self) -> dict[str, Any]:
-        if self.central:
-            return self.central.record()
+        if self.client_level:
+            return self.client_level.record()
         if not self.spent:
             return {}
         epsilons = [s.epsilon for s in self.spent.values()]
@@ -101,6 +101,6 @@ class Plan:
     exactness: Mapping[str, float] | None = None  # module -> s, to measure it; all of a round's updates are then held
     metrics: bool = True  # may clients tell their training loss?
     terms: RecordLevelDP | None = None  # of clients that hide their records
-    central: ClientLevelDP | None = None  # the server hides clients
+    client_level: ClientLevelDP | None = None  # the server hides clients
     secure: SecureConfig | None = None  # it sees sums alone
     messages: MessageConfig = field(default_factory=MessageConfig)

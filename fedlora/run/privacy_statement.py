@@ -40,7 +40,7 @@ def privacy_facts(
         "config_sha256": sha256(configuration.dumps(config).encode()).hexdigest(),
         "versions": {name: _version(name) for name in PARTS} | {"python": platform.python_version()},
         "record": _by_record(plan.terms, clients, _numbers(job, job.trains)) if plan.terms else None,
-        "client": _by_client(plan.central, plan.rounds, _numbers(job, job.shares)) if plan.central else None,
+        "client": _by_client(plan.client_level, plan.rounds, _numbers(job, job.shares)) if plan.client_level else None,
         "preflight": vars(findings) if findings else None,
     }
 
@@ -96,21 +96,21 @@ def _by_record(terms: RecordLevelDP, clients: Sequence[Client], numbers: int) ->
     return found
 
 
-def _by_client(central: ClientLevelDP, rounds: int, numbers: int) -> dict[str, Any]:
-    charge = [Charge(central.noise, central.rate, rounds)]
+def _by_client(client_level: ClientLevelDP, rounds: int, numbers: int) -> dict[str, Any]:
+    charge = [Charge(client_level.noise, client_level.rate, rounds)]
     return {
-        "clients": central.population,
-        "rate": central.rate,
-        "noise": central.noise,
-        "sum_noise": central.sum_noise,
-        "clip": central.clip,
-        "quantile": central.quantile or None,
+        "clients": client_level.population,
+        "rate": client_level.rate,
+        "noise": client_level.noise,
+        "sum_noise": client_level.sum_noise,
+        "clip": client_level.clip,
+        "quantile": client_level.quantile or None,
         "rounds": rounds,
-        "delta": central.delta,
-        "epsilon_prv": _told(prv(charge, central.delta)),
-        "epsilon_rdp": _told(rdp(charge, central.delta)),
+        "delta": client_level.delta,
+        "epsilon_prv": _told(prv(charge, client_level.delta)),
+        "epsilon_rdp": _told(rdp(charge, client_level.delta)),
         "numbers": numbers,
-        "noise_to_signal": central.noise_to_signal(numbers),
+        "noise_to_signal": client_level.noise_to_signal(numbers),
     }
 
 

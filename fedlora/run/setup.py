@@ -34,7 +34,7 @@ class RunSetup:
     config: Config  # resolved: counts and labels as they are, paths absolute
     model: Model
     start: LoRA  # the adapter as PEFT made it
-    sites: tuple[ClientData, ...]
+    clients_data: tuple[ClientData, ...]
     ranks: tuple[int, ...]  # of each client
     evaluation_rows: rows_module.Rows
 
@@ -75,10 +75,10 @@ def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
-    sites = tuple(ClientData(model.encoder, train, held, unit) for train, held in shares)
+    clients_data = tuple(ClientData(model.encoder, train, held, unit) for train, held in shares)
     memory = partial(model.memory, batch_size=config.train.batch_size)
     dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
-    return RunSetup(config, model, model.get_adapter(), sites, tuple(dealt), rows.evaluation)
+    return RunSetup(config, model, model.get_adapter(), clients_data, tuple(dealt), rows.evaluation)
 
 
 def resolve(config: Config, form: Schema, clients: int) -> Config:
@@ -143,7 +143,7 @@ class ClientSetup:
     """One client's pieces of a run: the model, its own examples and its rank."""
 
     model: Model
-    site: ClientData
+    client_data: ClientData
     rank: int
 
 
@@ -184,7 +184,7 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) ->
         raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
     rows = federated.client_data(config.data, config.model.task, id=id, clients=config.clients, seed=config.seed)
     setup = assemble(config, rows, ids=max(id + 1, config.clients))
-    return ClientSetup(setup.model, setup.sites[0], setup.ranks[id])
+    return ClientSetup(setup.model, setup.clients_data[0], setup.ranks[id])
 
 
 def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:

@@ -42,23 +42,23 @@ def main(grid: Grid, context: Context) -> None:
         screen.close()
 
 
-def _ordered(grid: Grid, desk: Handoff) -> None:
+def _ordered(grid: Grid, handoff: Handoff) -> None:
     """Do it, and leave word of how it ended: the command ends, or begins anew, by that."""
     Thread(target=_follow, args=(int(os.environ[PARENT]),), daemon=True).start()
-    before = desk.status()
+    before = handoff.status()
     attempt = before.attempt if before else 0
-    desk.put_status(Status("running", os.getpid(), attempt=attempt))
+    handoff.put_status(Status("running", os.getpid(), attempt=attempt))
     try:
-        with desk.screen.open("a", encoding="utf-8") as out:
+        with handoff.screen.open("a", encoding="utf-8") as out:
             screen = ConsoleProgress(Console(file=out, highlight=False, soft_wrap=True, width=200))
-            _serve(grid, desk, desk.order(), screen)
+            _serve(grid, handoff, handoff.order(), screen)
     except FedloraError as e:
-        desk.put_status(Status("failed", os.getpid(), screen.named(str(e)), attempt))
+        handoff.put_status(Status("failed", os.getpid(), screen.named(str(e)), attempt))
         raise
     except BaseException as e:
-        desk.put_status(Status("crashed", os.getpid(), f"{type(e).__name__}: {e}", attempt))
+        handoff.put_status(Status("crashed", os.getpid(), f"{type(e).__name__}: {e}", attempt))
         raise
-    desk.put_status(Status("finished", os.getpid(), attempt=attempt))
+    handoff.put_status(Status("finished", os.getpid(), attempt=attempt))
 
 
 def _follow(parent: int) -> None:
@@ -68,7 +68,7 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def _serve(grid: Grid, desk: Handoff, order: RunOrder, screen: ConsoleProgress) -> None:
+def _serve(grid: Grid, handoff: Handoff, order: RunOrder, screen: ConsoleProgress) -> None:
     from fedlora.deployment.json_logs import log_json
     from fedlora.run.setup import (
         for_server,
@@ -76,13 +76,13 @@ def _serve(grid: Grid, desk: Handoff, order: RunOrder, screen: ConsoleProgress) 
     )
     from fedlora.server.deployment.prometheus import Monitor
 
-    folder, names = RunDirectory(desk.run), {i: name for name, i in order.names.items()}
+    folder, names = RunDirectory(handoff.run), {i: name for name, i in order.names.items()}
     screen.names = names
     config = configuration.build(order.given)
     ids = max([config.clients, *(i + 1 for i in names)])
     setup = for_server(config, ids)
     folder.create(setup.config, again=True)
-    log_json(desk.run / "server.log", run=folder.run)
+    log_json(handoff.run / "server.log", run=folder.run)
     logging.getLogger("fedlora").addHandler(screen.handler())
     monitor = Monitor(screen)
     if order.metrics:
@@ -107,5 +107,5 @@ def _serve(grid: Grid, desk: Handoff, order: RunOrder, screen: ConsoleProgress) 
     show: RunObserver = monitor
     fleet = FlowerFleet(grid, rules, show.answered, show.waiting)
     fleet.online = monitor.online
-    fleet.journal = EventLog(desk.run / "audit.jsonl", side="server", run=folder.run)
+    fleet.journal = EventLog(handoff.run / "audit.jsonl", side="server", run=folder.run)
     run_rounds(setup, fleet, folder, show)

@@ -59,24 +59,24 @@ class ServerOptions:
 
 def serve(asked: ServerOptions, file: Path | None, given: Mapping[str, Any]) -> None:
     """Run it to its end. Raises the error of a run that failed."""
-    desk = Handoff(asked.run)
+    handoff = Handoff(asked.run)
     names = read_clients(asked.credentials) if asked.credentials else {}
-    with exclusive(desk.flower):
+    with exclusive(handoff.flower):
         config = _settings(asked.run, file, given, len(names))
         if _is_done(asked.run, config):
             print(f"{asked.run}: all {config.rounds} rounds are done; the adapter is in {asked.run / 'adapter'}")
             return
-        _end_what_is_left(desk)
+        _end_what_is_left(handoff)
         if not asked.credentials:
             print(
                 "INSECURE: no TLS, no keys: anyone who reaches this port can read, join and command. For trials only."
             )
-        with _started(asked, desk) as (control, supervisor):
+        with _started(asked, handoff) as (control, supervisor):
             nodes = _registered(control, asked.credentials, names) if asked.credentials else None
             given = configuration.flatten(config)
-            desk.put_order(RunOrder(given, names, nodes, asked.metrics))
+            handoff.put_order(RunOrder(given, names, nodes, asked.metrics))
             _tell(asked, names, config)
-            SubmittedRun(control, desk, supervisor, config, Tail(desk.screen)).run()
+            SubmittedRun(control, handoff, supervisor, config, Tail(handoff.screen)).run()
 
 
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
@@ -100,14 +100,14 @@ def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered
 
 def _is_done(run: Path, config: Config) -> bool:
     """Of a run that stopped early, as of patience, too; more rounds may have been asked for since."""
-    desk = Handoff(run)
-    status = desk.status()
-    return status is not None and status.state == "finished" and desk.order().given["rounds"] >= config.rounds
+    handoff = Handoff(run)
+    status = handoff.status()
+    return status is not None and status.state == "finished" and handoff.order().given["rounds"] >= config.rounds
 
 
-def _end_what_is_left(desk: Handoff) -> None:
+def _end_what_is_left(handoff: Handoff) -> None:
     """ServerApps of an attempt before, or of a command that was killed: they would write into the same directory."""
-    kill_marked("flwr-serverapp", FOLDER, str(desk.run.absolute()))
+    kill_marked("flwr-serverapp", FOLDER, str(handoff.run.absolute()))
 
 
 def _registered(control: Control, folder: Path, names: Mapping[str, int]) -> dict[str, int]:
@@ -117,46 +117,46 @@ def _registered(control: Control, folder: Path, names: Mapping[str, int]) -> dic
 
 
 @contextmanager
-def _started(asked: ServerOptions, desk: Handoff) -> Iterator[tuple[Control, Supervisor]]:
+def _started(asked: ServerOptions, handoff: Handoff) -> Iterator[tuple[Control, Supervisor]]:
     """SuperLink, gate and SuperExec, ended at the end, whatever it is."""
     inner = asked.superlink or f"127.0.0.1:{free_port()}"
-    control, secret = Control(inner, asked.certificate), _secret(asked, desk)
-    with _ending(desk), Supervisor() as supervisor:
+    control, secret = Control(inner, asked.certificate), _secret(asked, handoff)
+    with _ending(handoff), Supervisor() as supervisor:
         if asked.superlink:
             control.wait(300)
         else:
-            link, gate = _link(asked, desk, inner, secret), _gate(asked, desk, inner)
+            link, gate = _link(asked, handoff, inner, secret), _gate(asked, handoff, inner)
             supervisor.start(link)
             control.wait(180, lambda: link.alive)
             supervisor.start(gate)
             wait_for_port(asked.port, gate, "127.0.0.1" if asked.host == "0.0.0.0" else asked.host)
         control.stop_all()
-        supervisor.start(_superexec(asked, desk, inner, secret))
+        supervisor.start(_superexec(asked, handoff, inner, secret))
         yield control, supervisor
 
 
 @contextmanager
-def _ending(desk: Handoff) -> Iterator[None]:
+def _ending(handoff: Handoff) -> Iterator[None]:
     try:
         yield
     finally:
-        _end_what_is_left(desk)
+        _end_what_is_left(handoff)
 
 
-def _superexec(asked: ServerOptions, desk: Handoff, address: str, secret: Path) -> Process:
+def _superexec(asked: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
     tls = ["--root-certificates", str(asked.certificate)] if asked.certificate else ["--insecure"]
     command = [program("flower-superexec"), "--runtime-api-address", address, *tls]
     command += ["--superexec-auth-secret-file", str(secret)]
-    environment = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **flwr_home(desk.flower)}
-    return Process("SuperExec", command, desk.flower / "superexec.log", environment)
+    environment = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **flwr_home(handoff.flower)}
+    return Process("SuperExec", command, handoff.flower / "superexec.log", environment)
 
 
-def _link(asked: ServerOptions, desk: Handoff, address: str, secret: Path) -> Process:
+def _link(asked: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
     host, _, port = address.rpartition(":")
     command = [program("flower-superlink"), "--host", host, "--port", port, "--isolation", "process"]
     command += [
         "--database",
-        str((desk.flower / "superlink.db").absolute()),
+        str((handoff.flower / "superlink.db").absolute()),
         "--disable-runtime-dependency-installation",
     ]
     command += ["--superexec-auth-secret-file", str(secret)]
@@ -165,10 +165,10 @@ def _link(asked: ServerOptions, desk: Handoff, address: str, secret: Path) -> Pr
         command += ["--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
     else:
         command += ["--insecure"]
-    return Process("SuperLink", command, desk.flower / "superlink.log", flwr_home(desk.flower))
+    return Process("SuperLink", command, handoff.flower / "superlink.log", flwr_home(handoff.flower))
 
 
-def _gate(asked: ServerOptions, desk: Handoff, inner: str) -> Process:
+def _gate(asked: ServerOptions, handoff: Handoff, inner: str) -> Process:
     command = [sys.executable, "-m", "fedlora.server.deployment.gate", "--host", asked.host, "--port", str(asked.port)]
     command += ["--superlink", inner, "--log", str(asked.run / "gate.log")]
     if folder := asked.credentials:
@@ -176,16 +176,16 @@ def _gate(asked: ServerOptions, desk: Handoff, inner: str) -> Process:
         command += ["--key", str(folder / "server.key")]
     else:
         command += ["--insecure"]
-    return Process("gate", command, desk.flower / "gate.out.log")
+    return Process("gate", command, handoff.flower / "gate.out.log")
 
 
-def _secret(asked: ServerOptions, desk: Handoff) -> Path:
+def _secret(asked: ServerOptions, handoff: Handoff) -> Path:
     """By which the SuperLink knows its SuperExec."""
     if asked.credentials:
         for name in ("server.key", "superexec.secret"):
             check_private(asked.credentials / name)
         return asked.credentials / "superexec.secret"
-    path = desk.flower / "superexec.secret"
+    path = handoff.flower / "superexec.secret"
     if not path.exists():
         write_durably(path, token_hex(32).encode(), mode=0o600)
     return path
@@ -204,7 +204,7 @@ class SubmittedRun:
     """A run from its submission to its end; a ServerApp that ends before the run does is begun anew."""
 
     control: Control
-    desk: Handoff
+    handoff: Handoff
     supervisor: Supervisor
     config: Config
     screen: Tail
@@ -233,7 +233,7 @@ class SubmittedRun:
         """Is it finished? Whatever is dead meanwhile is begun anew."""
         self.screen.show()
         self.supervisor.look()
-        status = self.desk.status() or Status("submitted")
+        status = self.handoff.status() or Status("submitted")
         if status.state == "finished":
             return True
         if status.state == "failed":
@@ -257,23 +257,23 @@ class SubmittedRun:
         with suppress(ControlError):  # a SuperLink that is away for a moment
             if ended := self.control.ended(self._run):
                 time.sleep(1)  # it may just have finished
-                after = self.desk.status() or status
+                after = self.handoff.status() or status
                 return "" if after.state in ("finished", "failed") else f"the SuperLink says {ended}"
         return ""
 
     def _submit(self, why: str) -> None:
-        rounds = self.desk.rounds()
+        rounds = self.handoff.rounds()
         self._tries = self._tries + 1 if rounds == self._rounds else 1
         self._rounds = rounds
         if why:
             print(f"the ServerApp ended: {why}; it goes on after round {rounds}", flush=True)
             with suppress(ControlError):
                 self.control.stop(self._run)
-            _end_what_is_left(self.desk)
+            _end_what_is_left(self.handoff)
             if self._tries > TRIES:
                 raise RoundFailed(f"the ServerApp ended {TRIES} times without a finished round, last: {why}")
             time.sleep(2.0**self._tries)  # a machine that is too slow for it now may be less so later
-        self.desk.put_status(Status("submitted", attempt=self._tries))
+        self.handoff.put_status(Status("submitted", attempt=self._tries))
         self._run = self._patiently()
         self._since = self._looked = time.monotonic()
 

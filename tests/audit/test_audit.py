@@ -143,7 +143,7 @@ def test_too_little_noise_on_the_count_is_caught() -> None:
             return super().count_noise / 2
 
     assert "T2 count, size" in failed(
-        client_level.noise(crowd(dp__quantile=0.5), client_level.ClientLevelSubject(central=Less))
+        client_level.noise(crowd(dp__quantile=0.5), client_level.ClientLevelSubject(client_level=Less))
     )
 
 

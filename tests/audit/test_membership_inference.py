@@ -30,7 +30,7 @@ def records() -> Records:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def client_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and private runs of a round on it: one that is finished, and one that nobody was evaluated in."""
     folder = tmp_path_factory.mktemp("membership")
     make("bert", folder / "model")
@@ -92,20 +92,20 @@ def test_of_many_records_some_are_looked_at_evenly() -> None:
     assert len(taken) == MOST and taken[0] == 0 and taken[-1] > 4990 and len(set(taken)) == MOST
 
 
-def test_a_private_runs_attack_comes_with_its_bound(site: Path) -> None:
-    done = fedlora("audit", "run", "--membership", cwd=site)
-    told = json.loads((site / "run" / "membership.json").read_text())
+def test_a_private_runs_attack_comes_with_its_bound(client_data: Path) -> None:
+    done = fedlora("audit", "run", "--membership", cwd=client_data)
+    told = json.loads((client_data / "run" / "membership.json").read_text())
     assert done.returncode == 0 and "best advantage" in done.stdout, done.stderr
     assert told["members"] == told["others"] == 40 and len(told["attacks"]) == 3 and told["delta"] == 1e-3
     assert told["bound"] == pytest.approx(bound(told["epsilon"], 1e-3)) and 0 < told["bound"] < 1
     assert told["attacks"][0]["auc_low"] < told["attacks"][0]["auc"] < told["attacks"][0]["auc_high"]
-    assert json.loads(fedlora("audit", "run", "--membership", "--json", cwd=site).stdout) == told
+    assert json.loads(fedlora("audit", "run", "--membership", "--json", cwd=client_data).stdout) == told
 
 
-def test_what_cannot_be_attacked_is_one_sentence(site: Path, tmp_path: Path) -> None:
-    done = fedlora("audit", "blind", "--membership", cwd=site)
+def test_what_cannot_be_attacked_is_one_sentence(client_data: Path, tmp_path: Path) -> None:
+    done = fedlora("audit", "blind", "--membership", cwd=client_data)
     assert done.returncode == 1 and "set data.eval or data.holdout" in done.stderr
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.toml").write_bytes((site / "run" / "config.toml").read_bytes())
-    done = fedlora("audit", tmp_path / "begun", "--membership", cwd=site)
+    (tmp_path / "begun" / "config.toml").write_bytes((client_data / "run" / "config.toml").read_bytes())
+    done = fedlora("audit", tmp_path / "begun", "--membership", cwd=client_data)
     assert done.returncode == 1 and "has no adapter yet" in done.stderr

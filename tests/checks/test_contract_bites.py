@@ -182,7 +182,7 @@ class HandsOneAdapterAround(Serial):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._desks = [replace(desk, folder=self._desks[0].folder) for desk in self._desks]
+        self._runners = [replace(runner, folder=self._runners[0].folder) for runner in self._runners]
 
 
 class AnswersForAnother(Serial):

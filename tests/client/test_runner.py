@@ -27,7 +27,7 @@ def job(round: int = 0, **terms: float) -> Job:
     return Job(WORLD.start, training=training, privacy=replace(TERMS, **terms), round=round, rounds=9)  # type: ignore[arg-type]
 
 
-def desk(folder: Path, **own: Any) -> JobRunner:
+def runner(folder: Path, **own: Any) -> JobRunner:
     return JobRunner(0, ClientData(WORLD.model.encoder, TEXTS), folder, ClientPolicy(**own))
 
 
@@ -39,7 +39,7 @@ def test_a_record_is_a_row_or_each_block_of_it() -> None:
 
 
 def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Path) -> None:
-    update = desk(tmp_path).run(WORLD.model, job())
+    update = runner(tmp_path).run(WORLD.model, job())
     assert update.spent is not None and update.spent.charges == 1 and update.spent.epsilon > 0
     assert update.loss is None and update.examples == 3
     assert all(not torch.equal(update.lora.B[m], b) for m, b in WORLD.start.B.items())
@@ -47,10 +47,10 @@ def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Pat
 
 def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> None:
     """As after a crash of the server; another round is another job, with other noise."""
-    one, again = (desk(tmp_path).run(WORLD.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
+    one, again = (runner(tmp_path).run(WORLD.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
     assert_close(vars(one.lora), vars(again.lora), rtol=0, atol=0)
     assert again.spent == one.spent
-    other = desk(tmp_path).run(WORLD.model, job(1))
+    other = runner(tmp_path).run(WORLD.model, job(1))
     assert other.spent is not None and other.spent.charges == 2
     assert not torch.equal(other.lora.B["transformer.h.0.attn.c_attn"], one.lora.B["transformer.h.0.attn.c_attn"])
 
@@ -58,7 +58,7 @@ def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> N
 def test_a_refused_job_trains_nothing_and_charges_nothing(tmp_path: Path) -> None:
     WORLD.model.set_adapter(WORLD.start)
     with pytest.raises(LedgerError, match="budget is spent"):
-        desk(tmp_path, budget=0.01).run(WORLD.model, job())
+        runner(tmp_path, budget=0.01).run(WORLD.model, job())
     assert not list(tmp_path.rglob("ledger*")) and not list(tmp_path.rglob("kept*"))
 
 
@@ -76,18 +76,18 @@ def test_a_server_that_asks_for_less_than_was_agreed_gets_nothing(
     own: dict[str, bool], asked: Job, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PrivacyError, match=f"the server asks for {says}"):
-        desk(tmp_path, **own).run(WORLD.model, asked)
+        runner(tmp_path, **own).run(WORLD.model, asked)
     assert not list(tmp_path.iterdir())
 
 
 def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
     for t, run in enumerate(("one", "two")):
-        desk(tmp_path / run, ledgers=tmp_path / "ledgers").run(WORLD.model, replace(job(), seed=t))
-    assert desk(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
+        runner(tmp_path / run, ledgers=tmp_path / "ledgers").run(WORLD.model, replace(job(), seed=t))
+    assert runner(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
 
 
 def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
-    own = desk(tmp_path)
+    own = runner(tmp_path)
     first = own.run(WORLD.model, replace(job(), shares="A"))
     kept = WORLD.model.get_adapter()
     assert not first.lora.B and list(tmp_path.glob("kept-*"))

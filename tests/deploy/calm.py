@@ -50,7 +50,7 @@ def calm(out: Path, settings: Mapping[str, Any], absent: int | None = None) -> P
     setup = prepare(over_defaults({}, settings))
     folder, screen = Whole(out), ConsoleProgress()
     folder.create(setup.config)
-    fleet = Without(setup.model, setup.sites, setup.ranks, folder.clients)
+    fleet = Without(setup.model, setup.clients_data, setup.ranks, folder.clients)
     fleet.absent = absent
     try:
         run_rounds(setup, fleet, folder, screen)

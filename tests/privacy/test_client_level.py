@@ -76,8 +76,8 @@ def test_an_update_that_is_not_finite_counts_as_nothing(bad: float) -> None:
 
 
 def test_the_released_update_is_the_start_moved_by_the_sum_over_the_clients_expected() -> None:
-    central, updates = mechanism(noise=1e-9), [moved(0.5, 1), moved(0.25, 2)]
-    release = central.release(total(1.0, updates), START, 0, ())
+    client_level, updates = mechanism(noise=1e-9), [moved(0.5, 1), moved(0.25, 2)]
+    release = client_level.release(total(1.0, updates), START, 0, ())
     for s in SIDES:
         for m, t in START.side(s).items():
             wanted = t + sum(u.side(s)[m] - t for u in updates) / 40
@@ -85,11 +85,11 @@ def test_the_released_update_is_the_start_moved_by_the_sum_over_the_clients_expe
 
 
 def test_the_noise_is_normal_with_the_deviation_that_was_paid_for() -> None:
-    central = mechanism(noise=2.0)
-    released = central.release(ClippedSum(0.5), START, 0, ()).update
+    client_level = mechanism(noise=2.0)
+    released = client_level.release(ClippedSum(0.5), START, 0, ()).update
     noise = torch.cat([(released.side(s)[m] - t).flatten() for s in SIDES for m, t in START.side(s).items()]) * 40
     assert stats.kstest(noise.numpy(), "norm", args=(0, 2.0 * 0.5)).pvalue > 0.001
-    assert not torch.equal(released.A["q"], central.release(ClippedSum(0.5), START, 1, ()).update.A["q"])
+    assert not torch.equal(released.A["q"], client_level.release(ClippedSum(0.5), START, 1, ()).update.A["q"])
 
 
 def test_a_round_in_which_nobody_was_drawn_is_noise_alone() -> None:
@@ -111,47 +111,47 @@ def test_in_secret_no_two_runs_draw_or_add_the_same() -> None:
 
 
 def test_epsilon_is_that_of_all_rounds() -> None:
-    central, charges = mechanism(noise=2.0), ()
+    client_level, charges = mechanism(noise=2.0), ()
     for t in range(3):
-        charges = central.charge(charges)
-        release = central.release(ClippedSum(1.0), START, t, charges)
+        charges = client_level.charge(charges)
+        release = client_level.release(ClippedSum(1.0), START, t, charges)
     assert release.charges == (Charge(2.0, 0.1, 3),)
     assert release.epsilon == epsilon([Charge(2.0, 0.1, 3)], 1e-4)
 
 
 def test_a_round_that_would_pass_the_budget_is_refused_before_it_begins() -> None:
     two = epsilon([Charge(2.0, 0.1, 2)], 1e-4)
-    central = mechanism(noise=2.0, limit=two)
-    charges = central.charge(central.charge(()))
+    client_level = mechanism(noise=2.0, limit=two)
+    charges = client_level.charge(client_level.charge(()))
     with pytest.raises(PrivacyError, match="one more round would bring epsilon from"):
-        central.charge(charges)
+        client_level.charge(charges)
 
 
 @pytest.mark.parametrize("start", [0.05, 20.0])
 def test_the_clip_goes_to_the_quantile_from_both_sides(start: float) -> None:
     """Norms spread from 0 to 2, of which half are below 1: Flower's wrapper goes the other way."""
-    central, clip = mechanism(noise=0.05, quantile=0.5, rate=0.1), start
+    client_level, clip = mechanism(noise=0.05, quantile=0.5, rate=0.1), start
     for t in range(60):
         updates = [moved(2 * (i + 0.5) / 40, i) for i in range(40)]
-        clip = central.release(total(clip, updates), START, t, ()).next_clip
+        clip = client_level.release(total(clip, updates), START, t, ()).next_clip
     assert clip == pytest.approx(1.0, rel=0.25)
 
 
 def test_one_step_of_the_clip_is_the_published_rule() -> None:
-    central = mechanism(noise=1e-9, quantile=0.5)
+    client_level = mechanism(noise=1e-9, quantile=0.5)
     got = total(1.0, [moved(0.5, i) for i in range(30)] + [moved(2.0, i) for i in range(10)])
-    assert central.release(got, START, 0, ()).next_clip == pytest.approx(exp(-0.2 * (0.75 - 0.5)), rel=1e-6)
+    assert client_level.release(got, START, 0, ()).next_clip == pytest.approx(exp(-0.2 * (0.75 - 0.5)), rel=1e-6)
 
 
 def test_following_a_quantile_is_paid_for_out_of_the_same_noise() -> None:
     """1/z^2 = 1/z_D^2 + 1/(2 s)^2, as sensitivities are C and 1/2."""
-    central = mechanism(noise=1.3, quantile=0.5)
-    parts = 1 / central.sum_noise**2, 1 / (2 * central.count_noise) ** 2
+    client_level = mechanism(noise=1.3, quantile=0.5)
+    parts = 1 / client_level.sum_noise**2, 1 / (2 * client_level.count_noise) ** 2
     assert sum(parts) == pytest.approx(1 / 1.3**2)
 
 
 def test_noise_to_signal_is_what_is_seen() -> None:
-    central = mechanism(noise=2.0)
-    noise = norm(central.release(ClippedSum(1.0), START, 0, ()).update, START)
+    client_level = mechanism(noise=2.0)
+    noise = norm(client_level.release(ClippedSum(1.0), START, 0, ()).update, START)
     numbers = sum(t.numel() for s in SIDES for t in START.side(s).values())
-    assert noise == pytest.approx(central.noise_to_signal(numbers), rel=0.15)
+    assert noise == pytest.approx(client_level.noise_to_signal(numbers), rel=0.15)

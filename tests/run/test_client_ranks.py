@@ -102,7 +102,7 @@ def test_the_server_is_told_every_clients_own_rank(tmp_path: Path) -> None:
     data.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) for i in range(20)))
     given = {"model.path": str(make("llama", tmp_path / "model")), "data.path": str(data), "data.partition": "iid"}
     setup = prepare(build(given, {"clients": 5, "lora.rank": 4, "lora.ranks": "1,2,4"}))
-    fleet = Serial(setup.model, setup.sites, setup.ranks, tmp_path / "clients")
+    fleet = Serial(setup.model, setup.clients_data, setup.ranks, tmp_path / "clients")
     assert [client.rank for client in fleet.clients()] == [1, 2, 4, 1, 2]
 
 

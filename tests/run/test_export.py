@@ -167,7 +167,7 @@ def test_every_client_gets_its_own_model(run: Run, words: str, tmp_path: Path, c
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"client-{i}" for i in range(4)}
     setup, strategy, state = opened(path)
     found = []
-    for i, site in enumerate(setup.sites):
+    for i, site in enumerate(setup.clients_data):
         kept = ClientState(path / "checkpoint" / "clients" / str(i)).before(2)
         job = strategy.client_init(state, site.client(i, setup.ranks[i]))
         training.evaluate(setup.model, job, setup.evaluation, kept)

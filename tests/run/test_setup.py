@@ -48,7 +48,7 @@ def server(folder: Path) -> RunSetup:
 
 def test_the_server_has_the_simulations_start_labels_and_evaluation(server: RunSetup, whole: RunSetup) -> None:
     assert server.config.data.labels == whole.config.data.labels and server.ranks == whole.ranks
-    assert list(server.evaluation_rows) == list(whole.evaluation_rows) and server.sites == ()
+    assert list(server.evaluation_rows) == list(whole.evaluation_rows) and server.clients_data == ()
     for side in "ABH":
         assert all(torch.equal(t, whole.start.side(side)[m]) for m, t in server.start.side(side).items())
 
@@ -60,10 +60,11 @@ def test_a_client_has_the_simulations_examples_and_rank(
     mine = {"data.path": str(folder / f"site_{i}.jsonl"), "model.path": str(folder / "model")}
     party = for_client(settings_for_clients(server.config), mine, i)
     assert party.rank == whole.ranks[i] and party.model.fingerprint == server.model.fingerprint
-    assert list(party.site.train_rows) == list(whole.sites[i].train_rows)
-    assert list(party.site.heldout_rows) == list(whole.sites[i].heldout_rows)
+    assert list(party.site.train_rows) == list(whole.clients_data[i].train_rows)
+    assert list(party.site.heldout_rows) == list(whole.clients_data[i].heldout_rows)
     assert all(
-        torch.equal(x["input_ids"], y["input_ids"]) for x, y in zip(party.site.train, whole.sites[i].train, strict=True)
+        torch.equal(x["input_ids"], y["input_ids"])
+        for x, y in zip(party.site.train, whole.clients_data[i].train, strict=True)
     )
 
 

@@ -66,7 +66,7 @@ class Line:
 
 def line(folder: Path, ranks: Sequence[int] = (RANK,) * 5, **silent: int) -> Line:
     where = world("bert")
-    rows = [where.sites[i % 3].train_rows[: 4 + i] for i in range(len(ranks))]
+    rows = [where.clients_data[i % 3].train_rows[: 4 + i] for i in range(len(ranks))]
     return Line(Serial(where.model, [ClientData(where.model.encoder, r) for r in rows], ranks, folder), silent)
 
 
@@ -184,10 +184,10 @@ def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_clients_can_be_hidden_from_all_but_a_sum(tmp_path: Path, quantile: float) -> None:
     """They clip before they mask; the server adds the noise to the sum, which is all it sees."""
-    central = ClientLevelDP(0.3, 0.9, 5, 1e-2, clip=0.01, quantile=quantile, seed=4)
-    plan = replace(PLAN, central=central, metrics=False)
+    client_level = ClientLevelDP(0.3, 0.9, 5, 1e-2, clip=0.01, quantile=quantile, seed=4)
+    plan = replace(PLAN, client_level=client_level, metrics=False)
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
-    assert plain.central is not None and secure.central is not None
+    assert plain.client_level is not None and secure.client_level is not None
     assert apart(plain.state, secure.state) < 2e-7
-    assert secure.central.next_clip == pytest.approx(plain.central.next_clip, rel=1e-6)
-    assert (secure.central.next_clip != 0.01) == bool(quantile)
+    assert secure.client_level.next_clip == pytest.approx(plain.client_level.next_clip, rel=1e-6)
+    assert (secure.client_level.next_clip != 0.01) == bool(quantile)

@@ -44,7 +44,7 @@ BY_ITS_OWN_RULE = {
 
 
 def fleet(folder: Path) -> Serial:
-    return Serial(WORLD.model, WORLD.sites, RANKS, folder)
+    return Serial(WORLD.model, WORLD.clients_data, RANKS, folder)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=label)

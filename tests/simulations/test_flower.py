@@ -116,7 +116,7 @@ def serial(setup: RunSetup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     seen = Seen()
     play(
         setup,
-        Serial(setup.model, setup.sites, setup.ranks, tmp_path_factory.mktemp("serial"), seen.answered.append),
+        Serial(setup.model, setup.clients_data, setup.ranks, tmp_path_factory.mktemp("serial"), seen.answered.append),
         seen,
     )
     return seen

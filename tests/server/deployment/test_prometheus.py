@@ -154,7 +154,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Rows]:
     setup = prepare(config.build(paths, {"clients": 4, "cohort": 3, "rounds": 2, "threads": 1, "train.steps": 1}))
     folder, monitor = RunDirectory(place / "out"), Monitor(Quiet())
     folder.create(setup.config)
-    run_rounds(setup, Serial(setup.model, setup.sites, setup.ranks, folder.clients, monitor.answered), folder, monitor)
+    run_rounds(
+        setup, Serial(setup.model, setup.clients_data, setup.ranks, folder.clients, monitor.answered), folder, monitor
+    )
     return scrape(monitor), folder.records()
 
 
