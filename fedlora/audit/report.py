@@ -86,9 +86,9 @@ def settings(run: Path | None, given: Mapping[str, Any]) -> Config:
 
 
 def _embedded() -> dict[str, Any]:
-    from fedlora.checks.small_models import world
+    from fedlora.checks.small_models import small_model
 
-    return {**EMBEDDED, "model.path": world("bert").config.path}
+    return {**EMBEDDED, "model.path": small_model("bert").config.path}
 
 
 def _level(config: Config) -> Level:

@@ -12,6 +12,7 @@ from . import declarations, on_random_factors, on_small_models
 from .verdict import Skip
 
 Check = Callable[[Strategy[Any]], Skip | None]
+Outcome = Literal["passed", "failed", "skipped"]
 CHECKS: tuple[Check, ...] = tuple(
     f
     for module in (declarations, on_random_factors, on_small_models)
@@ -22,10 +23,10 @@ CHECKS: tuple[Check, ...] = tuple(
 
 @dataclass(frozen=True)
 class Result:
-    """What one check said of one strategy."""
+    """The outcome of one check of one strategy."""
 
     check: str  # the function's name
-    outcome: Literal["passed", "failed", "skipped"]
+    outcome: Outcome
     detail: str  # why it failed or was skipped
     seconds: float
 
@@ -36,26 +37,27 @@ def run(strategy: Strategy[Any]) -> list[Result]:
 
 
 def verify(check: Check, strategy: Strategy[Any]) -> Result:
-    """Put a strategy through one check; whatever it raises is a failure of the strategy, and told."""
-    began, detail = time.monotonic(), ""
-    outcome: Literal["passed", "failed", "skipped"] = "passed"
-    try:
-        skip = check(strategy)
-    except AssertionError as e:
-        outcome, detail = "failed", str(e)
-    except Exception as e:  # a strategy is anybody's code
-        outcome, detail = "failed", f"{strategy}: {type(e).__name__}: {e}"
-    else:
-        if skip is not None:
-            outcome, detail = "skipped", skip.reason
+    """Put a strategy through one check; an error that the strategy raises is a failure, and the error its detail."""
+    began = time.monotonic()
+    outcome, detail = _outcome(check, strategy)
     return Result(check.__name__, outcome, detail, time.monotonic() - began)
 
 
+def _outcome(check: Check, strategy: Strategy[Any]) -> tuple[Outcome, str]:
+    try:
+        skip = check(strategy)
+    except AssertionError as e:
+        return "failed", str(e)
+    except Exception as e:  # a strategy is anybody's code
+        return "failed", f"{strategy}: {type(e).__name__}: {e}"
+    return ("skipped", skip.reason) if skip else ("passed", "")
+
+
 def words(check: Check) -> str:
-    """What a check verifies, in a sentence."""
+    """The sentence that says what a check verifies: the first line of its docstring."""
     return (getdoc(check) or check.__name__).split("\n", 1)[0]
 
 
 def label(check: Check) -> str:
-    """What a check verifies, in a few words."""
+    """The few words that say what a check verifies: its name."""
     return check.__name__.removeprefix("check_").replace("_", " ")

@@ -1,4 +1,4 @@
-"""A strategy at work in a small federation, through the round loop, with a look at single clients between rounds."""
+"""A strategy in a small federation: the round loop runs, and between rounds single clients can be looked at."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.lora import LoRA, Side, scale
+from fedlora.lora import LoRA, Side
 from fedlora.messages.sketch import select_rows
 from fedlora.run.plan import Plan, RoundResult
 from fedlora.sections import Training
@@ -15,7 +15,7 @@ from fedlora.server.rounds import Fleet, fit, job_for
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Job, Strategy, Update
 
-from .random_clients import added
+from .random_clients import added, offset_under
 from .small_models import RANK, Fleets, SmallModel
 
 ALIKE = (RANK, RANK, RANK)
@@ -25,17 +25,17 @@ PLAN = Plan(rounds=2, cohort=len(ALIKE), training=TRAINING)
 
 
 @dataclass(frozen=True, eq=False)
-class Lab:
-    """A strategy, a world and the fleet in it."""
+class SmallFederation:
+    """A strategy, a small model and the fleet of its clients."""
 
     strategy: Strategy[Any]
-    world: SmallModel
+    small: SmallModel
     fleet: Fleet
     plan: Plan = PLAN
 
     def played(self) -> list[RoundResult]:
         """All rounds of the plan."""
-        return list(fit(self.strategy, self.fleet, self.world.start, self.plan))
+        return list(fit(self.strategy, self.fleet, self.small.start, self.plan))
 
     def after(self) -> tuple[Any, dict[int, Job]]:
         """The state when all rounds are over, and the jobs of a round that would follow."""
@@ -44,8 +44,8 @@ class Lab:
 
     def states(self) -> Iterator[tuple[int, Any]]:
         """Every round to come and the state before it: a client asked for it here does it again in the loop."""
-        yield 0, self.strategy.init(self.world.start)
-        for done in fit(self.strategy, self.fleet, self.world.start, self.plan):
+        yield 0, self.strategy.init(self.small.start)
+        for done in fit(self.strategy, self.fleet, self.small.start, self.plan):
             yield done.number, done.state
 
     def jobs(self, state: Any, t: int) -> dict[int, Job]:
@@ -53,28 +53,34 @@ class Lab:
         clients = self.fleet.clients()
         return {c.id: select_rows(job_for(self.strategy, state, c, self.plan, t)) for c in clients}
 
-    def worn(self, i: int, job: Job) -> LoRA:
-        """Have client i wear the model that it would use; its adapter."""
-        self.fleet.evaluate({i: job})
-        return self.world.model.get_adapter()
+    def first_jobs(self) -> Iterator[tuple[int, Job]]:
+        """Every round to come and the job of client 0 in it."""
+        for t, state in self.states():
+            yield t, self.jobs(state, t)[0]
 
-    def trained(self, i: int, job: Job) -> tuple[Update, LoRA]:
-        """Have client i do the job; its message, and its adapter as training left it."""
+    def load(self, i: int, job: Job) -> LoRA:
+        """Have client i load the model that it would use for the job; the adapter that is then loaded."""
+        self.fleet.evaluate({i: job})
+        return self.small.model.get_adapter()
+
+    def train(self, i: int, job: Job) -> tuple[Update, LoRA]:
+        """Have client i do the job; its update, and its adapter at the end of training."""
         update = dict(self.fleet.train({i: job}))[i]
-        assert isinstance(update, Update), f"{self.strategy}: client {i} failed in round {job.round}: {update.reason}"
-        return update, self.world.model.get_adapter()
+        if not isinstance(update, Update):
+            raise AssertionError(f"{self.strategy}: client {i} failed in round {job.round}: {update.reason}")
+        return update, self.small.model.get_adapter()
 
 
 @contextmanager
-def lab(
-    strategy: Strategy[Any], where: SmallModel, fleets: Fleets = Serial, ranks: Sequence[int] = ALIKE, plan: Plan = PLAN
-) -> Iterator[Lab]:
-    """A fleet of as many clients as there are ranks, on a disk that goes afterwards."""
+def small_federation(
+    strategy: Strategy[Any], small: SmallModel, fleets: Fleets = Serial, ranks: Sequence[int] = ALIKE, plan: Plan = PLAN
+) -> Iterator[SmallFederation]:
+    """A fleet of as many clients as there are ranks, on a disk that is removed afterwards."""
     with TemporaryDirectory() as folder:
-        yield Lab(strategy, where, fleets(where.model, where.clients_data[: len(ranks)], ranks, Path(folder)), plan)
+        fleet = fleets(small.model, small.clients[: len(ranks)], ranks, Path(folder))
+        yield SmallFederation(strategy, small, fleet, plan)
 
 
 def model_of(job: Job, start: LoRA, now: LoRA) -> Side:
-    """All that a client with this adapter now, which started the job with that one, adds to the pretrained weights."""
-    under = (*job.offset, scale(start.only("ABR"), -1)) if job.resumes else job.offset
-    return added(job, now, under)
+    """Everything that a client adds to the pretrained weights which started the job with `start` and has `now`."""
+    return added(job, now, offset_under(job, start))

@@ -1,18 +1,18 @@
-"""What every strategy must do, whatever its mathematics, told from random factors without a model."""
+"""What every strategy must do, whatever its mathematics: checked on random factors, without a model."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedlora.lora import SIDES, LoRA, delta, map_factors
+from fedlora.lora import SIDES, LoRA, Side, delta, map_factors
 from fedlora.run.plan import Plan
 from fedlora.sections import Training
 from fedlora.server.rounds import job_for
@@ -22,7 +22,7 @@ from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.head import Head
 from fedlora.strategy import Client, Job, Strategy
 
-from .played_rounds import models, rounds, spread, trained
+from .played_rounds import PlayedRound, models, rounds, trained
 from .random_clients import (
     RANK,
     TIGHT,
@@ -32,117 +32,154 @@ from .random_clients import (
     fresh,
     mean,
     moved,
-    private,
+    start_and_offset,
     start_apart,
-    wears,
+    unshared,
 )
-from .verdict import Skip, agree, apart, identical, leaves
+from .verdict import Skip, agree, apart, differing, identical, leaves, require
 
-Some = Strategy[Any]
+AnyStrategy = Strategy[Any]
+T = TypeVar("T")
 LARGE = {"query": (400, 300)}  # where a product is far larger than its factors
 COPIES = 50
 OWN_WAY = Plan(rounds=3, cohort=3, training=Training(lr=0.5, batch_size=3))  # settings unlike those that are default
 APART = Skip("it is told who sent what, and its clients start from models of their own")
 
 
-def check_order_of_clients_changes_nothing(strategy: Some) -> None:
+def check_order_of_clients_changes_nothing(strategy: AnyStrategy) -> None:
     """The order in which clients answer changes nothing."""
     for now in rounds(strategy):
-        back = aggregated(strategy, now.state, now.work[::-1], now.weights[::-1])
-        claim = f"round {now.t} ends elsewhere when the clients answer in reverse"
-        agree(strategy, claim, models(now.clients, back), models(now.clients, now.after))
+        claim = f"round {now.t} ends elsewhere when the clients answer in another order"
+        work, weights = _turned(now.work), _turned(now.weights)
+        agree(strategy, claim, now.models_from(work, weights), now.models)
 
 
-def check_scale_of_weights_changes_nothing(strategy: Some) -> None:
+def _turned(values: list[T]) -> list[T]:
+    """The values with the first one last: in reverse, every second one of three would stay where it was."""
+    return [*values[1:], *values[:1]]
+
+
+def check_scale_of_weights_changes_nothing(strategy: AnyStrategy) -> None:
     """Weights have no scale: all of them ten thousand times as large do the same."""
     for now in rounds(strategy):
-        other = aggregated(strategy, now.state, now.work, [1e4 * w for w in now.weights])
         claim = f"round {now.t} ends elsewhere when all weights are ten thousand times as large"
-        agree(strategy, claim, models(now.clients, other), models(now.clients, now.after))
+        agree(strategy, claim, now.models_from(now.work, [1e4 * w for w in now.weights]), now.models)
 
 
-def check_twice_the_weight_counts_as_two_clients(strategy: Some) -> Skip | None:
+def check_twice_the_weight_counts_as_two_clients(strategy: AnyStrategy) -> Skip | None:
     """A client of twice the weight does what two clients do that send the same."""
     for now in rounds(strategy):
-        ends = (
-            aggregated(strategy, now.state, now.work, [2.0, 1.0, 1.0]),
-            aggregated(strategy, now.state, [now.work[0], *now.work], [1.0] * 4),
-            aggregated(strategy, now.state, now.work, [1.0] * 3),
-        )
-        doubled, two, alike = (models(now.clients, end) for end in ends)
-        ignored = [m for m, t in doubled.items() if not apart({m: t}, {m: two[m]}).near]
-        if ignored and apart({m: doubled[m] for m in ignored}, {m: alike[m] for m in ignored}).near:
+        doubled = now.models_from(now.work, [2.0, 1.0, 1.0])
+        two = now.models_from([now.work[0], *now.work], [1.0] * 4)
+        alike = now.models_from(now.work, [1.0] * 3)
+        if _ignores_weights(doubled, two, alike):
             return Skip("it gives clients weights of its own")
         agree(strategy, f"in round {now.t} a client of twice the weight does not count as two", doubled, two)
     return None
 
 
-def check_arguments_are_left_alone(strategy: Some) -> None:
+def _ignores_weights(doubled: Side, two: Side, alike: Side) -> bool:
+    """Where a doubled weight does not count as two clients, does it count for nothing, as if all were alike?"""
+    ignored = differing(doubled, two)
+    return bool(ignored) and apart({m: doubled[m] for m in ignored}, {m: alike[m] for m in ignored}).near
+
+
+def check_arguments_are_left_alone(strategy: AnyStrategy) -> None:
     """No method changes what it is given, to the bit."""
     start, clients = fresh(), Clients(strategy)
-    before: Any = deepcopy(start)
+    before = deepcopy(start)
     state = strategy.init(start)
-    assert identical(start, before), f"{strategy}: init changed the adapter it was given"
+    require(identical(start, before), f"{strategy}: init changed the adapter it was given")
     for t in range(3):
         given = state, clients.work(state, t), clients.weights
-        before = deepcopy(given)
         calls: dict[str, Callable[[], Any]] = {
             "client_init": partial(clients.job, state, 0),
             "adapter": partial(strategy.adapter, state),
             "notes": partial(strategy.notes, state),
             "aggregate": partial(aggregated, strategy, *given),
         }
-        for name, call in calls.items():
-            call()
-            assert identical(given, before), f"{strategy}: {name} changed what it was given in round {t}"
+        for name in _that_change(given, calls):
+            raise AssertionError(f"{strategy}: {name} changed what it was given in round {t}")
         state = aggregated(strategy, *given)
 
 
-def check_options_are_those_of_a_frozen_dataclass(strategy: Some) -> None:
+def _that_change(given: Any, calls: dict[str, Callable[[], Any]]) -> Iterator[str]:
+    """Make the calls one after another; the names of those after which what was given is another."""
+    before = deepcopy(given)
+    for name, call in calls.items():
+        call()
+        if not identical(given, before):
+            yield name
+
+
+def check_options_are_those_of_a_frozen_dataclass(strategy: AnyStrategy) -> None:
     """Its options are the fields of a frozen dataclass, so that a run which is resumed has the same strategy."""
     made = getattr(type(strategy), "__dataclass_params__", None)
-    assert made is not None and made.frozen, f"{strategy}: {type(strategy).__name__} is no dataclass with frozen=True"
+    frozen = made is not None and made.frozen
+    require(frozen, f"{strategy}: {type(strategy).__name__} is no dataclass with frozen=True")
 
 
-def check_nothing_is_remembered_but_the_state(strategy: Some) -> None:
+def check_nothing_is_remembered_but_the_state(strategy: AnyStrategy) -> None:
     """The same state and updates give the same answer to the bit, whatever was asked in between."""
     for now in rounds(strategy):
-        aggregated(strategy, now.state, now.work[::-1], now.weights)
-        again = aggregated(strategy, now.state, now.work, now.weights)
-        assert identical(again, now.after), f"{strategy}: round {now.t} done again from the same state ends elsewhere"
+        now.aggregated(now.work[::-1], now.weights)
+        again = now.aggregated(now.work, now.weights)
+        require(identical(again, now.after), f"{strategy}: round {now.t} done again from the same state ends elsewhere")
 
 
-def check_state_survives_a_checkpoint(strategy: Some) -> None:
+def check_state_survives_a_checkpoint(strategy: AnyStrategy) -> None:
     """A state read back from disk is the same to the bit, and so is what comes of it."""
     for now in rounds(strategy):
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), Checkpoint(now.t, now.state, {}))
-            found = checkpoint.latest(Path(folder))
-        assert found is not None, f"{strategy}: the state of round {now.t} was written and could not be read back"
-        assert identical(found.state, now.state), f"{strategy}: the state of round {now.t} came back as another"
+        found = _stored_and_read_back(now)
+        if found is None:
+            raise AssertionError(f"{strategy}: the state of round {now.t} was written and could not be read back")
+        require(identical(found.state, now.state), f"{strategy}: the state of round {now.t} came back as another")
         after = aggregated(strategy, found.state, now.work, now.weights)
-        assert identical(after, now.after), f"{strategy}: round {now.t} ends elsewhere from a state read back"
+        require(identical(after, now.after), f"{strategy}: round {now.t} ends elsewhere from a state read back")
 
 
-def check_jobs_are_complete(strategy: Some) -> None:
+def _stored_and_read_back(now: PlayedRound) -> Checkpoint | None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), Checkpoint(now.t, now.state, {}))
+        return checkpoint.latest(Path(folder))
+
+
+def check_jobs_are_complete(strategy: AnyStrategy) -> None:
     """A job brings every side, shares only what it trains, and its offset and sketch fit the modules."""
-    shapes = {m: t.shape for m, t in delta(fresh()).items()}
     for now in rounds(strategy):
+        claim = f"{strategy}: the job of round {now.t}"
         for work in now.work:
-            job, where = work.job, f"{strategy}: the job of round {now.t}"
-            missing = [s for s in "ABH" if job.start.side(s).keys() != fresh().side(s).keys()]
-            assert not missing, f"{where} starts from no whole {missing[0]}; a client may hold none"
-            assert set(job.shares) <= set(job.trains) <= set(SIDES), f"{where} trains {job.trains}, shares {job.shares}"
-            empty = [s for s in job.trains if not job.start.side(s)]
-            assert not empty, f"{where} trains {empty}, and brings none to start from"
-            wrong = [m for p in job.offset for m, t in delta(p).items() if t.shape != shapes.get(m)]
-            assert not wrong, f"{where} has an offset that does not fit {wrong[0]}"
-            for m, rows in job.sketch.items():
-                good = len(set(rows)) == len(rows) > 0 and set(rows) <= set(range(len(job.start.A[m])))
-                assert good, f"{where} sketches rows {list(rows)} of the {len(job.start.A[m])} at {m}"
+            _check_sides(work.job, claim)
+            _check_offset(work.job, claim)
+            _check_sketch(work.job, claim)
 
 
-def check_jobs_leave_to_the_run_what_it_fills_in(strategy: Some) -> None:
+def _check_sides(job: Job, claim: str) -> None:
+    for s in "ABH":
+        whole = job.start.side(s).keys() == fresh().side(s).keys()
+        require(whole, f"{claim} starts from no whole {s}; a client may hold none")
+    nested = set(job.shares) <= set(job.trains) <= set(SIDES)
+    require(nested, f"{claim} trains {job.trains}, shares {job.shares}")
+    for s in job.trains:
+        require(bool(job.start.side(s)), f"{claim} trains {s}, and brings none to start from")
+
+
+def _check_offset(job: Job, claim: str) -> None:
+    shapes = {m: product.shape for m, product in delta(fresh()).items()}
+    for part in job.offset:
+        for m, product in delta(part).items():
+            require(product.shape == shapes.get(m), f"{claim} has an offset that does not fit {m}")
+
+
+def _check_sketch(job: Job, claim: str) -> None:
+    for m, rows in job.sketch.items():
+        rank = len(job.start.A[m])
+        chosen = set(rows)
+        good = len(chosen) == len(rows) > 0 and chosen <= set(range(rank))
+        require(good, f"{claim} sketches rows {list(rows)} of the {rank} at {m}")
+
+
+def check_jobs_leave_to_the_run_what_it_fills_in(strategy: AnyStrategy) -> None:
     """A job sets nothing that the run fills in, and overrides none but training settings, which reach the client."""
     for now in rounds(strategy):
         for i, work in enumerate(now.work):
@@ -150,10 +187,11 @@ def check_jobs_leave_to_the_run_what_it_fills_in(strategy: Some) -> None:
             told = asdict(job_for(strategy, now.state, client, OWN_WAY, now.t).training)
             meant = {**asdict(OWN_WAY.training), **work.job.overrides}
             meant |= {name: work.job.lr_factor * meant[name] for name in ("lr", "head_lr")}
-            assert told == meant, f"{strategy}: in round {now.t} client {i} is to train by {meant}, and is told {told}"
+            claim = f"{strategy}: in round {now.t} client {i} is to train by {meant}, and is told {told}"
+            require(told == meant, claim)
 
 
-def check_what_is_delivered_is_what_clients_start_from(strategy: Some) -> Skip | None:
+def check_what_is_delivered_is_what_clients_start_from(strategy: AnyStrategy) -> Skip | None:
     """The adapter that is delivered is the model of the next job or, where clients keep a factor, what they share."""
     for now in rounds(strategy):
         if start_apart(strategy, now.clients.jobs(now.after)):
@@ -164,104 +202,106 @@ def check_what_is_delivered_is_what_clients_start_from(strategy: Some) -> Skip |
     return None
 
 
-def check_a_client_that_slept_is_right_after_one_job(strategy: Some) -> Skip | None:
+def check_a_client_that_slept_is_right_after_one_job(strategy: AnyStrategy) -> Skip | None:
     """The job of a client that was never asked before has in it all that the others were sent over the rounds."""
-    clients = Clients(strategy)
+    clients, weights = Clients(strategy), [1.0, 2.0]
     state = strategy.init(fresh())
     for t in range(3):
         work = clients.work(state, t, who=(0, 1))
-        state = aggregated(strategy, state, work, [1.0, 2.0])
+        state = aggregated(strategy, state, work, weights)
         if start_apart(strategy, clients.jobs(state)):
             return APART
-        slept, claim = clients.job(state, 2), f"after {t + 1} rounds a client that slept is sent"
-        _agree_on_the_model(strategy, f"{claim} not the run's model", strategy.adapter(state), slept)
+        claim = f"after {t + 1} rounds a client that slept is sent"
+        _agree_on_the_model(strategy, f"{claim} not the run's model", strategy.adapter(state), clients.job(state, 2))
         if strategy.exact:
-            ideal = mean([w.model for w in work], [1.0, 2.0])
+            ideal = mean([w.model for w in work], weights)
             agree(strategy, f"{claim} not the mean of the others' models", clients.model(state, 2), ideal)
     return None
 
 
-def check_one_client_alone_is_followed(strategy: Some) -> Skip | None:
+def check_one_client_alone_is_followed(strategy: AnyStrategy) -> Skip | None:
     """The model that a client alone trained is the next model, whatever becomes of its factors."""
+    promised = strategy.exact or strategy.continues
     for now in rounds(strategy, (RANK,)):
-        distance = apart(models(now.clients, now.after), trained(now.work))
-        if not distance.near and not (strategy.exact or strategy.continues):
+        distance = apart(now.models, trained(now.work))
+        if not distance.near and not promised:
             return Skip(f"it is neither exact nor does it continue: a client alone is missed {distance}")
-        assert distance.near, f"{strategy}: in round {now.t} the model of a client alone is missed {distance}"
+        require(distance.near, f"{strategy}: in round {now.t} the model of a client alone is missed {distance}")
     return None
 
 
-def check_equal_updates_do_what_one_does(strategy: Some) -> None:
+def check_equal_updates_do_what_one_does(strategy: AnyStrategy) -> None:
     """Fifty clients that send the same do what one of them does."""
     for now in rounds(strategy):
-        many = aggregated(strategy, now.state, now.work[:1] * COPIES, [1.0] * COPIES)
-        one = aggregated(strategy, now.state, now.work[:1], [1.0])
-        claim = f"{COPIES} equal updates in round {now.t} do not do what one of them does"
-        agree(strategy, claim, models(now.clients, many), models(now.clients, one))
+        many = now.models_from(now.work[:1] * COPIES, [1.0] * COPIES)
+        alone = now.models_from(now.work[:1], [1.0])
+        agree(strategy, f"{COPIES} equal updates in round {now.t} do not do what one of them does", many, alone)
 
 
-def check_half_precision_is_summed_in_single(strategy: Some) -> None:
+def check_half_precision_is_summed_in_single(strategy: AnyStrategy) -> None:
     """Factors in bfloat16 are summed in float32 or wider, and no state is narrower."""
     clients = Clients(strategy)
     state = strategy.init(fresh(dtype=torch.float32))
     for t in range(2):
         work = clients.work(state, t)[0]
-        half = _cast(work.update, torch.bfloat16)
-        one = aggregated(strategy, state, [replace(work, update=_cast(half, torch.float32))], [1.0])
-        state = aggregated(strategy, state, [replace(work, update=half)] * COPIES, [1.0] * COPIES)
-        small = [x.dtype for x in leaves(state) if x.is_floating_point() and x.element_size() < 4]
-        assert not small, f"{strategy}: from updates in bfloat16 the state of round {t} holds {small[0]}, not float32"
+        half = replace(work, update=_cast(work.update, torch.bfloat16))
+        single = replace(work, update=_cast(half.update, torch.float32))
+        alone = aggregated(strategy, state, [single], [1.0])
+        state = aggregated(strategy, state, [half] * COPIES, [1.0] * COPIES)
+        for tensor in leaves(state):
+            wide = not tensor.is_floating_point() or tensor.element_size() >= 4
+            claim = f"{strategy}: from updates in bfloat16 the state of round {t} holds {tensor.dtype}, not float32"
+            require(wide, claim)
         claim = f"{COPIES} equal updates in bfloat16 do not do what one of them does in float32"
-        agree(strategy, claim, models(clients, state), models(clients, one), close=1e-4)
+        agree(strategy, claim, models(clients, state), models(clients, alone), close=1e-4)
 
 
-def check_rank_may_be_a_dimension(strategy: Some) -> None:
+def check_rank_may_be_a_dimension(strategy: AnyStrategy) -> None:
     """Nothing takes A for B, or a matrix for its transpose, where the rank is a module's smaller dimension."""
+    where = f"at rank {RANK}, a dimension of each module,"
     for now in rounds(strategy, start=fresh(TIGHT)):
-        shapes = {m: tuple(t.shape) for m, t in delta(strategy.adapter(now.after)).items()}
-        assert shapes == TIGHT, f"{strategy}: at rank {RANK} it delivers {shapes} for modules of {dict(TIGHT)}"
-        where = f"at rank {RANK}, a dimension of each module,"
+        shapes = {m: tuple(product.shape) for m, product in delta(strategy.adapter(now.after)).items()}
+        require(shapes == TIGHT, f"{strategy}: at rank {RANK} it delivers {shapes} for modules of {dict(TIGHT)}")
         if strategy.exact:
-            ideal = spread(now.ideal, len(now.work))
-            agree(strategy, f"{where} it misses the mean of the models", models(now.clients, now.after), ideal)
-        ends = (aggregated(strategy, now.state, now.work[:1] * n, [1.0] * n) for n in (2, 1))
-        twice, once = (models(now.clients, end) for end in ends)
+            agree(strategy, f"{where} it misses the mean of the models", now.models, now.ideal_for_all)
+        twice = now.models_from(now.work[:1] * 2, [1.0] * 2)
+        once = now.models_from(now.work[:1], [1.0])
         agree(strategy, f"{where} a client that is there twice counts otherwise than once", twice, once)
 
 
-def check_a_start_that_is_not_zero_is_taken_off(strategy: Some) -> None:
+def check_a_start_that_is_not_zero_is_taken_off(strategy: AnyStrategy) -> None:
     """Anchored, as with PiSSA's start, it begins with the pretrained model, and keeps what it declares from there."""
     anchored, start = Anchored(strategy), moved(fresh(), "B", "start")
-    about, product = "anchored at a start that is not zero, it", delta(start)
+    claim = "anchored at a start that is not zero, it"
     for now in rounds(anchored, start=start):
         job = now.work[0].job
         if now.t == 0:
-            worn = added(job, *wears(job, LoRA()))
-            shifted = {m: worn[m] + p for m, p in product.items()}  # rounding is relative to what cancels
-            agree(strategy, f"{about} does not begin with the pretrained model", shifted, product)
+            _agree_on_nothing_added(strategy, f"{claim} does not begin with the pretrained model", job, delta(start))
         if strategy.exact:
-            ideal = spread(now.ideal, len(now.work))
-            agree(strategy, f"{about} misses the mean in round {now.t}", models(now.clients, now.after), ideal)
+            agree(strategy, f"{claim} misses the mean in round {now.t}", now.models, now.ideal_for_all)
         if not _is_personal(job) and not start_apart(strategy, now.clients.jobs(now.after)):
             delivered, next_job = anchored.adapter(now.after), now.clients.job(now.after, 0)
-            _agree_on_the_model(strategy, f"{about} delivers another model than is worn", delivered, next_job)
+            _agree_on_the_model(strategy, f"{claim} delivers another model than clients use", delivered, next_job)
 
 
-def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: Some) -> None:
+def check_a_head_that_is_not_shared_stays_with_its_owner(strategy: AnyStrategy) -> None:
     """Wrapped so that heads are local or frozen, no head is asked for, and the server's stays as it was."""
-    policies: tuple[Literal["local", "frozen"], ...] = ("local", "frozen")
-    for policy in policies:
-        wrapped = Head(strategy, policy)
-        for now in rounds(wrapped):
-            job = now.work[0].job
-            asked = f"trains {job.trains} and shares {job.shares}"
-            assert "H" not in job.shares, f"{strategy}: with a {policy} head the job {asked}"
-            assert policy == "local" or "H" not in job.trains, f"{strategy}: with a {policy} head the job {asked}"
-            claim = f"with a {policy} head the server's own changes in round {now.t}"
-            agree(strategy, claim, wrapped.adapter(now.after).H, fresh().H)
+    _check_head(strategy, "local", trains=True)
+    _check_head(strategy, "frozen", trains=False)
 
 
-def check_no_product_is_built_on_the_server(strategy: Some) -> None:
+def _check_head(strategy: AnyStrategy, policy: Literal["local", "frozen"], *, trains: bool) -> None:
+    wrapped = Head(strategy, policy)
+    for now in rounds(wrapped):
+        job = now.work[0].job
+        claim = f"{strategy}: with a {policy} head the job trains {job.trains} and shares {job.shares}"
+        require("H" not in job.shares, claim)
+        require(trains or "H" not in job.trains, claim)
+        changed = f"with a {policy} head the server's own changes in round {now.t}"
+        agree(strategy, changed, wrapped.adapter(now.after).H, fresh().H)
+
+
+def check_no_product_is_built_on_the_server(strategy: AnyStrategy) -> None:
     """No tensor as large as an adapted weight is made: at seven billion parameters there would be no room for it."""
     clients = Clients(strategy)
     state = strategy.init(fresh(LARGE))
@@ -273,7 +313,7 @@ def check_no_product_is_built_on_the_server(strategy: Some) -> None:
         strategy.adapter(state)
         clients.job(state, 0)
     shape = largest.shape
-    assert shape.numel() < dense, f"{strategy}: a tensor of {tuple(shape)} was made for modules of {LARGE}"
+    require(shape.numel() < dense, f"{strategy}: a tensor of {tuple(shape)} was made for modules of {LARGE}")
 
 
 class _Largest(TorchFunctionMode):
@@ -283,25 +323,31 @@ class _Largest(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for t in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(t, Tensor) and t.numel() > self.shape.numel():
-                self.shape = t.shape
+        for value in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(value, Tensor):
+                self.shape = max(self.shape, value.shape, key=torch.Size.numel)
         return made
 
 
-def _agree_on_the_model(strategy: Some, claim: str, adapter: LoRA, job: Job) -> None:
-    """Hold a job, as one who keeps nothing yet gets it, against an adapter: the model, or what is shared of it."""
+def _agree_on_the_model(strategy: AnyStrategy, claim: str, adapter: LoRA, job: Job) -> None:
+    """Compare an adapter with the job of a client that keeps nothing yet: as models, or side by side if shared."""
     if _is_personal(job):
         for s in job.shares:
             agree(strategy, f"{claim} (side {s})", job.start.side(s), adapter.side(s))
         return
-    start, offset = wears(job, LoRA())
+    start, offset = start_and_offset(job, LoRA())
     agree(strategy, claim, {**added(job, start, offset), **start.H}, {**delta(adapter), **adapter.H})
+
+
+def _agree_on_nothing_added(strategy: AnyStrategy, claim: str, job: Job, product: Side) -> None:
+    """Hold that a client starts with the pretrained model, where the offset takes `product` off the same again."""
+    model = added(job, *start_and_offset(job, LoRA()))
+    agree(strategy, claim, {m: model[m] + p for m, p in product.items()}, product)  # rounding is relative to `product`
 
 
 def _is_personal(job: Job) -> bool:
     """Has each client a factor, and so a product, of its own?"""
-    return bool(set("ABR") & set(private(job)))
+    return bool(set("ABR") & set(unshared(job)))
 
 
 def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:

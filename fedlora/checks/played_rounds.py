@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 from fedlora.lora import LoRA, Side
 from fedlora.strategy import Strategy
 
-from .random_clients import RANK, Clients, Work, aggregated, fresh, mean, wears
+from .random_clients import RANK, Clients, Work, aggregated, fresh, mean
 
 ALIKE = (RANK, RANK, RANK)
 MIXED = tuple(range(1, RANK + 1))
 
 
 class PlayedRound(NamedTuple):
-    """A round that was played, with all there was before and after."""
+    """A round that was played, with the state before and the state after."""
 
     t: int
     clients: Clients
@@ -23,10 +23,12 @@ class PlayedRound(NamedTuple):
 
     @property
     def updates(self) -> list[LoRA]:
+        """The clients' updates."""
         return [w.update for w in self.work]
 
     @property
     def weights(self) -> list[float]:
+        """The clients' weights."""
         return self.clients.weights
 
     @property
@@ -34,9 +36,27 @@ class PlayedRound(NamedTuple):
         """The weighted mean of the models that the clients trained, and of the heads that they shared."""
         return mean([{**w.model, **w.update.H} for w in self.work], self.weights)
 
+    @property
+    def ideal_for_all(self) -> Side:
+        """That mean as the model of every client, named as `models` names them."""
+        return by_client([self.ideal] * len(self.work))
+
+    @property
+    def models(self) -> Side:
+        """The clients' models after the round, named as `models` names them."""
+        return models(self.clients, self.after)
+
+    def aggregated(self, work: Sequence[Work], weights: Sequence[float]) -> Any:
+        """The state after the round if this work had come in it, with these weights."""
+        return aggregated(self.clients.strategy, self.state, work, weights)
+
+    def models_from(self, work: Sequence[Work], weights: Sequence[float]) -> Side:
+        """The clients' models after the round if this work had come in it, with these weights."""
+        return models(self.clients, self.aggregated(work, weights))
+
 
 def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, start: LoRA | None = None) -> Iterator[PlayedRound]:
-    """Three rounds in a row, so that a rule which alternates shows all it does, from a fresh start or another."""
+    """Three rounds from a fresh adapter or from `start`; three, so that a rule which alternates shows all it does."""
     clients = Clients(strategy, ranks)
     state = strategy.init(start or fresh())
     for t in range(3):
@@ -47,24 +67,15 @@ def rounds(strategy: Strategy[Any], ranks: Sequence[int] = ALIKE, start: LoRA | 
 
 
 def models(clients: Clients, state: Any) -> Side:
-    """What every client would add to the pretrained weights at its next start, and its head."""
-    seen: dict[str, Side] = {}
-    for i in range(len(clients.ranks)):
-        start, _ = wears(clients.job(state, i), clients.kept.get(i, LoRA()))
-        seen[f"client {i}"] = {**clients.model(state, i), **start.H}
-    return named(seen)
+    """What every client would add to the pretrained weights at its next start, and its head: `up of client 0`, ..."""
+    return by_client([{**clients.model(state, i), **clients.start(state, i).H} for i in range(len(clients.ranks))])
 
 
 def trained(work: Sequence[Work]) -> Side:
     """The models that clients trained, named as `models` names them."""
-    return named({f"client {i}": {**w.model, **w.trained.H} for i, w in enumerate(work)})
+    return by_client([{**w.model, **w.trained.H} for w in work])
 
 
-def spread(model: Side, clients: int) -> Side:
-    """One model as that of every client, named as `models` names them."""
-    return named({f"client {i}": model for i in range(clients)})
-
-
-def named(models: dict[str, Side]) -> Side:
-    """Several models as one set of matrices."""
-    return {f"{m} of {whose}": t for whose, model in models.items() for m, t in model.items()}
+def by_client(models: Sequence[Side]) -> Side:
+    """The models of clients 0, 1, ... as one set of matrices."""
+    return {f"{m} of client {i}": t for i, model in enumerate(models) for m, t in model.items()}

@@ -1,7 +1,7 @@
-"""Clients without a model: they do to a job what a worker does, and move at random where it would train."""
+"""Clients without a model: they treat a job as a real client does, and where that would train they move at random."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import sha256
 from typing import Any
@@ -21,9 +21,9 @@ TIGHT: Shapes = {"query": (4, 4), "value": (4, 7), "out": (7, 4)}  # a dimension
 RANK = 4
 
 
-def draw(what: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers that hang on their name alone."""
-    generator = torch.Generator().manual_seed(int.from_bytes(sha256(what.encode()).digest()[:8]) >> 1)
+def draw(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers of this shape that depend on the name alone."""
+    generator = torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:8]) >> 1)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -38,23 +38,23 @@ def fresh(shapes: Shapes = ANY, rank: int = RANK, dtype: torch.dtype = torch.flo
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What one client made of one job."""
+    """One client's round: its job, and the result."""
 
     job: Job
     update: LoRA  # as `aggregate` gets it
-    trained: LoRA  # the factors it ended with
-    model: Side  # all that its model adds to the pretrained weights, (d_out, d_in)
-    sender: Sender = Sender(0, 1)  # noqa: RUF009  # what the server is told beside the update
+    trained: LoRA  # the factors at the end of training
+    model: Side  # everything that the client's model adds to the pretrained weights, (d_out, d_in)
+    sender: Sender  # what the server is told beside the update
 
 
 def aggregated(strategy: Strategy[Any], state: Any, work: Sequence[Work], weights: Sequence[float]) -> Any:
-    """The state that the strategy makes of this work; of its senders it is told if it declares so."""
+    """The state that the strategy makes of the clients' work; it is told the senders if it declares so."""
     return next_state(strategy, state, [w.update for w in work], weights, [w.sender for w in work])
 
 
 @dataclass
 class Clients:
-    """Some clients of one strategy, with what they keep from round to round."""
+    """A few clients of one strategy, and the sides that each keeps from round to round."""
 
     strategy: Strategy[Any]
     ranks: Sequence[int] = (RANK, RANK, RANK)
@@ -62,7 +62,7 @@ class Clients:
 
     @property
     def weights(self) -> list[float]:
-        """None alike; divided by their sum they are no binary fractions, so that no mean is exact by luck."""
+        """A weight for each client. Divided by their sum they are no binary fractions: no mean is exact by luck."""
         return [5.0, 7.0, 13.0, 6.0][: len(self.ranks)]
 
     def job(self, state: Any, i: int) -> Job:
@@ -70,25 +70,29 @@ class Clients:
         return self.strategy.client_init(state, Client(i, i + 1, self.ranks[i]))
 
     def work(self, state: Any, t: int, who: Collection[int] | None = None) -> list[Work]:
-        """Let these clients, or all, do round t."""
-        done = {}
-        for i in sorted(who if who is not None else range(len(self.ranks))):
-            work, kept = do(self.job(state, i), self.kept.get(i, LoRA()), f"client {i} round {t}")
-            done[i] = replace(
-                work, sender=Sender(i, i + 1, loss=1 / (t + i + 1), metrics={"accuracy": i / (t + i + 1)})
-            )
-            if kept:
-                self.kept[i] = kept
-        return list(done.values())
+        """Round t of these clients, or of all."""
+        chosen = range(len(self.ranks)) if who is None else sorted(who)
+        return [self._work(state, t, i) for i in chosen]
+
+    def _work(self, state: Any, t: int, i: int) -> Work:
+        sender = Sender(i, i + 1, loss=1 / (t + i + 1), metrics={"accuracy": i / (t + i + 1)})
+        work, kept = train(self.job(state, i), self.kept.get(i, LoRA()), sender, f"client {i} round {t}")
+        if kept:
+            self.kept[i] = kept
+        return work
 
     def jobs(self, state: Any) -> list[Job]:
         """The job of every client."""
         return [self.job(state, i) for i in range(len(self.ranks))]
 
+    def start(self, state: Any, i: int) -> LoRA:
+        """The factors with which client i would start its next job."""
+        return start_and_offset(self.job(state, i), self.kept.get(i, LoRA()))[0]
+
     def model(self, state: Any, i: int) -> Side:
-        """What client i would add to the pretrained weights at its next job's start, (d_out, d_in)."""
+        """What client i would add to the pretrained weights at the start of its next job, (d_out, d_in)."""
         job = self.job(state, i)
-        return added(job, *wears(job, self.kept.get(i, LoRA())))
+        return added(job, *start_and_offset(job, self.kept.get(i, LoRA())))
 
 
 def start_apart(strategy: Strategy[Any], jobs: Sequence[Job]) -> bool:
@@ -96,40 +100,46 @@ def start_apart(strategy: Strategy[Any], jobs: Sequence[Job]) -> bool:
     return strategy.needs_senders and not all(identical(job.start, jobs[0].start) for job in jobs)
 
 
-def private(job: Job) -> str:
-    """The sides that a client trains for itself alone."""
-    return "".join(s for s in SIDES if s in job.trains and s not in job.shares)
+def unshared(job: Job) -> str:
+    """The sides that a client trains and does not share."""
+    return "".join(s for s in job.trains if s not in job.shares)
 
 
-def keeps(job: Job) -> str:
-    """The sides that stay with the client: those, and where it resumes its factors."""
-    return "".join(s for s in SIDES if s in private(job) or (job.resumes and s in "AB"))
+def kept_sides(job: Job) -> str:
+    """The sides that stay with the client: the unshared ones, and A and B where the next job resumes them."""
+    kept = unshared(job) + ("AB" if job.resumes else "")
+    return "".join(s for s in SIDES if s in kept)
 
 
-def wears(job: Job, kept: LoRA) -> tuple[LoRA, tuple[LoRA, ...]]:
-    """The factors with which a client starts the job, and the offset it wears under them."""
+def start_and_offset(job: Job, kept: LoRA) -> tuple[LoRA, tuple[LoRA, ...]]:
+    """The factors with which a client starts the job, and the offset under them."""
     sent = select_rows(job)
-    start = kept.only(keeps(job)).over(sent.start)
-    return start, (*sent.offset, scale(start.only("ABR"), -1)) if job.resumes else sent.offset
+    start = kept.only(kept_sides(job)).over(sent.start)
+    return start, offset_under(sent, start)
+
+
+def offset_under(job: Job, start: LoRA) -> tuple[LoRA, ...]:
+    """The job's offset; where the job resumes, less the product of the factors that the client starts with."""
+    return (*job.offset, scale(start.only("ABR"), -1)) if job.resumes else job.offset
 
 
 def added(job: Job, lora: LoRA, offset: tuple[LoRA, ...]) -> Side:
-    """All that a client adds to the pretrained weights, with the gain of its sketch: (d_out, d_in)."""
+    """Everything that a client adds to the pretrained weights, with the gain of the job's sketch: (d_out, d_in)."""
     gain = select_rows(job).gain
     own = delta(LoRA(lora.A, {m: gain.get(m, 1.0) * b for m, b in lora.B.items()}, R=lora.R))
     under = delta(join(*offset))
-    return {m: own[m] + under[m] if m in under else own[m] for m in own}
+    return {m: product + under.get(m, torch.zeros(())) for m, product in own.items()}
 
 
-def do(job: Job, kept: LoRA, seed: str) -> tuple[Work, LoRA]:
-    """One client's round: what came of it, and what stays with the client."""
-    start, offset = wears(job, kept)
+def train(job: Job, kept: LoRA, sender: Sender, seed: str) -> tuple[Work, LoRA]:
+    """One client's round: the result, and the sides that stay with the client."""
+    start, offset = start_and_offset(job, kept)
     trained = moved(start, job.trains, seed)
     shared = trained.only(job.shares)
     if job.resumes:  # the change of the product, at twice the rank
         shared = join(trained, scale(start.only("ABR"), -1)).over(shared.only("H"))
-    work = Work(job, scatter_rows(job, shared), trained, added(job, trained, offset))
-    return work, trained.only(keeps(job))
+    work = Work(job, scatter_rows(job, shared), trained, added(job, trained, offset), sender)
+    return work, trained.only(kept_sides(job))
 
 
 def moved(lora: LoRA, sides: str, seed: str) -> LoRA:
@@ -142,6 +152,6 @@ def moved(lora: LoRA, sides: str, seed: str) -> LoRA:
 
 
 def mean(models: Sequence[Side], weights: Sequence[float]) -> Side:
-    """The weighted mean of some models, module by module."""
+    """The weighted mean of several models, module by module."""
     total = sum(weights)
     return {m: reduce(torch.add, [w / total * x[m] for w, x in zip(weights, models, strict=True)]) for m in models[0]}

@@ -37,63 +37,70 @@ LABELS = ("no", "yes")
 
 @dataclass(frozen=True, eq=False)
 class SmallModel:
-    """One resident model as it is before training, and what is known of it."""
+    """One resident model as it is before training, with the data of its clients and the settings it was made from."""
 
+    kind: Kind
     model: Model
     start: LoRA
-    clients_data: tuple[ClientData, ...]
+    clients: tuple[ClientData, ...]
     config: ModelConfig
     lora: LoRAConfig
-    form: Schema
+    schema: Schema
 
     @property
     def s(self) -> float:
         """The factor on B A, by its definition."""
-        return self.lora.alpha / (self.lora.rank**0.5 if self.lora.rslora else self.lora.rank)
+        divisor = self.lora.rank**0.5 if self.lora.rslora else self.lora.rank
+        return self.lora.alpha / divisor
 
     @property
     def batch(self) -> dict[str, Tensor]:
-        """Some examples."""
-        return self.model.encoder.collate(self.clients_data[0].heldout)
+        """The held-out examples of client 0 as a batch."""
+        return self.model.encoder.collate(self.clients[0].heldout)
 
     def logits(self) -> Tensor:
-        """What the model says of them, as it is worn: (n, classes or vocabulary)."""
-        return self.of(self.model.net)
+        """The logits of the batch under the adapter that is loaded: (n, classes or vocabulary)."""
+        return self.logits_of(self.model.net)
 
     @torch.no_grad()
-    def of(self, net: nn.Module) -> Tensor:
-        """What any model of this kind says of them."""
+    def logits_of(self, net: nn.Module) -> Tensor:
+        """The logits of the batch under any model of this kind: (n, classes or vocabulary)."""
         inputs = {k: v for k, v in self.batch.items() if k != "labels"}
         scores: Tensor = net.eval()(**inputs).logits
         return scores.flatten(0, -2)
 
     @cached_property
     def clean(self) -> nn.Module:
-        """The base, loaded afresh, with nothing on it."""
-        return base_model.load_base_model(self.config, self.form, seed=0)[0]
+        """The base model, loaded afresh, without an adapter."""
+        return base_model.load_base_model(self.config, self.schema, seed=0)[0]
 
 
 @cache
-def world(kind: Kind, adapter: Literal["lora", "dora", "vera"] = "lora") -> SmallModel:
-    """The federation of this kind; one in a process, so it must be left with the base as it was."""
-    form = Schema("label", ("text", "label"), LABELS) if kind == "bert" else Schema("text", ("text",))
+def small_model(kind: Kind, adapter: Literal["lora", "dora", "vera"] = "lora") -> SmallModel:
+    """The model of this kind and its clients. There is one in a process, so it must be left with its base as it was."""
+    schema = Schema("label", ("text", "label"), LABELS) if kind == "bert" else Schema("text", ("text",))
     config = ModelConfig(path=str(_folder(kind)), max_length=16, device="cpu")
     lora = LORA[kind] if adapter == "lora" else LoRAConfig(kind=adapter, rank=RANK)
-    model = Model(config, lora, form, seed=0)
-    clients_data = tuple(ClientData(model.encoder, _rows(i, 4 + 2 * i), _rows(10 + i, 4)) for i in range(len(RANKS)))
-    return SmallModel(model, model.get_adapter(), clients_data, config, lora, form)
+    model = Model(config, lora, schema, seed=0)
+    clients = tuple(_client_data(model, i) for i in range(len(RANKS)))
+    return SmallModel(kind, model, model.get_adapter(), clients, config, lora, schema)
+
+
+def _client_data(model: Model, client: int) -> ClientData:
+    """Client 0 has 4 examples to train on, client 1 has 6, client 2 has 8; each holds 4 out."""
+    return ClientData(model.encoder, _rows(client, 4 + 2 * client), _rows(10 + client, 4))
 
 
 def _rows(client: int, n: int) -> list[dict[str, str]]:
     """Sentences in words that this client prefers, and labels that only it would give."""
     draw = Random(f"rows of client {client}")
-    some = draw.sample(WORDS, 12)
-    return [{"text": " ".join(draw.choices(some, k=8)), "label": LABELS[draw.randrange(2)]} for _ in range(n)]
+    preferred = draw.sample(WORDS, 12)
+    return [{"text": " ".join(draw.choices(preferred, k=8)), "label": LABELS[draw.randrange(2)]} for _ in range(n)]
 
 
 @cache
 def _folder(kind: Kind) -> Path:
-    """Where the model is saved as anybody's would be."""
+    """The folder in which the random model is saved, as any pretrained one would be."""
     folder = Path(_temporary().name) / kind
     with seeds.seeded(0):
         _net(kind).save_pretrained(folder)
@@ -103,7 +110,7 @@ def _folder(kind: Kind) -> Path:
 
 @cache
 def _temporary() -> "TemporaryDirectory[str]":
-    """Goes with the process."""
+    """A folder that is removed when the process ends."""
     return TemporaryDirectory(prefix="fedlora-check-")
 
 
@@ -123,7 +130,7 @@ def _net(kind: Kind) -> Any:
 
 
 def _tokenizer() -> Any:
-    """A word a token."""
+    """A tokenizer with one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

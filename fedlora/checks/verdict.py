@@ -1,4 +1,8 @@
-"""What a check says: nothing if all is well, a `Skip` where it has no meaning, else an AssertionError with numbers."""
+"""The outcome of a check: None if all is well, a `Skip` where it has no meaning, else an AssertionError with numbers.
+
+The error is raised by functions and not by `assert`, which `python -O` leaves out: a contract that is not checked would
+look as if it were kept.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,14 +35,16 @@ class Distance:
 
     @property
     def relative(self) -> float:
+        """The gap over the size; over `TINY` where that is larger."""
         return self.gap / max(self.size, TINY)
 
     @property
     def near(self) -> bool:
+        """Is the gap no more than rounding?"""
         return self.relative <= CLOSE
 
     def or_worse(self, other: "Distance") -> "Distance":
-        """The larger of two."""
+        """The larger of the two distances."""
         return other if other.relative > self.relative else self
 
     def __str__(self) -> str:
@@ -53,10 +59,21 @@ def apart(got: Side, want: Side) -> Distance:
     return max((_gap(m, got.get(m), t) for m, t in want.items()), key=lambda d: d.relative, default=NOWHERE)
 
 
+def differing(got: Side, want: Side) -> list[str]:
+    """The names of the matrices that differ by more than rounding."""
+    return [m for m, t in want.items() if not _gap(m, got.get(m), t).near]
+
+
+def require(holds: bool, claim: str) -> None:
+    """Raise AssertionError with the claim where something does not hold."""
+    if not holds:
+        raise AssertionError(claim)
+
+
 def agree(strategy: Strategy[Any], claim: str, got: Side, want: Side, close: float = CLOSE) -> None:
     """Raise AssertionError where the matrices differ by more than rounding; `claim` says what that means."""
     distance = apart(got, want)
-    assert distance.relative <= close, f"{strategy}: {claim}: off {distance}"
+    require(distance.relative <= close, f"{strategy}: {claim}: off {distance}")
 
 
 def declared(strategy: Strategy[Any], name: str, happened: bool, evidence: str) -> None:
@@ -64,7 +81,7 @@ def declared(strategy: Strategy[Any], name: str, happened: bool, evidence: str) 
     said = bool(getattr(strategy, name))
     says = "declares" if said else "does not declare"
     modest = hasattr(strategy, "inner") and not said  # a wrapper may promise less than holds round some strategy
-    assert said == happened or modest, f"{strategy} {says} {name}, and {evidence}"
+    require(said == happened or modest, f"{strategy} {says} {name}, and {evidence}")
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -75,7 +92,11 @@ def leaves(tree: Any) -> list[Tensor]:
 def identical(one: Any, other: Any) -> bool:
     """Are two trees the same: structure, plain values, and tensors to the bit?"""
     (these, tree), (those, its) = checkpoint.pack(one), checkpoint.pack(other)
-    return tree == its and all(t.dtype == those[n].dtype and torch.equal(t, those[n]) for n, t in these.items())
+    return tree == its and all(_identical(t, those[name]) for name, t in these.items())
+
+
+def _identical(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and torch.equal(x, y)
 
 
 def _gap(place: str, got: Tensor | None, want: Tensor) -> Distance:

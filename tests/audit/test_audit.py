@@ -20,7 +20,7 @@ from fedlora.audit import canaries, client_level, planted_bugs, record_level, re
 from fedlora.audit.planted_bugs import PlantedBug
 from fedlora.audit.statistics import Finding
 from fedlora.audit.subject import Stage
-from fedlora.checks.small_models import Kind, world
+from fedlora.checks.small_models import Kind, small_model
 from fedlora.errors import PrivacyError
 from fedlora.models.model import Model
 from fedlora.privacy import client_level as client_level_dp
@@ -53,7 +53,7 @@ BY_NAME = {c.name: c for c in planted_bugs.RECORD}
 def staged(kind: Kind = "bert", **given: Any) -> Stage:
     """What `fedlora audit` builds, on a tiny model of a kind."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
-    path = {"model.path": world(kind).config.path}
+    path = {"model.path": small_model(kind).config.path}
     return subject.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
 
 
@@ -61,7 +61,7 @@ def staged(kind: Kind = "bert", **given: Any) -> Stage:
 def crowd(**given: Any) -> client_level.Crowd:
     """The same, of a run that hides clients."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
-    hidden = {"model.path": world("bert").config.path, "dp.level": "client", "dp.noise": 1.0}
+    hidden = {"model.path": small_model("bert").config.path, "dp.level": "client", "dp.noise": 1.0}
     return client_level.build(configuration.build(report.EMBEDDED, hidden, settings))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedlora.audit.membership_inference import MOST, Records, against, bound, losses, measures, some
-from fedlora.checks.small_models import LABELS, WORDS, world
+from fedlora.checks.small_models import LABELS, WORDS, small_model
 from fedlora.client import training as worker
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
@@ -26,7 +26,7 @@ def records() -> Records:
     """Words and labels by chance: what tells one record from another must be learned by heart."""
     draw = Random(0)
     rows = [{"text": " ".join(draw.choices(WORDS, k=8)), "label": draw.choice(LABELS)} for _ in range(92)]
-    return world("bert").model.encoder.by_row(rows)
+    return small_model("bert").model.encoder.by_row(rows)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def client_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_members_that_were_learned_by_heart_are_told_from_others(records: Records) -> None:
-    where, members = world("bert"), records[:12]
+    where, members = small_model("bert"), records[:12]
     training = Training(lr=0.03, epochs=60, batch_size=12, clip=0)
     examples = [e for record in members for e in record]
     update, _ = worker.train(where.model, Job(where.start, training=training), 0, examples, LoRA())
@@ -56,7 +56,7 @@ def test_members_that_were_learned_by_heart_are_told_from_others(records: Record
 
 
 def test_of_a_model_that_was_not_trained_nobody_is(records: Records) -> None:
-    where = world("bert")
+    where = small_model("bert")
     plain, calibrated, control = against(where.model, where.start, where.start, records[::2], records[1::2])
     assert plain.low[0] < 0.5 < plain.high[0] and plain.values == control.values
     assert calibrated.values == (0.5, 0.0, 0.0, 0.0)
@@ -74,7 +74,7 @@ def test_measures_are_what_they_are_by_hand() -> None:
 
 
 def test_a_records_loss_is_the_mean_over_its_examples(records: Records) -> None:
-    where = world("bert")
+    where = small_model("bert")
     single = losses(where.model, where.start, records[:4])
     joined = losses(where.model, where.start, [[*records[0], *records[1]], [*records[2], *records[3]]])
     assert joined == pytest.approx([(single[0] + single[1]) / 2, (single[2] + single[3]) / 2])

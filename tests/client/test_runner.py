@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.checks.small_models import world
+from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
 from fedlora.data.client_data import ClientData
@@ -18,47 +18,47 @@ from fedlora.sections import Training
 from fedlora.strategy import Job
 
 TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
-WORLD = world("gpt2")  # 16 tokens in an example
+SMALL = small_model("gpt2")  # 16 tokens in an example
 TEXTS = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(10 + 20 * i))} for i in range(3)]
 
 
 def job(round: int = 0, **terms: float) -> Job:
     training = Training(optimizer="sgd", lr=0.1, batch_size=4)
-    return Job(WORLD.start, training=training, privacy=replace(TERMS, **terms), round=round, rounds=9)  # type: ignore[arg-type]
+    return Job(SMALL.start, training=training, privacy=replace(TERMS, **terms), round=round, rounds=9)  # type: ignore[arg-type]
 
 
 def runner(folder: Path, **own: Any) -> JobRunner:
-    return JobRunner(0, ClientData(WORLD.model.encoder, TEXTS), folder, ClientPolicy(**own))
+    return JobRunner(0, ClientData(SMALL.model.encoder, TEXTS), folder, ClientPolicy(**own))
 
 
 def test_a_record_is_a_row_or_each_block_of_it() -> None:
-    rows, blocks = (ClientData(WORLD.model.encoder, TEXTS, unit=unit) for unit in ("row", "example"))  # type: ignore[arg-type]
+    rows, blocks = (ClientData(SMALL.model.encoder, TEXTS, unit=unit) for unit in ("row", "example"))  # type: ignore[arg-type]
     assert [len(r) for r in rows.records] == [1, 2, 3] and rows.client(0, 2).records == 3
     assert [len(r) for r in blocks.records] == [1] * 6 and blocks.client(0, 2).records == 6
     assert rows.client(0, 2).examples == blocks.client(0, 2).examples == 3
 
 
 def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Path) -> None:
-    update = runner(tmp_path).run(WORLD.model, job())
+    update = runner(tmp_path).run(SMALL.model, job())
     assert update.spent is not None and update.spent.charges == 1 and update.spent.epsilon > 0
     assert update.loss is None and update.examples == 3
-    assert all(not torch.equal(update.lora.B[m], b) for m, b in WORLD.start.B.items())
+    assert all(not torch.equal(update.lora.B[m], b) for m, b in SMALL.start.B.items())
 
 
 def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> None:
     """As after a crash of the server; another round is another job, with other noise."""
-    one, again = (runner(tmp_path).run(WORLD.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
+    one, again = (runner(tmp_path).run(SMALL.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
     assert_close(vars(one.lora), vars(again.lora), rtol=0, atol=0)
     assert again.spent == one.spent
-    other = runner(tmp_path).run(WORLD.model, job(1))
+    other = runner(tmp_path).run(SMALL.model, job(1))
     assert other.spent is not None and other.spent.charges == 2
     assert not torch.equal(other.lora.B["transformer.h.0.attn.c_attn"], one.lora.B["transformer.h.0.attn.c_attn"])
 
 
 def test_a_refused_job_trains_nothing_and_charges_nothing(tmp_path: Path) -> None:
-    WORLD.model.set_adapter(WORLD.start)
+    SMALL.model.set_adapter(SMALL.start)
     with pytest.raises(LedgerError, match="budget is spent"):
-        runner(tmp_path, budget=0.01).run(WORLD.model, job())
+        runner(tmp_path, budget=0.01).run(SMALL.model, job())
     assert not list(tmp_path.rglob("ledger*")) and not list(tmp_path.rglob("kept*"))
 
 
@@ -76,20 +76,20 @@ def test_a_server_that_asks_for_less_than_was_agreed_gets_nothing(
     own: dict[str, bool], asked: Job, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PrivacyError, match=f"the server asks for {says}"):
-        runner(tmp_path, **own).run(WORLD.model, asked)
+        runner(tmp_path, **own).run(SMALL.model, asked)
     assert not list(tmp_path.iterdir())
 
 
 def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
     for t, run in enumerate(("one", "two")):
-        runner(tmp_path / run, ledgers=tmp_path / "ledgers").run(WORLD.model, replace(job(), seed=t))
+        runner(tmp_path / run, ledgers=tmp_path / "ledgers").run(SMALL.model, replace(job(), seed=t))
     assert runner(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
 
 
 def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
     own = runner(tmp_path)
-    first = own.run(WORLD.model, replace(job(), shares="A"))
-    kept = WORLD.model.get_adapter()
+    first = own.run(SMALL.model, replace(job(), shares="A"))
+    kept = SMALL.model.get_adapter()
     assert not first.lora.B and list(tmp_path.glob("kept-*"))
-    own.run(WORLD.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
-    assert_close(WORLD.model.get_adapter().B, kept.B)
+    own.run(SMALL.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
+    assert_close(SMALL.model.get_adapter().B, kept.B)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.checks.small_models import RANK, world
+from fedlora.checks.small_models import RANK, small_model
 from fedlora.data.client_data import ClientData
 from fedlora.errors import Failure, RoundFailed
 from fedlora.jobs import SecAggStep
@@ -29,7 +29,7 @@ SGD = Training(optimizer="sgd", lr=0.1, steps=2, batch_size=4, clip=0.0)
 PLAN = Plan(rounds=1, cohort=5, training=SGD)
 SECURE = SecureConfig(aggregation=True)
 SUMS = sorted(e.name for e in catalogue() if e.cls.sums_only)
-START = world("bert").start
+START = small_model("bert").start
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Line:
 
 
 def line(folder: Path, ranks: Sequence[int] = (RANK,) * 5, **silent: int) -> Line:
-    where = world("bert")
-    rows = [where.clients_data[i % 3].train_rows[: 4 + i] for i in range(len(ranks))]
+    where = small_model("bert")
+    rows = [where.clients[i % 3].train_rows[: 4 + i] for i in range(len(ranks))]
     return Line(Serial(where.model, [ClientData(where.model.encoder, r) for r in rows], ranks, folder), silent)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fedlora.checks import on_random_factors, on_small_models
 from fedlora.checks.contract import CHECKS, Check, label
-from fedlora.checks.small_models import RANKS, world
+from fedlora.checks.small_models import RANKS, small_model
 from fedlora.checks.verdict import Skip, identical
 from fedlora.config import build
 from fedlora.errors import PrivacyError, StrategyError
@@ -34,7 +34,7 @@ from tests.support.adapters import factors, fresh
 from tests.support.bugs import ClustersSaySums
 from tests.support.clustered import Clustered
 
-WORLD = world("bert")
+SMALL = small_model("bert")
 PLAN = Plan(4, cohort=2, training=Training(lr=1e-2, steps=2, batch_size=4), evaluate_clients=True)
 BY_ITS_OWN_RULE = {
     on_random_factors.check_what_is_delivered_is_what_clients_start_from,
@@ -44,7 +44,7 @@ BY_ITS_OWN_RULE = {
 
 
 def fleet(folder: Path) -> Serial:
-    return Serial(WORLD.model, WORLD.clients_data, RANKS, folder)
+    return Serial(SMALL.model, SMALL.clients, RANKS, folder)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=label)
@@ -80,21 +80,21 @@ def test_krum_passes_on_the_senders_of_what_it_likes() -> None:
 
 
 def test_a_sender_comes_with_what_it_told(tmp_path: Path) -> None:
-    state = [done.state for done in fit(Clustered(), fleet(tmp_path), WORLD.start, PLAN)][-1]
+    state = [done.state for done in fit(Clustered(), fleet(tmp_path), SMALL.start, PLAN)][-1]
     assert len(state.losses) == 3 and all(loss > 0 for loss in state.losses.values())
     assert any(scores.keys() == {"loss", "accuracy", "macro_f1"} for scores in state.scores.values())
 
 
 def test_no_loss_is_told_where_clients_may_not_tell_it(tmp_path: Path) -> None:
-    state = [done.state for done in fit(Clustered(), fleet(tmp_path), WORLD.start, replace(PLAN, metrics=False))][-1]
+    state = [done.state for done in fit(Clustered(), fleet(tmp_path), SMALL.start, replace(PLAN, metrics=False))][-1]
     assert not state.losses and state.scores
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_clusters(tmp_path: Path) -> None:
-    whole = [done.state for done in fit(Clustered(), fleet(tmp_path / "one"), WORLD.start, PLAN)][-1]
+    whole = [done.state for done in fit(Clustered(), fleet(tmp_path / "one"), SMALL.start, PLAN)][-1]
     for stop in (2, 4):
         folder = RunDirectory(tmp_path / "run")
-        for done in fit(Clustered(), fleet(tmp_path / "two"), WORLD.start, PLAN, folder.resume_point()):
+        for done in fit(Clustered(), fleet(tmp_path / "two"), SMALL.start, PLAN, folder.resume_point()):
             folder.save(done, done.record())
             if done.number == stop:
                 break
@@ -115,14 +115,14 @@ def test_where_the_server_gets_sums_alone_such_a_strategy_is_refused(key: str, s
 
 def test_the_loop_refuses_it_too(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match="Clustered must know which client sent which update"):
-        next(fit(Clustered(), fleet(tmp_path), WORLD.start, replace(PLAN, secure=SecureConfig(aggregation=True))))
+        next(fit(Clustered(), fleet(tmp_path), SMALL.start, replace(PLAN, secure=SecureConfig(aggregation=True))))
 
 
 def test_a_sum_has_no_sender(tmp_path: Path) -> None:
     with pytest.raises(StrategyError, match="ClustersSaySums declares needs_senders and sums_only"):
         load("tests.support.bugs:ClustersSaySums")
     with pytest.raises(StrategyError, match="a sum of updates has no sender"):
-        next(fit(ClustersSaySums(), fleet(tmp_path), WORLD.start, PLAN))
+        next(fit(ClustersSaySums(), fleet(tmp_path), SMALL.start, PLAN))
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def test_a_client_trains_at_a_rate_of_its_own(tmp_path: Path) -> None:
     moved = []
     for factor in (1.0, 0.5):
         strategy = Slower(factor)
-        jobs = {1: job_for(strategy, WORLD.start, Client(1, 1, RANKS[1]), plan, t=0)}
+        jobs = {1: job_for(strategy, SMALL.start, Client(1, 1, RANKS[1]), plan, t=0)}
         update: Any = dict(fleet(tmp_path / str(factor)).train(jobs))[1]
-        moved.append({m: b - WORLD.start.B[m] for m, b in update.lora.B.items()})
+        moved.append({m: b - SMALL.start.B[m] for m, b in update.lora.B.items()})
     for m, whole in moved[0].items():
         assert whole.any()
         torch.testing.assert_close(moved[1][m], whole / 2, rtol=1e-4, atol=1e-8)
@@ -205,7 +205,7 @@ TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, del
 )
 def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(StrategyError, match=f"strategy Sets sets {name} in a Job, which the run fills in"):
-        next(fit(Sets(((name, value),)), fleet(tmp_path), WORLD.start, PLAN))
+        next(fit(Sets(((name, value),)), fleet(tmp_path), SMALL.start, PLAN))
 
 
 @pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
@@ -213,14 +213,14 @@ def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path:
     terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, PLAN.rounds)
     plan = replace(PLAN, terms=terms, metrics=False, evaluate_clients=False)
     with pytest.raises(PrivacyError, match=rf"Slower overrides train.{name} for client \d, and a private run"):
-        next(fit(Slower(overrides=((name, 1),)), fleet(tmp_path), WORLD.start, plan))
+        next(fit(Slower(overrides=((name, 1),)), fleet(tmp_path), SMALL.start, plan))
     assert not list(tmp_path.rglob("ledger*"))
 
 
 def test_a_private_run_takes_a_rate_of_a_clients_own(tmp_path: Path) -> None:
     terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, rounds=1)
     plan = replace(PLAN, rounds=1, terms=terms, metrics=False, evaluate_clients=False)
-    (done,) = fit(Slower(overrides=()), fleet(tmp_path), WORLD.start, plan)
+    (done,) = fit(Slower(overrides=()), fleet(tmp_path), SMALL.start, plan)
     assert not done.failed and done.spent
 
 

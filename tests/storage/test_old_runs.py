@@ -1,6 +1,6 @@
 """Run directories that an older version left unfinished: today's code resumes, evaluates and exports them.
 
-How they were made is in data/old_runs/README.md. An adapter is held to the older version's within 1e-6: on the machine
+How they were made is in old_runs/README.md. An adapter is held to the older version's within 1e-6: on the machine
 that made the files the two are equal bit for bit, but another processor may sum in another order.
 """
 
@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from tests.cli.test_simulate import fedlora
 
 OLD = Path(__file__).parent / "old_runs"
-NAMES = ["client_level", "fedex_lora_adam", "fedsa_lora", "flora_mixed_ranks", "flower_fedadam", "private"]
+NAMES = [
+    *("client_level", "fedex_lora_adam", "fedsa_lora", "flora_mixed_ranks", "flower_fedadam"),
+    *("private", "private_mid_round"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +63,30 @@ def test_the_rounds_of_both_versions_stand_in_one_file(copies: Path, resumed: se
     assert len({frozenset(record) - {"before"} for record in rounds}) == 1, "the keys are the same in every round"
 
 
-def test_an_old_ledger_goes_on_and_no_round_is_charged_twice(copies: Path, resumed: set[str]) -> None:
-    """Client 0 had trained for round 3 when the run was killed: its stored answer is sent, and not charged again.
+def charges(run: Path, client: int) -> list[int]:
+    """The rounds that a client's ledger was charged for, in its order."""
+    lines = (run / "checkpoint" / "clients" / str(client) / "ledger.jsonl").read_text().splitlines()
+    return [entry["round"] for entry in map(json.loads, lines) if entry["kind"] == "charge"]
 
-    Client 1's ledger was being written: its last line is not counted in `ledger.head`, so it is written anew.
-    """
+
+@pytest.mark.parametrize("client", range(3))
+def test_an_old_ledger_goes_on_and_no_finished_round_is_charged_again(
+    copies: Path, resumed: set[str], client: int
+) -> None:
     run = resume(copies, resumed, "private")
-    for client in "012":
-        old = OLD / "private" / "checkpoint" / "clients" / client
-        counted = int((old / "ledger.head").read_text().split()[0])
-        before = (old / "ledger.jsonl").read_text().splitlines()
-        after = (run / "checkpoint" / "clients" / client / "ledger.jsonl").read_text().splitlines()
-        assert after[:counted] == before[:counted]
-        charges = [entry["round"] for entry in map(json.loads, after) if entry["kind"] == "charge"]
-        assert charges == [1, 2, 3, 4]
+    assert charges(OLD / "private", client) == [1, 2]
+    assert charges(run, client) == [1, 2, 3, 4]
+    ledger = Path("checkpoint") / "clients" / str(client) / "ledger.jsonl"
+    assert (run / ledger).read_text().startswith((OLD / "private" / ledger).read_text())
+
+
+def test_a_round_that_was_under_way_is_never_charged_less_than_once(copies: Path, resumed: set[str]) -> None:
+    """Client 0 had trained for round 3 when the run was killed. Its job's name may have changed since: then it pays
+    for that round once more, which is the safe side."""
+    run = resume(copies, resumed, "private_mid_round")
+    assert charges(OLD / "private_mid_round", 0) == [1, 2, 3]
+    assert charges(run, 0) in ([1, 2, 3, 4], [1, 2, 3, 3, 4])
+    assert charges(run, 1) == charges(run, 2) == [1, 2, 3, 4]
 
 
 def test_the_adapter_of_an_old_run_is_evaluated(copies: Path, resumed: set[str]) -> None:

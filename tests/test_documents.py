@@ -1,0 +1,74 @@
+"""The documents for people: every file, folder and module that they name is there."""
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+FOLDERS = ("server", "client", "strategies", "simulations", "fedlora", "benchmarks", "deploy", "docs", "tests", ".ci")
+NOT_OURS = ("fedlora.client.v1",)  # names with dots that are no modules
+
+
+def text(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+def paths(document: Path) -> Iterator[str]:
+    """Files and folders of this repository that stand in the document, with or without * for any name."""
+    folders = "|".join(map(re.escape, FOLDERS))
+    yield from re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./*-]*[\w/*])", text(document))
+
+
+def links(document: Path) -> Iterator[str]:
+    """Where the document's links to other files lead, without the place in the file."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(document)):
+        if "://" not in target:
+            yield target.partition("#")[0]
+
+
+def modules(document: Path) -> set[str]:
+    """Modules of the package, and names in them, as `fedlora.lora.average`."""
+    named = re.findall(r"(?<![\w./-])(fedlora(?:\.[A-Za-z_]\w*)+)", text(document))
+    return {name for name in named if not name.startswith(NOT_OURS)}
+
+
+def exists(name: str) -> bool:
+    """Is there a module of this name, or one that has its last part?"""
+    module, _, last = name.rpartition(".")
+    return _is_module(name) or (_is_module(module) and hasattr(import_module(module), last))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_path_that_a_document_names_is_there(document: Path) -> None:
+    missing = [path for path in paths(document) if not list(ROOT.glob(path))]
+    assert not missing, f"{document.name} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_to_a_file(document: Path) -> None:
+    missing = [target for target in links(document) if target and not (document.parent / target).exists()]
+    assert not missing, f"{document.name} links to what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_that_a_document_names_is_there(document: Path) -> None:
+    missing = [name for name in modules(document) if not exists(name)]
+    assert not missing, f"{document.name} names modules that are not there: {missing}"
+
+
+def test_paths_are_found_in_the_documents() -> None:
+    """So that the tests above look at something."""
+    found = set(paths(ROOT / "README.md"))
+    assert {"client/training.py", "server/upload_checks.py", "fedlora/cli/", "strategies/fedex_lora.py"} <= found
