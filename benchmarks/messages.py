@@ -42,8 +42,9 @@ from fedlora.messages.compression import compress, compress_with_error_feedback,
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
 from fedlora.run.compose import compose
+from fedlora.run.console import show_log
 from fedlora.run.plan import Plan
-from fedlora.run.setup import RunSetup, prepare, quiet_libraries
+from fedlora.run.setup import RunSetup, mute_transformers, prepare
 from fedlora.sections import Encoding
 from fedlora.server.aggregation import Answers, WeightedSum
 from fedlora.server.rounds import fit
@@ -288,7 +289,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("FEDLORA_DATA", "../shared/data"))
     parser.add_argument("--only", default="", help="what begins so: embedded, sst2/fedavg, scales, quadratics")
     args = parser.parse_args()
-    quiet_libraries()
+    show_log()
+    mute_transformers()
     path = Path(__file__).with_suffix(".json")
     about = {
         "cores": os.cpu_count(),

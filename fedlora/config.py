@@ -26,15 +26,9 @@ from .sections import (
     Training,
 )
 
-CHANGEABLE_ON_RESUME = (
-    "rounds",
-    "engine",
-    "threads",
-    "model.device",
-    "data.eval_limit",
-)  # what a run that goes on may change
-CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections that a client may have settings of its own in
-CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")
+CHANGEABLE_ON_RESUME = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # and all of server.*
+CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections in which a client may have settings of its own
+CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")  # and single ones of other sections
 SHORT = {  # settings that the commands and `fedlora.simulate` take by a short name too
     **{key: key for key in ("clients", "rounds", "cohort", "strategy", "engine", "seed")},
     "model": "model.path",
@@ -47,7 +41,7 @@ SHORT = {  # settings that the commands and `fedlora.simulate` take by a short n
 
 @dataclass(frozen=True)
 class Config:
-    """A run, complete: what `config.toml` in a run directory holds."""
+    """All settings of a run, as `config.toml` in a run directory holds them."""
 
     strategy: Annotated[str, "name from `fedlora strategies`, or package.module:Class"] = "fedavg"
     option: Annotated[dict[str, bool | int | float | str], "the strategy's own options"] = field(default_factory=dict)
@@ -55,7 +49,10 @@ class Config:
     rounds: Annotated[int, Ge(1), "federated rounds"] = 10
     cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2 (3 under masks)"] = 0
     seed: Annotated[int, Ge(0), "seed of every random draw"] = 0
-    engine: Annotated[Literal["auto", "serial", "stacked", "flower"], "where clients run"] = "auto"
+    engine: Annotated[
+        Literal["auto", "serial", "stacked", "flower"],
+        "where clients run: serial (in this process), flower (many processes); auto: serial",
+    ] = "auto"
     exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
     threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -72,11 +69,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Setting:
-    """A dotted key, for the table of all settings."""
+    """One setting, as the table of all settings and the options of the commands show it."""
 
-    key: str
+    key: str  # dotted: section and name
     default: Any
-    kind: Any
+    kind: Any  # its type, or the `Literal` of its values
     help: str
 
 
@@ -109,7 +106,7 @@ def build(*layers: Mapping[str, Any]) -> Config:
 def _listed(known: Mapping[str, Setting], key: str, value: Any) -> Any:
     """The value of a known key, with a comma-separated text taken apart where the setting is a list of names."""
     if key not in known:
-        raise ConfigError(f'unknown key "{key}"; {nearest(key, known)}')
+        raise ConfigError(f'unknown key "{key}"; {nearest(key, {*known, *SHORT})}')
     if known[key].kind == Names and isinstance(value, str):
         return _words(value)
     return value

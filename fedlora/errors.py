@@ -1,19 +1,19 @@
-"""What can go wrong, as a tree; the commands catch the root and print one sentence.
+"""What can go wrong, as a tree of exceptions; the commands catch the root and print one sentence.
 
 FedloraError
-├── ConfigError       an unknown key, a value of the wrong type, two settings that contradict each other
-├── DataError         a file, a line, a column or a split that cannot be used
-├── ModelError        a model that cannot be loaded, or cannot wear the adapter that was asked for
-├── StrategyError     a strategy that cannot be found or built, or that returned what no client can load
-├── PrivacyError      a guarantee that could not be given: what was asked contradicts itself, or a model cannot have it
-├── SecureError       secure aggregation stops: to go on would give a client's update away, or bring out a wrong sum
-├── LedgerError       a client's ledger is lost, altered, of other data, or has no room for what a job would spend
-├── ClientFailed      one client could not do its job; the round goes on without it
-│   └── TrainingDiverged  its loss or its adapter is not finite
-├── WireError         a message that is damaged, or not what it says it is
-├── RoundFailed       too few clients answered
-├── CheckpointError   a run's state could not be written or read
-└── ExportError       what was exported, loaded afresh, is not the run's model, or could not be written
+├── ConfigError
+├── DataError
+├── ModelError
+├── StrategyError
+├── PrivacyError
+├── SecureError
+├── LedgerError
+├── ClientFailed
+│   └── TrainingDiverged
+├── WireError
+├── RoundFailed
+├── CheckpointError
+└── ExportError
 """
 
 from collections.abc import Iterable
@@ -47,55 +47,67 @@ class FedloraError(Exception):
 
 
 class ConfigError(FedloraError):
-    pass
+    """An unknown key, a value of the wrong type, or settings that contradict each other."""
 
 
 class DataError(FedloraError):
-    pass
+    """A file, a line, a column or a split of the data that cannot be used."""
 
 
 class ModelError(FedloraError):
-    pass
+    """A base model that cannot be loaded, or that cannot take the adapter that was asked for."""
 
 
 class StrategyError(FedloraError):
-    pass
+    """A strategy that cannot be found or built, or that returned what no client can load."""
 
 
 class PrivacyError(FedloraError):
+    """A privacy guarantee that cannot be given: the settings contradict it, or the model cannot have it."""
+
     kind = FailureKind.PRIVACY
 
 
 class SecureError(FedloraError):
+    """Secure aggregation stops: going on would reveal a client's update, or give a wrong sum."""
+
     kind = FailureKind.SECURE
 
 
 class LedgerError(FedloraError):
+    """A client's privacy ledger is lost, altered, of other data, or has no room for what a job would spend."""
+
     kind = FailureKind.PRIVACY
 
 
 class ClientFailed(FedloraError):
-    pass
+    """One client could not do its job; the round goes on without it."""
 
 
 class TrainingDiverged(ClientFailed):
+    """A client's loss or adapter is not finite."""
+
     kind = FailureKind.DIVERGED
 
 
 class WireError(FedloraError):
+    """A message that is damaged, or is not what it says it is."""
+
     kind = FailureKind.DAMAGED
 
 
 class RoundFailed(FedloraError):
-    pass
+    """Too few clients answered."""
 
 
 class CheckpointError(FedloraError):
+    """A run's state could not be written or read."""
+
     kind = FailureKind.DISK
 
 
 class ExportError(FedloraError):
-    pass
+    """What was exported, loaded afresh, is not the run's model; or it could not be written."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -144,6 +156,7 @@ CLIENT_KINDS = frozenset(FailureKind) - {FailureKind.LATE, FailureKind.OFFLINE, 
 
 
 def _kind_of(error: BaseException) -> FailureKind:
+    """The kind of the failure that an error means for the client whose work it ended."""
     if _is_full_disk(error) or _is_full_disk(error.__cause__):
         return FailureKind.DISK
     if isinstance(error, FedloraError):

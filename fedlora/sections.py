@@ -1,4 +1,4 @@
-"""The sections of a config that more than the config knows: how clients train, how the server runs its rounds, privacy.
+"""The sections of a config: the model, its adapter, the data, how clients train, how the server runs rounds, privacy.
 
 Frozen dataclasses whose annotations hold each field's limits and, as a plain string, what it means. Light: no torch, so
 that commands which only start others stay small.
@@ -21,7 +21,7 @@ Encoding = Literal["float32", "bfloat16", "int8"]
 class Training:
     """How a client trains; one definition for the settings file, the command line and the Job."""
 
-    optimizer: Annotated[Literal["adamw", "sgd"], "made anew every round"] = "adamw"
+    optimizer: Annotated[Literal["adamw", "sgd"], "optimizer of a client, made anew every round"] = "adamw"
     lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
     head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
     lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
@@ -68,7 +68,9 @@ class PrivacyConfig:
         "delta of the guarantee; 0: 1e-5, or a tenth of 1/N if less; N: records of the largest client",
     ] = 0.0
     clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
-    level: Annotated[Literal["record", "client"], "what is hidden: a record of a client, or all of a client"] = "record"
+    level: Annotated[
+        Literal["record", "client"], "what is hidden: record (one record of a client), or client (all of one)"
+    ] = "record"
     unit: Annotated[Literal["row", "example"], "a record: a row, or each block of tokens made of it"] = "row"
     head_share: Annotated[
         float,

@@ -24,24 +24,55 @@ from fedlora.strategy import Strategy
 
 
 class RunObserver(Protocol):
-    """Whoever watches a run."""
+    """What is told of a run as it goes on, to show or to count it."""
 
     def started(
-        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
-    ) -> None: ...
-    def answered(self, client: int) -> None: ...
-    def waiting(self, clients: Mapping[int, float]) -> None: ...
-    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None: ...
-    def finished(self, folder: RunDirectory, stopped: bool) -> None: ...
+        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
+    ) -> None:
+        """The run begins, or goes on after `done` rounds; `before` is the evaluation of what it started from."""
+
+    def answered(self, client: int) -> None:
+        """A client's answer of this round has come."""
+
+    def waiting(self, clients: Mapping[int, float]) -> None:
+        """These clients have not answered; each has had so many seconds."""
+
+    def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
+        """A round is over, and kept; `record` is its line in rounds.jsonl."""
+
+    def finished(self, folder: RunDirectory, stopped: bool) -> None:
+        """The adapter is written; `stopped` early, or after the last round."""
 
 
-def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, show: RunObserver) -> None:
+def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, observer: RunObserver) -> None:
     """Run the rounds that are left, keeping each; then write the adapter."""
-    config = setup.config
-    strategy = compose(config, setup.start, setup.ranks)
+    strategy = compose(setup.config, setup.start, setup.ranks)
     past = folder.resume_point()
-    records = folder.records()
-    plan = Plan(
+    plan = _plan(setup, fleet)
+    state = past.state if past else strategy.init(setup.start)
+    statement = _privacy_statement(setup, plan, strategy, state, fleet)
+    before = _before(plan, strategy.adapter(state), folder)
+    lines = privacy_statement.summary_lines(statement) if statement else ()
+    observer.started(setup, strategy, before, past.rounds if past else 0, lines)
+    try:
+        for done in fit(strategy, fleet, setup.start, plan, past):
+            state = done.state
+            record = done.record() | ({"before": before} if done.number == 1 else {})
+            folder.save(done, record)
+            if statement:
+                privacy_report.write(folder, statement)
+            observer.round(record, done.failed)
+    finally:
+        if folder.records():
+            _deliver(setup.model, strategy.adapter(state), folder)
+        folder.close()
+    observer.finished(folder, stopped=len(folder.records()) < plan.rounds)
+
+
+def _plan(setup: RunSetup, fleet: Fleet) -> Plan:
+    """What the rounds are to do, by the run's settings."""
+    config = setup.config
+    return Plan(
         rounds=config.rounds,
         cohort=config.cohort,
         seed=config.seed,
@@ -56,33 +87,14 @@ def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, show: RunObs
         secure=config.secure if config.secure.aggregation else None,
         messages=config.messages,
     )
-    state = past.state if past else strategy.init(setup.start)
-    promised = _promise(setup, plan, strategy, state, fleet) if config.dp.on or plan.secure else {}
-    before = records[0].get("before", {}) if records else _before(plan, strategy.adapter(state))
-    show.started(
-        setup,
-        strategy,
-        before,
-        past.rounds if past else 0,
-        privacy_statement.summary_lines(promised) if promised else (),
-    )
-    try:
-        for done in fit(strategy, fleet, setup.start, plan, past):
-            state = done.state
-            record = done.record() | ({"before": before} if done.number == 1 else {})
-            folder.save(done, record)
-            if promised:
-                privacy_report.write(folder, promised)
-            show.round(record, done.failed)
-    finally:
-        if folder.records():
-            _deliver(setup.model, strategy.adapter(state), folder)
-        folder.close()
-    show.finished(folder, stopped=len(folder.records()) < config.rounds)
 
 
-def _promise(setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet) -> dict[str, Any]:
-    """The facts of the run's privacy; where records are hidden, the model is looked at first, and may be refused."""
+def _privacy_statement(
+    setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet
+) -> dict[str, Any]:
+    """The facts of the run's privacy; none without any. Where records are hidden, the model is checked first."""
+    if not setup.config.dp.on and not plan.secure:
+        return {}
     clients = fleet.clients()
     job, findings = strategy.client_init(state, clients[0]), None
     if plan.terms:
@@ -92,6 +104,7 @@ def _promise(setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, f
 
 
 def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:
+    """Write the adapter as PEFT's files; raise `CheckpointError` where there is no room for them."""
     try:
         save_peft(model, adapter, folder.adapter)
     except (OSError, SafetensorError) as e:
@@ -112,9 +125,15 @@ def _measured(setup: RunSetup) -> Mapping[str, float]:
 
 
 def _client_level(setup: RunSetup) -> ClientLevelDP:
+    """The mechanism that hides every client in a noised sum."""
     config = setup.config
     return client_level_dp(config.dp, config.cohort, config.clients, config.rounds, config.seed)
 
 
-def _before(plan: Plan, adapter: LoRA) -> dict[str, float]:
+def _before(plan: Plan, adapter: LoRA, folder: RunDirectory) -> dict[str, float]:
+    """The evaluation before the first round: as the first round's record has it, or made now."""
+    records = folder.records()
+    if records:
+        before: dict[str, float] = records[0].get("before", {})
+        return before
     return plan.evaluate(adapter).values() if plan.evaluate else {}

@@ -10,8 +10,9 @@ import yaml
 from typer.main import get_command
 
 from fedlora import config as configuration
-from fedlora.cli import operate
+from fedlora.cli.app import app
 from fedlora.cli.options import dotted
+from fedlora.config import SHORT
 from fedlora.strategy import catalogue
 from tests.cli.test_simulate import fedlora
 
@@ -19,8 +20,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "strategies.md").read_text()
 RUNS = sorted((ROOT / "simulations").glob("*.toml"))
-SHORT = {"model": "model.path", "data": "data.path", "eval-data": "data.eval", "partition": "data.partition"}
-SHORT |= {f"dp-{key}": f"dp.{key}" for key in ("epsilon", "delta", "clip", "noise", "level")}
 
 
 def commands() -> list[str]:
@@ -46,7 +45,9 @@ def test_the_strategy_it_shows_runs_as_it_says(tmp_path: Path) -> None:
 def test_the_options_it_names_exist(command: str) -> None:
     words = shlex.split(command, comments=True)[2:]
     given = dotted([w for w in words if w])
-    keys = {SHORT.get(k, k): v for k, v in given.items() if k not in ("config", "out", "resume", "option")}
+    keys = {
+        SHORT.get(k.replace("-", "_"), k): v for k, v in given.items() if k not in ("config", "out", "resume", "option")
+    }
     assert given and configuration.build(keys).rounds
 
 
@@ -81,7 +82,7 @@ def test_the_keys_it_makes_are_those_that_its_commands_name(tmp_path: Path) -> N
     assert fedlora(*made[1:], cwd=tmp_path).returncode == 0
     assert (tmp_path / server[server.index("--credentials") + 1] / "server.key").exists()
     assert (tmp_path / "keys" / "clients" / client[client.index("--credentials") + 1] / "client.key").exists()
-    commands = get_command(operate.app).commands  # type: ignore[attr-defined]
+    commands = get_command(app).commands  # type: ignore[attr-defined]
     for words in (made, server, client):
         known = {o for p in commands[words[1]].params for o in p.opts}
         assert {w for w in words if w.startswith("--")} <= known

@@ -38,7 +38,7 @@ from fedlora.privacy.record_level import record_level_dp
 from fedlora.run.compose import compose
 from fedlora.run.directory import RunDirectory
 from fedlora.run.privacy_report import refresh
-from fedlora.run.setup import RunSetup, prepare, quiet_libraries
+from fedlora.run.setup import RunSetup, mute_transformers, prepare
 from fedlora.storage.files import write_durably
 
 from .statistics import Floats
@@ -76,7 +76,7 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
     settings = config.build(folder.config(), given)
     console = Console(highlight=False, stderr=as_json)
     with console.status("loading"):
-        quiet_libraries()
+        mute_transformers()
         setup = prepare(settings)
         if not (folder.adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{run} has no adapter yet; finish the run with fedlora simulate --resume {run}")

@@ -17,7 +17,7 @@ from fedlora.config import Config, flatten
 from fedlora.errors import PrivacyError
 from fedlora.run.directory import RunDirectory
 from fedlora.run.privacy_report import refresh
-from fedlora.run.setup import quiet_libraries
+from fedlora.run.setup import mute_transformers
 from fedlora.storage.files import write_durably
 
 LITTLE = (
@@ -49,7 +49,7 @@ def audit(run: Path | None, given: Mapping[str, Any], repeat: int, controls: boo
     """
     console = Console(highlight=False, stderr=as_json)
     with console.status("loading"):
-        quiet_libraries()
+        mute_transformers()
         config = settings(run, given)
         level = _level(config)
         stage = level.build(config, config.seed)

@@ -1,12 +1,12 @@
-"""The catalogue of strategies and the list of settings, as tables."""
+"""`fedlora strategies` and `fedlora settings`: what there is to choose from, as tables."""
 
-from typing import Any, get_args, get_origin
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from fedlora.config import settings as every_setting
-from fedlora.strategy import CatalogueEntry, catalogue
+
+if TYPE_CHECKING:
+    from fedlora.strategy import CatalogueEntry
 
 LEGEND = """
 exact: the new model is the weighted mean of the clients' models. ranks: may those of clients differ. sums: the server
@@ -17,17 +17,15 @@ Round any of them: aggregate.optimizer, aggregate.robust (fedlora settings); Flo
 
 
 def strategies() -> None:
-    """Print the catalogue."""
+    """The catalogue: every strategy with its declared properties and its paper."""
+    from fedlora.strategy import catalogue
+
     rows = [_row(entry) for entry in catalogue()]
-    table = Table(*rows[0], box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row.values())
-    console = _console()
-    console.print(table)
-    console.print(LEGEND)
+    _print(list(rows[0]), (list(row.values()) for row in rows))
+    print(LEGEND)
 
 
-def _row(entry: CatalogueEntry) -> dict[str, str]:
+def _row(entry: "CatalogueEntry") -> dict[str, str]:
     """What a strategy declares, by the heading of its column."""
     made, (trains, sends) = entry.default, entry.sides
     return {
@@ -51,12 +49,13 @@ def _yes(flag: bool) -> str:
 
 
 def settings() -> None:
-    """Print every dotted key."""
-    table = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
-    for setting in every_setting():
-        default = ",".join(setting.default) if isinstance(setting.default, tuple) else str(setting.default)
-        table.add_row(setting.key, default, _values(setting.kind), setting.help)
-    _console().print(table)
+    """Every setting there is, with its default and meaning."""
+    rows = ([s.key, _text(s.default), _values(s.kind), s.help] for s in every_setting())
+    _print(["key", "default", "values", "meaning"], rows)
+
+
+def _text(default: Any) -> str:
+    return ",".join(default) if isinstance(default, tuple) else str(default)
 
 
 def _values(kind: Any) -> str:
@@ -66,7 +65,13 @@ def _values(kind: Any) -> str:
     return ", ".join(map(str, get_args(kind))) if type(kind).__name__ == "_LiteralGenericAlias" else kind.__name__
 
 
-def _console() -> Console:
-    """A console as wide as the terminal, or as wide as the tables need where there is no terminal."""
+def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table as wide as the terminal, or as wide as it needs to be where there is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=260)
+    (console if console.is_terminal else Console(highlight=False, width=260)).print(table)

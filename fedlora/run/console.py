@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -52,14 +53,13 @@ class ConsoleProgress:
         self.names: Mapping[int, str] = {}  # of clients elsewhere
 
     def started(
-        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
     ) -> None:
         config = setup.config
         self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
         self._measures = config.exactness
         self._private = config.dp.on
-        self.say(_heading(setup, title(strategy)))
-        for line in promise:
+        for line in (_heading(setup, title(strategy)), *statement):
             self.say(line)
         if before:
             self.say(f"before training: {figures(before)}")
@@ -68,7 +68,7 @@ class ConsoleProgress:
         left_out = _columns_left_out(config)
         self._columns = [name for name in WIDTHS if name not in left_out]
         self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
-        if self._console.is_terminal:
+        if _can_move(self._console):
             self._status = Status("", console=self._console)
             self._status.start()
             self._wait()
@@ -102,15 +102,19 @@ class ConsoleProgress:
         if stopped and records:
             self.say(f"stopped early after round {records[-1]['round']} of {self._rounds}: no lower loss")
         self._say_how_good(records)
-        if self._measures:
-            self.say(closeness([r["exactness"] for r in records if "exactness" in r]))
-        if self._private:
-            self.say(spending(records))
+        self._say_what_was_promised(records)
         if (folder.path / "privacy.md").exists():
             self.say(f"privacy report: {folder.path}/privacy.md")
         self.say(f"adapter: {folder.adapter}")
         self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
         self.say(f"curves: tensorboard --logdir {folder.path}")
+
+    def _say_what_was_promised(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Show whether the strategy was exact, where that was measured, and what a private run has spent."""
+        if self._measures:
+            self.say(closeness([record["exactness"] for record in records if "exactness" in record]))
+        if self._private:
+            self.say(spending(records))
 
     def _say_how_good(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Show the last evaluation of the global model, and the last one of the clients on their own examples."""
@@ -172,6 +176,11 @@ class ConsoleHandler(logging.Handler):
         self._screen.say(self._screen.named(record.getMessage()))
 
 
+def _can_move(console: Console) -> bool:
+    """Whether a line can change in place: on a terminal, and in a notebook that has widgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 def _heading(setup: RunSetup, name: str) -> str:
     """The first line of a run: its strategy, its size and how it is computed."""
     config, start = setup.config, setup.start
@@ -219,6 +228,12 @@ def newest(records: Sequence[Mapping[str, Any]], key: str) -> Any:
 def figures(values: Mapping[str, Any]) -> str:
     """Numbers by name, for people: `loss 1.386, accuracy 0.25`."""
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def show_log() -> None:
+    """Print what fedlora logs, and the warnings of libraries, as plain lines: for commands, whose process is theirs."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fedlora").setLevel(logging.INFO)
 
 
 def spending(records: Sequence[Mapping[str, Any]]) -> str:

@@ -32,7 +32,7 @@ class RunDirectory:
         self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
         self.adapter = path / "adapter"
 
-    def create(self, settings: Config, again: bool = False) -> None:
+    def create(self, settings: Config, *, again: bool = False) -> None:
         """Make the folder with its resolved config; refuse one where another run has begun, unless it goes on."""
         if not again and (self.records() or self.checkpoints.exists()):
             raise ConfigError(

@@ -32,7 +32,7 @@ from fedlora.storage.client_state import ClientState
 
 from .compose import compose
 from .directory import RunDirectory
-from .setup import RunSetup, quiet_libraries, reopen
+from .setup import RunSetup, mute_transformers, reopen
 
 FORMS = ("adapter", "merged", "per-client")
 EXAMPLES = 8  # on which the exported model is compared with the worn one
@@ -89,7 +89,7 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
     """
     out = out or path / f"export-{form}"
     config = _checked(path, form, max_rank, out)
-    quiet_libraries()
+    mute_transformers()
     setup = reopen(RunDirectory(path), config)
     with _whole(out) as place:
         probe, drafts = _write(setup, RunDirectory(path), form, max_rank, place)

@@ -1,6 +1,9 @@
-"""A run put together from its config: the same pieces in every process, whatever fleet carries the clients."""
+"""The pieces of a run, made from its config: in a simulation, on a deployed server, and at one of its clients.
 
-import logging
+The three differ in the rows that they read (`federated.load`, `server_data`, `client_data`); what is made of the rows
+is the same (`assemble`).
+"""
+
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +17,8 @@ import torch
 from fedlora import config as configuration
 from fedlora.config import Config, absolute
 from fedlora.data import federated
-from fedlora.data import rows as rows_module
 from fedlora.data.client_data import ClientData
+from fedlora.data.rows import Rows
 from fedlora.data.schema import Schema
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.lora import LoRA
@@ -26,26 +29,33 @@ from fedlora.privacy.secure_aggregation import FEWEST
 from .client_ranks import ranks
 from .directory import RunDirectory
 
+Plain = int | float | str | bool
+# Settings that are paths on the server's disk: removed from what clients are sent, and ignored by a client if they come
+# all the same.
+SERVER_PATHS = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
+ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
+
 
 @dataclass(eq=False)
 class RunSetup:
-    """What a process needs to play server and any client: made from the config alone, alike everywhere."""
+    """The pieces of a run that one process has: of all sides in a simulation, of one side in a deployment."""
 
     config: Config  # resolved: counts and labels as they are, paths absolute
     model: Model
     start: LoRA  # the adapter as PEFT made it
     clients_data: tuple[ClientData, ...]
     ranks: tuple[int, ...]  # of each client
-    evaluation_rows: rows_module.Rows
+    evaluation_rows: Rows
 
     @cached_property
     def evaluation(self) -> list[dict[str, torch.Tensor]]:
+        """The global held-out set, encoded; where data.eval_limit is set, so many of it, evenly spread."""
         examples = self.model.encoder(self.evaluation_rows)
         limit = self.config.data.eval_limit or len(examples)
         return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
 
     def evaluate(self, lora: LoRA) -> Metrics:
-        """The global model on the global held-out set."""
+        """The metrics of the global model, with this adapter, on the global held-out set."""
         self.model.set_adapter(lora)
         return self.model.metrics(self.evaluation)
 
@@ -131,13 +141,6 @@ def _refuse_what_is_not_private(config: Config) -> None:
         raise PrivacyError("exactness needs every client's update, which dp.level = client hides; leave it out")
 
 
-Plain = int | float | str | bool
-# Settings that are paths on the server's disk: removed from what clients are sent, and ignored by a client if they come
-# all the same.
-SERVER_PATHS = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
-ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
-
-
 @dataclass(frozen=True, eq=False)
 class ClientSetup:
     """One client's pieces of a run: the model, its own examples and its rank."""
@@ -197,7 +200,7 @@ def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
 
 
 def _shapes_data(key: str) -> bool:
-    """Whether a client's own setting changes its model or data; the others say what it insists on (`insists`)."""
+    """Whether a client's own setting changes its model or data; the others say what it insists on (`client_policy`)."""
     return key == "dp.unit" or not key.startswith(("secure.", "client.", "dp."))
 
 
@@ -212,13 +215,11 @@ def _base(run: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, str]:
     return {"model.path": path}
 
 
-def quiet_libraries() -> None:
-    """Our own warnings, and of the libraries only errors."""
+def mute_transformers() -> None:
+    """Have transformers log errors alone and show no bars of its own, and Python no warnings of what is to change."""
     from transformers.utils import logging as noise
 
     said: Any = noise  # untyped
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fedlora").setLevel(logging.INFO)
     said.set_verbosity_error()
     said.disable_progress_bar()

@@ -56,14 +56,14 @@ class Monitor:
         self._epsilon.set(nan)
 
     def started(
-        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, promise: Sequence[str]
+        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
     ) -> None:
         self._round.set(done)
         self._planned.set(setup.config.rounds)
         self._clients.labels("known").set(setup.config.clients)
         self._clients.labels("asked").set(setup.config.cohort)
         self._evaluated(before)
-        self._inner.started(setup, strategy, before, done, promise)
+        self._inner.started(setup, strategy, before, done, statement)
 
     def online(self, clients: int) -> None:
         """So many are connected now."""

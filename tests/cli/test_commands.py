@@ -113,6 +113,13 @@ def test_every_command_has_the_options_it_is_known_for() -> None:
         assert {described(p) for p in command.params} == known, name
 
 
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_says_what_every_option_means(command: str) -> None:
+    options = [p for p in get_command(app).commands[command].params if p.opts[0].startswith("-")]  # type: ignore[attr-defined]
+    for option in options:
+        assert option.help and option.help[0].isupper() and option.help.endswith("."), option.name
+
+
 def test_a_command_shows_its_help_without_torch() -> None:
     code = "import sys; from fedlora.cli.app import app; app(['simulate', '--help'], standalone_mode=False)"
     code += "; print('torch' in sys.modules, 'pydantic' in sys.modules)"

@@ -12,10 +12,10 @@ import torch
 
 from fedlora.config import over_defaults
 from fedlora.errors import Failure
-from fedlora.run.console import ConsoleProgress
+from fedlora.run.console import ConsoleProgress, show_log
 from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import RoundResult
-from fedlora.run.setup import prepare, quiet_libraries
+from fedlora.run.setup import mute_transformers, prepare
 from fedlora.server.aggregation import Answers
 from fedlora.server.run import run_rounds
 from fedlora.simulations.serial import Serial
@@ -45,7 +45,8 @@ class Without(Serial):
 
 def calm(out: Path, settings: Mapping[str, Any], absent: int | None = None) -> Path:
     """Run it; the folder with the checkpoint of every round."""
-    quiet_libraries()
+    show_log()
+    mute_transformers()
     torch.set_num_threads(1)  # as the deployed ones have it: sums are in another order with more
     setup = prepare(over_defaults({}, settings))
     folder, screen = Whole(out), ConsoleProgress()

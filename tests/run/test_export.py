@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from fedlora import config as configuration
+from fedlora.api import simulate
 from fedlora.cli.app import app
-from fedlora.cli.simulate import simulate
 from fedlora.client import training
 from fedlora.errors import CheckpointError, ConfigError, ExportError
 from fedlora.lora import LoRA, delta
@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         files = {"model.path": str(model if model.exists() else make(kind, model)), "strategy": strategy}
         files |= {"model.task": "classify" if kind == "bert" else "lm", "data.path": str(site / "train.jsonl")}
         files |= {"data.eval": str(site / "test.jsonl")}
-        simulate(None, files | SMALL | dict(word.split("=", 1) for word in more), out, None)
+        simulate(files | SMALL | dict(word.split("=", 1) for word in more), out=out, progress=False)
         return out
 
     return one

@@ -1,0 +1,26 @@
+"""`fedlora provision`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def provision(
+    out: Annotated[Path, typer.Option(help="Folder for all of it; ca.key in it signs, keep it to yourself.")],
+    host: Annotated[list[str] | None, typer.Option(help="Name or address that clients dial; repeatable.")] = None,
+    clients: Annotated[int, typer.Option(min=0, help="So many clients, client-1 and so on.")] = 0,
+    client: Annotated[list[str] | None, typer.Option(help="A client's name; repeatable.")] = None,
+    remove: Annotated[str | None, typer.Option(help="A client that is to be let in no more.")] = None,
+    days: Annotated[int, typer.Option(help="How long the server's certificate holds.")] = 825,
+    renew: Annotated[bool, typer.Option("--renew", help="A new certificate for the server, now.")] = False,
+) -> None:
+    """Make the keys and certificates of a federation: a folder for the server, and one for each client."""
+    from fedlora.deployment import provision as make
+
+    if remove:
+        lines = make.remove(out, remove)
+    else:
+        lines = make.provision(out, host or (), [*make.names_for(clients), *(client or ())], days, renew)
+    for line in lines:
+        print(line)
