@@ -38,10 +38,11 @@ class Pause:
 
 
 class ReplyInbox:
-    """Replies, one at a time, and by our own record of what was asked.
+    """Pulls each reply on its own, in a thread.
 
-    Flower unpacks uploads as it pulls: one that cannot be unpacked would take others with it. It waits for all that was
-    announced, for more than an hour: one that hangs would keep others waiting. And whose answer it is, the client says.
+    Flower's `pull_messages` decodes every message it is given, so one malformed upload would fail them all; and it
+    blocks until all announced chunks of a message have come, which a stalled client can drag out for an hour. A reply
+    is matched to the message that it answers, because the sender named in it is chosen by the client.
     """
 
     def __init__(self, grid: Grid) -> None:

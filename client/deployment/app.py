@@ -1,8 +1,8 @@
-"""The Flower ClientApp: it hands each message to a worker, and knows no algorithm.
+"""The Flower ClientApp, which hands each message to a worker and knows no algorithm.
 
 Flower starts a new process for every message. Where a warm worker runs beside the SuperNode (`fedlora client` starts
-one and names its socket in the node's config), this process loads neither torch nor a model. In a simulation, and
-where Flower's own commands start the app, the worker is this process.
+one and names its socket in the node's config), that process loads neither torch nor a model. In a simulation, and
+where Flower's own commands start the app, the process does the work itself.
 """
 
 import logging
@@ -16,25 +16,30 @@ from fedlora.errors import Failure
 log = logging.getLogger("fedlora")
 
 
-def _do(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
-    worker, told = context.node_config.get("worker"), context.node_config.get("cold")
-    if told:
-        from fedlora.client.deployment.worker import cold  # slow, as that is asked for: fedlora client --cold
+def _answer(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
+    """The answer to a message, or a failure as `Failure.dumps` writes it."""
+    worker, identity = context.node_config.get("worker"), context.node_config.get("cold")
+    if identity:
+        from fedlora.client.deployment.worker import cold  # slow, as was asked for: fedlora client --cold
 
-        return cold(Path(str(told)), kind, content)
-    if not worker:
-        from fedlora.client.in_process import do  # slow: it loads torch
+        return cold(Path(str(identity)), kind, content)
+    if worker:
+        deadline = float(context.run_config.get("deadline", 0)) or None
+        return _ask_worker(f"unix:{worker}", kind, content, deadline)
+    from fedlora.client.in_process import do  # slow: it loads torch
 
-        return do(kind, content, context)
+    return do(kind, content, context)
+
+
+def _ask_worker(address: str, kind: str, content: RecordDict, deadline: float | None) -> RecordDict | str:
     from fedlora.client.deployment.relay import WorkerGone, ask
 
-    deadline = float(context.run_config.get("deadline", 0)) or None
     try:
-        return ask(f"unix:{worker}", kind, content, deadline)
+        return ask(address, kind, content, deadline)
     except WorkerGone as e:
         return Failure.because_of(e).dumps()
     except RuntimeError as e:
         return str(e)  # a failure as the worker wrote it
 
 
-app = build(_do)
+app = build(_answer)

@@ -1,4 +1,4 @@
-"""Is a worker serving? Light, as a container's health check starts it every minute."""
+"""Ask a worker whether it is serving. Loads little, as a container's health check starts this every minute."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ SERVICE = "fedlora.client.v1.Worker"
 
 
 def is_serving(socket: Path) -> bool:
-    """Does the worker's health service say so?"""
+    """Does the health service of the worker at this socket say that it is serving?"""
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         try:

@@ -1,4 +1,4 @@
-"""From Flower's ClientApp, a new process for every message, to the warm worker beside it. Light: no torch, no model."""
+"""Send a message from Flower's ClientApp, a new process for each, to the warm worker beside it. Loads no torch."""
 
 from collections.abc import Iterator
 
@@ -11,36 +11,42 @@ from fedlora.errors import ClientFailed, FailureKind
 METHOD = "/fedlora.client.v1.Worker/Do"
 CHUNK = 2**20  # bytes of numbers in a piece
 OPTIONS = [("grpc.max_receive_message_length", 32 * 2**20), ("grpc.max_send_message_length", 32 * 2**20)]
-COMES_BACK = 120.0  # seconds that a worker which died is given to be there again
-TRIES = 2  # times a job is handed to a worker that dies of it
+COMES_BACK = 120.0  # seconds that a worker which died is given until it answers again
+TRIES = 2  # times that a message is sent to a worker that dies of it
 
 
 class WorkerGone(ClientFailed):
-    """No worker answers: `fedlora client` starts it again, and it did not come back, or died of the job twice."""
+    """No worker answered: it did not come back after `fedlora client` started it again, or died of the job twice."""
 
     kind = FailureKind.CRASHED
 
 
 def ask(address: str, kind: str, content: RecordDict, timeout: float | None) -> RecordDict:
-    """Have the worker do a message's work. Raises `WorkerGone`, or `RuntimeError` with the worker's own reason.
+    """The worker's answer to a message. Raises `WorkerGone`, or `RuntimeError` with the failure that the worker told.
 
-    Twice is as good as once: a job that is done already has the same answer again.
+    A worker that dies of a message gets it once more. It does no harm to ask twice: a job that is done already has the
+    same answer again.
     """
-    for tries in range(1, TRIES + 1):
-        try:
-            with grpc.insecure_channel(address, options=OPTIONS) as channel:  # a Unix socket that its owner alone opens
-                grpc.channel_ready_future(channel).result(timeout=COMES_BACK)
-                call = channel.stream_stream(METHOD, TaskPiece.SerializeToString, AnswerPiece.FromString)
-                return _gather(call(_pieces(kind, content), timeout=timeout))
-        except grpc.FutureTimeoutError as e:
-            raise WorkerGone(f"no worker came back within {COMES_BACK:.0f} s") from e
-        except grpc.RpcError as e:
-            code, details = e.code(), e.details()
-            if code != grpc.StatusCode.UNAVAILABLE:
-                raise WorkerGone(f"the worker said {code.name}: {details}") from e
-            if tries == TRIES:
-                raise WorkerGone(f"the worker died {TRIES} times at this job") from e
-    raise AssertionError
+    for _ in range(TRIES):
+        answer = _ask_once(address, kind, content, timeout)
+        if answer is not None:
+            return answer
+    raise WorkerGone(f"the worker died {TRIES} times at this job")
+
+
+def _ask_once(address: str, kind: str, content: RecordDict, timeout: float | None) -> RecordDict | None:
+    """The worker's answer; none if the worker died meanwhile."""
+    try:
+        with grpc.insecure_channel(address, options=OPTIONS) as channel:  # a Unix socket that its owner alone opens
+            grpc.channel_ready_future(channel).result(timeout=COMES_BACK)
+            call = channel.stream_stream(METHOD, TaskPiece.SerializeToString, AnswerPiece.FromString)
+            return _gather(call(_pieces(kind, content), timeout=timeout))
+    except grpc.FutureTimeoutError as e:
+        raise WorkerGone(f"no worker came back within {COMES_BACK:.0f} s") from e
+    except grpc.RpcError as e:
+        if e.code() == grpc.StatusCode.UNAVAILABLE:
+            return None
+        raise WorkerGone(f"the worker said {e.code().name}: {e.details()}") from e
 
 
 def split(content: RecordDict) -> tuple[str, str, Array | None]:

@@ -1,4 +1,4 @@
-"""`fedlora client`: a SuperNode, its SuperExec and a warm worker, watched and started again as long as it is wanted.
+"""`fedlora client`: a SuperNode, its SuperExec and a warm worker, started again when they end, until Ctrl-C.
 
     server ◀─TLS─ SuperNode ◀─ SuperExec ──▶ ClientApp, a new one a message ──Unix socket──▶ worker (model, data, state)
 
@@ -26,38 +26,42 @@ from fedlora.deployment.provision import read_client
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.errors import ConfigError
 
-CLOCK = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
-AHEAD = 300.0  # and ahead of it
+BEHIND = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
+AHEAD = 300.0  # seconds that it may be ahead
 HANGS = 300.0  # seconds without a sign of life after which a worker is started again
-REFUSED = ("2004", "2001")  # what Flower says of a key: it is not known, or in use
-GIVES_UP = "SSL/TLS handshake error detected"  # and Flower's SuperNode then hangs, for ever
+REFUSED = ("2004", "2001")  # Flower's codes for a key that is not known, and for one that is in use
+GIVES_UP = "SSL/TLS handshake error detected"  # in the log of a SuperNode, which then hangs for ever
 SOCKET = "worker.sock"
-PORT = 8443
+PORT = 8443  # of the server, unless it is told
 MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 
 
 @dataclass(frozen=True)
 class ClientOptions:
-    """What `fedlora client` was asked for."""
+    """What the command line of `fedlora client` asks for."""
 
-    server: str  # host:port
+    server: str  # HOST:PORT
     credentials: Path | None  # this client's folder of `fedlora provision`; none: no TLS and no key
-    state: Path
+    state: Path  # the folder of all that the client keeps
     id: int
     name: str
-    settings: Mapping[str, Any]  # its own
-    worker: Path | None = None  # the socket of one that is started elsewhere
-    cold: bool = False  # none: the model is loaded for every message, and takes no memory between them
+    settings: Mapping[str, Any]  # the client's own, by their dotted keys
+    worker: Path | None = None  # the socket of a worker that is started elsewhere; none: start one here
+    cold: bool = False  # start no worker: each message loads the model, which takes no memory between messages
 
     @property
     def url(self) -> str:
+        """The server's address with its scheme."""
         return f"{'https' if self.credentials else 'http'}://{self.server}"
 
 
 def asked(
     server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any]
 ) -> ClientOptions:
-    """What was asked for, checked. Raises `ConfigError` for what does not go together."""
+    """The options of a client, by its folder of credentials if there is one, else by its number.
+
+    Raises `ConfigError` for options that do not go together.
+    """
     if credentials:
         who = read_client(credentials)
         if id not in (None, who.id):
@@ -69,106 +73,124 @@ def asked(
     return ClientOptions(_address(server), None, state, id, f"client {id}", settings)
 
 
-def serve(asked: ClientOptions) -> None:
-    """Take part until SIGTERM or Ctrl-C."""
-    with exclusive(asked.state), scratch_folder(len(SOCKET)) as scratch:
+def serve(options: ClientOptions) -> None:
+    """Take part in the server's runs until SIGTERM or Ctrl-C."""
+    with exclusive(options.state), scratch_folder(len(SOCKET)) as scratch:
         os.umask(0o077)
-        if not asked.credentials:
+        if not options.credentials:
             print("INSECURE: no TLS, no key: anyone on the way can read and change what is sent. For trials only.")
-        ClientProcesses(asked, asked.worker or scratch / SOCKET, scratch).run()
+        ClientProcesses(options, options.worker or scratch / SOCKET, scratch).run()
 
 
-def reachable(asked: ClientOptions, meanwhile: Callable[[], None]) -> None:
-    """Wait until the server answers; say why it does not. Raises `ConfigError` for what waiting does not mend."""
-    pause, verify = 1.0, _context(asked)
+def wait_for_server(options: ClientOptions, meanwhile: Callable[[], None]) -> None:
+    """Wait until the server answers, print why it does not, and call `meanwhile` a few times a second.
+
+    Raises `ConfigError` for a certificate that the client cannot trust, which waiting does not mend.
+    """
+    pause, verify = 1.0, _tls_context(options)
     while True:
         try:
-            answer = httpx.get(f"{asked.url}/health", verify=verify, timeout=10, trust_env=False)
+            answer = httpx.get(f"{options.url}/health", verify=verify, timeout=10, trust_env=False)
             break
         except httpx.HTTPError as e:
-            if "CERTIFICATE_VERIFY_FAILED" in str(e):
-                raise ConfigError(
-                    f"{asked.server} has a certificate that {asked.credentials}/ca.crt does not vouch for, or not for "
-                    f"this name ({e}); ask whoever runs the server for the right ca.crt and host"
-                ) from e
-            print(f"{asked.server} does not answer ({type(e).__name__}); trying again in {pause:.0f} s", flush=True)
+            _raise_if_untrusted(options, e)
+            print(f"{options.server} does not answer ({type(e).__name__}); trying again in {pause:.0f} s", flush=True)
         end = time.monotonic() + pause
         while time.monotonic() < end:
             meanwhile()
             time.sleep(0.3)
         pause = min(2 * pause, 30.0)
-    if date := answer.headers.get("date"):
-        ahead = time.time() - parsedate_to_datetime(date).timestamp()
-        if not -CLOCK - 1 <= ahead <= AHEAD:
-            print(
-                f"WARNING: this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the "
-                "server's, and its signature is not taken; set the clock (NTP)",
-                flush=True,
-            )
+    _check_clock(answer.headers.get("date"))
 
 
-def told(asked: ClientOptions) -> str:
-    """Who the client is and what is its own, for its worker."""
-    return json.dumps({"id": asked.id, "state": str(asked.state.absolute()), "settings": dict(asked.settings)})
+def _raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        raise ConfigError(
+            f"{options.server} has a certificate that {options.credentials}/ca.crt does not vouch for, or not for "
+            f"this name ({error}); ask whoever runs the server for the right ca.crt and host"
+        ) from error
 
 
-def worker_command(asked: ClientOptions, socket: Path) -> list[str]:
+def _check_clock(date: str | None) -> None:
+    """Warn where this machine's clock differs from the server's by more than Flower's signatures allow."""
+    if not date:
+        return
+    ahead = time.time() - parsedate_to_datetime(date).timestamp()
+    if not -BEHIND - 1 <= ahead <= AHEAD:
+        print(
+            f"WARNING: this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the "
+            "server's, and its signature is not taken; set the clock (NTP)",
+            flush=True,
+        )
+
+
+def identity_for_worker(options: ClientOptions) -> str:
+    """The client's number, folder and own settings as JSON, for its worker."""
+    state = str(options.state.absolute())
+    return json.dumps({"id": options.id, "state": state, "settings": dict(options.settings)})
+
+
+def worker_command(options: ClientOptions, socket: Path) -> list[str]:
     """The command line of the worker that belongs to this client."""
-    return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", told(asked)]
+    command = [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket)]
+    return [*command, "--told", identity_for_worker(options)]
 
 
 class ClientProcesses:
-    """SuperNode, SuperExec and worker of one client, watched until the command is ended."""
+    """SuperNode, SuperExec and worker of one client."""
 
-    def __init__(self, asked: ClientOptions, socket: Path, scratch: Path) -> None:
-        self._asked, self._socket, self._scratch = asked, socket, scratch
-        self._logs = asked.state / "logs"
+    def __init__(self, options: ClientOptions, socket: Path, scratch: Path) -> None:
+        """`socket` is the worker's; `scratch` a folder for what is needed as long as the command runs."""
+        self._options, self._socket, self._scratch = options, socket, scratch
+        self._logs = options.state / "logs"
         secret, port = scratch / "superexec.secret", free_port()
         secret.write_text(token_hex(32))
         self._node = Process(
-            "SuperNode", self._node_command(port, secret), self._log("supernode"), flwr_home(asked.state)
+            "SuperNode", self._node_command(port, secret), self._log("supernode"), flwr_home(options.state)
         )
         command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
         command += ["--superexec-auth-secret-file", str(secret)]
         self._superexec = Process("SuperExec", command, self._log("superexec"))
         self._worker: Process | None = None  # none: it is started elsewhere, or each message loads the model
-        if not (asked.worker or asked.cold):
-            self._worker = Process("worker", worker_command(asked, socket), self._log("worker"))
+        if not options.worker and not options.cold:
+            self._worker = Process("worker", worker_command(options, socket), self._log("worker"))
         self._worker_seen = 0.0  # when the worker last gave a sign of life
 
     def run(self) -> None:
-        """Start the processes, the worker first: it says at once what is wrong with the data. Then watch over them."""
+        """Start the processes and watch over them until an exception ends this.
+
+        The worker is first, as it says at once what is wrong with the data.
+        """
         screen, node_log = Tail(self._logs / "screen.log"), Tail(self._log("supernode"))
         with Supervisor(self._restart) as supervisor:
             if self._worker:
                 supervisor.start(self._worker)
-            reachable(self._asked, supervisor.look)
+            wait_for_server(self._options, supervisor.look)
             supervisor.start(self._node)
             supervisor.start(self._superexec)
             self._worker_seen = time.monotonic()
-            print(f"{self._asked.name} takes part at {self._asked.server}; logs in {self._logs}", flush=True)
+            print(f"{self._options.name} takes part at {self._options.server}; logs in {self._logs}", flush=True)
             while True:
                 time.sleep(0.3)
                 screen.show()
-                if GIVES_UP in node_log.new():
-                    print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
-                    stop([self._node], grace=5)
+                self._end_hanging_node(node_log)
+                self._end_hanging_worker()
                 supervisor.look()
-                self._look_at_worker()
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
 
     def _node_command(self, port: int, secret: Path) -> list[str]:
-        asked = self._asked
-        config = f"partition-id={asked.id} worker='{self._socket}'"
-        if asked.cold:
-            (self._scratch / "told.json").write_text(told(asked))
-            config = f"partition-id={asked.id} cold='{self._scratch / 'told.json'}'"
-        command = [program("flower-supernode"), "--superlink", asked.server, "--isolation", "process"]
+        options = self._options
+        config = f"partition-id={options.id} worker='{self._socket}'"
+        if options.cold:
+            identity = self._scratch / "told.json"
+            identity.write_text(identity_for_worker(options))
+            config = f"partition-id={options.id} cold='{identity}'"
+        command = [program("flower-supernode"), "--superlink", options.server, "--isolation", "process"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
         command += ["--superexec-auth-secret-file", str(secret)]
-        if folder := asked.credentials:
+        if folder := options.credentials:
             command += ["--root-certificates", str(folder / "ca.crt")]
             command += ["--auth-supernode-private-key", str(folder / "client.key")]
         else:
@@ -176,7 +198,10 @@ class ClientProcesses:
         return command
 
     def _restart(self, process: Process) -> Restart:
-        """Raises `ConfigError` for a worker that its settings or its data ended: to start it again is of no use."""
+        """Why a process ended, and when it is started again.
+
+        Raises `ConfigError` for a worker that ended because of its settings or data: to start it again is of no use.
+        """
         if process is self._worker and process.code == MISTAKE:
             raise ConfigError(process.log_tail(1).removeprefix("error: "))
         words = process.log_tail(15)
@@ -188,8 +213,14 @@ class ClientProcesses:
             return Restart(why, pause=10.0)  # the SuperLink takes no key that it believes to be online still
         return restart_later(process)
 
-    def _look_at_worker(self) -> None:
-        """End a worker that hangs; the supervisor starts it again."""
+    def _end_hanging_node(self, log: Tail) -> None:
+        """End a SuperNode that has given up but does not end; the supervisor starts it again."""
+        if GIVES_UP in log.new():
+            print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
+            stop([self._node], grace=5)
+
+    def _end_hanging_worker(self) -> None:
+        """End a worker that gives no sign of life; the supervisor starts it again."""
         if self._worker is None:
             return
         now, seen = time.monotonic(), max(self._worker_seen, self._worker.started)
@@ -204,12 +235,18 @@ class ClientProcesses:
 
 
 def _address(server: str) -> str:
-    """host:port, with the port that the server has unless it is told another."""
+    """HOST:PORT of a server, with the usual port unless another is given. An IPv6 address stands in brackets."""
     host, colon, port = server.rpartition(":")
-    if colon and port.isdecimal() and (":" not in host or host.startswith("[")):
+    is_bare_ipv6 = ":" in host and not host.startswith("[")
+    if colon and port.isdecimal() and not is_bare_ipv6:
         return server
-    return f"[{server}]:{PORT}" if ":" in server and not server.startswith("[") else f"{server}:{PORT}"
+    if ":" in server and not server.startswith("["):
+        return f"[{server}]:{PORT}"
+    return f"{server}:{PORT}"
 
 
-def _context(asked: ClientOptions) -> ssl.SSLContext | bool:
-    return ssl.create_default_context(cafile=str(asked.credentials / "ca.crt")) if asked.credentials else False
+def _tls_context(options: ClientOptions) -> ssl.SSLContext | bool:
+    """The TLS settings that trust the deployment's authority alone; false without credentials."""
+    if not options.credentials:
+        return False
+    return ssl.create_default_context(cafile=str(options.credentials / "ca.crt"))

@@ -1,7 +1,7 @@
 """The warm worker: one process that holds a client's model, data and kept state, and does jobs over a Unix socket.
 
-It loads the base model once per run. Jobs are done one at a time, in the order they come; one that is asked for again,
-because whoever asked died meanwhile, has the answer that lies on the disk.
+It loads the base model once per run. Jobs are done one at a time, in the order in which they come. A job that comes
+again, because the process that asked died meanwhile, gets the answer that lies on the disk.
 """
 
 import json
@@ -39,55 +39,62 @@ log = logging.getLogger("fedlora")
 
 @dataclass(frozen=True)
 class ClientIdentity:
-    """Who this client is, and what is its own."""
+    """A client's number, its folder, and its own settings."""
 
     id: int
-    state: Path
-    settings: Mapping[str, Any]  # its own: data, devices, what it insists on
+    state: Path  # the folder of all that the client keeps
+    settings: Mapping[str, Any]  # by dotted keys: data, devices, what the client insists on
 
 
 @dataclass
 class WarmWorker:
-    """What stays warm between messages."""
+    """Answers a client's messages, and keeps the model and the data loaded between them."""
 
     mine: ClientIdentity
-    _key: str = ""
-    _party: ClientSetup | None = None
+    _key: str = ""  # the settings by which the setup was made
+    _setup: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
 
     def do(self, task: Task, data: bytes) -> RecordDict | str:
-        """One task's work, alone."""
+        """The answer to a task, or a failure as `Failure.dumps` writes it. One task is done at a time."""
         content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
         with self._lock:
             return self.answer(Kind.Name(task.kind).lower(), content)
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
-        """A message's work; who is asked who it is, is told the run's settings."""
+        """The answer to a message, or a failure as `Failure.dumps` writes it.
+
+        The question who this client is brings the run's settings, by which all later messages are answered.
+        """
         if kind == "who":
             return handlers.do(kind, content, lambda run: self._place(run, codec.read_hello(content).settings))
         return handlers.do(kind, content, self._place)
 
     def _place(self, run: str, told: Mapping[str, Any] | None = None) -> handlers.ClientContext:
+        """What a run's messages are answered with; `told` are the run's settings, if the message brought them."""
         if not run:
             raise WireError("a message names no run, and this client keeps its state by it")
-        folder = self.mine.state / run / str(self.mine.id)
-        settings = told or _settings(folder)
-        key = repr(sorted(settings.items()))
-        if self._party is None or key != self._key:
-            self._party = None  # two models may be more than there is room for
-            self._party, self._key = for_client(settings, self.mine.settings, self.mine.id), key
+        mine = self.mine
+        folder = mine.state / run / str(mine.id)
+        setup = self._setup_for(told or _settings(folder))
         if told:
             write_durably(folder / SETTINGS, json.dumps(dict(told)).encode())
-        party, mine = self._party, self.mine
-        runner = JobRunner(
-            mine.id, party.client_data, folder, client_policy(mine.settings, mine.state / "ledgers"), once=True
-        )
+        policy = client_policy(mine.settings, mine.state / "ledgers")
+        runner = JobRunner(mine.id, setup.client_data, folder, policy, once=True)
         journal = EventLog(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
-        return handlers.ClientContext(party.model, runner, PartStore(folder), party.rank, journal, told=True)
+        return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, journal, told=True)
+
+    def _setup_for(self, settings: Mapping[str, Any]) -> ClientSetup:
+        """The model and the data by a run's settings: those that are loaded, if they are the same."""
+        key = repr(sorted(settings.items()))
+        if self._setup is None or key != self._key:
+            self._setup = None  # free the memory first: there may be no room for two models
+            self._setup, self._key = for_client(settings, self.mine.settings, self.mine.id), key
+        return self._setup
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
-    """The run's settings, as they were told when this client was asked who it is."""
+    """The run's settings that came with the question who this client is. Raises `WireError` if they are lost."""
     try:
         settings: Mapping[str, Any] = json.loads((folder / SETTINGS).read_text())
     except (OSError, ValueError) as e:
@@ -96,27 +103,27 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 
 
 def cold(told: Path, kind: str, content: RecordDict) -> RecordDict | str:
-    """A message's work in this process, which loads the model for it; `told` is the file that says whose it is."""
+    """The answer to a message in this process, which loads the model for it; `told` is a file with the identity."""
     mine = json.loads(told.read_text())
     return WarmWorker(ClientIdentity(int(mine["id"]), Path(mine["state"]), mine["settings"])).answer(kind, content)
 
 
 def serve(socket: Path, mine: ClientIdentity) -> None:
-    """Serve until SIGTERM or SIGINT; the socket can be opened by its owner alone."""
+    """Serve at a socket that only its owner can open, until SIGTERM or SIGINT."""
     ended = Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
-    _shows(mine.state / "logs" / "screen.log")
+    _log_to_screen(mine.state / "logs" / "screen.log")
     server, state = start(socket, WarmWorker(mine).do)
     log.info("worker of client %d is ready", mine.id)
     ended.wait()
     state.enter_graceful_shutdown()
     server.stop(grace=1).wait()
-    os._exit(0)  # a job that is being trained ends here; it is done again when it is asked for again
+    os._exit(0)  # a job that is being done ends here; it is done anew when it comes again
 
 
-def _shows(screen: Path) -> None:
-    """What a person is to see goes to the file that `fedlora client` shows; all of it to this process's log."""
+def _log_to_screen(screen: Path) -> None:
+    """Write the log from INFO on to the file that `fedlora client` shows, too; all of it goes to this process's log."""
     screen.parent.mkdir(parents=True, exist_ok=True)
     shown = logging.FileHandler(screen)
     shown.setLevel(logging.INFO)
@@ -125,7 +132,7 @@ def _shows(screen: Path) -> None:
 
 
 def start(socket: Path, do: Callable[[Task, bytes], RecordDict | str]) -> tuple[grpc.Server, health.HealthServicer]:
-    """A server on the socket that has `do` do the tasks."""
+    """Start a gRPC server at the socket that answers tasks with `do`; return it with its health service."""
     socket.unlink(missing_ok=True)
     os.umask(0o077)
     server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
@@ -142,6 +149,7 @@ def start(socket: Path, do: Callable[[Task, bytes], RecordDict | str]) -> tuple[
 
 
 def _handle(do: Callable[[Task, bytes], RecordDict | str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+    """Take in a task with its numbers, in pieces, and give out the answer in pieces."""
     task, data = next(pieces).task, bytearray()
     for piece in pieces:
         data += piece.chunk

@@ -1,4 +1,4 @@
-"""The two certificates of a deployment, as values: an authority's own, and the one that it gives to the server."""
+"""The two certificates of a deployment: the authority's own, and the one that the authority gives to the server."""
 
 import re
 import secrets
@@ -15,9 +15,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.errors import ConfigError
 
-ALWAYS = ("localhost", "127.0.0.1", "::1")  # health checks on the server's own machine
+ALWAYS = ("localhost", "127.0.0.1", "::1")  # hosts of every server: health checks dial them on its own machine
 SOON = timedelta(days=30)  # a certificate that ends sooner is made anew
-YEARS = 10  # of an authority
+YEARS = 10  # that an authority's certificate holds
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _USES = (
@@ -27,8 +27,8 @@ _USES = (
 
 
 def authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """A certificate authority's own certificate; it may sign for servers, not for other authorities."""
-    name = _named(f"fedlora CA {secrets.token_hex(4)}")  # of two authorities an error message can say which
+    """The certificate of a new authority, which may sign certificates of servers, not of other authorities."""
+    name = _named(f"fedlora CA {secrets.token_hex(4)}")  # the number tells two authorities apart in error messages
     return (
         _builder(name, name, key.public_key(), 365 * YEARS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -44,8 +44,12 @@ def server(
     signer: ec.EllipticCurvePrivateKey,
     days: int,
 ) -> x509.Certificate:
-    """A server's certificate, which ends no later than its issuer's; each host is a DNS name or an IP address."""
-    end = min(days, (issuer.not_valid_after_utc - datetime.now(UTC)).days)
+    """A server's certificate for these hosts (DNS names or IP addresses), signed with the issuer's key.
+
+    The certificate holds for `days`, but ends no later than the issuer's.
+    """
+    days_of_issuer = (issuer.not_valid_after_utc - datetime.now(UTC)).days
+    end = min(days, days_of_issuer)
     return (
         _builder(_named("fedlora server"), issuer.subject, key, end)
         .add_extension(x509.SubjectAlternativeName([_entry(host) for host in hosts]), critical=False)
@@ -60,7 +64,7 @@ def server(
 def reissue_reason(
     old: x509.Certificate, issuer: x509.Certificate, key: ec.EllipticCurvePublicKey, hosts: Sequence[str]
 ) -> str:
-    """Why a server's certificate will not do any longer, as the end of a sentence; empty if it will."""
+    """The reason to reissue the server's certificate, such as "as its key is new"; an empty string if it is good."""
     if old.public_key() != key:
         return "as its key is new"
     try:
@@ -73,12 +77,12 @@ def reissue_reason(
 
 
 def ends_soon(certificate: x509.Certificate) -> bool:
-    """Within 30 days, or already."""
+    """Does the certificate end within 30 days, or has it ended already?"""
     return certificate.not_valid_after_utc - datetime.now(UTC) < SOON
 
 
 def hosts_of(certificate: x509.Certificate) -> list[str]:
-    """The hosts that a certificate is for, in the order in which they were given. Raises `ConfigError` for none."""
+    """The hosts that a certificate is for, in the order in which they were given. Raises `ConfigError` if none is."""
     try:
         entries = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError) as e:
@@ -87,14 +91,12 @@ def hosts_of(certificate: x509.Certificate) -> list[str]:
 
 
 def host(text: str) -> str:
-    """A DNS name in lower case or an IP address in its usual form. Raises `ConfigError` for anything else."""
+    """The host in its usual form: a DNS name in lower case or an IP address. Raises `ConfigError` for anything else."""
     name = text.strip().strip("[]").lower()
     with suppress(ValueError):
-        if "%" not in name:  # an address of one link alone is of no use to others
+        if "%" not in name:  # an address that holds on one link alone is of no use to others
             return str(ip_address(name))
-    labels = name.split(".")
-    # A last label of digits alone is a mistyped address.
-    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+    if not _is_dns_name(name):
         raise ConfigError(
             f'--host "{text}" is neither a name nor an IP address; give it without https://, a port or *, and a name '
             "in other letters in its xn-- form"
@@ -102,10 +104,16 @@ def host(text: str) -> str:
     return name
 
 
+def _is_dns_name(name: str) -> bool:
+    labels = name.split(".")
+    is_mistyped_address = labels[-1].isdigit()
+    return len(name) <= 253 and not is_mistyped_address and all(_LABEL.fullmatch(label) for label in labels)
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    """What both certificates have. They hold from yesterday: a client's clock may be behind."""
+    """A certificate with the fields of both kinds. It holds from yesterday, as a client's clock may be behind."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)

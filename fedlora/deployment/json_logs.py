@@ -1,4 +1,4 @@
-"""Logs for machines: one JSON object a line, each with the run, the round and the client that it is about."""
+"""Logs for machines: a JSON object a line, with the run, the round and the client that the line is about."""
 
 import json
 import logging
@@ -18,9 +18,12 @@ _about: ContextVar[Mapping[str, object]] = ContextVar("about", default={})  # no
 
 @contextmanager
 def log_context(run: object = None, round: int | None = None, client: int | None = None) -> Iterator[None]:
-    """What is logged within is about these; what is left out stays as it is. A thread begins with none."""
+    """Mark the lines that are logged inside this `with` with a run, a round or a client.
+
+    What is not given stays as it was outside. A new thread begins with no marks.
+    """
     given = {"run": run, "round": round, "client": client}
-    token = _about.set({**_about.get(), **{k: v for k, v in given.items() if v is not None}})
+    token = _about.set({**_about.get(), **_without_none(given)})
     try:
         yield
     finally:
@@ -28,10 +31,10 @@ def log_context(run: object = None, round: int | None = None, client: int | None
 
 
 def log_json(where: TextIO | Path, **fixed: object) -> Callable[[], None]:
-    """Log as JSON lines with these fields too; the returned function puts things back.
+    """Log as JSON lines, each with the fields in `fixed` too; the returned function ends it.
 
-    On a stream they take the place of the lines for people, which would mix with them; to a file they go beside those.
-    The file may be moved away by logrotate. Raises `ConfigError` where it cannot be opened.
+    On a stream, JSON lines take the place of the lines for people, as the two would mix; a file gets them beside those.
+    logrotate may move the file away. Raises `ConfigError` where the file cannot be opened.
     """
     logger = logging.getLogger("fedlora")
     handler = _to_file(where) if isinstance(where, Path) else logging.StreamHandler(where)
@@ -52,26 +55,30 @@ def log_json(where: TextIO | Path, **fixed: object) -> Callable[[], None]:
 
 
 class Structured(logging.Formatter):
-    """A record as one line of JSON; what `extra=` says goes before what `about` says."""
+    """Formats a record as one line of JSON; marks given with `extra=` win over those of `about`."""
 
     def __init__(self, fixed: Mapping[str, object]) -> None:
         super().__init__()
         self._fixed = fixed
 
     def format(self, record: logging.LogRecord) -> str:
-        of, context = vars(record), _about.get()
-        said = {name: of.get(name, context.get(name)) for name in ABOUT}
+        context = _about.get()
+        marks = {name: getattr(record, name, context.get(name)) for name in ABOUT}
         line = {
             **self._fixed,
             "at": utc_timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **{name: value for name, value in said.items() if value is not None},
+            **_without_none(marks),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)  # in ASCII: a stream of any encoding can take it
+
+
+def _without_none(values: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _to_file(path: Path) -> WatchedFileHandler:

@@ -1,4 +1,4 @@
-"""Processes that a command starts, watches and ends: none of them outlives it, however it dies."""
+"""Processes that a command starts, watches and ends: none of them outlives the command, however that dies."""
 
 import ctypes
 import os
@@ -21,16 +21,16 @@ from fedlora.errors import ConfigError
 from fedlora.storage.files import hold_lock
 
 FOR_CHILDREN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "PYTHONUNBUFFERED": "1"}
-LOG = 16 * 2**20  # bytes of a log file after which the next start begins a new one
+LOG = 16 * 2**20  # bytes of a log file from which on the next start begins a new file
 SOCKET_PATH = 107  # bytes that the path of a Unix socket may have on Linux
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class Process:
-    """One program, in a session of its own, that is sent SIGTERM when this process is gone."""
+    """A program that runs in a session of its own, and is sent SIGTERM when this process is gone."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
-        """`log` takes what it says; `env` is added to this process's own."""
+        """Write the program's output to `log`; add `env` to the environment that this process has."""
         self.name, self._command, self._log = name, list(command), log
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         quiet = QUIET | FOR_CHILDREN | no_proxy()
@@ -40,7 +40,7 @@ class Process:
         self._short_lives = 0  # one after another
 
     def start(self) -> None:
-        """Start it, or start it again. Raises `ConfigError` where there is no such program."""
+        """Start the program, or start it again. Raises `ConfigError` where there is no such program."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
         if self._log.exists() and self._log.stat().st_size > LOG:
             self._log.replace(self._log.with_name(f"{self._log.name}.1"))
@@ -49,7 +49,7 @@ class Process:
         self.started = time.monotonic()
 
     def pause(self) -> float:
-        """Seconds to wait before the next start: few, but more each time that it lived for less than a minute."""
+        """Seconds to wait before the next start: few, but more each time that the program ran less than a minute."""
         lived = time.monotonic() - self.started
         self._short_lives = self._short_lives + 1 if lived < 60 else 0
         return min(2.0**self._short_lives, 30.0)
@@ -70,44 +70,46 @@ class Process:
 
     @property
     def pid(self) -> int:
+        """The number of the process; 0 before the first start."""
         return int(self._child.pid) if self._child else 0
 
     @property
     def code(self) -> int | None:
-        """The exit code; none while the process runs, or before it was started."""
+        """The exit code; none while the program runs, or before its first start."""
         code: int | None = self._child.poll() if self._child else None
         return code
 
     @property
     def alive(self) -> bool:
+        """Is the program running?"""
         return self._child is not None and self.code is None
 
     def log_tail(self, n: int = 3) -> str:
-        """The end of its log, for a message."""
+        """The last `n` lines of the log in one line, for a message."""
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         return " | ".join(line.strip() for line in lines[-n:] if line.strip())
 
     def signal(self, what: signal.Signals) -> None:
-        """Send a signal to the process and to all that it started, also where the process itself is gone already."""
+        """Send a signal to the program and to all that the program started, even if the program itself is gone."""
         if self._child:
             with suppress(ProcessLookupError):
                 os.killpg(self._child.pid, what)
 
     def wait(self, timeout: float) -> None:
-        """Wait until the process has ended, or until time is up."""
+        """Wait until the program has ended, for at most `timeout` seconds."""
         if self._child:
             psutil.wait_procs([self._child], timeout)
 
 
 class Tail:
-    """What others write to a file from now on."""
+    """Reads what others add to a file from now on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen = path.stat().st_size if path.exists() else 0
 
     def new(self) -> str:
-        """All whole lines since the last time; of a file that was begun anew, all it has."""
+        """The whole lines that were added since the last call; of a file that was begun anew, all its lines."""
         if not self._path.exists():
             return ""
         if self._path.stat().st_size < self._seen:
@@ -120,25 +122,25 @@ class Tail:
         return whole.decode(errors="replace")
 
     def show(self) -> None:
-        """The same, on the screen."""
+        """Print the lines that were added since the last call."""
         sys.stdout.write(self.new())
         sys.stdout.flush()
 
 
 def stop(processes: Sequence[Process], grace: float = 5.0) -> None:
-    """End them all, the last that was started first; those that are still there after `grace` seconds are killed."""
+    """End the processes, the one that was started last first; kill those that still run after `grace` seconds."""
     for process in reversed(processes):
         process.signal(signal.SIGTERM)
     end = time.monotonic() + grace
     for process in processes:
         process.wait(max(0.0, end - time.monotonic()))
     for process in processes:
-        process.signal(signal.SIGKILL)  # whatever is left of its group
+        process.signal(signal.SIGKILL)  # for whatever is left of the group
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """The only process in this folder. Raises `ConfigError` where another one is at work there."""
+    """Be the only fedlora process in this folder. Raises `ConfigError` where another one is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / "lock", wait=False):
         yield
@@ -152,7 +154,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def wait_for_port(port: int, process: Process, host: str = "127.0.0.1", seconds: float = 60.0) -> None:
-    """Until something listens there. Raises `ConfigError` with the process's last words where it ends before that."""
+    """Wait until something listens on the port. Raises `ConfigError` with the last line of a process that ended."""
     end = time.monotonic() + seconds
     while process.alive and time.monotonic() < end:
         with suppress(OSError), socket.create_connection((host, port), timeout=1):
@@ -163,12 +165,12 @@ def wait_for_port(port: int, process: Process, host: str = "127.0.0.1", seconds:
 
 
 def flwr_home(folder: Path) -> dict[str, str]:
-    """Where Flower keeps what it unpacks, if nobody has said: not among the user's own files."""
+    """The environment variable for where Flower unpacks apps: in `folder`, unless the user has set the variable."""
     return {} if "FLWR_HOME" in os.environ else {"FLWR_HOME": str((folder / "home").absolute())}
 
 
 def is_alive(pid: int, name: str) -> bool:
-    """Is there a process of this number, whose command line has this name in it?"""
+    """Is there a process with this number and with this name in its command line?"""
     try:
         return _is_named(psutil.Process(pid).cmdline(), name)
     except psutil.Error:
@@ -176,11 +178,10 @@ def is_alive(pid: int, name: str) -> bool:
 
 
 def kill_marked(name: str, variable: str, value: str) -> None:
-    """Kill the processes with this name in their command line and this variable in their environment, whoever's."""
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        environment = process.info["environ"] or {}  # none where this user may not read it
-        if environment.get(variable) == value and _is_named(process.info["cmdline"] or (), name):
-            with suppress(psutil.NoSuchProcess):
+    """Kill all processes that have this name in their command line and this variable in their environment."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # a process that ended meanwhile, or that this user may not look at
+            if process.environ().get(variable) == value and _is_named(process.cmdline(), name):
                 process.kill()
 
 
@@ -189,22 +190,25 @@ def _is_named(command: Sequence[str], name: str) -> bool:
 
 
 def program(name: str) -> str:
-    """A console script of this installation."""
+    """The path of a console script that was installed with fedlora; its bare name where there is none."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else name
 
 
 def _follow() -> None:
-    """In the child: be sent SIGTERM when the parent is gone, by whatever signal."""
+    """In the child: have the kernel send SIGTERM when the parent is gone, whatever ended the parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
 def scratch_folder(longest: int) -> Iterator[Path]:
-    """A folder of its owner alone, removed at the end, in which a socket's name may have `longest` bytes."""
+    """A new folder that only its owner can open, and in which a socket's name may have `longest` bytes.
+
+    The folder is removed at the end.
+    """
     base = tempfile.gettempdir()
-    name = "fedlora-12345678"  # as long as mkdtemp's
-    too_long = len(f"{base}/{name}/") + longest > SOCKET_PATH
+    example = f"{base}/fedlora-12345678/"  # as long as what mkdtemp makes
+    too_long = len(example) + longest > SOCKET_PATH
     path = Path(tempfile.mkdtemp(prefix="fedlora-", dir="/tmp" if too_long else base))
     try:
         yield path

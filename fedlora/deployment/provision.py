@@ -1,23 +1,23 @@
-"""Who is who in a deployment: a certificate authority, the server's certificate, and a pair of keys for every client.
+"""The keys of a deployment: a certificate authority, the server's certificate, and a pair of keys for every client.
 
     DIR/ca.key  ca.crt                       the key stays with whoever provisions
     DIR/server/ca.crt  server.crt  server.key  superexec.secret  clients.json  removed.json  clients/NAME.pub
     DIR/clients/NAME/ca.crt  client.key  client.json
 
-`clients.json` gives each client its number; `removed.json` has the numbers of those who left, and no number comes
-twice. A client's public key is written last, so that whatever a killed `provision` left undone, the next one does.
-Private files are their owner's alone from the moment they exist.
+`clients.json` holds each client's number; `removed.json` holds the numbers of clients that were removed, which are
+never given again. A client's public key is written last, so that the next `provision` completes what a killed one left
+undone. Private files can be read by their owner alone from the moment they exist.
 """
 
 import json
 import re
 import secrets
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -29,7 +29,7 @@ from fedlora.storage.files import hold_lock, replace_file
 
 from . import certificates
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")  # none that a command line could take for an option
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")  # of a client; no command line can take one for an option
 _PEM = serialization.Encoding.PEM
 _MEND = "put back the one that fedlora provision made"
 T = TypeVar("T")
@@ -37,55 +37,81 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a client is told about itself."""
+    """What client.json tells a client about itself."""
 
     name: str
-    id: int  # its number: Flower's partition-id
-    server: str  # a name or an address of the server, without a port
+    id: int  # the client's number, Flower's partition-id
+    server: str  # the server's name or address, without a port
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The clients of a deployment, as the server's folder has them."""
+
+    numbers: dict[str, int]  # name -> number, of clients.json
+    removed: dict[str, str]  # number, as a key of JSON -> name, of removed.json
+
+    @property
+    def present(self) -> dict[str, int]:
+        """The clients that are not removed; `numbers` holds more where a removal was cut short."""
+        return {name: id for name, id in self.numbers.items() if str(id) not in self.removed}
+
+    def next_number(self) -> int:
+        """A number that no client ever had."""
+        return max([*self.numbers.values(), *map(int, self.removed)], default=-1) + 1
 
 
 def provision(out: Path, hosts: Sequence[str], names: Sequence[str], days: int = 825, renew: bool = False) -> list[str]:
-    """Make what is missing, keep what is there; returns what was done, a line each. Raises `ConfigError`.
+    """Make the keys and certificates that are missing; return what was done, a line each. Raises `ConfigError`.
 
-    The server's certificate holds for `days`. It is made anew, for the same key, if a host is new, if it ends within
-    30 days, if its key or the authority is new, or with `renew`; without hosts it is for those it was for. To drop a
-    host delete server.crt first; after a theft, server.key; for a new authority ca.key, ca.crt and server/ca.crt.
+    What is there is kept. The server's certificate holds for `days`. It is made anew, for the same key, if a host is
+    new, if it ends within 30 days, if the key or the authority is new, or with `renew`; hosts that it was for stay. To
+    drop a host delete server.crt first; after a theft, server.key; for a new authority ca.key, ca.crt and
+    server/ca.crt.
     """
-    hosts, names = [certificates.host(host) for host in hosts], list(dict.fromkeys(names))
-    if wrong := [name for name in names if not _NAME.fullmatch(name)]:
-        raise ConfigError(
-            f'"{wrong[0]}" cannot name a client: give 1 to 64 of a-z, A-Z, 0-9, "_", and inside "." and "-"'
-        )
+    hosts = [certificates.host(host) for host in hosts]
+    _check(out, hosts, names, days)
+    with _alone(out):
+        done = [*_authority(out), *_server(out, hosts, days, renew), *_secret(out / "server" / "superexec.secret")]
+        dialled = hosts or certificates.hosts_of(_certificate(out / "server" / "server.crt"))
+        for name, id in _enrol(out, list(dict.fromkeys(names))).items():
+            done += _client(out, Identity(name, id, dialled[0]))
+    return done or [f"{out} is complete; nothing was changed"]
+
+
+def _check(out: Path, hosts: Sequence[str], names: Sequence[str], days: int) -> None:
+    """Raises `ConfigError` for a name, a number of days or hosts with which nothing can be made."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f'"{name}" cannot name a client: give 1 to 64 of a-z, A-Z, 0-9, "_", and inside "." and "-"'
+            )
     if not 1 <= days <= 3650:
         raise ConfigError(f"the server's certificate cannot hold for {days} days; give it 1 to 3650")
     if not hosts and not (out / "server" / "server.crt").exists():
         raise ConfigError(f"{out} has no server's certificate yet: give --host, the name or address that clients dial")
-    with _alone(out):
-        said = [*_authority(out), *_server(out, hosts, days, renew), *_secret(out / "server" / "superexec.secret")]
-        dial = (hosts or certificates.hosts_of(_certificate(out / "server" / "server.crt")))[0]
-        for name, id in _enrol(out, names).items():
-            said += _client(out, Identity(name, id, dial))
-    return said or [f"{out} is complete; nothing was changed"]
 
 
 def remove(out: Path, name: str) -> list[str]:
-    """Revoke a client: its keys are deleted here and its number is never given again. Raises `ConfigError`.
+    """Remove a client: delete the client's keys here, and never give the client's number again. Raises `ConfigError`.
 
-    A SuperLink that runs knows the client until it is told: copy the server's folder to its place and start
-    `fedlora server` again, which unregisters every key that `read_clients` no longer names.
+    A SuperLink that runs lets the client in until the server's folder is copied to the server and `fedlora server` is
+    started again, which unregisters every key that `read_clients` no longer names.
     """
     server = out / "server"
-    clients, gone = roster(server)
-    if name not in clients or str(clients[name]) in gone:
-        raise ConfigError(f'{server / "clients.json"} has no client "{name}"; {nearest(name, clients)}')
+    members = roster(server)
+    if name not in members.present:
+        raise ConfigError(f'{server / "clients.json"} has no client "{name}"; {nearest(name, members.numbers)}')
+    number = members.numbers[name]
     with _alone(out):
-        _write(server / "removed.json", _as_json(roster(server)[1] | {str(clients[name]): name}))  # now it is out
+        removed = roster(server).removed | {str(number): name}
+        _write(server / "removed.json", _as_json(removed))  # from here on the client is removed
         _enrol(out, [])
-    return [f"removed {name} (client {clients[name]}): copy {server} to the server, and start fedlora server again"]
+    return [f"removed {name} (client {number}): copy {server} to the server, and start fedlora server again"]
 
 
 def names_for(n: int) -> list[str]:
-    """Names for clients that have none of their own.
+    """Names for `n` clients that have no names of their own.
 
     >>> names_for(2)
     ['client-1', 'client-2']
@@ -94,23 +120,25 @@ def names_for(n: int) -> list[str]:
 
 
 def read_clients(folder: Path) -> dict[str, int]:
-    """The clients that are in, and their numbers, from the server's folder. Raises `ConfigError` for a damaged one.
+    """The clients that may take part, by name, with their numbers. Raises `ConfigError` for a damaged server's folder.
 
-    The public key of each is clients/NAME.pub; other files there belong to nobody.
+    A client's public key is clients/NAME.pub in that folder; other files there belong to nobody.
     """
-    clients, gone = roster(folder)
-    clients = {name: id for name, id in clients.items() if str(id) not in gone}
+    clients = roster(folder).present
     for name in clients:
         public_key(folder / "clients" / f"{name}.pub")
     return clients
 
 
 def read_client(folder: Path) -> Identity:
-    """Whose folder this is. Raises `ConfigError` for a file that is missing or damaged, and a key that all can read."""
+    """The client that a folder belongs to.
+
+    Raises `ConfigError` for a file that is missing or damaged, and for a private key that everyone can read.
+    """
     path = folder / "client.json"
-    told = _read(path, json.loads)
+    fields = _read(path, json.loads)
     try:
-        who = Identity(**told)
+        who = Identity(**fields)
         if not (_NAME.fullmatch(who.name) and _is_number(who.id) and certificates.host(who.server)):
             raise TypeError("its number is not one")
     except (TypeError, AttributeError, ConfigError) as e:
@@ -124,14 +152,15 @@ def read_client(folder: Path) -> Identity:
 def check_private(path: Path) -> None:
     """Raises `ConfigError` for a secret that everyone on this machine can read.
 
-    Its group may: in containers a secret often is root's, readable by the group that the program runs with.
+    The file's group may read it: in containers a secret often belongs to root and to the group of the program.
     """
-    if (mode := path.stat().st_mode if path.exists() else 0) & 0o007:
+    mode = path.stat().st_mode if path.exists() else 0
+    if mode & 0o007:
         raise ConfigError(f"{path} is open to everyone on this machine (mode {mode & 0o777:o}): chmod 600 {path}")
 
 
 def public_key(path: Path) -> ec.EllipticCurvePublicKey:
-    """A client's public key, from a file as OpenSSH writes it. Raises `ConfigError`."""
+    """A client's public key, read from a file in OpenSSH's form. Raises `ConfigError`."""
     key = _read(path, serialization.load_ssh_public_key)
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError(f"{path} is not an ECDSA key, and Flower takes no other; {_MEND}")
@@ -139,6 +168,7 @@ def public_key(path: Path) -> ec.EllipticCurvePublicKey:
 
 
 def _authority(out: Path) -> list[str]:
+    """Make the authority's key and certificate, if there is none; return what was done."""
     path, copy = out / "ca.crt", out / "server" / "ca.crt"
     if path.exists():
         return []
@@ -149,71 +179,101 @@ def _authority(out: Path) -> list[str]:
 
 
 def _server(out: Path, hosts: Sequence[str], days: int, renew: bool) -> list[str]:
-    """The server's key and certificate, if they are missing or will not do."""
+    """Make the server's key and certificate, if they are missing or no longer good; return what was done."""
     folder, issuer = out / "server", _certificate(out / "ca.crt")
     _put(folder / "ca.crt", (out / "ca.crt").read_bytes())
     path, key = folder / "server.crt", _key(folder / "server.key", make=True).public_key()
     old = _certificate(path) if path.exists() else None
-    hosts = list(dict.fromkeys([*(certificates.hosts_of(old) if old else ()), *hosts, *certificates.ALWAYS]))
-    why = certificates.reissue_reason(old, issuer, key, hosts) if old else "as there was none"
-    if not (why or renew):
+    old_hosts = certificates.hosts_of(old) if old else []
+    hosts = list(dict.fromkeys([*old_hosts, *hosts, *certificates.ALWAYS]))
+    reason = certificates.reissue_reason(old, issuer, key, hosts) if old else "as there was none"
+    if not reason and not renew:
         return []
+    made = certificates.server(hosts, key, issuer, _signer(out, issuer), days)
+    _write(path, made.public_bytes(_PEM))
+    until = made.not_valid_after_utc.date()
+    return [f"made the server's certificate, {reason or 'as was asked'}: for {', '.join(hosts)}, until {until}"]
+
+
+def _signer(out: Path, issuer: x509.Certificate) -> ec.EllipticCurvePrivateKey:
+    """The authority's key. Raises `ConfigError` for a key of another authority, and for an authority that ends soon."""
     signer = _key(out / "ca.key")
     if signer.public_key() != issuer.public_key():
         raise ConfigError(f"{out / 'ca.key'} is not the key of {out / 'ca.crt'}; {_MEND}")
     if certificates.ends_soon(issuer):
         raise ConfigError(f"{out / 'ca.crt'} ends on {issuer.not_valid_after_utc.date()}; provision a new folder")
-    made = certificates.server(hosts, key, issuer, signer, days)
-    _write(path, made.public_bytes(_PEM))
-    until = made.not_valid_after_utc.date()
-    return [f"made the server's certificate, {why or 'as was asked'}: for {', '.join(hosts)}, until {until}"]
+    return signer
 
 
 def _secret(path: Path) -> list[str]:
-    """What SuperLink and SuperExec know each other by. Flower takes every byte of the file, so no line ends it."""
+    """Make the secret by which the SuperLink knows its SuperExec, if there is none; return what was done.
+
+    No line break ends the file, as Flower takes every byte of it.
+    """
     if path.exists():
         return []
     _write(path, b64encode(secrets.token_bytes(32)), mode=0o600)
     return [f"made the SuperExec secret, {path}"]
 
 
-def roster(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """clients.json, and of removed.json the numbers of those who left, as JSON has them, with their names."""
-    path, left = folder / "clients.json", folder / "removed.json"
-    clients, gone = _read(path, json.loads), _read(left, json.loads) if left.exists() else {}
-    if not isinstance(clients, dict) or not all(_NAME.fullmatch(n) and _is_number(i) for n, i in clients.items()):
+def roster(folder: Path) -> _Members:
+    """The clients by clients.json and removed.json in the server's folder. Raises `ConfigError` for damaged files."""
+    path, removed_path = folder / "clients.json", folder / "removed.json"
+    numbers = _read(path, json.loads)
+    removed = _read(removed_path, json.loads) if removed_path.exists() else {}
+    if not _are_numbers_by_name(numbers):
         raise ConfigError(f"{path} is damaged: it is not names with their numbers; {_MEND}")
-    if len(set(clients.values())) < len(clients):
+    if len(set(numbers.values())) < len(numbers):
         raise ConfigError(f"{path} is damaged: two clients have the same number; {_MEND}")
-    if not isinstance(gone, dict) or not all(id.isdecimal() for id in gone):
-        raise ConfigError(f"{left} is damaged: it is not numbers with their names; {_MEND}")
-    return clients, gone
+    if not isinstance(removed, dict) or not all(id.isdecimal() for id in removed):
+        raise ConfigError(f"{removed_path} is damaged: it is not numbers with their names; {_MEND}")
+    return _Members(numbers, removed)
+
+
+def _are_numbers_by_name(value: Any) -> TypeGuard[dict[str, int]]:
+    if not isinstance(value, dict):
+        return False
+    return all(_NAME.fullmatch(name) and _is_number(id) for name, id in value.items())
 
 
 def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
-    """All who are in, the new ones with numbers that nobody had; the keys of those who left are deleted."""
+    """Give these clients numbers, delete the keys of removed ones, and return all that may take part."""
     server = out / "server"
-    path = server / "clients.json"
-    if not path.exists():
-        if any(server.glob("clients/*.pub")) or (server / "removed.json").exists():
-            raise ConfigError(f"{path} is gone, and clients have their numbers from it; {_MEND}")
-        _write(path, _as_json({}))
-    clients, gone = roster(server)
-    for name in [name for name, id in clients.items() if str(id) in gone]:
+    _begin_list(server)
+    members = roster(server)
+    for name in members.numbers.keys() - members.present.keys():
         (server / "clients" / f"{name}.pub").unlink(missing_ok=True)
         (out / "clients" / name / "client.key").unlink(missing_ok=True)
-        del clients[name]
+    clients = _Members(members.present, members.removed)
     for name in names:
-        twin = next((known for known in clients if known.lower() == name.lower()), name)
-        if twin != name:
+        if name not in clients.numbers:
+            _check_case(name, clients.numbers)
+            clients.numbers[name] = clients.next_number()
+    _put(server / "clients.json", _as_json(clients.numbers))
+    return clients.numbers
+
+
+def _begin_list(server: Path) -> None:
+    """Begin clients.json. Raises `ConfigError` where there was one: its clients' numbers must not be given again."""
+    path = server / "clients.json"
+    if path.exists():
+        return
+    if any(server.glob("clients/*.pub")) or (server / "removed.json").exists():
+        raise ConfigError(f"{path} is gone, and clients have their numbers from it; {_MEND}")
+    _write(path, _as_json({}))
+
+
+def _check_case(name: str, known: Iterable[str]) -> None:
+    for twin in known:
+        if twin.lower() == name.lower():
             raise ConfigError(f'"{name}" and "{twin}" are one file on some disks; give the client another name')
-        clients.setdefault(name, max([*clients.values(), *map(int, gone)], default=-1) + 1)
-    _put(path, _as_json(clients))
-    return clients
 
 
 def _client(out: Path, who: Identity) -> list[str]:
-    """A client's own folder, unless it was made before; then it may have gone to the client's machine."""
+    """Make a client's own folder, unless it was made before and may be on the client's machine by now.
+
+    Returns what was done. The public key comes last: with it the folder counts as made.
+    """
     folder, published = out / "clients" / who.name, out / "server" / "clients" / f"{who.name}.pub"
     if published.exists():
         if folder.exists():
@@ -228,13 +288,16 @@ def _client(out: Path, who: Identity) -> list[str]:
 
 
 def _key(path: Path, make: bool = False) -> ec.EllipticCurvePrivateKey:
-    """A private key: a client's in OpenSSH's form, which Flower wants, others in PKCS 8, which TLS wants."""
-    ssh = path.name == "client.key"
+    """Read a private key, or `make` it if there is none.
+
+    A client's key is in OpenSSH's form, which Flower wants; others are in PKCS 8, which TLS wants.
+    """
+    form, load = serialization.PrivateFormat.PKCS8, serialization.load_pem_private_key
+    if path.name == "client.key":
+        form, load = serialization.PrivateFormat.OpenSSH, serialization.load_ssh_private_key
     if make and not path.exists():
-        form = serialization.PrivateFormat.OpenSSH if ssh else serialization.PrivateFormat.PKCS8
         fresh = ec.generate_private_key(ec.SECP384R1()).private_bytes(_PEM, form, serialization.NoEncryption())
         _write(path, fresh, mode=0o600)
-    load = serialization.load_ssh_private_key if ssh else serialization.load_pem_private_key
     key = _read(path, lambda content: load(content, None))
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path} is not an ECDSA key; {_MEND}")
@@ -246,7 +309,7 @@ def _certificate(path: Path) -> x509.Certificate:
 
 
 def _read(path: Path, load: Callable[[bytes], T]) -> T:
-    """What a file holds. Raises `ConfigError` if it is not there or no loader can make sense of it."""
+    """The content of a file as `load` reads it. Raises `ConfigError` for a file that is missing or damaged."""
     try:
         return load(path.read_bytes())
     except OSError as e:
@@ -269,7 +332,7 @@ def _alone(out: Path) -> Iterator[None]:
     try:
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
         with hold_lock(out / ".lock", wait=True):
-            for unfinished in out.rglob(".*.new"):  # of a process that was killed
+            for unfinished in out.rglob(".*.new"):  # left by a process that was killed
                 unfinished.unlink()
             yield
     except OSError as e:

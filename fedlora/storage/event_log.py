@@ -1,17 +1,17 @@
-"""The audit log that server and client each keep: what left and what entered, one JSON object a line.
+"""The event log that server and client each keep in `audit.jsonl`: what left and what entered, a JSON object a line.
 
     {"at": "2026-01-31T12:00:00.123Z", "side": "client", "event": "left", "what": "update", "bytes": 1024, ...}
 
-Lines are whole whatever happens: each is one write to a file that is locked meanwhile, so that those of several
-processes do not mix; the rest of a line that a crash cut short is closed off by the next one.
+Lines are whole whatever happens. Each is one write to a file that is locked meanwhile, so that the lines of several
+processes do not mix. Where a crash cut a line short, the next writer ends that line before its own.
 """
 
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sized
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from errno import EAGAIN
 from itertools import islice
@@ -25,21 +25,24 @@ from fedlora.errors import ConfigError
 
 from .files import append_line
 
-TEXT, ENTRIES, DEPTH = 500, 2000, 8  # characters of a text, entries of a list, lists within lists
-KEPT = 3  # files that are full, the newest of which is .1
-PATIENCE = 5.0  # seconds that a line waits for other processes' lines
+TEXT = 500  # characters that are kept of a text
+ENTRIES = 2000  # entries that are kept of a list or a dict
+DEPTH = 8  # lists within lists that are kept
+KEPT = 3  # full files that are kept, the newest with the ending .1
+PATIENCE = 5.0  # seconds that a writer waits for the lock
 log = logging.getLogger("fedlora")
 
 
 class EventLog:
-    """Appends to one file, which its owner alone can read; several processes may share it."""
+    """A log that appends to one file, which only its owner can read; several processes may share the file."""
 
     def __init__(self, path: Path | None, limit: int = 64 * 2**20, **fixed: object) -> None:
-        """Every line has `fixed` too. Past `limit` bytes a new file is begun. No path: nothing is kept.
+        """Put `fixed` into every line, and begin a new file past `limit` bytes. Without a path nothing is kept.
 
         Raises `ConfigError` where the file cannot be opened.
         """
-        self._path, self._limit, self._fixed, self._lost = path, limit, fixed, 0
+        self._path, self._limit, self._fixed = path, limit, fixed
+        self._lost = 0  # lines that could not be written since the last one that could
         try:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +51,11 @@ class EventLog:
             raise ConfigError(f"the audit log {path} cannot be written: {e.strerror}; choose another place") from e
 
     def write(self, event: str, /, **fields: object) -> None:
-        """One line, on the disk before this returns.
+        """Append a line about an event; when this returns, the line is on the disk.
 
-        It never raises: a full disk would else end a run of days for the sake of a log, after clients have trained and
-        been charged, and the line would be missing all the same. The gap is not hidden: it is said once through
-        logging, and the next line that can be written has in `lost` how many are missing before it.
+        A disk that cannot be written raises nothing: it would end a run of days for the sake of a log, after clients
+        have trained and been charged, and the line would be missing all the same. The gap is not hidden: logging says
+        it once, and the next line that can be written holds in `lost` how many lines are missing before it.
         """
         if not self._path:
             return
@@ -69,59 +72,77 @@ class EventLog:
             self._lost += 1
 
     def _append(self, path: Path, line: bytes) -> None:
-        with _locked(path) as handle:
-            size = os.fstat(handle).st_size
-            full = size > 0 and size + len(line) > self._limit
-            if full:
+        with _locked(path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            is_full = size > 0 and size + len(line) > self._limit
+            if is_full:
                 _rotate(path)
             else:
-                append_line(handle, line)
-                unlock_descriptor(handle)  # the next writer need not wait for the disk
-                os.fsync(handle)
-        if full:
+                append_line(descriptor, line)
+                unlock_descriptor(descriptor)  # the next writer need not wait for the disk
+                os.fsync(descriptor)
+        if is_full:
             self._append(path, line)
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """All that is kept of a journal, the oldest first, without lines that a crash cut short."""
-    for file in [*(_older(path, n) for n in range(KEPT, 0, -1)), path]:
+    """The entries that are kept of an event log, the oldest first, without lines that a crash cut short."""
+    for n in range(KEPT, -1, -1):
+        file = _older(path, n)
         for line in file.read_bytes().splitlines() if file.exists() else ():
-            try:
+            with suppress(ValueError):
                 entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict):
-                yield entry
+                if isinstance(entry, dict):
+                    yield entry
 
 
 def utc_timestamp(seconds: float) -> str:
-    """A time as UTC with milliseconds: `2026-01-31T12:00:00.123Z`."""
+    """A time, in seconds since 1970, as text in UTC with milliseconds: `2026-01-31T12:00:00.123Z`."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def sanitised(value: object, depth: int = 0) -> object:
-    """A value that JSON can hold and a terminal can show, of bounded size; what is cut off is counted.
+    """The value in a form that JSON can hold and a terminal can show, of bounded size; what is cut off is counted.
 
     >>> harmless({"why": "a\\x1b[2J", "loss": float("nan")})
     {'why': 'a\\\\x1b[2J', 'loss': 'nan'}
     """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return value if abs(value) < 2**63 else _text(hex(value))
-    if isinstance(value, float):
-        return value if isfinite(value) else str(value)
-    if isinstance(value, Mapping | list | tuple | set | frozenset) and depth < DEPTH:
-        some, more = list(islice(value, ENTRIES)), max(0, len(value) - ENTRIES)
-        rest = f"... and {more} more"
-        if isinstance(value, Mapping):
-            return {_text(str(k)): sanitised(value[k], depth + 1) for k in some} | ({"...": rest} if more else {})
-        return [sanitised(v, depth + 1) for v in some] + ([rest] if more else [])
+    if value is None or isinstance(value, bool | int | float):
+        return _number(value)
+    if depth == DEPTH:
+        return _text(str(value))
+    if isinstance(value, Mapping):
+        return _mapping(value, depth + 1)
+    if isinstance(value, list | tuple | set | frozenset):
+        return _items(value, depth + 1)
     return _text(str(value))
 
 
+def _number(value: bool | int | float | None) -> object:
+    """The number, or text for one that strict JSON does not know or that other programs cannot read."""
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return _text(hex(value))
+    return value
+
+
+def _mapping(values: Mapping[Any, object], depth: int) -> dict[str, object]:
+    kept = {_text(str(key)): sanitised(values[key], depth) for key in islice(values, ENTRIES)}
+    return kept | {"...": _more(values)} if len(values) > ENTRIES else kept
+
+
+def _items(values: Collection[object], depth: int) -> list[object]:
+    kept = [sanitised(value, depth) for value in islice(values, ENTRIES)]
+    return [*kept, _more(values)] if len(values) > ENTRIES else kept
+
+
+def _more(values: Sized) -> str:
+    return f"... and {len(values) - ENTRIES} more"
+
+
 def _text(text: str) -> str:
-    """No line breaks, escape sequences, or characters that turn the writing around: each as Python would write it."""
+    """The text with line breaks, escape sequences and characters that turn the writing around as Python writes them."""
     more = len(text) - TEXT
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:TEXT])
     return f"{shown}... and {more} more characters" if more > 0 else shown
@@ -133,29 +154,29 @@ def _open(path: Path) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """The file, opened for one line and locked; the one that has the name once the lock is there."""
+    """Open the file for one line and lock it; begin anew if another process rotated the file before the lock came."""
     until = time.monotonic() + PATIENCE
     while True:
-        handle = _open(path)
+        descriptor = _open(path)
         try:
-            _lock(handle, until)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):  # nobody rotated it meanwhile
-                yield handle
+            _lock(descriptor, until)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield descriptor
                 return
         finally:
-            os.close(handle)
+            os.close(descriptor)
 
 
-def _lock(handle: int, until: float) -> None:
+def _lock(descriptor: int, until: float) -> None:
     """Raises `BlockingIOError` when time is up: a process that hangs with the lock must not hang the others."""
-    while not lock_descriptor(handle, blocking=False):
+    while not lock_descriptor(descriptor, blocking=False):
         if time.monotonic() > until:
             raise BlockingIOError(EAGAIN, "another process holds it")
         time.sleep(0.002)
 
 
 def _rotate(path: Path) -> None:
-    """Give the file the name .1, after those before it have moved on; the oldest goes."""
+    """Rename the file to .1, after .1 has become .2 and so on; the oldest is dropped."""
     for n in range(KEPT, 0, -1):
         if (before := _older(path, n - 1)).exists():
             before.replace(_older(path, n))

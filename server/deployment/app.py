@@ -1,4 +1,4 @@
-"""The Flower ServerApp: it drives the rounds over a Fleet on Flower's Grid."""
+"""The Flower ServerApp: it runs the rounds over a Fleet on Flower's Grid."""
 
 import logging
 import os
@@ -11,14 +11,16 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedlora import config as configuration
+from fedlora.deployment.json_logs import log_json
 from fedlora.deployment.processes import is_alive
 from fedlora.errors import FedloraError
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory
-from fedlora.run.setup import prepare
+from fedlora.run.setup import RunSetup, for_server, prepare, settings_for_clients
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
+from fedlora.server.deployment.prometheus import PrometheusExporter
 from fedlora.server.fleet import FleetRules, FlowerFleet
-from fedlora.server.run import RunObserver, run_rounds
+from fedlora.server.run import run_rounds
 from fedlora.storage.event_log import EventLog
 
 app = ServerApp()
@@ -26,25 +28,29 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """The run that `fedlora server` has ordered, or one of its own from Flower's run config."""
+    """Run what `fedlora server` handed over; where Flower's own commands started the app, run by its run config."""
     if os.environ.get(FOLDER):
-        _ordered(grid, Handoff(Path(os.environ[FOLDER])))
-        return
+        _run_handed_over(grid, Handoff(Path(os.environ[FOLDER])))
+    else:
+        _run_by_flower(grid, context)
+
+
+def _run_by_flower(grid: Grid, context: Context) -> None:
     setup = prepare(configuration.build(dict(context.run_config), {"engine": "flower"}))
+    config = setup.config
     folder = RunDirectory(Path("runs") / f"flower-{context.run_id}")
-    folder.create(setup.config)
+    folder.create(config)
     screen = ConsoleProgress()
     try:
-        config = setup.config
         rules = FleetRules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
         run_rounds(setup, FlowerFleet(grid, rules, screen.answered, screen.waiting), folder, screen)
     finally:
         screen.close()
 
 
-def _ordered(grid: Grid, handoff: Handoff) -> None:
-    """Do it, and leave word of how it ended: the command ends, or begins anew, by that."""
-    Thread(target=_follow, args=(int(os.environ[PARENT]),), daemon=True).start()
+def _run_handed_over(grid: Grid, handoff: Handoff) -> None:
+    """Run, and write how it ended: by that the command ends, or begins a new ServerApp."""
+    Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     before = handoff.status()
     attempt = before.attempt if before else 0
     handoff.put_status(Status("running", os.getpid(), attempt=attempt))
@@ -61,51 +67,56 @@ def _ordered(grid: Grid, handoff: Handoff) -> None:
     handoff.put_status(Status("finished", os.getpid(), attempt=attempt))
 
 
-def _follow(parent: int) -> None:
-    """End with the command that ordered this run, however it ends: the next one begins a ServerApp of its own."""
-    while is_alive(parent, "fedlora"):
+def _end_with(command: int) -> None:
+    """End this process when that of the command has ended, however: the next command begins a ServerApp of its own."""
+    while is_alive(command, "fedlora"):
         time.sleep(1)
     os._exit(1)
 
 
 def _serve(grid: Grid, handoff: Handoff, order: RunOrder, screen: ConsoleProgress) -> None:
-    from fedlora.deployment.json_logs import log_json
-    from fedlora.run.setup import (
-        for_server,
-        settings_for_clients,  # they load torch
-    )
-    from fedlora.server.deployment.prometheus import Monitor
-
-    folder, names = RunDirectory(handoff.run), {i: name for name, i in order.names.items()}
-    screen.names = names
+    """Run the rounds of the run that was handed over, with its logs and metrics."""
+    folder = RunDirectory(handoff.run)
     config = configuration.build(order.given)
-    ids = max([config.clients, *(i + 1 for i in names)])
-    setup = for_server(config, ids)
+    highest = max(order.names.values(), default=-1)
+    setup = for_server(config, max(config.clients, highest + 1))
     folder.create(setup.config, again=True)
+    screen.names = {i: name for name, i in order.names.items()}
     log_json(handoff.run / "server.log", run=folder.run)
     logging.getLogger("fedlora").addHandler(screen.handler())
-    monitor = Monitor(screen)
-    if order.metrics:
-        host, _, port = order.metrics.rpartition(":")
-        monitor.serve(host or "127.0.0.1", int(port))
-    nodes = {int(node): i for node, i in order.nodes.items()} if order.nodes is not None else None
-    policy, settings = setup.config.server, setup.config
-    rules = FleetRules(
-        clients=settings.clients,
+    exporter = _exporter(screen, order.metrics)
+    fleet = FlowerFleet(grid, _rules(setup, order, folder.run), exporter.answered, exporter.waiting)
+    fleet.online = exporter.online
+    fleet.journal = EventLog(handoff.run / "audit.jsonl", side="server", run=folder.run)
+    run_rounds(setup, fleet, folder, exporter)
+
+
+def _exporter(screen: ConsoleProgress, address: str) -> PrometheusExporter:
+    """An exporter that tells the screen too, and serves metrics at HOST:PORT, if there is an address."""
+    exporter = PrometheusExporter(screen)
+    if address:
+        host, _, port = address.rpartition(":")
+        exporter.serve(host or "127.0.0.1", int(port))
+    return exporter
+
+
+def _rules(setup: RunSetup, order: RunOrder, run: str) -> FleetRules:
+    """The rules by which the fleet takes clients and answers."""
+    nodes = None
+    if order.nodes is not None:
+        nodes = {int(node): client for node, client in order.nodes.items()}
+    policy = setup.config.server
+    return FleetRules(
+        clients=setup.config.clients,
         quorum=policy.quorum,
         wait=policy.wait,
         deadline=policy.deadline,
         needed=policy.quorum if policy.below_quorum == "stop" else 0.0,
         largest_step=policy.largest_step,
-        run=folder.run,
+        run=run,
         nodes=nodes,
         ranks=setup.ranks,
-        told=settings_for_clients(settings),
+        told=settings_for_clients(setup.config),
         base=setup.model.fingerprint,
         patient=True,
     )
-    show: RunObserver = monitor
-    fleet = FlowerFleet(grid, rules, show.answered, show.waiting)
-    fleet.online = monitor.online
-    fleet.journal = EventLog(handoff.run / "audit.jsonl", side="server", run=folder.run)
-    run_rounds(setup, fleet, folder, show)

@@ -1,9 +1,10 @@
-"""The process in front of the SuperLink: TLS, connections and their time limits around the rules of `gate_rules`.
+r"""The gateway for a server installed by pip alone: TLS, connections and time limits around the rules of `gate_rules`.
 
     python -m fedlora.server.deployment.gate --port 8443 --superlink 127.0.0.1:42000 \
         --ca ca.crt --cert server.crt --key server.key
 
-It knows neither torch nor Flower, says on its log (JSON lines) what it refused, and ends within 3 s of SIGTERM.
+In containers nginx does this work (deploy/proxy). The process loads neither torch nor Flower, writes what it refused to
+its log, a JSON object a line, and ends within 3 s of SIGTERM.
 """
 
 import argparse
@@ -30,76 +31,85 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedlora.errors import ConfigError, FedloraError
-from fedlora.server.deployment.gate_rules import CLOSE, Door, Limits, Refused, log, network
+from fedlora.server.deployment.gate_rules import CLOSE, Gateway, Limits, Refused, log, network
 from fedlora.storage.event_log import utc_timestamp
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with what it lacks: a number of them, and an end to those that say or hear nothing."""
+    """A connection of uvicorn's that counts how many there are, and ends when nothing is sent or read for too long."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Count the connection, and end one too many."""
         super().connection_made(transport)
-        self._door = cast(Door, self.app)
+        self._gateway = cast(Gateway, self.app)
         self._address = network(self.client[0] if self.client else "")
-        self._door.connected[self._address] += 1
-        most = self._door.limits.connections
-        if len(self.connections) > most or self._door.connected[self._address] > most // 4:
+        self._gateway.connected[self._address] += 1
+        most = self._gateway.limits.connections
+        if len(self.connections) > most or self._gateway.connected[self._address] > most // 4:
             self._end(Refused(503, "too many connections"))
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Count it no longer."""
         super().connection_lost(exc)
         self._stop()
-        self._door.connected[self._address] -= 1
-        self._door.connected = +self._door.connected
+        self._gateway.connected[self._address] -= 1
+        self._gateway.connected = +self._gateway.connected
 
     def data_received(self, data: bytes) -> None:
+        """Take in bytes of a request."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
+        """Wait for the next request."""
         super().on_response_complete()
         self._watch()
 
     def pause_writing(self) -> None:
+        """Wait, but not for ever, until the client has read what was sent."""
         super().pause_writing()
         self._stop()
-        self._timer = self.loop.call_later(self._door.limits.patience, self._end, Refused(408, "slow reader"))
+        self._timer = self.loop.call_later(self._gateway.limits.patience, self._end, Refused(408, "slow reader"))
 
     def resume_writing(self) -> None:
+        """Go on, as the client has read."""
         super().resume_writing()
         self._stop()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """In place of uvicorn's, which says what it did not understand, and fails once an answer has begun."""
+        """Refuse a malformed request. uvicorn's own method tells what was wrong, and fails once an answer has begun."""
         self._end(Refused(400, "malformed"), answer=self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE))
 
     def _watch(self) -> None:
-        """A clock runs from the first moment until a request's headers are there, and again after its answer."""
+        """Start the clock that runs until a request's headers are there, and again after its answer; else stop it."""
         if self.cycle is not None and not self.cycle.response_complete:
             if not self.flow.write_paused:
                 self._stop()
         elif self._timer is None and not self.transport.is_closing():
-            self._timer = self.loop.call_later(self._door.limits.patience, self._silent)
+            self._timer = self.loop.call_later(self._gateway.limits.patience, self._silent)
 
     def _silent(self) -> None:
+        """End a connection on which no request came in time."""
         if self.cycle is not None and not self.conn.trailing_data[0]:
-            self.transport.close()  # it was served, and has nothing more to ask
+            self.transport.close()  # the client was served, and asks no more
         else:
             self._end(Refused(408, "slow headers"))
 
     def _stop(self) -> None:
+        """Stop the clock."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _end(self, no: Refused, answer: bool = False) -> None:
-        self._door.refuse({"client": self.client}, no)
+        """Close the connection, with an `answer` or at once."""
+        self._gateway.refuse({"client": self.client}, no)
         if self.cycle is not None:
-            self.cycle.disconnected = True  # a request that is in there has nobody to answer any more
+            self.cycle.disconnected = True  # the request that is being served has nobody to answer any more
             self.cycle.message_event.set()
         if not answer:
             self.transport.abort()
@@ -110,17 +120,18 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which would end its process by the signal that it got."""
+    """A server of uvicorn's that returns after SIGINT or SIGTERM; uvicorn's own sends itself the signal again."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """End the serving, and nothing else, on either signal."""
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
         yield
 
 
 def tls(options: argparse.Namespace) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Towards clients, and towards the SuperLink. Raises ConfigError for a file that cannot be used."""
+    """The TLS settings towards clients, and towards the SuperLink. Raises `ConfigError` for a file of no use."""
     try:
         inside = ssl.create_default_context(cafile=options.ca)
         outside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -134,7 +145,7 @@ def tls(options: argparse.Namespace) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 class Lines(logging.Formatter):
-    """One JSON object a line, also of what uvicorn or asyncio has to say."""
+    """Formats a record as one line of JSON, also one of uvicorn's or asyncio's."""
 
     def format(self, record: logging.LogRecord) -> str:
         said = super().format(record)
@@ -144,39 +155,69 @@ class Lines(logging.Formatter):
 
 
 async def serve(options: argparse.Namespace, limits: Limits) -> None:
-    """Listen until SIGTERM or SIGINT, then at most a second longer. Raises ConfigError before that."""
+    """Serve until SIGTERM or SIGINT, then at most a second longer. Raises `ConfigError` before the first request."""
     outside, inside = (None, None) if options.insecure else tls(options)
-    try:
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        listener = socket.create_server((options.host, options.port), family=family, backlog=256)
-    except OSError as e:
-        raise ConfigError(f"cannot listen on {options.host} port {options.port}: {e}; choose another --port") from e
-    base = f"{'https' if inside else 'http'}://{options.superlink}"
-    pool = httpx.Limits(max_connections=limits.concurrent, max_keepalive_connections=limits.per_client)
-    waits = httpx.Timeout(60.0, connect=5.0)
-    async with httpx.AsyncClient(
-        base_url=base, verify=inside or False, limits=pool, timeout=waits, trust_env=False
-    ) as upstream:
-        upstream.headers = httpx.Headers({"accept-encoding": "identity"})
-        door = Door(upstream, limits, keyless=options.insecure)
-        settings: dict[str, Any] = {
-            **{"http": Connection, "loop": "asyncio", "ws": "none", "lifespan": "off", "interface": "asgi3"},
-            **{"log_config": None, "log_level": "error", "access_log": False, "server_header": False},
-            **{"proxy_headers": False, "h11_max_incomplete_event_size": limits.head, "timeout_graceful_shutdown": 1},
-            "timeout_keep_alive": round(limits.patience),
-        }
-        if outside is not None:
-            settings["ssl_context_factory"] = lambda config, default: outside
+    listener = _listen(options.host, options.port)
+    async with _upstream(options.superlink, inside, limits) as upstream:
+        gateway = Gateway(upstream, limits, keyless=options.insecure)
         log.info(json.dumps({"event": "open", "at": utc_timestamp(time.time()), "port": listener.getsockname()[1]}))
-        await Server(uvicorn.Config(door, **settings)).serve(sockets=[listener])
-        await asyncio.sleep(0.1)  # for those who were in the middle of a request, to hear that they may come again
-        log.info(json.dumps({"event": "closed", "at": utc_timestamp(time.time()), **vars(door.counts)}))
+        await Server(_uvicorn_config(gateway, outside)).serve(sockets=[listener])
+        await asyncio.sleep(0.1)  # in which clients whose request was cut off hear that they may come again
+        log.info(json.dumps({"event": "closed", "at": utc_timestamp(time.time()), **vars(gateway.counts)}))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as e:
+        raise ConfigError(f"cannot listen on {host} port {port}: {e}; choose another --port") from e
+
+
+def _upstream(superlink: str, inside: ssl.SSLContext | None, limits: Limits) -> httpx.AsyncClient:
+    """An HTTP client of the SuperLink."""
+    upstream = httpx.AsyncClient(
+        base_url=f"{'https' if inside else 'http'}://{superlink}",
+        verify=inside or False,
+        limits=httpx.Limits(max_connections=limits.concurrent, max_keepalive_connections=limits.per_client),
+        timeout=httpx.Timeout(60.0, connect=5.0),
+        trust_env=False,
+    )
+    upstream.headers = httpx.Headers({"accept-encoding": "identity"})
+    return upstream
+
+
+def _uvicorn_config(gateway: Gateway, outside: ssl.SSLContext | None) -> uvicorn.Config:
+    settings: dict[str, Any] = {
+        **{"http": Connection, "loop": "asyncio", "ws": "none", "lifespan": "off", "interface": "asgi3"},
+        **{"log_config": None, "log_level": "error", "access_log": False},
+        **{"server_header": False, "proxy_headers": False, "timeout_graceful_shutdown": 1},
+        "h11_max_incomplete_event_size": gateway.limits.head,
+        "timeout_keep_alive": round(gateway.limits.patience),
+    }
+    if outside is not None:
+        settings["ssl_context_factory"] = lambda config, default: outside
+    return uvicorn.Config(gateway, **settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m fedlora.server.deployment.gate`."""
+    """`python -m fedlora.server.deployment.gate`; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    _log_to(options.log)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # half-open connections must not use up the others' files
+    limits = Limits(**{limit.name: getattr(options, f"limit_{limit.name}") for limit in fields(Limits)})
+    try:
+        asyncio.run(serve(options, limits))
+    except FedloraError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fedlora.server.deployment.gate", description="The door between clients and SuperLink."
+        prog="fedlora.server.deployment.gate", description="The gateway between clients and SuperLink."
     )
     parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=8443)
@@ -186,21 +227,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--insecure", action="store_true", help="plain HTTP on both sides, and SuperNodes without keys")
     for limit in fields(Limits):
         parser.add_argument(f"--limit-{limit.name.replace('_', '-')}", type=type(limit.default), default=limit.default)
-    options = parser.parse_args(arguments)
-    file = RotatingFileHandler(Path(options.log), maxBytes=10 << 20, backupCount=5) if options.log else None
-    handler = file or logging.StreamHandler()
+    return parser
+
+
+def _log_to(file: str | None) -> None:
+    """Write JSON lines to the file, a new one after 10 MB, or to stderr."""
+    handler: logging.Handler = logging.StreamHandler()
+    if file:
+        handler = RotatingFileHandler(Path(file), maxBytes=10 << 20, backupCount=5)
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # half-open connections must not use up the others' files
-    try:
-        limits = Limits(**{f.name: getattr(options, f"limit_{f.name}") for f in fields(Limits)})
-        asyncio.run(serve(options, limits))
-    except FedloraError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What a SuperNode may say to the SuperLink through the gateway, and how much of it: ten calls, no more.
 
-Flower's SuperLink has its Fleet, Control and Runtime APIs on one port, and Control asks nobody who they are: whoever
-reaches it runs code on every client. So the SuperLink listens on this machine alone, and the world talks to this:
+Flower's SuperLink has its Fleet, Control and Runtime APIs on one port, and the Control API asks nobody who they are:
+whoever reaches it runs code on every client. So the SuperLink listens on its own machine alone, behind this gateway:
 
-    client --TLS--> door --one of ten paths, a whole body, eight headers by name--> SuperLink on 127.0.0.1
+    client --TLS--> gateway --one of ten paths, a whole body, eight headers by name--> SuperLink on 127.0.0.1
 
 The path that is sent on is a constant of this file, never the text that came. A body is read and counted to its end
-first: what is too big, too slow or broken off never reaches the SuperLink, which has one process and no limit.
-Too busy is 503, not 429: a SuperNode tries again after 502, 503 and 504 alone, and lets its work go after the rest.
-deploy/proxy/nginx.conf says the same to nginx, and tests/server/deployment/test_gate.py holds both to it.
+first: what is too big, too slow or broken off never reaches the SuperLink, which has one process and no limit. The
+answer to a client when all is busy is 503, not 429: a SuperNode tries again after 502, 503 and 504 alone, and gives up
+its work after any other. deploy/proxy/nginx.conf has the same rules, and tests/server/deployment/test_gate.py holds
+both to them.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from hashlib import sha256
 from ipaddress import ip_address
 
 import httpx
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fedlora.storage.event_log import utc_timestamp
 
@@ -31,16 +32,16 @@ CALLS = (
     *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab"),
     *("pull-messages", "push-messages", "pull-object", "push-object", "confirm-message-received"),
 )
-# Called by a SuperNode without a key alone; a SuperLink that wants keys refuses both. Its server registers the keys.
+# Only a SuperNode without a key calls these. A SuperLink that wants keys refuses both: the server registers the keys.
 KEYLESS_CALLS = ("register-node", "unregister-node")
 KEY_HEADER = "flwr-public-key"
-HEADERS = frozenset(  # what goes on; all else, X-Forwarded-* and the Runtime's task tokens with it, ends here
+HEADERS = frozenset(  # that are sent on; all others, such as X-Forwarded-* and the Runtime's task tokens, are dropped
     {
         *("content-type", "accept", KEY_HEADER, "flwr-signature", "flwr-timestamp"),
         *("flwr-package-name", "flwr-package-version", "flwr-component-name"),
     }
 )
-OURS = frozenset({"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "server", "date"})
+HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "server", "date"})
 CLOSE = (b"connection", b"close")
 
 log = logging.getLogger("fedlora.gate")
@@ -48,22 +49,22 @@ log = logging.getLogger("fedlora.gate")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, one address and all of them may take. A client is an address and the key that it claims."""
+    """The most that one client, one address and all together may use. A client is an address and a claimed key."""
 
-    body: int = 8 << 20  # bytes of a request; Flower's chunks are 5 MB
-    concurrent: int = 64  # requests at once
-    per_client: int = 8
-    per_address: int = 32
-    uploads: int = 1 << 30  # bytes a minute and client; an address may four times that, as with requests
+    body: int = 8 << 20  # bytes of a request's body; Flower's chunks are 5 MB
+    concurrent: int = 64  # requests at once, of all
+    per_client: int = 8  # requests at once
+    per_address: int = 32  # requests at once
+    uploads: int = 1 << 30  # bytes a minute of a client; of an address four times as many
     patience: float = 30.0  # seconds without a byte
-    whole: float = 180.0  # seconds for a body: after that the SuperLink has forgotten the upload
-    connections: int = 256  # open ones, busy or not; an address may have a quarter
+    whole: float = 180.0  # seconds for a body; after that the SuperLink has forgotten the upload
+    connections: int = 256  # that are open, busy or not; of an address a quarter as many
     head: int = 16 << 10  # bytes of a request's line and headers
 
 
 @dataclass
 class Counts:
-    """What went through since the start."""
+    """What went through the gateway since its start."""
 
     requests: int = 0
     bytes_in: int = 0
@@ -72,13 +73,14 @@ class Counts:
 
 
 class Refused(Exception):
-    """Why a request goes no further, and what its sender is told; `retry` in seconds."""
+    """A request goes no further."""
 
     def __init__(self, status: int, reason: str, retry: int = 0) -> None:
+        """Answer with `status`; log the `reason`; with `retry`, say after how many seconds to try again."""
         self.status, self.reason, self.retry = status, reason, retry
 
 
-class Door:
+class Gateway:
     """The rules, as an ASGI application in front of `upstream`."""
 
     def __init__(self, upstream: httpx.AsyncClient, limits: Limits | None = None, keyless: bool = False) -> None:
@@ -95,7 +97,8 @@ class Door:
             path = self._route(scope, headers)
             with self._turn(_shares(scope, headers)) as shares:
                 body = await self._body(headers, receive, shares)
-                await self._forward(scope["method"], path, headers, body, send)
+                answer = await self._ask(scope["method"], path, headers, body)
+                await self._pass_on(answer, send)
         except Refused as no:
             self.refuse(scope, no)
             await self._answer(no, send)
@@ -108,18 +111,23 @@ class Door:
             await send({"type": "http.response.body"})
 
     def refuse(self, scope: Scope, no: Refused) -> None:
-        """One line in the log, in ASCII whatever was sent, and one more in the counts."""
+        """Count a refused request and log it, in ASCII whatever was sent."""
         self.counts.refused[no.reason] += 1
-        path = scope.get("raw_path", b"").decode("latin1")[:120]
-        said = {"method": scope.get("method", "")[:16], "path": path, "status": no.status, "reason": no.reason}
-        log.warning(json.dumps({"event": "refused", "at": utc_timestamp(time.time()), "peer": _peer(scope), **said}))
+        line = {
+            "event": "refused",
+            "at": utc_timestamp(time.time()),
+            "peer": _peer(scope),
+            "method": scope.get("method", "")[:16],
+            "path": scope.get("raw_path", b"").decode("latin1")[:120],
+            "status": no.status,
+            "reason": no.reason,
+        }
+        log.warning(json.dumps(line))
 
     def _route(self, scope: Scope, headers: dict[str, bytes]) -> str:
-        """The constant that the raw path is equal to. A path that has to be unwound first is no path of ours."""
+        """The open path that the raw path is equal to, character by character. Raises `Refused`."""
         path: str = scope["raw_path"].decode("latin1")
-        if scope["query_string"] or any(trick in path for trick in ("%", "..", "//", ";", "\\")):
-            raise Refused(404, "path")
-        if path not in self._open:
+        if path not in self._open or scope["query_string"]:
             raise Refused(404, "path")
         if scope["method"] not in self._open[path]:
             raise Refused(404, "method")
@@ -129,37 +137,36 @@ class Door:
 
     @contextmanager
     def _turn(self, shares: Sequence[str]) -> Iterator[Sequence[str]]:
-        """A place among those that are served now: of all, of this address, of this client."""
+        """Count a request that is served now, of all, of its address and of its client. Raises `Refused`."""
         mosts = (self.limits.concurrent, self.limits.per_address, self.limits.per_client)
         if any(self._busy[share] >= most for share, most in zip(shares, mosts, strict=True)):
             raise Refused(503, "too many requests at once", retry=1)
+        self._check_uploads(shares)
+        self._busy.update(shares)
+        try:
+            yield shares
+        finally:
+            self._busy.subtract(shares)
+            self._busy = +self._busy  # drops the names that nobody uses any more
+
+    def _check_uploads(self, shares: Sequence[str]) -> None:
+        """Raises `Refused` for a client, or an address, that has sent its bytes of this minute."""
         now = time.monotonic()
         if self._minute != now // 60:
             self._minute, self._uploaded = int(now // 60), Counter()
         _, address, client = shares
         if self._uploaded[client] >= self.limits.uploads or self._uploaded[address] >= 4 * self.limits.uploads:
             raise Refused(503, "too many bytes a minute", retry=60 - int(now % 60))
-        self._busy.update(shares)
-        try:
-            yield shares
-        finally:
-            self._busy.subtract(shares)
-            self._busy = +self._busy  # a name that nobody uses is forgotten
 
     async def _body(self, headers: dict[str, bytes], receive: Receive, shares: Sequence[str]) -> bytes:
-        """The whole body, counted as it comes: a length that was promised can be false, or missing."""
+        """The whole body, counted as it comes, as a promised length can be false or missing. Raises `Refused`."""
         if int(headers.get("content-length", b"0")) > self.limits.body:
             raise Refused(413, "body too large")
         body, more, end = bytearray(), True, time.monotonic() + self.limits.whole
         while more:
-            try:
-                async with asyncio.timeout(min(self.limits.patience, end - time.monotonic())):
-                    message = await receive()
-            except TimeoutError:
-                raise Refused(408, "slow body") from None
-            if message["type"] == "http.disconnect":
-                raise Refused(400, "broken off")
-            body += (part := message.get("body", b""))
+            message = await self._next_part(receive, end)
+            part = message.get("body", b"")
+            body += part
             self.counts.bytes_in += len(part)
             self._uploaded.update(dict.fromkeys(shares, len(part)))
             if len(body) > self.limits.body:
@@ -167,18 +174,32 @@ class Door:
             more = message.get("more_body", False)
         return bytes(body)
 
-    async def _forward(self, method: str, path: str, headers: dict[str, bytes], body: bytes, send: Send) -> None:
-        """Ask the SuperLink, and pass its answer on piece by piece."""
+    async def _next_part(self, receive: Receive, end: float) -> Message:
+        """The next part of a body, before `end` by time.monotonic(). Raises `Refused`."""
+        try:
+            async with asyncio.timeout(min(self.limits.patience, end - time.monotonic())):
+                message = await receive()
+        except TimeoutError:
+            raise Refused(408, "slow body") from None
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "broken off")
+        return message
+
+    async def _ask(self, method: str, path: str, headers: dict[str, bytes], body: bytes) -> httpx.Response:
+        """The SuperLink's answer, as soon as its headers are there. Raises `Refused`."""
         kept = [(name.encode(), value) for name, value in headers.items() if name in HEADERS]
         request = self._upstream.build_request(method, path, headers=kept, content=body if method == "POST" else None)
         try:
-            answer = await self._upstream.send(request, stream=True)
+            return await self._upstream.send(request, stream=True)
         except httpx.ReadTimeout:
             raise Refused(504, "SuperLink is slow", retry=5) from None
         except httpx.TransportError:
             raise Refused(502, "SuperLink is down", retry=5) from None
+
+    async def _pass_on(self, answer: httpx.Response, send: Send) -> None:
+        """Send the SuperLink's answer to the client, piece by piece."""
         try:
-            passed = [(name, value) for name, value in answer.headers.raw if name.decode().lower() not in OURS]
+            passed = [(name, value) for name, value in answer.headers.raw if name.decode().lower() not in HOP_BY_HOP]
             await send({"type": "http.response.start", "status": answer.status_code, "headers": passed})
             async for part in answer.aiter_raw():
                 self.counts.bytes_out += len(part)
@@ -190,31 +211,37 @@ class Door:
             await answer.aclose()
 
     async def _answer(self, no: Refused, send: Send) -> None:
+        """Begin the answer to a refused request; its last part is sent when the rest of the request was dropped."""
         retry = [(b"retry-after", str(no.retry).encode())] if no.retry else []
         headers = [(b"content-length", b"0"), CLOSE, *retry]
         await send({"type": "http.response.start", "status": no.status, "headers": headers})
         await send({"type": "http.response.body", "more_body": True})
 
     async def _drain(self, receive: Receive) -> None:
-        """Drop what is still on its way, for a second: a connection that is closed before takes the answer with it."""
+        """Drop what is still coming, for a second: to close the connection at once would lose the answer too."""
         dropped, more = 0, True
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
                 while more and dropped < self.limits.body:
                     message = await receive()
-                    dropped, more = dropped + len(message.get("body", b"")), message.get("more_body", False)
+                    dropped += len(message.get("body", b""))
+                    more = message.get("more_body", False)
 
 
 def _peer(scope: Scope) -> str:
+    """The address of the other side; empty where it is not known."""
     return str((scope.get("client") or ("",))[0])
 
 
 def network(address: str) -> str:
-    """Who has one IPv6 address has 2^64 of them."""
+    """The name under which an address is counted: of IPv6 the first half, as one site has 2^64 addresses there."""
     return ":".join(ip_address(address).exploded.split(":")[:4]) if ":" in address else address
 
 
 def _shares(scope: Scope, headers: dict[str, bytes]) -> tuple[str, str, str]:
-    """The names under which a request is counted. The key alone would let a stranger use up somebody else's share."""
+    """The names under which a request is counted: all, its address, and its client.
+
+    A client's name holds the address too; by the key alone a stranger could use up the client's share.
+    """
     address = network(_peer(scope))
     return "all", address, f"{address} {sha256(headers.get(KEY_HEADER, b'')).hexdigest()}"

@@ -1,72 +1,78 @@
-"""What the server's command tells the ServerApp that it has started by way of Flower: one file in the run directory."""
+"""Hand-over between `fedlora server` and the ServerApp.
+
+Flower starts the ServerApp in a process of its own, so the two exchange files in RUN/flower: order.json says what to
+run, status.json how it went, and screen.log holds the lines that the command shows.
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import CheckpointError
 from fedlora.storage.files import replace_file
 
-FOLDER = "FEDLORA_RUN"  # in the environment of Flower's SuperExec, and so of the ServerApp: the run directory
-PARENT = "FEDLORA_SERVER"  # and the process of `fedlora server`, without which there is to be no ServerApp
+# Variables in the environment of Flower's SuperExec, and so of the ServerApp:
+FOLDER = "FEDLORA_RUN"  # the run directory
+PARENT = "FEDLORA_SERVER"  # the process id of `fedlora server`; when that process ends, the ServerApp does too
 
 
 @dataclass(frozen=True)
 class RunOrder:
-    """A run as it was asked for."""
+    """What the ServerApp is to run."""
 
     given: Mapping[str, Any]  # settings by their dotted keys
-    names: Mapping[str, int]  # of the clients, and their numbers
-    nodes: Mapping[str, int] | None  # node -> client, by its key; none: whoever comes is believed
-    metrics: str = ""  # host:port of Prometheus' metrics
+    names: Mapping[str, int]  # name of a client -> the client's number
+    nodes: Mapping[str, int] | None  # node -> number of the client whose key it has; none: nodes say who they are
+    metrics: str = ""  # HOST:PORT for Prometheus' metrics; empty: none
 
 
 @dataclass(frozen=True)
 class Status:
-    """How the ServerApp is, or how it ended."""
+    """What the ServerApp is doing, or how it ended."""
 
-    state: str  # submitted, running, finished, crashed, or failed: that is what starting again does not mend
+    state: str  # submitted, running, finished, crashed, or failed, which starting again does not mend
     pid: int = 0
-    why: str = ""
-    attempt: int = 0
+    why: str = ""  # it crashed or failed
+    attempt: int = 0  # from 1; how many were made since the last finished round
 
 
 @dataclass(frozen=True)
 class Handoff:
-    """The files by which the command and the ServerApp tell each other."""
+    """The files through which the command and the ServerApp talk."""
 
-    run: Path
-    flower: Path = field(init=False)
+    run: Path  # the run directory
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "flower", self.run / "flower")
+    @property
+    def flower(self) -> Path:
+        """The folder of what Flower and the hand-over need."""
+        return self.run / "flower"
 
     @property
     def screen(self) -> Path:
-        """What a person is to see."""
+        """The file of the lines that the command shows to a person."""
         return self.flower / "screen.log"
 
     def rounds(self) -> int:
-        """So many are finished."""
+        """The number of finished rounds."""
         path = self.run / "rounds.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def put_order(self, order: RunOrder) -> None:
-        """For the next ServerApp."""
+        """Write what the next ServerApp is to run. Raises `CheckpointError`."""
         _write(self.flower / "order.json", asdict(order))
 
     def order(self) -> RunOrder:
-        """What the command asked for."""
+        """What the command asked the ServerApp to run."""
         return RunOrder(**json.loads((self.flower / "order.json").read_text()))
 
     def put_status(self, status: Status) -> None:
-        """For the command."""
+        """Write what the command is to know of the ServerApp. Raises `CheckpointError`."""
         _write(self.flower / "status.json", asdict(status))
 
     def status(self) -> Status | None:
-        """What the ServerApp said last; none before it has said anything."""
+        """The status that was written last; none before the first."""
         try:
             return Status(**json.loads((self.flower / "status.json").read_text()))
         except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What Prometheus can read of a run, on a port of its own: rounds, clients, failures by kind, bytes and seconds."""
+"""Prometheus' metrics of a run, on a port of their own: rounds, clients, failures by kind, bytes and seconds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
@@ -15,8 +15,8 @@ from fedlora.strategy import Strategy
 SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
 
-class Monitor:
-    """A `Show` that counts what passes, on its way to another one."""
+class PrometheusExporter:
+    """A run's observer that counts what it is told, and tells an `inner` observer the same."""
 
     def __init__(self, inner: RunObserver) -> None:
         self._inner = inner
@@ -45,7 +45,7 @@ class Monitor:
         self._begin()
 
     def _begin(self) -> None:
-        """Every series is there from the start, so that its first increase is seen."""
+        """Begin every series at the start, so that Prometheus sees its first increase."""
         for state in ("known", "online", "asked", "answered"):
             self._clients.labels(state)
         for kind in FailureKind:
@@ -58,6 +58,7 @@ class Monitor:
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
     ) -> None:
+        """The run begins, with what it had done before."""
         self._round.set(done)
         self._planned.set(setup.config.rounds)
         self._clients.labels("known").set(setup.config.clients)
@@ -66,20 +67,22 @@ class Monitor:
         self._inner.started(setup, strategy, before, done, statement)
 
     def online(self, clients: int) -> None:
-        """So many are connected now."""
+        """Take down how many clients are connected now."""
         self._clients.labels("online").set(clients)
 
     def answered(self, client: int) -> None:
+        """A client has answered in this round."""
         self._done.add(client)
         self._clients.labels("answered").set(len(self._done))
         self._inner.answered(client)
 
     def waiting(self, clients: Mapping[int, float]) -> None:
-        """Who is waited for now, and for how many seconds already."""
+        """Take down which clients are waited for now, and for how many seconds already."""
         self._waiting.set(max(clients.values(), default=0.0))
         self._inner.waiting(clients)
 
     def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
+        """A round is over: its line in rounds.jsonl, and the failures of its clients."""
         self._rounds.inc()
         self._round.set(record["round"])
         self._clients.labels("asked").set(record["clients"])
@@ -98,14 +101,15 @@ class Monitor:
         self._inner.round(record, failed)
 
     def finished(self, folder: RunDirectory, stopped: bool) -> None:
+        """The run is over."""
         self._waiting.set(0)
         self._inner.finished(folder, stopped)
 
     def serve(self, host: str = "127.0.0.1", port: int = 9100) -> Callable[[], None]:
-        """Answer scrapes at `/metrics`, from a thread; the returned function ends it.
+        """Answer scrapes at `/metrics` in a thread; the returned function ends it.
 
-        It asks for no password: another host than this one is for a network that only the monitoring can reach.
-        Raises `ConfigError` where the port cannot be had.
+        Nobody is asked for a password: give another host than this machine only on a network that nobody but the
+        monitoring can reach. Raises `ConfigError` where the port cannot be had.
         """
         try:
             server, thread = start_http_server(port, host, self.registry)

@@ -1,7 +1,8 @@
-"""What the server's command has the SuperLink do: register clients' keys, submit a run, look at it, stop it.
+"""A client of the SuperLink's Control API: register clients' keys, submit a run, look at it, stop it.
 
-Flower 1.41's Control API has no authentication in its open version, so it must be reachable from the server alone. Its
-own command line neither tells a node's name nor its key, so this file, and no other, uses the client behind it.
+Flower 1.41's Control API has no authentication in its open version, so only the server may be able to reach it.
+Flower's own command line shows neither a node's name nor its key, so this file, and no other, uses the Python client
+behind that command line.
 """
 
 import time
@@ -36,45 +37,54 @@ T = TypeVar("T")
 
 
 class ControlError(FedloraError):
-    """The SuperLink did not do what it was asked for."""
+    """The SuperLink does not answer, or refused what it was asked to do."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A SuperLink's Control API."""
+    """The Control API of one SuperLink. Every method raises `ControlError`."""
 
-    address: str  # host:port
-    certificate: Path | None  # of the authority; none: no TLS
+    address: str  # HOST:PORT
+    certificate: Path | None  # the authority's; none: no TLS
 
     def wait(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
-        """Until it answers. Raises `ControlError` when it does not in so many seconds, or is no longer alive."""
-        end, scheme = time.monotonic() + seconds, "https" if self.certificate else "http"
-        verify = str(self.certificate) if self.certificate else True
+        """Wait until the SuperLink answers, for so many seconds at most, and while `alive` says that it runs."""
+        end = time.monotonic() + seconds
         while alive() and time.monotonic() < end:
-            try:
-                if httpx.get(f"{scheme}://{self.address}/health", verify=verify, timeout=3, trust_env=False).is_success:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
+            if self._is_healthy():
+                return
+            time.sleep(0.2)
         raise ControlError(f"the SuperLink at {self.address} does not answer; see its log, and that the port is free")
 
+    def _is_healthy(self) -> bool:
+        scheme, verify = ("https", str(self.certificate)) if self.certificate else ("http", True)
+        try:
+            answer = httpx.get(f"{scheme}://{self.address}/health", verify=verify, timeout=3, trust_env=False)
+        except httpx.HTTPError:
+            return False
+        return answer.is_success
+
     def register(self, keys: Mapping[str, Path]) -> dict[str, int]:
-        """Let the clients with these public keys in, by name, and no others; each one's node."""
-        known = {bytes(n.public_key): int(n.node_id) for n in self._nodes() if n.status != "deleted"}
+        """Let in the clients with these public keys (name -> file), and no others; return the node of each name."""
+        known = self._nodes_by_key()
         wanted = {name: public_key_to_bytes(public_key(path)) for name, path in keys.items()}
-        for key, node in known.items():
-            if key not in wanted.values():
-                self._ask(lambda c, node=node: c.UnregisterNode(UnregisterNodeRequest(node_id=node)))  # type: ignore[misc]
-        nodes = {}
-        for name, key in wanted.items():
-            if key not in known:
-                request = RegisterNodeRequest(public_key=key, name=name)
-                known[key] = int(self._ask(lambda c, r=request: c.RegisterNode(r)).node_id)  # type: ignore[misc]
-            nodes[name] = known[key]
-        return nodes
+        for key in known.keys() - set(wanted.values()):
+            self._unregister(known[key])
+        return {name: known[key] if key in known else self._register(name, key) for name, key in wanted.items()}
+
+    def _nodes_by_key(self) -> dict[bytes, int]:
+        nodes = self._ask(lambda client: client.ListNodes(ListNodesRequest())).nodes_info
+        return {bytes(node.public_key): int(node.node_id) for node in nodes if node.status != "deleted"}
+
+    def _register(self, name: str, key: bytes) -> int:
+        request = RegisterNodeRequest(public_key=key, name=name)
+        return int(self._ask(lambda client: client.RegisterNode(request)).node_id)
+
+    def _unregister(self, node: int) -> None:
+        self._ask(lambda client: client.UnregisterNode(UnregisterNodeRequest(node_id=node)))
 
     def submit(self, settings: Mapping[str, Any]) -> int:
-        """Start a run of the installed fedlora; its id. The bundle that is sent has no code, only its name."""
+        """Start a run of the installed fedlora and return its id. The bundle that is sent holds no code, only names."""
         project = {"name": "fedlora-run", "version": __version__, "dependencies": ["flwr"]}
         components = {
             "serverapp": "fedlora.server.deployment.app:app",
@@ -84,31 +94,29 @@ class Control:
         text = tomli_w.dumps({"project": project, "tool": {"flwr": flower}})
         content, _ = build_fab_from_files({"pyproject.toml": text.encode()})
         request = StartRunRequest(fab=Fab(hash_str=sha256(content).hexdigest(), content=content))
-        return int(self._ask(lambda c: c.StartRun(request)).run_id)
+        return int(self._ask(lambda client: client.StartRun(request)).run_id)
 
     def ended(self, run: int) -> str | None:
-        """How the run ended, in Flower's words; none while it goes on."""
-        found = self._ask(lambda c: c.ListRuns(ListRunsRequest(run_id=run))).run_dict.get(run)
+        """How the run ended, in Flower's words; none while the run goes on."""
+        found = self._ask(lambda client: client.ListRuns(ListRunsRequest(run_id=run))).run_dict.get(run)
         if found is None:
             return "the SuperLink does not know it"
         status = found.status
         return f"{status.sub_status}: {status.details}" if status.status == ENDED else None
 
     def stop_all(self) -> None:
-        """Stop what a command before this one has left running: it would be handed out again."""
-        runs = self._ask(lambda c: c.ListRuns(ListRunsRequest())).run_dict
+        """Stop all runs that an earlier command left: the SuperLink would hand them out again."""
+        runs = self._ask(lambda client: client.ListRuns(ListRunsRequest())).run_dict
         for id, run in runs.items():
             if run.status.status != ENDED:
                 self.stop(id)
 
     def stop(self, run: int) -> None:
         """Stop a run."""
-        self._ask(lambda c: c.StopRun(StopRunRequest(run_id=run)))
+        self._ask(lambda client: client.StopRun(StopRunRequest(run_id=run)))
 
-    def _nodes(self) -> list[Any]:
-        return list(self._ask(lambda c: c.ListNodes(ListNodesRequest())).nodes_info)
-
-    def _ask(self, what: Callable[[ControlHttpClient], T]) -> T:
+    def _ask(self, call: Callable[[ControlHttpClient], T]) -> T:
+        """The answer to a call by a client of its own."""
         client = ControlHttpClient.from_server_address(
             server_address=self.address,
             insecure=self.certificate is None,
@@ -116,7 +124,7 @@ class Control:
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
         try:
-            return what(client)
+            return call(client)
         except Exception as e:  # httpx's, protobuf's and Flower's own
             raise ControlError(f"the SuperLink at {self.address} refused: {type(e).__name__}: {e}") from e
         finally:

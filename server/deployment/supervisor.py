@@ -1,9 +1,9 @@
-"""`fedlora server`: a SuperLink with its door, a SuperExec, and a run, watched until the adapter is there.
+"""`fedlora server`: a SuperLink behind its gate, a SuperExec, and a run, watched until the adapter is there.
 
     clients ──TLS──▶ gate (fleet paths alone) ──▶ SuperLink (loopback) ◀── SuperExec ──▶ ServerApp ──▶ run directory
 
-Whatever dies is started again. A ServerApp that crashed is begun anew and goes on from the last finished round, as does
-this command itself with the same directory.
+A process that ends is started again. A ServerApp that ends before its run does is begun anew and goes on from the last
+finished round; so does this command, when it is given the same directory again.
 """
 
 import os
@@ -36,131 +36,140 @@ from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder,
 from fedlora.server.deployment.superlink import Control, ControlError
 from fedlora.storage.files import write_durably
 
-TRIES = 5  # ServerApps that may crash one after another without a finished round between them
-COMES = 300.0  # seconds that a submitted run is given until its ServerApp says something
-LOOKS = 20.0  # seconds between two looks at what the SuperLink says of the run
+TRIES = 5  # ServerApps that may end one after another without a finished round between them
+SILENCE = 300.0  # seconds that a submitted run is given until its ServerApp writes its first status
+LOOKS = 20.0  # seconds between two questions to the SuperLink about the run
+SUBMITS = 90.0  # seconds that a SuperLink which is down is given to take the run
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What `fedlora server` was asked for."""
+    """What the command line of `fedlora server` asks for, besides the run's settings."""
 
     run: Path
     credentials: Path | None  # the server's folder of `fedlora provision`; none: no TLS, and whoever comes is let in
     host: str = "0.0.0.0"
     port: int = 8443
-    superlink: str = ""  # host:port of one that runs elsewhere, behind a proxy of its own
-    metrics: str = ""  # host:port
+    superlink: str = ""  # HOST:PORT of one that runs elsewhere, behind a proxy of its own; empty: start one here
+    metrics: str = ""  # HOST:PORT for Prometheus' metrics; empty: none
 
     @property
     def certificate(self) -> Path | None:
+        """The authority's certificate; none without TLS."""
         return self.credentials / "ca.crt" if self.credentials else None
 
 
-def serve(asked: ServerOptions, file: Path | None, given: Mapping[str, Any]) -> None:
-    """Run it to its end. Raises the error of a run that failed."""
-    handoff = Handoff(asked.run)
-    names = read_clients(asked.credentials) if asked.credentials else {}
+def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -> None:
+    """Run federated training to its end, by the settings in `file` and, before those, in `given`.
+
+    Raises `RoundFailed` for a run that failed, `ConfigError` for settings that do not go together.
+    """
+    handoff = Handoff(options.run)
+    names = read_clients(options.credentials) if options.credentials else {}
     with exclusive(handoff.flower):
-        config = _settings(asked.run, file, given, len(names))
-        if _is_done(asked.run, config):
-            print(f"{asked.run}: all {config.rounds} rounds are done; the adapter is in {asked.run / 'adapter'}")
+        config = _settings(options.run, file, given, len(names))
+        if _is_done(handoff, config):
+            print(f"{options.run}: all {config.rounds} rounds are done; the adapter is in {options.run / 'adapter'}")
             return
-        _end_what_is_left(handoff)
-        if not asked.credentials:
+        _kill_server_apps(handoff)
+        if not options.credentials:
             print(
                 "INSECURE: no TLS, no keys: anyone who reaches this port can read, join and command. For trials only."
             )
-        with _started(asked, handoff) as (control, supervisor):
-            nodes = _registered(control, asked.credentials, names) if asked.credentials else None
-            given = configuration.flatten(config)
-            handoff.put_order(RunOrder(given, names, nodes, asked.metrics))
-            _tell(asked, names, config)
-            SubmittedRun(control, handoff, supervisor, config, Tail(handoff.screen)).run()
+        with _started(options, handoff) as (control, supervisor):
+            nodes = _register(control, options.credentials, names) if options.credentials else None
+            handoff.put_order(RunOrder(configuration.flatten(config), names, nodes, options.metrics))
+            _print_start(options, names, config)
+            SubmittedRun(control, handoff, supervisor, config).watch()
 
 
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
-    """The run's settings: those it began with, if it has begun; else the file's under the command line's."""
-    asked = {"clients": registered} | dict(given) if registered else dict(given)
-    if not (run / "config.toml").is_file():
-        config = absolute(over_defaults(configuration.read(file) if file else {}, asked))
-        if not config.clients:
-            raise ConfigError("how many clients are there to be? without keys, say --clients")
-        return replace(config, engine="flower")
+    """The run's settings: those that it began with, if it has begun; else the file's under the command line's."""
+    from_file = configuration.read(file) if file else {}
+    if (run / "config.toml").is_file():
+        return _resumed_settings(run, from_file, given)
+    clients = {"clients": registered} if registered else {}
+    config = absolute(over_defaults(from_file, clients | dict(given)))
+    if not config.clients:
+        raise ConfigError("how many clients are there to be? without keys, say --clients")
+    return replace(config, engine="flower")
+
+
+def _resumed_settings(run: Path, from_file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The settings that the run began with, and those that may change. Raises `ConfigError` for any other change."""
     begun = configuration.read(run / "config.toml")
-    before = configuration.build(begun)
-    config = absolute(configuration.build(begun, configuration.read(file) if file else {}, given))
-    was, now = configuration.flatten(before), configuration.flatten(config)
-    fixed = [k for k in now if now[k] != was.get(k) and k not in CHANGEABLE_ON_RESUME and not k.startswith("server.")]
-    if fixed:
-        key = fixed[0]
-        raise ConfigError(f"{key} was {was.get(key)} when the run in {run} began; choose another --out for {now[key]}")
+    before = configuration.flatten(configuration.build(begun))
+    config = absolute(configuration.build(begun, from_file, given))
+    for key, value in configuration.flatten(config).items():
+        may_change = key in CHANGEABLE_ON_RESUME or key.startswith("server.")
+        if value != before.get(key) and not may_change:
+            raise ConfigError(
+                f"{key} was {before.get(key)} when the run in {run} began; choose another --out for {value}"
+            )
     return config
 
 
-def _is_done(run: Path, config: Config) -> bool:
-    """Of a run that stopped early, as of patience, too; more rounds may have been asked for since."""
-    handoff = Handoff(run)
+def _is_done(handoff: Handoff, config: Config) -> bool:
+    """Has the run finished all rounds that are asked for now? A run that stopped early, out of patience, has too."""
     status = handoff.status()
     return status is not None and status.state == "finished" and handoff.order().given["rounds"] >= config.rounds
 
 
-def _end_what_is_left(handoff: Handoff) -> None:
-    """ServerApps of an attempt before, or of a command that was killed: they would write into the same directory."""
+def _kill_server_apps(handoff: Handoff) -> None:
+    """End the ServerApps that an earlier attempt or a killed command left: they write into the same directory."""
     kill_marked("flwr-serverapp", FOLDER, str(handoff.run.absolute()))
 
 
-def _registered(control: Control, folder: Path, names: Mapping[str, int]) -> dict[str, int]:
-    """Each registered node's client, after these and no others are let in."""
+def _register(control: Control, folder: Path, names: Mapping[str, int]) -> dict[str, int]:
+    """Let in these clients and no others; return the client's number for each node."""
     nodes = control.register({name: folder / "clients" / f"{name}.pub" for name in names})
     return {str(node): names[name] for name, node in nodes.items()}
 
 
 @contextmanager
-def _started(asked: ServerOptions, handoff: Handoff) -> Iterator[tuple[Control, Supervisor]]:
-    """SuperLink, gate and SuperExec, ended at the end, whatever it is."""
-    inner = asked.superlink or f"127.0.0.1:{free_port()}"
-    control, secret = Control(inner, asked.certificate), _secret(asked, handoff)
-    with _ending(handoff), Supervisor() as supervisor:
-        if asked.superlink:
-            control.wait(300)
-        else:
-            link, gate = _link(asked, handoff, inner, secret), _gate(asked, handoff, inner)
-            supervisor.start(link)
-            control.wait(180, lambda: link.alive)
-            supervisor.start(gate)
-            wait_for_port(asked.port, gate, "127.0.0.1" if asked.host == "0.0.0.0" else asked.host)
-        control.stop_all()
-        supervisor.start(_superexec(asked, handoff, inner, secret))
-        yield control, supervisor
-
-
-@contextmanager
-def _ending(handoff: Handoff) -> Iterator[None]:
+def _started(options: ServerOptions, handoff: Handoff) -> Iterator[tuple[Control, Supervisor]]:
+    """Start SuperLink, gate and SuperExec; at the end of the `with`, end them and the ServerApp."""
+    address = options.superlink or f"127.0.0.1:{free_port()}"
+    control, secret = Control(address, options.certificate), _secret(options, handoff)
     try:
-        yield
+        with Supervisor() as supervisor:
+            if options.superlink:
+                control.wait(300)
+            else:
+                _start_superlink(options, handoff, control, supervisor, secret)
+            control.stop_all()
+            supervisor.start(_superexec(options, handoff, address, secret))
+            yield control, supervisor
     finally:
-        _end_what_is_left(handoff)
+        _kill_server_apps(handoff)
 
 
-def _superexec(asked: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
-    tls = ["--root-certificates", str(asked.certificate)] if asked.certificate else ["--insecure"]
+def _start_superlink(
+    options: ServerOptions, handoff: Handoff, control: Control, supervisor: Supervisor, secret: Path
+) -> None:
+    """Start a SuperLink, and the gate before it, and wait until both listen."""
+    link, gate = _superlink(options, handoff, control.address, secret), _gate(options, handoff, control.address)
+    supervisor.start(link)
+    control.wait(180, lambda: link.alive)
+    supervisor.start(gate)
+    wait_for_port(options.port, gate, "127.0.0.1" if options.host == "0.0.0.0" else options.host)
+
+
+def _superexec(options: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
+    tls = ["--root-certificates", str(options.certificate)] if options.certificate else ["--insecure"]
     command = [program("flower-superexec"), "--runtime-api-address", address, *tls]
     command += ["--superexec-auth-secret-file", str(secret)]
-    environment = {FOLDER: str(asked.run.absolute()), PARENT: str(os.getpid()), **flwr_home(handoff.flower)}
+    environment = {FOLDER: str(options.run.absolute()), PARENT: str(os.getpid()), **flwr_home(handoff.flower)}
     return Process("SuperExec", command, handoff.flower / "superexec.log", environment)
 
 
-def _link(asked: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
+def _superlink(options: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
     host, _, port = address.rpartition(":")
+    database = (handoff.flower / "superlink.db").absolute()
     command = [program("flower-superlink"), "--host", host, "--port", port, "--isolation", "process"]
-    command += [
-        "--database",
-        str((handoff.flower / "superlink.db").absolute()),
-        "--disable-runtime-dependency-installation",
-    ]
+    command += ["--database", str(database), "--disable-runtime-dependency-installation"]
     command += ["--superexec-auth-secret-file", str(secret)]
-    if folder := asked.credentials:
+    if folder := options.credentials:
         command += ["--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt")]
         command += ["--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
     else:
@@ -168,10 +177,11 @@ def _link(asked: ServerOptions, handoff: Handoff, address: str, secret: Path) ->
     return Process("SuperLink", command, handoff.flower / "superlink.log", flwr_home(handoff.flower))
 
 
-def _gate(asked: ServerOptions, handoff: Handoff, inner: str) -> Process:
-    command = [sys.executable, "-m", "fedlora.server.deployment.gate", "--host", asked.host, "--port", str(asked.port)]
-    command += ["--superlink", inner, "--log", str(asked.run / "gate.log")]
-    if folder := asked.credentials:
+def _gate(options: ServerOptions, handoff: Handoff, superlink: str) -> Process:
+    command = [sys.executable, "-m", "fedlora.server.deployment.gate"]
+    command += ["--host", options.host, "--port", str(options.port)]
+    command += ["--superlink", superlink, "--log", str(options.run / "gate.log")]
+    if folder := options.credentials:
         command += ["--ca", str(folder / "ca.crt"), "--cert", str(folder / "server.crt")]
         command += ["--key", str(folder / "server.key")]
     else:
@@ -179,112 +189,122 @@ def _gate(asked: ServerOptions, handoff: Handoff, inner: str) -> Process:
     return Process("gate", command, handoff.flower / "gate.out.log")
 
 
-def _secret(asked: ServerOptions, handoff: Handoff) -> Path:
-    """By which the SuperLink knows its SuperExec."""
-    if asked.credentials:
+def _secret(options: ServerOptions, handoff: Handoff) -> Path:
+    """The file with the secret by which the SuperLink knows its SuperExec; without credentials, one made here."""
+    if options.credentials:
         for name in ("server.key", "superexec.secret"):
-            check_private(asked.credentials / name)
-        return asked.credentials / "superexec.secret"
+            check_private(options.credentials / name)
+        return options.credentials / "superexec.secret"
     path = handoff.flower / "superexec.secret"
     if not path.exists():
         write_durably(path, token_hex(32).encode(), mode=0o600)
     return path
 
 
-def _tell(asked: ServerOptions, names: Mapping[str, int], config: Config) -> None:
-    who = (
-        f"{len(names)} clients' keys: {', '.join(list(names)[:8])}" if names else f"{config.clients} clients, unchecked"
-    )
-    where = f"behind {asked.superlink}" if asked.superlink else f"on {asked.host}:{asked.port}"
-    print(f"run directory {asked.run}; serving {where} for {who}", flush=True)
+def _print_start(options: ServerOptions, names: Mapping[str, int], config: Config) -> None:
+    """Print where the server is and which clients it serves."""
+    clients = f"{config.clients} clients, unchecked"
+    if names:
+        clients = f"{len(names)} clients' keys: {', '.join(list(names)[:8])}"
+    place = f"behind {options.superlink}" if options.superlink else f"on {options.host}:{options.port}"
+    print(f"run directory {options.run}; serving {place} for {clients}", flush=True)
 
 
-@dataclass
 class SubmittedRun:
-    """A run from its submission to its end; a ServerApp that ends before the run does is begun anew."""
+    """A run from its submission to its end; a ServerApp that ends before its run does is begun anew."""
 
-    control: Control
-    handoff: Handoff
-    supervisor: Supervisor
-    config: Config
-    screen: Tail
-    _run: int = 0
-    _tries: int = 0
-    _rounds: int = -1
-    _since: float = 0.0
-    _looked: float = 0.0
+    def __init__(self, control: Control, handoff: Handoff, supervisor: Supervisor, config: Config) -> None:
+        self._control, self._handoff, self._supervisor = control, handoff, supervisor
+        self._deadline = float(config.server.deadline)
+        self._screen = Tail(handoff.screen)
+        self._id = 0  # Flower's, of the run that was submitted last
+        self._rounds = -1  # finished when that run was submitted
+        self._tries = 0  # submissions since the last finished round
+        self._submitted = self._asked = 0.0  # when it was submitted, and when the SuperLink was asked last
 
-    def run(self) -> None:
-        """Until the run is finished. Raises `RoundFailed` with the reason of one that failed."""
-        self._submit("")
+    def watch(self) -> None:
+        """Submit the run and return when it has finished. Raises `RoundFailed` with the reason of one that failed."""
+        self._submit()
         try:
-            while not self._look():
+            while not self._is_finished():
                 time.sleep(0.3)
         except BaseException as e:
-            with suppress(ControlError):
-                self.control.stop(self._run)
+            self._stop()
             if isinstance(e, KeyboardInterrupt):
                 print("interrupted; the same command goes on after the last finished round", flush=True)
             raise
         finally:
-            self.screen.show()
+            self._screen.show()
 
-    def _look(self) -> bool:
-        """Is it finished? Whatever is dead meanwhile is begun anew."""
-        self.screen.show()
-        self.supervisor.look()
-        status = self.handoff.status() or Status("submitted")
+    def _is_finished(self) -> bool:
+        """Show what is new, start again whatever ended before its time, and say whether the run has finished."""
+        self._screen.show()
+        self._supervisor.look()
+        status = self._handoff.status() or Status("submitted")
         if status.state == "finished":
             return True
         if status.state == "failed":
             raise RoundFailed(status.why)
-        why = self._lost(status)
-        if why:
-            self._submit(why)
+        if why := self._why_lost(status) or self._why_ended(status):
+            self._begin_anew(why)
         return False
 
-    def _lost(self, status: Status) -> str:
-        """Why the ServerApp must be begun anew; empty where it need not."""
+    def _why_lost(self, status: Status) -> str:
+        """Why the ServerApp must be begun anew, as far as its own status and its process tell; empty if it need not."""
         if status.state == "crashed":
             return status.why
         if status.state == "running" and not is_alive(status.pid, "flwr-serverapp"):
             return "its process was killed"
-        if status.state == "submitted" and time.monotonic() - self._since > COMES:
-            return f"nothing was heard of it in {COMES:.0f} s"
-        if time.monotonic() - self._looked < LOOKS:
-            return ""
-        self._looked = time.monotonic()
-        with suppress(ControlError):  # a SuperLink that is away for a moment
-            if ended := self.control.ended(self._run):
-                time.sleep(1)  # it may just have finished
-                after = self.handoff.status() or status
-                return "" if after.state in ("finished", "failed") else f"the SuperLink says {ended}"
+        if status.state == "submitted" and time.monotonic() - self._submitted > SILENCE:
+            return f"nothing was heard of it in {SILENCE:.0f} s"
         return ""
 
-    def _submit(self, why: str) -> None:
-        rounds = self.handoff.rounds()
+    def _why_ended(self, status: Status) -> str:
+        """The same as far as the SuperLink tells, which is asked now and then."""
+        if time.monotonic() - self._asked < LOOKS:
+            return ""
+        self._asked = time.monotonic()
+        ended = None
+        with suppress(ControlError):  # a SuperLink that is away for a moment
+            ended = self._control.ended(self._id)
+        if not ended:
+            return ""
+        time.sleep(1)  # the ServerApp may just have finished
+        after = self._handoff.status() or status
+        return "" if after.state in ("finished", "failed") else f"the SuperLink says {ended}"
+
+    def _begin_anew(self, why: str) -> None:
+        """End what is left of the ServerApp and submit the run again. Raises `RoundFailed` after too many tries."""
+        print(f"the ServerApp ended: {why}; it goes on after round {self._handoff.rounds()}", flush=True)
+        self._stop()
+        _kill_server_apps(self._handoff)
+        self._submit(why)
+
+    def _submit(self, why: str = "") -> None:
+        """Submit the run; `why` the last ServerApp ended, if there was one."""
+        rounds = self._handoff.rounds()
         self._tries = self._tries + 1 if rounds == self._rounds else 1
         self._rounds = rounds
+        if self._tries > TRIES:
+            raise RoundFailed(f"the ServerApp ended {TRIES} times without a finished round, last: {why}")
         if why:
-            print(f"the ServerApp ended: {why}; it goes on after round {rounds}", flush=True)
-            with suppress(ControlError):
-                self.control.stop(self._run)
-            _end_what_is_left(self.handoff)
-            if self._tries > TRIES:
-                raise RoundFailed(f"the ServerApp ended {TRIES} times without a finished round, last: {why}")
             time.sleep(2.0**self._tries)  # a machine that is too slow for it now may be less so later
-        self.handoff.put_status(Status("submitted", attempt=self._tries))
-        self._run = self._patiently()
-        self._since = self._looked = time.monotonic()
+        self._handoff.put_status(Status("submitted", attempt=self._tries))
+        self._id = self._submit_patiently()
+        self._submitted = self._asked = time.monotonic()
 
-    def _patiently(self) -> int:
-        """Submit; a SuperLink that has just died is waited for."""
-        end = time.monotonic() + 90
+    def _submit_patiently(self) -> int:
+        """Submit the run and return its id; wait for a SuperLink that has just ended and is started again."""
+        end = time.monotonic() + SUBMITS
         while True:
             try:
-                return self.control.submit({"deadline": float(self.config.server.deadline)})
+                return self._control.submit({"deadline": self._deadline})
             except ControlError:
                 if time.monotonic() > end:
                     raise
-                self.supervisor.look()
+                self._supervisor.look()
                 time.sleep(1)
+
+    def _stop(self) -> None:
+        with suppress(ControlError):
+            self._control.stop(self._id)

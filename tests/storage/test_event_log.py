@@ -24,8 +24,8 @@ from fedlora.storage.event_log import EventLog, entries, sanitised
 WRITER = """
 import sys
 from pathlib import Path
-from fedlora.storage.event_log import Journal
-log = Journal(Path(sys.argv[1]), limit=int(sys.argv[3]), who=int(sys.argv[2]))
+from fedlora.storage.event_log import EventLog
+log = EventLog(Path(sys.argv[1]), limit=int(sys.argv[3]), who=int(sys.argv[2]))
 for n in range(int(sys.argv[4])):
     log.write("left", n=n, tensors=[f"A model.layers.{i}.q_proj" for i in range(50)])
 """
