@@ -78,7 +78,7 @@ class JobRunner:
     def _private(self, model: Model, job: Job, privacy: PrivacyTerms) -> Update:
         preflight.check_once(model, job)
         store, ledger, name = ClientState(self.folder), self.ledger, job_hash(job)
-        ledger.charge(name, privacy, job.round, self.own.budget)
+        ledger.charge(name, privacy, round=job.round, budget=self.own.budget)
         answer = ledger.answer(name)
         if answer is None:
             records, before = self.client_data.records, store.before(job.round)

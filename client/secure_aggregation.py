@@ -1,8 +1,7 @@
-"""A client's part in secure aggregation: its update as a vector of integers, masked, and its answers on the way there.
+"""A client's part in secure aggregation: its masked update, and its answers to the steps of the protocol.
 
-What it changed travels as p times it, p its public share of the weight, in the fixed point of `secure.encode`. Behind
-the update stand the loss, where it may be told, and where the run hides clients whether the clip was kept to: sums of
-these, too, are all that the server sees.
+The update is masked as the vector of `fedlora.privacy.masked_update`, of which the server sees sums alone. The client's
+secrets of a round lie on its disk from one message to the next.
 """
 
 from collections.abc import Mapping
@@ -21,27 +20,34 @@ from fedlora.storage.files import write_durably
 
 
 class SecAggClient:
-    """One client's place in the protocol; its secrets of the round lie in a file that only its owner can read."""
+    """One client in the protocol; its secrets of the round lie in a file that only its owner can read."""
 
     def __init__(self, folder: Path, id: int) -> None:
         self._path, self._id = folder / "member.json", id
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:
-        """Do one step. Raises `SecureError` for one that would give this client's update away."""
+        """Do one step and return the answer to it, in hexadecimal.
+
+        Raises `SecureError` for a step that would give this client's update away.
+        """
         if ask.step == "join":
             member = Participant.join(self._id, ask.context)
-            said = {name: key.hex() for name, key in vars(member.keys).items()}
+            keys = member.keys
+            said = {"sealing": keys.sealing.hex(), "masking": keys.masking.hex(), "mark": keys.commitment.hex()}
+        elif ask.step == "share":
+            member = self._member(ask.context)
+            said = _hex(member.share(roster_of(ask)))
         else:
             member = self._member(ask.context)
-            said = _hex(member.share(roster_of(ask)) if ask.step == "share" else member.reveal(ask.survivors))
+            said = _hex(member.reveal(ask.survivors))
         self._keep(member)
         return said
 
     def mask(self, job: Job, update: Update) -> Update:
-        """The update as the server gets it: numbers that nobody can read but in the sum."""
+        """Return the update as the server gets it: masked numbers, which can be read in the sum alone."""
         terms = masking_terms(job)
         member = self._member(terms.context)
-        numbers = encode(vector(job, update), terms.weight, terms.reach, terms.members)
+        numbers = encode(vector(job, update), weight=terms.weight, reach=terms.reach, members=terms.members)
         masked = member.mask(numbers, {i: bytes.fromhex(sealed) for i, sealed in terms.inbox.items()})
         self._keep(member)
         return replace(update, lora=LoRA(), loss=None, masked=torch.from_numpy(masked.view(np.int32)))
@@ -56,7 +62,7 @@ class SecAggClient:
         return member
 
     def _keep(self, member: Participant) -> None:
-        """On the disk before anything is sent, so that no message is answered twice from an older state."""
+        """Write the member to the disk, before its answer is sent: no message is answered twice from an older state."""
         write_durably(self._path, member.dumps(), mode=0o600)
 
 

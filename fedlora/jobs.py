@@ -5,7 +5,7 @@ A strategy never runs on a client: all that a client must do is data in a `Job`,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from hashlib import sha256
 from typing import Literal
 
@@ -18,12 +18,12 @@ from .vectors import content_hash
 TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Charge:
-    """Steps of DP-SGD that a client has run, or is about to."""
+    """Steps of DP-SGD that a client has run, or is about to run."""
 
-    noise: float  # sigma
-    rate: float  # q
+    noise: float  # sigma: the noise's standard deviation over the clip
+    rate: float  # q: the probability that a record is in a step
     steps: int
 
 
@@ -58,9 +58,9 @@ class Client:
     records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrivacyTerms:
-    """What makes a client's work in a round differentially private: the terms of its DP-SGD (docs/privacy.md)."""
+    """The parameters of a client's DP-SGD in one round (docs/privacy.md)."""
 
     noise: float  # sigma: the noise's standard deviation over the clip
     clip: float  # C: the largest norm of one record's gradient over all that is trained
@@ -79,14 +79,15 @@ class SecAggStep:
 
     step: Literal["join", "share", "reveal"]
     context: str  # the round, with a word that makes every attempt at it another
+    _: KW_ONLY
     roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
     threshold: int = 0
     survivors: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskingTerms:
-    """How a client hides its update in the sum of a round's."""
+    """How a client hides its update in the sum of a round's updates."""
 
     context: str
     weight: float  # p: its share, of shares that sum to 1
@@ -96,7 +97,7 @@ class MaskingTerms:
     clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: as it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrivacySpent:
     """What a client's ledger says after a round."""
 

@@ -159,7 +159,7 @@ class _Run:
         plan = self.plan
         uniform = plan.policy.weights == "uniform"
         if plan.secure:
-            return secure_aggregation.collect_masked(self.fleet, jobs, plan.secure, uniform, bound)
+            return secure_aggregation.collect_masked(self.fleet, jobs, plan.secure, uniform=uniform, instead=bound)
         answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
         weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
         return collect(jobs, answers, weigh, self.strategy.sums_only, plan.exactness is not None, bound)
@@ -323,7 +323,7 @@ def job_for(
         round=t,
         rounds=plan.rounds,
         metrics=plan.metrics,
-        privacy=plan.terms.of(client, spent.charges if spent else 0) if plan.terms else None,
+        privacy=plan.terms.for_client(client, known=spent.charges if spent else 0) if plan.terms else None,
     )
     return with_encoding(filled, strategy, plan)
 

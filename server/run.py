@@ -98,7 +98,7 @@ def _privacy_statement(
     clients = fleet.clients()
     job, findings = strategy.client_init(state, clients[0]), None
     if plan.terms:
-        job = replace(job, privacy=plan.terms.of(clients[0]))
+        job = replace(job, privacy=plan.terms.for_client(clients[0]))
         findings = preflight.check_once(setup.model, job)
     return privacy_statement.privacy_facts(setup.config, plan, clients, job, findings)
 
@@ -127,7 +127,9 @@ def _measured(setup: RunSetup) -> Mapping[str, float]:
 def _client_level(setup: RunSetup) -> ClientLevelDP:
     """The mechanism that hides every client in a noised sum."""
     config = setup.config
-    return client_level_dp(config.dp, config.cohort, config.clients, config.rounds, config.seed)
+    return client_level_dp(
+        config.dp, cohort=config.cohort, clients=config.clients, rounds=config.rounds, seed=config.seed
+    )
 
 
 def _before(plan: Plan, adapter: LoRA, folder: RunDirectory) -> dict[str, float]:

@@ -1,10 +1,12 @@
-"""A round by secure aggregation, the server's part: four messages, and the sum of the updates is all it can read.
+"""The server's side of secure aggregation: one round in four steps, in which the sum of the updates is all it can read.
 
-    join, share   who takes part, and who holds which shares of whose secrets
-    train         every client's masked update, added to the others' as it comes
-    reveal        the shares that take the masks off that sum
+    advertise keys   `join`: who takes part, and with which keys
+    share keys       `share`: who holds which shares of whose secrets
+    masked input     `train`: every client's masked update, added to the others' as it comes
+    unmasking        `reveal`: the shares that take the masks off the sum
 
-The mean of those who stayed to the end is the sum over the sum of their weights. The protocol itself is `secure`.
+The mean of the clients that stayed to the end is this sum over the sum of their weights. The protocol itself is in
+`fedlora.privacy.secure_aggregation`.
 """
 
 import logging
@@ -17,14 +19,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedlora.errors import Failure, FailureKind, SecureError
 from fedlora.jobs import Job, MaskingTerms, SecAggStep
-from fedlora.lora import LoRA, normalised
+from fedlora.lora import from_matrices, map_factors, normalised
 from fedlora.privacy.client_level import ClippedSum
 from fedlora.privacy.masked_update import MOST_LOSS, decode, layout, masking_terms, roster_of, size
 from fedlora.privacy.secure_aggregation import FEWEST, Ring, Roster, unmask
-from fedlora.sections import SecureConfig as SecureConfig
+from fedlora.sections import SecureConfig
 from fedlora.server.aggregation import Answers, Collected
 
 T = TypeVar("T")
@@ -32,7 +35,7 @@ log = logging.getLogger("fedlora")
 
 
 class Askable(Protocol):
-    """What of a fleet this needs."""
+    """The two methods of a fleet that secure aggregation needs."""
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]: ...
     def train(self, jobs: Mapping[int, Job]) -> Answers: ...
@@ -40,123 +43,163 @@ class Askable(Protocol):
 
 @dataclass
 class SecAggRound:
-    """A round's members, and the sum of the masked vectors that came, with the weights of those they came from."""
+    """A round's roster, and the sum of the masked vectors that have come from some of its members."""
 
-    members: Roster
+    roster: Roster
     weights: Mapping[int, float]  # of every member, summing to 1
-    ring: Ring
-    there: set[int] = field(default_factory=set)
+    total: Ring
+    arrived: set[int] = field(default_factory=set)  # members whose vectors are in the sum
 
     @property
-    def share(self) -> float:
-        """Of the weight, what stayed."""
-        return sum(self.weights[i] for i in self.there)
+    def arrived_weight(self) -> float:
+        """The weight of the members whose vectors are in the sum."""
+        return sum(self.weights[i] for i in self.arrived)
+
+    def add(self, i: int, masked: Tensor) -> None:
+        """Add member i's masked vector, whose numbers are to be read as unsigned."""
+        self.total += masked.numpy().view(np.uint32)
+        self.arrived.add(i)
 
 
 def collect_masked(
-    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, uniform: bool, instead: ClippedSum | None = None
+    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, *, uniform: bool, instead: ClippedSum | None = None
 ) -> Collected:
-    """Let these jobs be done; their one update is the weighted mean. With `instead` the clipped sum goes there.
+    """Run a round's jobs, and return one update for all clients: the weighted mean.
 
-    Where too few clients stay for a sum, nobody counts as having answered, and `failed` says why.
+    `uniform` gives every client the same weight. If `instead` is given (client-level DP), every client clips its update
+    and the sum is put there; all weigh the same then. Where too few clients stay for a sum, none counts as having
+    answered, and `failed` says why.
     """
     got = Collected()
     if not jobs:
         return got
+    clip = instead.clip if instead else 0.0
     try:
-        table = _seat(fleet, jobs, config, uniform or instead is not None, got)
-        jobs = _train(fleet, jobs, table, config, instead.clip if instead else 0.0, got)
-        plain = _unmask(fleet, table, got)
+        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform or instead is not None)
+        sent = _mask_jobs(fleet, jobs, secagg, got, reach=config.reach, clip=clip)
+        _sum_masked(fleet, sent, secagg, got)
+        plain = _unmask(fleet, secagg)
     except (SecureError, ValueError, KeyError) as e:
         stopped = Failure(f"secure aggregation: {e}", FailureKind.SECURE)
         got.failed = {i: got.failed.get(i, stopped) for i in jobs}
         log.warning("secure aggregation: %s", e)
         return got
-    _read(got, next(iter(jobs.values())), decode(plain, config.reach, len(table.members.keys)), table, instead)
+    got.answered = len(secagg.arrived)
+    total = decode(plain, reach=config.reach, members=len(secagg.weights))
+    _read(got, next(iter(sent.values())), total, secagg, instead)
     return got
 
 
-def _seat(fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, uniform: bool, got: Collected) -> SecAggRound:
-    """Who joins, with which keys and weight, and how many of them must stay."""
+def _advertise_keys(
+    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, got: Collected, *, uniform: bool
+) -> SecAggRound:
+    """Ask all clients for their public keys; the roster is made of those that answer."""
     context = f"round {next(iter(jobs.values())).round + 1} ({token_hex(8)})"
-    joined = _answers(got, fleet.ask({i: SecAggStep("join", context) for i in jobs}))
+    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context))))
     threshold = max(FEWEST, len(joined) // 2 + 1, ceil(config.threshold * len(joined)))
-    roster = {i: (said["sealing"], said["masking"], said["mark"]) for i, said in joined.items()}
-    count = {i: said["records" if jobs[i].privacy else "examples"] for i, said in joined.items()}
-    p = normalised([1.0 if uniform else float(count[i]) for i in joined])
-    return SecAggRound(
-        roster_of(SecAggStep("share", context, roster, threshold)),
-        dict(zip(joined, p, strict=True)),
-        np.zeros(0, "<u4"),
-    )
+    advertised = {i: (said["sealing"], said["masking"], said["mark"]) for i, said in joined.items()}
+    roster = roster_of(SecAggStep("share", context, roster=advertised, threshold=threshold))
+    counts = [1.0 if uniform else _count(jobs[i], said) for i, said in joined.items()]
+    weights = dict(zip(joined, normalised(counts), strict=True))
+    return SecAggRound(roster, weights, total=np.zeros(0, "<u4"))
 
 
-def _train(
-    fleet: Askable, jobs: Mapping[int, Job], table: SecAggRound, config: SecureConfig, clip: float, got: Collected
+def _count(job: Job, said: Mapping[str, str]) -> float:
+    """Return how many records, or else examples, a client that joined says it has."""
+    return float(said["records"] if job.privacy else said["examples"])
+
+
+def _mask_jobs(
+    fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, got: Collected, *, reach: float, clip: float
 ) -> dict[int, Job]:
-    """Shares are dealt out, every client trains, and what comes is added up; the jobs as they were sent."""
-    members = table.members
-    roster = {i: (k.sealing.hex(), k.masking.hex(), k.mark.hex()) for i, k in members.keys.items()}
-    sealed = _answers(
-        got, fleet.ask({i: SecAggStep("share", members.context, roster, members.threshold) for i in roster})
-    )
-    members.enough(len(sealed), "shared their secrets")
+    """Have the members share their secrets; return the jobs of those that did, with what masking needs."""
+    roster = secagg.roster
+    advertised = {i: (k.sealing.hex(), k.masking.hex(), k.commitment.hex()) for i, k in roster.keys.items()}
+    ask = SecAggStep("share", roster.context, roster=advertised, threshold=roster.threshold)
+    sealed = _answers(got, fleet.ask(dict.fromkeys(advertised, ask)))
+    roster.enough(len(sealed), "shared their secrets")
 
-    def hidden(i: int) -> Job:
-        inbox = {other: said[str(i)] for other, said in sealed.items() if other != i}
-        terms = members.context, table.weights[i], config.reach, len(members.keys), inbox, clip
-        return replace(jobs[i], masking=MaskingTerms(*terms))
+    def masked(i: int) -> Job:
+        terms = MaskingTerms(
+            context=roster.context,
+            weight=secagg.weights[i],
+            reach=reach,
+            members=len(roster.keys),
+            inbox={sender: said[str(i)] for sender, said in sealed.items() if sender != i},
+            clip=clip,
+        )
+        return replace(jobs[i], masking=terms)
 
-    sent = {i: hidden(i) for i in sealed}
-    table.ring = np.zeros(size(next(iter(sent.values()))), "<u4")
-    for i, answer in fleet.train(sent):
-        if isinstance(answer, Failure) or answer.masked is None:
-            bare = Failure("its update is not masked", FailureKind.REFUSED)
-            got.failed[i] = answer if isinstance(answer, Failure) else bare
-            log.warning("client %d failed: %s", i, got.failed[i].reason)
+    return {i: masked(i) for i in sealed}
+
+
+def _sum_masked(fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, got: Collected) -> None:
+    """Let every client train, and sum the masked vectors as they come."""
+    secagg.total = np.zeros(size(next(iter(jobs.values()))), "<u4")
+    for i, answer in fleet.train(jobs):
+        if isinstance(answer, Failure):
+            _note(got, i, answer)
+        elif answer.masked is None:
+            _note(got, i, Failure("its update is not masked", FailureKind.REFUSED))
         else:
-            table.ring += answer.masked.numpy().view(np.uint32)
-            table.there.add(i)
+            secagg.add(i, answer.masked)
             got.spent |= {i: answer.spent} if answer.spent else {}
-    return sent
 
 
-def _unmask(fleet: Askable, table: SecAggRound, got: Collected) -> Ring:
-    """The shares of those who stayed, and the sum without its masks."""
-    members, survivors = table.members, tuple(sorted(table.there))
-    members.enough(len(survivors), "sent a masked update")
-    late = Collected()  # whose update is in the sum has answered, whatever became of it since
-    revealed = _answers(
-        late, fleet.ask({i: SecAggStep("reveal", members.context, survivors=survivors) for i in survivors})
-    )
-    got.answered = len(survivors)
-    whose = {i: {int(owner): bytes.fromhex(share) for owner, share in said.items()} for i, said in revealed.items()}
-    return unmask(members, table.ring, survivors, whose)
+def _unmask(fleet: Askable, secagg: SecAggRound) -> Ring:
+    """Ask the clients that stayed for their shares, and return the sum without its masks."""
+    roster, survivors = secagg.roster, tuple(sorted(secagg.arrived))
+    roster.enough(len(survivors), "sent a masked update")
+    ask = SecAggStep("reveal", roster.context, survivors=survivors)
+    late = Collected()  # a client whose update is in the sum has answered, whatever became of it since
+    revealed = _answers(late, fleet.ask(dict.fromkeys(survivors, ask)))
+    return unmask(roster, secagg.total, survivors, {i: _read_shares(said) for i, said in revealed.items()})
+
+
+def _read_shares(said: Mapping[str, str]) -> dict[int, bytes]:
+    return {int(owner): bytes.fromhex(share) for owner, share in said.items()}
 
 
 def _answers(got: Collected, replies: Mapping[int, T | Failure]) -> dict[int, T]:
-    """The replies that are one; the reasons of the others are taken down."""
+    """Return the replies that are no failures; the failures are noted in `got`."""
+    answers: dict[int, T] = {}
     for i, reply in replies.items():
         if isinstance(reply, Failure):
-            got.failed[i] = reply
-            log.warning("client %d failed: %s", i, reply.reason)
-    return {i: reply for i, reply in replies.items() if not isinstance(reply, Failure)}
+            _note(got, i, reply)
+        else:
+            answers[i] = reply
+    return answers
 
 
-def _read(got: Collected, job: Job, plain: NDArray[np.float64], table: SecAggRound, instead: ClippedSum | None) -> None:
-    """The sum in its places: as the mean of those who stayed, or where the run hides clients as their clipped sum."""
-    at, n = 0, len(table.members.keys)
-    sides: dict[str, dict[str, torch.Tensor]] = {s: {} for s in job.shares}
-    for s, m, shape in layout(job):
-        part = torch.from_numpy(plain[at : at + shape.numel()].reshape(shape))
-        at += shape.numel()
-        if instead:
-            instead.total[s, m] = part * n
-        start = job.start.side(s)[m]
-        moved = start.double() + part / table.share
-        sides[s][m] = moved.to(torch.promote_types(start.dtype, torch.float32))
-    if job.metrics:
-        got.loss, at = float(plain[at] / masking_terms(job).reach) * MOST_LOSS / table.share, at + 1
+def _note(got: Collected, i: int, failure: Failure) -> None:
+    got.failed[i] = failure
+    log.warning("client %d failed: %s", i, failure.reason)
+
+
+def _read(
+    got: Collected, job: Job, total: NDArray[np.float64], secagg: SecAggRound, instead: ClippedSum | None
+) -> None:
+    """Put the sum into `got` as the mean of the clients that stayed, and into `instead` if that is given."""
+    changes, extras = _split(job, total)
     if instead:
-        instead.below = float(plain[at] / masking_terms(job).reach) * n
-    got.updates, got.weights = [LoRA(**sides)], [1.0]
+        n = len(secagg.weights)  # each weighs 1/n in the sum
+        instead.total.update({key: change * n for key, change in changes.items()})
+        instead.below = extras[-1] * n
+    if job.metrics:
+        got.loss = extras[0] * MOST_LOSS / secagg.arrived_weight
+    mean = from_matrices((s, m, change / secagg.arrived_weight) for (s, m), change in changes.items())
+    got.updates, got.weights = [map_factors(_moved, job.start.only(job.shares), mean)], [1.0]
+
+
+def _moved(start: Tensor, change: Tensor) -> Tensor:
+    return (start.double() + change).to(torch.promote_types(start.dtype, torch.float32))
+
+
+def _split(job: Job, total: NDArray[np.float64]) -> tuple[dict[tuple[str, str], Tensor], list[float]]:
+    """Return the changes in the sum by (side, module), and the numbers behind them: loss and count, where told."""
+    changes: dict[tuple[str, str], Tensor] = {}
+    at = 0
+    for s, m, shape in layout(job):
+        changes[s, m] = torch.from_numpy(total[at : at + shape.numel()].reshape(shape))
+        at += shape.numel()
+    return changes, [float(x) / masking_terms(job).reach for x in total[at:]]

@@ -1,1 +1,1 @@
-"""The audit of a promise of privacy: tests of what really leaves a client, which trust no accountant and no engine."""
+"""The audit of privacy: tests of what really leaves a client, which rely on no accountant or engine of ours."""

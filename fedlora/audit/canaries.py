@@ -1,4 +1,4 @@
-"""Canaries: records that are easy to tell, some of them there and some not, and a bound on what they give away.
+"""Canaries: records that are easy to recognise, some present and some not, and the bound on epsilon they give.
 
 Steinke, Nasr and Jagielski, Privacy Auditing with One (1) Training Run (NeurIPS 2023),
 https://arxiv.org/abs/2305.08846
@@ -7,11 +7,12 @@ https://arxiv.org/abs/2305.08846
     P(v guesses right) <= beta + 2 m delta max_i (P(W >= v - i) - beta) / i,
     W ~ Binomial(r, e^eps / (e^eps + 1)),   beta = P(W >= v)
 
-An epsilon for which that is below 1 % is refuted with 99 % confidence. A canary's gradient is one number, far above the
-clip, at a place of its own among those that are sent; the client's sampler draws it, its clip cuts it, its noise hides
-it as any record's. One that is not there has a gradient of zero, so that nothing else tells who is in.
+An epsilon for which this is below 1 % is refuted with 99 % confidence. A canary's gradient is one number, far above the
+clip, at a place of its own among the numbers that are sent; the client's sampler draws it, its clip cuts it and its
+noise hides it like any record's. A canary that is not present has a gradient of zero, so that nothing else tells which
+are present.
 
-The bound is weak, as one run cannot tell much: of a sound client it is about a quarter of the true epsilon.
+The bound is weak, as one run cannot tell much: for a sound client it is about a quarter of the true epsilon.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,54 +35,57 @@ from .statistics import Floats
 
 CANARY = "canary"  # the key of an example that is one: its number, or -1
 LOUD = 20.0  # the length of a canary's gradient, over the clip
-GUESSES = (25, 50, 100, 200, 400)  # on either side; the best of them counts, and pays for being chosen
+GUESSES = (25, 50, 100, 200, 400)  # on either side; the best of them counts, and is corrected for having been chosen
 CONFIDENCE = 0.99
 
 
 def examples(there: Sequence[bool]) -> list[Example]:
-    """A canary each, with a gradient if it is there and with none if it is not."""
-    return [{CANARY: torch.tensor(k if yes else -1)} for k, yes in enumerate(there)]
+    """Return a canary for each entry, with a gradient if it is present and with a gradient of zero if it is not."""
+    return [{CANARY: torch.tensor(k if present else -1)} for k, present in enumerate(there)]
 
 
 def places(job: Job, count: int, seed: int) -> NDArray[np.int64]:
-    """Where each canary's number stands among all that the job trains; -1 where no shared one is left for it."""
+    """Return the place of each canary's number among all that the job trains, (count,); -1 where no place is left.
+
+    Places are drawn among the numbers that the job also shares.
+    """
     parts, begin = [np.empty(0, dtype=np.int64)], 0
     for s in job.trains:
         end = begin + sum(t.numel() for t in job.start.side(s).values())
         parts += [np.arange(begin, end)] if s in job.shares else []
         begin = end
     shared = np.concatenate(parts)
-    some = np.random.default_rng(seed).choice(len(shared), min(count, len(shared)), replace=False)
-    return np.concatenate([shared[some], np.full(count - len(some), -1, dtype=np.int64)])
+    chosen = np.random.default_rng(seed).choice(len(shared), min(count, len(shared)), replace=False)
+    return np.concatenate([shared[chosen], np.full(count - len(chosen), -1, dtype=np.int64)])
 
 
 def room(job: Job) -> int:
-    """Numbers that the job shares of what it trains."""
-    return sum(t.numel() for s in job.shares if s in job.trains for t in job.start.side(s).values())
+    """Return how many numbers the job both trains and shares: there may be as many canaries."""
+    return job.start.only("".join(set(job.shares) & set(job.trains))).numel()
 
 
 def engine(
     mechanism: Mechanism, where: NDArray[np.int64]
 ) -> Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine]:
-    """The mechanism's own engine, with an ear for canaries at these places."""
+    """Return the mechanism's choice of an engine, wrapped so that it knows canaries at these places."""
 
     def made(model: Model, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> Engine:
         own = mechanism.engine(model, parameters, privacy)
-        return lambda m, ps: _Aviary(m, ps).over(own(m, ps), where, LOUD * privacy.clip)
+        return lambda m, ps: _WithCanaries(m, ps).around(own(m, ps), where, size=LOUD * privacy.clip)
 
     return made
 
 
-class _Aviary:
-    """An engine of single gradients that knows canaries, and leaves all other examples to another engine."""
+class _WithCanaries:
+    """An engine of single gradients that makes those of canaries, and leaves all other examples to another engine."""
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._shapes = [p.shape for p in parameters]
         self._ends = np.cumsum([p.numel() for p in parameters])
         self._device = parameters[0].device
 
-    def over(self, inner: PerExample, where: NDArray[np.int64], size: float) -> Self:
-        """With another engine, and with canaries at these places, of this size."""
+    def around(self, inner: PerExample, where: NDArray[np.int64], *, size: float) -> Self:
+        """Set the engine for all other examples, and the places and the gradient's size of canaries."""
         self._inner, self._where, self._size = inner, where, size
         return self
 
@@ -93,41 +97,56 @@ class _Aviary:
         self._inner.__exit__(*error)
 
     def __call__(self, examples: Sequence[Example]) -> Gradients:
-        others = [i for i, e in enumerate(examples) if CANARY not in e]
-        rows = [torch.zeros(len(examples), *shape, device=self._device) for shape in self._shapes]
-        if others:
-            for row, g in zip(rows, self._inner([examples[i] for i in others]), strict=True):
-                row[others] = g.to(row.dtype)
+        gradients = [torch.zeros(len(examples), *shape, device=self._device) for shape in self._shapes]
+        self._fill_in_others(gradients, examples)
         for i, e in enumerate(examples):
-            if int(e.get(CANARY, -1)) >= 0 and (place := int(self._where[int(e[CANARY])])) >= 0:
+            place = self._place(e)
+            if place >= 0:
                 j = int(np.searchsorted(self._ends, place, side="right"))
-                rows[j].view(len(examples), -1)[i, place - int(self._ends[j])] = self._size  # from its end
-        return rows
+                gradients[j].view(len(examples), -1)[i, place - int(self._ends[j])] = self._size  # from its end
+        return gradients
+
+    def _fill_in_others(self, gradients: Gradients, examples: Sequence[Example]) -> None:
+        others = [i for i, e in enumerate(examples) if CANARY not in e]
+        if not others:
+            return
+        for gradient, g in zip(gradients, self._inner([examples[i] for i in others]), strict=True):
+            gradient[others] = g.to(gradient.dtype)
+
+    def _place(self, example: Example) -> int:
+        """Return where a canary's number stands; -1 for an example that is none, or is not present."""
+        number = int(example.get(CANARY, -1))
+        return int(self._where[number]) if number >= 0 else -1
 
 
-def lower_bound(score: Floats, there: NDArray[np.bool_], delta: float, attacks: int = 1) -> float:
-    """The least epsilon that goes with how well the score tells who is there; `attacks`: scores that are tried."""
-    order, m, best = np.argsort(-score), len(score), 0.0
+def lower_bound(score: Floats, there: NDArray[np.bool_], *, delta: float, attacks: int = 1) -> float:
+    """Return the largest epsilon that is refuted by how well the score tells which canaries are present.
+
+    `attacks` is the number of scores that are tried on the same canaries.
+    """
+    order, m = np.argsort(-score), len(score)
     tried = [k for k in GUESSES if 2 * k <= m]
+    p = (1 - CONFIDENCE) / (max(len(tried), 1) * attacks)
+    bounds = [0.0]
     for k in tried:
         right = int(there[order[:k]].sum() + (~there[order[-k:]]).sum())
-        best = max(best, _refuted(m, 2 * k, right, delta, (1 - CONFIDENCE) / (len(tried) * attacks)))
-    return best
+        bounds.append(_refuted(m=m, r=2 * k, right=right, delta=delta, p=p))
+    return max(bounds)
 
 
-def _refuted(m: int, r: int, right: int, delta: float, p: float, most: float = 60.0) -> float:
-    """Up to which epsilon so many right guesses are less likely than p."""
+def _refuted(*, m: int, r: int, right: int, delta: float, p: float, most: float = 60.0) -> float:
+    """Return the epsilon, at most `most`, up to which so many right guesses are less likely than p."""
 
     def excess(epsilon: float) -> float:
-        return _likely(m, r, right, epsilon, delta) - p
+        return _likely(m=m, r=r, right=right, epsilon=epsilon, delta=delta) - p
 
     if excess(0.0) >= 0:
         return 0.0
     return float(optimize.brentq(excess, 0.0, most)) if excess(most) > 0 else most
 
 
-def _likely(m: int, r: int, right: int, epsilon: float, delta: float) -> float:
-    """The most that the chance of so many right guesses can be."""
+def _likely(*, m: int, r: int, right: int, epsilon: float, delta: float) -> float:
+    """Return the bound on the chance of so many right guesses."""
     share = 1 / (1 + exp(-epsilon))
     beta = float(stats.binom.sf(right - 1, r, share))
     i = np.arange(1, right + 1)

@@ -1,7 +1,7 @@
-"""Client-level privacy, tested: what one client can change of the sum, the noise on it, the draws and the charges.
+"""Tests of client-level privacy: the sensitivity of the sum to one client, the noise, the draws and the charges.
 
-Rounds go through `rounds.fit`, with the run's strategy and its own `Central`; the clients are made up, and send what a
-test needs of them: updates of all lengths to the clip, and nothing new to see the noise.
+Rounds go through `fit`, with the run's strategy and its own client-level mechanism. The clients are made up, and send
+what a test needs: updates of all lengths for the clip, and unchanged adapters for the noise.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 from fedlora.config import Config
 from fedlora.errors import Failure
 from fedlora.jobs import Charge, Client, Job, SecAggStep, Update
-from fedlora.lora import LoRA, map_factors
+from fedlora.lora import LoRA, difference, map_factors
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
 from fedlora.privacy.client_level import ClientLevelDP, ClippedSum, client_level_dp
@@ -26,157 +26,176 @@ from fedlora.strategy import HIGHEST_RANK, Strategy
 
 from . import statistics
 from .statistics import Finding, Floats
-from .subject import flat, worn
+from .subject import as_vector, model_and_strategy
 
 ROUNDS = 3
 DRAWS = 400  # of cohorts, and of the noise on a count
-CLIENTS = 12  # whose updates are clipped, of lengths from a hundredth of the clip to a hundred times it
-FEW = 50  # clients, where nothing says how many there are
+CLIENTS = 12  # with updates of lengths from a hundredth of the clip to a hundred times the clip
+FEW = 50  # clients, where the settings do not say how many there are
 
 
 @dataclass(frozen=True)
 class ClientLevelSubject:
-    """The product as it is; or with a bug in one of its parts, which the audit must find."""
+    """The parts of the server that are audited: as they are, or with a bug planted in one, for the audit to find."""
 
-    client_level: type[ClientLevelDP] = ClientLevelDP
-    clipping: type[ClippedSum] = ClippedSum
+    mechanism: type[ClientLevelDP] = ClientLevelDP
+    clipped_sum: type[ClippedSum] = ClippedSum
 
 
 @dataclass(frozen=True, eq=False)
-class Crowd:
-    """A strategy, and the mechanism that hides its clients."""
+class ClientLevelSetting:
+    """Everything that is audited: a strategy, and the mechanism that hides its clients."""
 
     config: Config
     start: LoRA
     strategy: Strategy[Any]
-    client_level: ClientLevelDP
+    dp: ClientLevelDP
     seed: int = 0
 
     def mechanism(self, subject: ClientLevelSubject, **other: Any) -> ClientLevelDP:
-        """The run's, in the subject's class, with some of it changed."""
-        same = {f.name: getattr(self.client_level, f.name) for f in fields(self.client_level)}
-        return subject.client_level(**same | other)
+        """Return the run's mechanism as an instance of the subject's class, with other values for these fields."""
+        same = {f.name: getattr(self.dp, f.name) for f in fields(self.dp)}
+        return subject.mechanism(**same | other)
+
+    def described(self) -> dict[str, float]:
+        """Return the numbers of the audit's own plan, for its findings."""
+        return {"noise": self.dp.noise, "rate": self.dp.rate, "clients": self.dp.population}
 
     def job(self, state: Any) -> Job:
-        """What clients of the highest rank would be sent."""
+        """Return the job that a client of the highest rank is sent."""
         return self.strategy.client_init(state, HIGHEST_RANK)
 
 
 @dataclass
-class Silent:
-    """Clients who send back what they were sent."""
+class EchoClients:
+    """Clients that send back the adapter that they were sent."""
 
     number: int
     rank: int
     traffic: PartTracker = field(default_factory=PartTracker)
 
     def clients(self) -> Sequence[Client]:
-        return [Client(i, 1, self.rank, 1) for i in range(self.number)]
+        """Return so many clients of one record each."""
+        return [Client(id=i, examples=1, rank=self.rank, records=1) for i in range(self.number)]
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
+        """Return the shared sides of the adapter of every job, as they came."""
         return ((i, Update(job.start.only(job.shares), 1, None)) for i, job in jobs.items())
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
+        """Answer no step of secure aggregation."""
         return {}
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        """Evaluate nothing."""
         return {}
 
 
-def build(config: Config, seed: int = 0) -> Crowd:
-    """Everything that an audit of these settings needs. Raises what a run of them would raise."""
-    _, start, strategy = worn(config)
-    wide = map_factors(torch.Tensor.double, start)  # where small noise shows
+def build(config: Config, seed: int = 0) -> ClientLevelSetting:
+    """Return the subject of a client-level audit of these settings. Raises what a run of them would raise."""
+    _, start, strategy = model_and_strategy(config)
+    precise = map_factors(torch.Tensor.double, start)  # in which small noise shows
     clients = config.clients or FEW
-    made = client_level_dp(config.dp, config.cohort or max(2, clients // 5), clients, config.rounds, config.seed)
-    return Crowd(config, wide, strategy, made, seed)
+    cohort = config.cohort or max(2, clients // 5)
+    dp = client_level_dp(config.dp, cohort=cohort, clients=clients, rounds=config.rounds, seed=config.seed)
+    return ClientLevelSetting(config, precise, strategy, dp, seed)
 
 
-def sensitivity(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
-    """T1: with the noise off, how far does one client more or less move the sum over all sides, over the clip?"""
-    state = crowd.strategy.init(crowd.start)
-    job, C = crowd.job(state), crowd.client_level.clip
-    numb = crowd.mechanism(subject, noise=0.0, rate=1.0, population=CLIENTS, quantile=0.0, seed=None, limit=inf)
-    steps = [_stray(job, C * 10 ** float(x), i) for i, x in enumerate(np.linspace(-2, 2, CLIENTS))]
+def sensitivity(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Iterator[Finding]:
+    """T1: without noise, how far does one client more or less move the sum over all sides, over the clip?"""
+    state = setting.strategy.init(setting.start)
+    job, C = setting.job(state), setting.dp.clip
+    silent = setting.mechanism(subject, noise=0.0, rate=1.0, population=CLIENTS, quantile=0.0, seed=None, limit=inf)
+    updates = [_stray(job, C * 10 ** float(x), i) for i, x in enumerate(np.linspace(-2, 2, CLIENTS))]
+    start = job.start.only(job.shares)
 
-    def total(who: Sequence[int]) -> tuple[Floats, float]:
-        got = subject.clipping(C)
-        for i in who:
-            got(job, steps[i])
-        start = job.start.only(job.shares)
-        return CLIENTS * _difference(numb.release(got, start, 0, ()).update, start), got.below
+    def total(updates: Sequence[LoRA]) -> tuple[Floats, float]:
+        got = subject.clipped_sum(C)
+        for update in updates:
+            got(job, update)
+        return CLIENTS * _difference(silent.release(got, start, 0, ()).update, start), got.below
 
-    whole, count = total(range(CLIENTS))
-    rests = [total([j for j in range(CLIENTS) if j != i]) for i in range(CLIENTS)]
-    worst = max(float(np.linalg.norm(whole - rest)) / C for rest, _ in rests)
-    counted = max(abs(count - fewer) for _, fewer in rests)
-    detail = f"most that one client moves the sum, over C = {C:g}; the count of those within C moves by {counted:g}"
-    good, allowed = worst <= 1.001 and counted <= 0.5, "at most 1.001, count 0.5"
-    yield Finding("T1 sensitivity", good, worst, "C", allowed, detail)
+    whole, count = total(updates)
+    fewer = [total([*updates[:i], *updates[i + 1 :]]) for i in range(CLIENTS)]
+    worst = max(float(np.linalg.norm(whole - rest)) / C for rest, _ in fewer)
+    counted = max(abs(count - rest) for _, rest in fewer)
+    yield Finding(
+        name="T1 sensitivity",
+        passed=worst <= 1.001 and counted <= 0.5,
+        measured=worst,
+        unit="C",
+        allowed="at most 1.001, count 0.5",
+        detail=f"most that one client moves the sum, over C = {C:g}; the count of those within C moves by {counted:g}",
+    )
 
 
-def noise(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
-    """T2, T3, T4: of rounds in which no client changes a thing, the noise, and what they cost."""
-    mechanism, share = crowd.mechanism(subject, limit=inf), crowd.client_level.share
+def noise(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Iterator[Finding]:
+    """T2, T3, T4: in rounds in which no client changes anything, are the noise and the charged epsilon right?"""
+    mechanism, share = setting.mechanism(subject, limit=inf), setting.dp.share
     z = mechanism.noise / sqrt(1 - share) if mechanism.quantile else mechanism.noise
-    seen = list(_rounds(crowd, mechanism, ROUNDS))
-    again = next(_rounds(crowd, mechanism, 1))
-    tensors = {f"{s} of {m}, round {t + 1}": x for t, one in enumerate(seen) for (s, m), x in one.noise.items()}
-    yield from statistics.noise("noise", tensors, z)
+    seen = list(_rounds(setting, mechanism, ROUNDS))
+    again = next(_rounds(setting, mechanism, 1))
+    tensors: dict[str, Floats] = {}
+    for t, heard in enumerate(seen):
+        for (s, m), x in heard.noise.items():
+            tensors[f"{s} of {m}, round {t + 1}"] = x
+    yield from statistics.noise("noise", tensors, deviation=z)
     if mechanism.quantile:
         counts = {"the count": _counts(mechanism)}
-        yield from statistics.noise("count", counts, mechanism.noise / (2 * sqrt(share)))
-    yield statistics.apart("two rounds", seen[0].all, seen[1].all)
-    yield statistics.apart("done again", seen[0].all, again.all)
-    charge = Charge(mechanism.noise, mechanism.rate, len(seen))
-    yield statistics.accounted(seen[-1].epsilon, crowd.config.dp, charge, mechanism.delta)
+        yield from statistics.noise("count", counts, deviation=mechanism.noise / (2 * sqrt(share)))
+    yield statistics.uncorrelated("two rounds", seen[0].vector, seen[1].vector)
+    yield statistics.uncorrelated("done again", seen[0].vector, again.vector)
+    charge = Charge(noise=mechanism.noise, rate=mechanism.rate, steps=len(seen))
+    yield statistics.accounted(seen[-1].epsilon, setting.config.dp, charge, delta=mechanism.delta)
 
 
-def draws(crowd: Crowd, subject: ClientLevelSubject) -> Iterator[Finding]:
-    """T5: is every client in a round by itself?"""
-    mechanism, clients = crowd.mechanism(subject), Silent(crowd.client_level.population, 1).clients()
+def draws(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Iterator[Finding]:
+    """T5: is every client drawn for a round by itself?"""
+    mechanism, clients = setting.mechanism(subject), EchoClients(setting.dp.population, 1).clients()
     sizes = np.array([float(len(mechanism.sample(clients, t))) for t in range(DRAWS)])
-    yield statistics.drawn("cohort", sizes, mechanism.population, mechanism.rate)
+    yield statistics.poisson_sizes("cohort", sizes, n=mechanism.population, rate=mechanism.rate)
 
 
-Look = Callable[[Crowd, ClientLevelSubject], Iterator[Finding]]
-TESTS: tuple[Look, ...] = (sensitivity, noise, draws)
+Test = Callable[[ClientLevelSetting, ClientLevelSubject], Iterator[Finding]]
+TESTS: tuple[Test, ...] = (sensitivity, noise, draws)
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
-    """A round in which no client changed a thing."""
+class SilentRound:
+    """A round in which no client changed anything, so that its update is noise alone."""
 
     noise: Mapping[tuple[str, str], Floats]  # (side, module) -> the noise on the sum, over the clip
     epsilon: float  # so far
 
     @property
-    def all(self) -> Floats:
+    def vector(self) -> Floats:
+        """All numbers of the noise as one vector."""
         return np.concatenate(list(self.noise.values()))
 
 
-def _rounds(crowd: Crowd, mechanism: ClientLevelDP, rounds: int) -> Iterator[Heard]:
-    state = crowd.strategy.init(crowd.start)
-    plan = Plan(rounds, cohort=2, seed=crowd.config.seed, metrics=False, client_level=mechanism)
-    for done in fit(crowd.strategy, Silent(mechanism.population, crowd.config.lora.rank), crowd.start, plan):
-        job, release = crowd.job(state), done.client_level
+def _rounds(setting: ClientLevelSetting, mechanism: ClientLevelDP, rounds: int) -> Iterator[SilentRound]:
+    """Yield rounds with clients that change nothing."""
+    state = setting.strategy.init(setting.start)
+    plan = Plan(rounds, cohort=2, seed=setting.config.seed, metrics=False, client_level=mechanism)
+    for done in fit(setting.strategy, EchoClients(mechanism.population, setting.config.lora.rank), setting.start, plan):
+        job, release = setting.job(state), done.client_level
         assert release is not None
-        unit = mechanism.rate * mechanism.population / release.clip
-        pairs = ((s, m, t, release.update.side(s)[m]) for s in job.shares for m, t in job.start.side(s).items())
-        yield Heard({(s, m): unit * (x - t).flatten().numpy() for s, m, t, x in pairs}, release.epsilon)
+        unit = mechanism.expected_cohort / release.clip
+        noise = difference(release.update.only(job.shares), job.start)
+        yield SilentRound({(s, m): unit * t.flatten().numpy() for s, m, t in noise.matrices()}, release.epsilon)
         state = done.state
 
 
 def _counts(mechanism: ClientLevelDP) -> Floats:
-    """The noise on the count, taken back out of the clips that follow from it."""
-    one = LoRA({"m": torch.ones(1, 1)})
-    clips = [mechanism.release(ClippedSum(mechanism.clip), one, t, ()).next_clip for t in range(DRAWS)]
+    """Return the noise on the count of `DRAWS` rounds, calculated back from the clips that follow from it."""
+    start = LoRA({"m": torch.ones(1, 1)})
+    clips = [mechanism.release(ClippedSum(mechanism.clip), start, t, ()).next_clip for t in range(DRAWS)]
     within = np.array([mechanism.quantile - log(c / mechanism.clip) / mechanism.lr for c in clips])
-    return (within - 0.5) * mechanism.rate * mechanism.population
+    return (within - 0.5) * mechanism.expected_cohort
 
 
 def _stray(job: Job, length: float, seed: int) -> LoRA:
-    """An update that is this far from the start over all that is shared, in a direction of its own."""
+    """Return an update at this distance from the start over all shared numbers, in a random direction."""
     generator = torch.Generator().manual_seed(seed)
     start = job.start.only(job.shares)
     size = sqrt(start.numel())
@@ -188,4 +207,4 @@ def _stray(job: Job, length: float, seed: int) -> LoRA:
 
 
 def _difference(x: LoRA, y: LoRA) -> Floats:
-    return flat({(s, m): x.side(s)[m] - t for s, m, t in y.matrices()})
+    return as_vector({(s, m): t for s, m, t in difference(x, y).matrices()})

@@ -1,22 +1,24 @@
-"""Membership inference on a finished run: can its training records be told from others by the adapter it delivered?
+"""Membership inference on a finished run: does its adapter tell the training records from other records?
 
 Carlini et al., Membership Inference Attacks From First Principles (S&P 2022), https://arxiv.org/abs/2112.03570
 
     a record is guessed to be a member where its score is high:   score = -loss,   or   loss(base) - loss(trained)
 
 The first is the plain loss threshold. The second asks how much easier a record became, with the model before training
-as the one reference that is there; LiRA proper trains many shadow models, and attacks better. As in the paper, what
-counts is the true positive rate where false positives are rare: an attack can be right about few records and sure.
+as the only reference; LiRA proper trains many shadow models, and attacks better. As in the paper, the true positive
+rate where false positives are rare matters most: an attack may be right about few records, and certain of them.
 
-It is a measurement and no proof. The others are the run's evaluation and the clients' held-out rows, and these may
-differ from the training rows in more than membership (in their labels, say, where clients are skewed), which by itself
-moves the AUC off 1/2: the control is the same attack on the base model, which has seen none of them. The best threshold
-is chosen on the very records it is judged by, so that the advantage is above zero by chance; the control's is as well.
+This is a measurement and no proof. The other records are the run's evaluation data and the clients' held-out rows. They
+may differ from the training rows in more than membership (in their labels, say, where clients are skewed). That by
+itself moves the AUC off 1/2, so the control is the same attack on the base model, which has seen none of the records.
+The best threshold is chosen on the records that it is judged by, so that the advantage is above zero by chance; so is
+the control's.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import exp, inf
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora import config
-from fedlora.data.encoding import Example, length
+from fedlora import config as config_module
+from fedlora.data.encoding import Records, length
+from fedlora.data.rows import Rows
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
@@ -43,8 +46,8 @@ from fedlora.storage.files import write_durably
 
 from .statistics import Floats
 
-MOST = 2000  # records on either side, evenly spread
-DRAWS = 1000  # of the bootstrap
+MOST = 2000  # members, and as many others, that are attacked
+DRAWS = 1000  # samples of the bootstrap
 BATCH = 32
 MEASURES = ("auc", "tpr_at_1_percent", "tpr_at_0.1_percent", "advantage")
 NAMES = ("AUC", "TPR at 1 % FPR", "TPR at 0.1 % FPR", "best advantage")
@@ -52,7 +55,6 @@ CAVEAT = (
     "The others may differ from the members in more than membership, as where labels are skewed over clients: hold an "
     "attack against the control, not against an AUC of 1/2."
 )
-Records = Sequence[Sequence[Example]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,23 @@ class Attack:
     low: tuple[float, ...]  # ends of 95 % intervals
     high: tuple[float, ...]
 
+    def cell(self, i: int) -> str:
+        """Return measure i and its interval, for a table."""
+        return f"{self.values[i]:.3f} ({self.low[i]:.3f}-{self.high[i]:.3f})"
+
     def record(self) -> dict[str, Any]:
-        told = dict(zip(MEASURES, self.values, strict=True))
-        ends = {f"{m}_{end}": v for end in ("low", "high") for m, v in zip(MEASURES, getattr(self, end), strict=True)}
-        return {"name": self.name, **told, **ends}
+        """Return the attack as it stands in `membership.json`."""
+        columns = {"": self.values, "_low": self.low, "_high": self.high}
+        record: dict[str, Any] = {"name": self.name}
+        for end, values in columns.items():
+            record |= {f"{measure}{end}": value for measure, value in zip(MEASURES, values, strict=True)}
+        return record
 
 
-def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
-    """Attack what a run delivered, print how well that goes, and write `membership.json` into its directory."""
+def attack(run: Path, given: Mapping[str, Any], *, as_json: bool) -> None:
+    """Attack the adapter of a finished run, print the result, and write `membership.json` into the run's directory."""
     folder = RunDirectory(run)
-    settings = config.build(folder.config(), given)
+    settings = config_module.build(folder.config(), given)
     console = Console(highlight=False, stderr=as_json)
     with console.status("loading"):
         mute_transformers()
@@ -84,36 +93,42 @@ def attack(run: Path, given: Mapping[str, Any], as_json: bool) -> None:
         strategy = compose(setup.config, setup.start, setup.ranks)
         base = strategy.adapter(strategy.init(setup.start))
     with console.status("attacking"):
-        members, others = both(setup)
+        members, others = members_and_others(setup)
         attacks = [*against(setup.model, base, trained, members, others)]
-    epsilon, delta = _promise(setup, folder)
-    told: dict[str, Any] = {"members": len(members), "others": len(others), "attacks": [a.record() for a in attacks]}
+    epsilon, delta = _spent(setup, folder)
+    content: dict[str, Any] = {"members": len(members), "others": len(others), "attacks": [a.record() for a in attacks]}
     if epsilon < inf:
-        told |= {"epsilon": epsilon, "delta": delta, "bound": bound(epsilon, delta)}
-    write_durably(run / "membership.json", json.dumps(told, indent=1).encode())
+        content |= {"epsilon": epsilon, "delta": delta, "bound": bound(epsilon=epsilon, delta=delta)}
+    write_durably(run / "membership.json", json.dumps(content, indent=1).encode())
     refresh(folder)
-    print(json.dumps(told)) if as_json else _show(console, attacks, told)
+    print(json.dumps(content)) if as_json else _show(console, attacks, content)
 
 
-def both(setup: RunSetup) -> tuple[Records, Records]:
-    """The records that clients trained on, and those that nobody did. Raises `ConfigError` where there are none."""
-    by_row = setup.model.encoder.by_row
-    parts = [
-        by_row(rows) for rows in (setup.evaluation_rows, *(s.heldout_rows for s in setup.clients_data)) if len(rows)
-    ]
-    others = [record for part in parts for record in part]
+def members_and_others(setup: RunSetup) -> tuple[Records, Records]:
+    """Return the records that clients trained on, and records that nobody trained on, at most `MOST` of each.
+
+    Raises `ConfigError` where there are no others.
+    """
+    clients_data = setup.clients_data
+    others = _records(setup, [setup.evaluation_rows, *(client_data.heldout_rows for client_data in clients_data)])
     if not any(others):
         raise ConfigError("there are no records to compare with that nobody trained on: set data.eval or data.holdout")
-    members = [record for client_data in setup.clients_data for record in by_row(client_data.train_rows)]
-    if setup.config.dp.unit == "example":
-        members, others = ([[e] for record in part for e in record] for part in (members, others))
-    return some(members), some(others)
+    members = _records(setup, [client_data.train_rows for client_data in clients_data])
+    return evenly_spread(members), evenly_spread(others)
+
+
+def _records(setup: RunSetup, parts: Sequence[Rows]) -> Records:
+    """Return the records of these rows: a row each, or each example of a row, as the run's `dp.unit` says."""
+    records = list(chain.from_iterable(map(setup.model.encoder.by_row, filter(len, parts))))
+    if setup.config.dp.unit == "row":
+        return records
+    return [[example] for example in chain.from_iterable(records)]
 
 
 def against(
     model: Model, base: LoRA, trained: LoRA, members: Records, others: Records, seed: int = 0
 ) -> Iterator[Attack]:
-    """The two attacks and the control."""
+    """Yield the two attacks and the control."""
     before = [losses(model, base, side) for side in (members, others)]
     after = [losses(model, trained, side) for side in (members, others)]
     draw = np.random.default_rng(seed)
@@ -124,30 +139,29 @@ def against(
 
 @torch.no_grad()
 def losses(model: Model, lora: LoRA, records: Records) -> Floats:
-    """Of each record the mean loss of its examples, with the model as it is used."""
+    """Return the mean loss over the examples of each record, (records,), with the model in evaluation mode."""
     model.set_adapter(lora)
     model.net.eval()
-    of = sorted(((i, e) for i, record in enumerate(records) for e in record), key=lambda pair: length(pair[1]))
+    examples = [(i, e) for i, record in enumerate(records) for e in record]
+    examples.sort(key=lambda pair: length(pair[1]))  # like lengths together: less padding
     total, count = np.zeros(len(records)), np.zeros(len(records))
-    for start in range(0, len(of), BATCH):
-        batch = of[start : start + BATCH]
-        for (i, _), loss in zip(batch, model.losses(model.encoder.collate([e for _, e in batch])), strict=True):
-            total[i] += float(loss)
-            count[i] += 1
+    for start in range(0, len(examples), BATCH):
+        rows, batch = zip(*examples[start : start + BATCH], strict=True)
+        found = model.losses(model.encoder.collate(batch))
+        np.add.at(total, list(rows), found.double().cpu().numpy())
+        np.add.at(count, list(rows), 1)
     return total / count
 
 
 def measured(name: str, members: Floats, others: Floats, draw: np.random.Generator) -> Attack:
-    """A score's measures, with what they are for 95 % of records drawn again from these."""
-    again = [  # each side by itself
-        measures(draw.choice(members, len(members)), draw.choice(others, len(others))) for _ in range(DRAWS)
-    ]
+    """Return how well a score tells members from others, with 95 % intervals by bootstrap of either side."""
+    again = [measures(draw.choice(members, len(members)), draw.choice(others, len(others))) for _ in range(DRAWS)]
     low, high = np.quantile(np.array(again), [0.025, 0.975], axis=0)
     return Attack(name, measures(members, others), tuple(low.tolist()), tuple(high.tolist()))
 
 
 def measures(members: Floats, others: Floats) -> tuple[float, ...]:
-    """AUC, true positive rates at false positive rates of 1 % and 0.1 %, and the best of their differences."""
+    """Return AUC, true positive rates at false positive rates of 1 % and 0.1 %, and the largest TPR - FPR."""
     members, others = np.sort(members), np.sort(others)
     cuts = np.unique(np.concatenate([members, others]))[::-1]
     tpr = np.concatenate([[0.0], 1 - np.searchsorted(members, cuts) / len(members)])
@@ -156,44 +170,59 @@ def measures(members: Floats, others: Floats) -> tuple[float, ...]:
     return float(np.trapezoid(tpr, fpr)), *rare, float((tpr - fpr).max())
 
 
-def bound(epsilon: float, delta: float) -> float:
-    """The most that TPR - FPR can be of any attack on one record of an (epsilon, delta)-private run."""
+def bound(*, epsilon: float, delta: float) -> float:
+    """Return the largest TPR - FPR that an attack on one record of an (epsilon, delta)-private run can have."""
     return (exp(min(epsilon, 700.0)) - 1 + 2 * delta) / (exp(min(epsilon, 700.0)) + 1)
 
 
-def some(records: Records) -> Records:
-    whole = [record for record in records if record]
-    return [whole[i * len(whole) // MOST] for i in range(MOST)] if len(whole) > MOST else whole
+def evenly_spread(records: Records) -> Records:
+    """Return at most `MOST` of the records that have examples, evenly spread over them."""
+    whole = list(filter(None, records))
+    if len(whole) <= MOST:
+        return whole
+    return [whole[i * len(whole) // MOST] for i in range(MOST)]
 
 
-def _promise(setup: RunSetup, folder: RunDirectory) -> tuple[float, float]:
-    """The epsilon that the run spent on one record, at its delta; a record less is a client replaced by another."""
-    settings, records = setup.config, folder.records()
-    spent = max((r["epsilon"] for r in records if "epsilon" in r), default=inf)
-    if settings.dp.by_client:
-        hides = client_level_dp(settings.dp, settings.cohort, settings.clients, settings.rounds, settings.seed)
-        return 2 * spent, (1 + exp(min(spent, 700.0))) * hides.delta
-    if not settings.dp.by_record:
+def _epsilon(folder: RunDirectory) -> float:
+    """Return the largest epsilon that the run tells; inf where it tells none."""
+    return max((record["epsilon"] for record in folder.records() if "epsilon" in record), default=inf)
+
+
+def _spent(setup: RunSetup, folder: RunDirectory) -> tuple[float, float]:
+    """Return the epsilon that the run spent on one record, and its delta; inf for a run without privacy.
+
+    With client-level privacy, one record less is one client replaced by another, which costs epsilon twice.
+    """
+    config, spent = setup.config, _epsilon(folder)
+    if config.dp.by_client:
+        mechanism = client_level_dp(
+            config.dp, cohort=config.cohort, clients=config.clients, rounds=config.rounds, seed=config.seed
+        )
+        return 2 * spent, (1 + exp(min(spent, 700.0))) * mechanism.delta
+    if not config.dp.by_record:
         return inf, 0.0
     clients = [
         client_data.client(i, rank)
         for i, (client_data, rank) in enumerate(zip(setup.clients_data, setup.ranks, strict=True))
     ]
-    return spent, record_level_dp(settings.dp, settings.train, settings.rounds, clients).config.delta
+    return spent, record_level_dp(config.dp, config.train, config.rounds, clients).config.delta
 
 
-def _show(console: Console, attacks: Sequence[Attack], told: Mapping[str, Any]) -> None:
-    table = Table("", *(one.name for one in attacks), box=None, pad_edge=False)
+def _show(console: Console, attacks: Sequence[Attack], content: Mapping[str, Any]) -> None:
+    table = Table("", *(attack.name for attack in attacks), box=None, pad_edge=False)
     for i, name in enumerate(NAMES):
-        table.add_row(name, *(f"{a.values[i]:.3f} ({a.low[i]:.3f}-{a.high[i]:.3f})" for a in attacks))
+        table.add_row(name, *(attack.cell(i) for attack in attacks))
     console.print(table)
-    lines = [f"{told['members']} members, {told['others']} others; 95 % intervals by bootstrap. {CAVEAT}"]
-    if "bound" in told:
-        lines += [
-            f"(epsilon, delta) = ({told['epsilon']:.3g}, {told['delta']:.1e}) lets no attack on a record have more "
-            f"advantage than {told['bound']:.3f}."
-        ]
-    else:
-        lines += ["The run has no differential privacy, and so no bound on what a better attack could do."]
-    for line in lines:
-        console.print(Text(line))
+    counts = f"{content['members']} members, {content['others']} others; 95 % intervals by bootstrap. {CAVEAT}"
+    console.print(Text(counts))
+    console.print(Text(_promise(content)))
+
+
+def _promise(content: Mapping[str, Any]) -> str:
+    """Return what the run's privacy says about all attacks."""
+    if "bound" not in content:
+        return "The run has no differential privacy, and so no bound on what a better attack could do."
+    return (
+        f"(epsilon, delta) = ({content['epsilon']:.3g}, {content['delta']:.1e}) lets no attack on a record have more "
+        f"advantage than {content['bound']:.3f}."
+    )

@@ -1,7 +1,7 @@
-"""Negative controls: bugs, published or easily made, each planted in one part of the product, and to be caught.
+"""Planted bugs: published or easily made ones, each in one part of the product, which the audit must find.
 
-An audit that passes is worth what it would have caught. `fedlora audit --controls` plants them one after another, in a
-copy of the part that is at fault, and shows which tests fail.
+An audit that passes is worth no more than the bugs it would have found. `fedlora audit --controls` plants them one by
+one, each in a copy of the part at fault, and shows which tests fail.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from fedlora.privacy.per_sample_gradients import Gradients, clip
 from fedlora.seeds import derive
 
 from . import client_level
-from .subject import RATE, Stage, Subject
+from .subject import RATE, RecordLevelSetting, RecordLevelSubject
 
 
 @dataclass(frozen=True)
@@ -33,91 +33,98 @@ class PlantedBug:
 
     name: str
     caught_by: str  # how the test's name begins
-    plant: Callable[[Any], Any]  # stage -> subject
+    plant: Callable[[Any], Any]  # the audit's setting -> its subject with the bug
+
+    def is_caught(self, failed: Sequence[str]) -> bool:
+        """Is the test that must find this bug among those that failed?"""
+        return any(name.startswith(self.caught_by) for name in failed)
 
 
-def _no_clipping(_stage: Stage) -> Subject:
+def _no_clipping(_setting: RecordLevelSetting) -> RecordLevelSubject:
     def clip(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
         return [torch.ones(len(g)) for g in gradients]
 
-    return Subject(replace(STANDARD, clip=clip))
+    return RecordLevelSubject(replace(STANDARD, clip=clip))
 
 
-def _noise_of_a_mean(stage: Stage) -> Subject:
-    """The noise of a sum, taken down as if it were averaged over the batch."""
-    root = sqrt(RATE * stage.records)
+def _noise_of_a_mean(setting: RecordLevelSetting) -> RecordLevelSubject:
+    """The noise of a sum, reduced as if it were averaged over the batch."""
+    root = sqrt(RATE * setting.records)
 
-    def less(total: Tensor, deviation: float, numbers: SecureRandom) -> Tensor:
-        return add_noise(total, deviation / root, numbers)
+    def less(total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor:
+        return add_noise(total, deviation=deviation / root, random=random)
 
-    return Subject(replace(STANDARD, add_noise=less))
+    return RecordLevelSubject(replace(STANDARD, add_noise=less))
 
 
-def _a_side_without_noise(stage: Stage) -> Subject:
-    """The first side that is trained, A where that is; only B gets noise, as it is the one that begins at zero."""
-    job = stage.strategy.client_init(stage.strategy.init(stage.start), stage.client)
+def _a_side_without_noise(setting: RecordLevelSetting) -> RecordLevelSubject:
+    """The first trained side, A if it is trained, gets no noise."""
+    job = setting.strategy.client_init(setting.strategy.init(setting.start), setting.client)
     bare = {t.shape for t in job.start.side(job.trains[0]).values()}
 
-    def some(total: Tensor, deviation: float, numbers: SecureRandom) -> Tensor:
-        return add_noise(total, 0.0 if total.shape in bare else deviation, numbers)
+    def unless_bare(total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor:
+        return add_noise(total, deviation=0.0 if total.shape in bare else deviation, random=random)
 
-    return Subject(replace(STANDARD, add_noise=some))
+    return RecordLevelSubject(replace(STANDARD, add_noise=unless_bare))
 
 
-def _clip_by_tensor(_stage: Stage) -> Subject:
-    """Every tensor cut to C by itself, with noise for one C."""
+def _clip_by_tensor(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    """Every tensor is clipped to C by itself, with noise for one C."""
 
-    def each(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
+    def by_tensor(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
         whole = bounds[0] if len(set(groups)) < 2 else hypot(*bounds)
         return clip(gradients, range(len(gradients)), [whole] * len(gradients))
 
-    return Subject(replace(STANDARD, clip=each))
+    return RecordLevelSubject(replace(STANDARD, clip=by_tensor))
 
 
-def _one_seed_for_all(_stage: Stage) -> Subject:
+def _one_seed_for_all(_setting: RecordLevelSetting) -> RecordLevelSubject:
     def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
         return SecureRandom.seeded(derive(job.seed, "noise", job.round))
 
-    return Subject(replace(STANDARD, source=source))
+    return RecordLevelSubject(replace(STANDARD, source=source))
 
 
-def _one_seed_for_all_rounds(_stage: Stage) -> Subject:
+def _one_seed_for_all_rounds(_setting: RecordLevelSetting) -> RecordLevelSubject:
     def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
         return SecureRandom.seeded(derive(job.seed, "noise", client))
 
-    return Subject(replace(STANDARD, source=source))
+    return RecordLevelSubject(replace(STANDARD, source=source))
 
 
 class _Forgetful(Ledger):
-    """An accountant that is made anew every round."""
+    """A ledger that knows its last charge alone, as an accountant that is made anew every round does."""
 
     def charges(self) -> list[Charge]:
         return super().charges()[-1:]
 
 
 class _Forgets(JobRunner):
+    """A job runner with such a ledger."""
+
     @property
     def ledger(self) -> Ledger:
+        """The ledger that forgets."""
         return _Forgetful(self.folder, self.client_data.fingerprint)
 
 
-def _accountant_made_anew(_stage: Stage) -> Subject:
-    return Subject(runner=_Forgets)
+def _accountant_made_anew(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    return RecordLevelSubject(runner=_Forgets)
 
 
-def _batches_dealt_out(stage: Stage) -> Subject:
-    """Batches of one size from a shuffled order, reckoned as if every record had been drawn by itself."""
+def _batches_dealt_out(setting: RecordLevelSetting) -> RecordLevelSubject:
+    """Batches of one size from a shuffled order, accounted for as if every record had been drawn by itself."""
     left: list[int] = []
-    deck = np.random.default_rng(stage.seed)
+    deck = np.random.default_rng(setting.seed)
 
-    def deal(_numbers: SecureRandom, n: int, rate: float) -> list[int]:
+    def deal(_random: SecureRandom, n: int, rate: float) -> list[int]:
         size = round(rate * n)
         if len(left) < size:
             left[:] = deck.permutation(n).tolist()
         batch, left[:] = left[:size], left[size:]
         return batch
 
-    return Subject(replace(STANDARD, draw=deal))
+    return RecordLevelSubject(replace(STANDARD, draw=deal))
 
 
 RECORD = (
@@ -133,6 +140,8 @@ RECORD = (
 
 
 class _Unclipped(ClippedSum):
+    """No update is clipped."""
+
     def __call__(self, job: Job, update: LoRA) -> None:
         clip, self.clip = self.clip, inf
         super().__call__(job, update)
@@ -140,7 +149,7 @@ class _Unclipped(ClippedSum):
 
 
 class _ClipsTensors(ClippedSum):
-    """Every tensor cut to C by itself."""
+    """Every tensor is clipped to C by itself."""
 
     def __call__(self, job: Job, update: LoRA) -> None:
         for s, m, t in update.matrices():
@@ -148,43 +157,53 @@ class _ClipsTensors(ClippedSum):
 
 
 class _NoiseOfAMean(ClientLevelDP):
+    """The noise of a sum, reduced as if it were averaged over the cohort."""
+
     @property
     def sum_noise(self) -> float:
-        return super().sum_noise / sqrt(self.rate * self.population)
+        return super().sum_noise / sqrt(self.expected_cohort)
 
 
 class _SideWithoutNoise(ClientLevelDP):
-    """A, or whatever is shared first, is the plain mean of the clipped updates."""
+    """A, or the first shared side, is the plain mean of the clipped updates."""
 
     def release(self, got: ClippedSum, start: LoRA, t: int, charges: tuple[Charge, ...]) -> NoisedUpdate:
-        made, bare = super().release(got, start, t, charges), next(s for s in SIDES if start.side(s))
-        expected = self.rate * self.population
-        plain = {m: x.double() + got.total.get((bare, m), 0.0) / expected for m, x in start.side(bare).items()}
+        made = super().release(got, start, t, charges)
+        bare = next(s for s in SIDES if start.side(s))
+        plain = {
+            m: x.double() + got.total.get((bare, m), 0.0) / self.expected_cohort for m, x in start.side(bare).items()
+        }
         return replace(made, update=LoRA(**{bare: plain}).over(made.update))
 
 
 class _OneSeed(ClientLevelDP):
+    """The noise of every round comes from the same seed."""
+
     def _source(self, purpose: str, t: int) -> SecureRandom:
         return SecureRandom.seeded(derive(0, purpose)) if purpose == "noise" else super()._source(purpose, t)
 
 
 class _ChargesAnew(ClientLevelDP):
+    """Every round is charged as if it were the first."""
+
     def charge(self, before: Sequence[Charge]) -> tuple[Charge, ...]:
         return super().charge(())
 
 
 class _CohortsOfOneSize(ClientLevelDP):
+    """Cohorts of one size from a shuffled order, accounted for as if every client had been drawn by itself."""
+
     def sample(self, clients: Sequence[Client], t: int) -> list[Client]:
-        some = np.random.default_rng(t).permutation(len(clients))[: round(self.rate * self.population)]
-        return [clients[i] for i in sorted(some.tolist())]
+        chosen = np.random.default_rng(t).permutation(len(clients))[: round(self.expected_cohort)]
+        return [clients[i] for i in sorted(chosen.tolist())]
 
 
 def _clips(kind: type[ClippedSum]) -> Callable[[Any], client_level.ClientLevelSubject]:
-    return lambda _: client_level.ClientLevelSubject(clipping=kind)
+    return lambda _: client_level.ClientLevelSubject(clipped_sum=kind)
 
 
 def _hides(kind: type[ClientLevelDP]) -> Callable[[Any], client_level.ClientLevelSubject]:
-    return lambda _: client_level.ClientLevelSubject(client_level=kind)
+    return lambda _: client_level.ClientLevelSubject(mechanism=kind)
 
 
 CLIENT = (

@@ -1,12 +1,12 @@
-"""Record-level privacy, tested: what one record can change, the noise on it, the draws, the ledger, and an attack.
+"""Tests of record-level privacy: the sensitivity to one record, the noise, the draws, the ledger, and an attack.
 
 Steinke, Nasr and Jagielski, Privacy Auditing with One (1) Training Run (NeurIPS 2023),
-https://arxiv.org/abs/2305.08846, is the attack; the other tests are of the parts that a guarantee is made of, each of
-which catches what an attack is too weak to see.
+https://arxiv.org/abs/2305.08846, is the attack. The other tests examine the parts that the guarantee is made of, and
+catch what an attack is too weak to see.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,127 +28,165 @@ from fedlora.seeds import seeded
 
 from . import canaries, statistics
 from .statistics import Finding, Floats
-from .subject import ROUNDS, STEPS, Made, ObservedRound, Stage, Subject, flat, play
+from .subject import ROUNDS, STEPS, MadeUpClient, ObservedRound, RecordLevelSetting, RecordLevelSubject, as_vector, play
 
-FREE, LEAST = 1e9, 1e-12  # clips: one that cuts nothing, and the least for gradients of zero
-NULLS = 16  # records without a gradient, of a client whose noise is looked at
-Look = Callable[[Stage, Subject], Iterator[Finding]]
+NO_CLIP = 1e9  # a clip that cuts nothing
+LEAST_CLIP = 1e-12  # for gradients of zero
+NULLS = 16  # records without a gradient, of a client whose noise is examined
+Test = Callable[[RecordLevelSetting, RecordLevelSubject], Iterator[Finding]]
 
 
-def sensitivity(stage: Stage, subject: Subject) -> Iterator[Finding]:
-    """T1: with the noise off, how far does one record more or less move the sum of a step, over the clip?
+def sensitivity(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[Finding]:
+    """T1: without noise, how far does one record more or less move the sum of a step, over the clip?
 
-    Over all that is trained, sent or not, read off the model itself; for clips that cut all records, some and none.
+    The sum is over all trained parameters, sent or not, and is read off the model itself. The clips that are tried cut
+    all records, some of them, and none.
     """
     silent = replace(subject.mechanism, draw=_everyone, add_noise=_silently)
-    records = stage.made_up(0)
-    tried = [(*_most(stage, job, silent, records), job.trains) for job in _jobs(stage)]
-    worst, clip, lengths, sides = max(tried)
-    allowed = preflight.OVER[stage.model.net.dtype.itemsize >= 4]
-    detail = f"most that one record moves a sum, over C; at C = {clip:.2g}, with gradients of "
-    detail += f"{lengths[0]:.2g} to {lengths[-1]:.2g}, over the sides {sides}"
-    yield Finding("T1 sensitivity", worst <= allowed, worst, "C", f"at most {allowed:g}", detail)
+    records = setting.made_up(0)
+    tried = [_largest_change(setting, job, silent, records) for job in _jobs(setting)]
+    worst = max(tried, key=lambda change: change.over_clip)
+    allowed = preflight.OVER[setting.model.net.dtype.itemsize >= 4]
+    yield Finding(
+        name="T1 sensitivity",
+        passed=worst.over_clip <= allowed,
+        measured=worst.over_clip,
+        unit="C",
+        allowed=f"at most {allowed:g}",
+        detail=f"most that one record moves a sum, over C; at C = {worst.clip:.2g}, with gradients of "
+        f"{worst.shortest:.2g} to {worst.longest:.2g}, over the sides {worst.sides}",
+    )
 
 
-def noise(stage: Stage, subject: Subject) -> Iterator[Finding]:
-    """T2, T3: with no gradient at all, is what is left normal noise of the right size, and nobody else's?
+def noise(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[Finding]:
+    """T2, T3: where all gradients are zero, is the rest normal noise of the right size, and drawn afresh each time?
 
-    T2 holds it against N(0, sigma C) by Kolmogorov and Smirnov, tensor by tensor, and its size over all of it; T3 the
-    noise of two clients against each other, that of two rounds, and that of a round that is done again from the start.
+    T2 holds the noise against N(0, sigma C) by Kolmogorov and Smirnov, tensor by tensor, and the size of all of it. T3
+    holds the noise of two clients against each other, that of two rounds, and that of a round which is done again.
     """
     with TemporaryDirectory() as folder:
-        empty = [Made(stage.model.encoder, (), examples=canaries.examples([False] * NULLS)) for _ in range(2)]
-        seen = play(stage, subject, empty, Path(folder) / "once", rounds=2)
-        again = play(stage, subject, empty, Path(folder) / "again", rounds=1)
-    p = stage.privacy
-    of = {f"{s} of {m}, client {x.client}, round {x.job.round + 1}": t for x in seen for (s, m), t in x.sums.items()}
-    flattened = {name: t.flatten().numpy() for name, t in of.items()}
-    yield from statistics.noise("noise", flattened, p.noise * p.clip * sqrt(STEPS))
-    yield statistics.apart("two clients", seen[0].all, seen[1].all)
-    yield statistics.apart("two rounds", seen[0].all, seen[2].all)
-    yield statistics.apart("done again", seen[0].all, again[0].all)
+        empty = [MadeUpClient(setting.model.encoder, (), examples=canaries.examples([False] * NULLS)) for _ in range(2)]
+        seen = play(setting, subject, empty, Path(folder) / "once", rounds=2)
+        again = play(setting, subject, empty, Path(folder) / "again", rounds=1)
+    p = setting.privacy
+    tensors: dict[str, Floats] = {}
+    for x in seen:
+        for (s, m), t in x.sums.items():
+            tensors[f"{s} of {m}, client {x.client}, round {x.job.round + 1}"] = t.flatten().numpy()
+    yield from statistics.noise("noise", tensors, deviation=p.noise * p.clip * sqrt(STEPS))
+    yield statistics.uncorrelated("two clients", seen[0].vector, seen[1].vector)
+    yield statistics.uncorrelated("two rounds", seen[0].vector, seen[2].vector)
+    yield statistics.uncorrelated("done again", seen[0].vector, again[0].vector)
 
 
-def training(stage: Stage, subject: Subject) -> Iterator[Finding]:
-    """T4, T5, T6: a whole plan of a client with canaries, and of one without, of which the server sees the uploads.
+def training(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[Finding]:
+    """T4, T5, T6: in a whole run of a client with canaries and one without, are epsilon, draws and uploads sound?
 
-    Does the ledger say what another accountant makes of the steps that were seen? Are records drawn each by itself? And
-    is there no epsilon that the client cannot have, as too many canaries were told from what it sent?
+    T4: is the ledger's epsilon what another accountant makes of the observed steps? T5: is every record drawn by
+    itself? T6: is the epsilon that canaries refute below the ledger's?
     """
-    there = np.random.default_rng(stage.seed).random(stage.canaries) < 0.5
-    nobody = [False] * stage.canaries
-    kinds = (there.tolist(), nobody)
-    clients_data = [
-        Made(stage.model.encoder, (), examples=[*stage.made_up(i), *canaries.examples(kind)])
-        for i, kind in enumerate(kinds)
-    ]
+    there = np.random.default_rng(setting.seed).random(setting.canaries) < 0.5
+    present = (there.tolist(), [False] * setting.canaries)
+    examples = [[*setting.made_up(i), *canaries.examples(those)] for i, those in enumerate(present)]
+    clients_data = [MadeUpClient(setting.model.encoder, (), examples=own) for own in examples]
     with TemporaryDirectory() as folder:
-        seen = play(stage, subject, clients_data, Path(folder))
-    p, own = stage.privacy, [s for s in seen if s.client == 0]
-    charge = Charge(p.noise, p.rate, sum(len(s.drawn) for s in own))
-    yield statistics.accounted(own[-1].epsilon, stage.config.dp, charge, p.delta)
-    yield statistics.drawn("batch", np.concatenate([s.drawn for s in seen]), stage.records, p.rate)
-    yield _attacked(stage, seen, there)
+        seen = play(setting, subject, clients_data, Path(folder))
+    yield _accounted(setting, [s for s in seen if s.client == 0])
+    yield statistics.poisson_sizes(
+        "batch", np.concatenate([s.drawn for s in seen]), n=setting.records, rate=setting.privacy.rate
+    )
+    yield _attacked(setting, seen, there)
 
 
-TESTS: tuple[Look, ...] = (sensitivity, noise, training)
+TESTS: tuple[Test, ...] = (sensitivity, noise, training)
 
 
-def _jobs(stage: Stage) -> list[Job]:
-    """A job of each set of sides that the strategy has trained in the first two rounds, with no factor at zero."""
-    state, jobs = stage.strategy.init(stage.start), dict[str, Job]()
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """The largest change of a step's sum by one record."""
+
+    over_clip: float
+    clip: float
+    shortest: float  # norms of the gradients of single records
+    longest: float
+    sides: str
+
+
+def _jobs(setting: RecordLevelSetting) -> list[Job]:
+    """Return a job for every set of sides that the strategy trains in the first two rounds, with no factor at zero."""
+    state, jobs = setting.strategy.init(setting.start), dict[str, Job]()
     for _ in range(2):
-        job = select_rows(stage.strategy.client_init(state, stage.client))
+        job = select_rows(setting.strategy.client_init(state, setting.client))
         with seeded(7):
             jobs.setdefault(job.trains, replace(job, start=preflight.random_start(job.start)))
-        state = stage.strategy.aggregate(state, [job.start.only(job.shares)], [1.0])
+        state = setting.strategy.aggregate(state, [job.start.only(job.shares)], [1.0])
     return list(jobs.values())
 
 
-def _most(stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Example]) -> tuple[float, float, list[float]]:
-    """The most that leaving a record out moves the sum, over the clip; that clip; and the lengths of the gradients."""
-    lengths = sorted(float(np.linalg.norm(_step(stage, job, mechanism, [e], FREE, 1.0))) for e in records)
-    clips = [lengths[0] / 100, *(float(np.quantile(lengths, p)) for p in (0.25, 0.5, 0.75)), 100 * lengths[-1]]
+def _largest_change(setting: RecordLevelSetting, job: Job, mechanism: Mechanism, records: Sequence[Example]) -> _Change:
+    """Return the largest change, over several clips, of the sum when one record is left out."""
+    norms = [float(np.linalg.norm(_step(setting, job, mechanism, [e], clip=NO_CLIP, unit=1.0))) for e in records]
+    shortest, longest = min(norms), max(norms)
+    clips = [shortest / 100, *np.quantile(norms, [0.25, 0.5, 0.75]).tolist(), 100 * longest]
 
-    def moved(clip: float) -> float:
-        whole = _step(stage, job, mechanism, records, clip, clip)
-        rests = (_step(stage, job, mechanism, [e for e in records if e is not out], clip, clip) for out in records)
-        return max(float(np.linalg.norm(whole - rest)) for rest in rests) / clip
+    def over(clip: float) -> float:
+        whole = _step(setting, job, mechanism, records, clip=clip, unit=clip)
+        fewer = [[*records[:i], *records[i + 1 :]] for i in range(len(records))]
+        sums = (_step(setting, job, mechanism, rest, clip=clip, unit=clip) for rest in fewer)
+        return max(float(np.linalg.norm(whole - rest)) for rest in sums) / clip
 
-    return (*max((moved(max(c, LEAST)), c) for c in clips), lengths)
+    changes = {clip: over(max(clip, LEAST_CLIP)) for clip in clips}
+    worst = max(changes, key=lambda clip: changes[clip])
+    return _Change(over_clip=changes[worst], clip=worst, shortest=shortest, longest=longest, sides=job.trains)
 
 
-def _step(stage: Stage, job: Job, mechanism: Mechanism, records: Sequence[Example], clip: float, unit: float) -> Floats:
-    """What all that is trained moved by in one step over these records, in units."""
-    privacy = replace(stage.privacy, clip=clip, steps=1, rate=1.0)
-    plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=stage.config.train.batch_size)
-    with preflight.no_dropout(stage.model.net.train()):
+def _step(
+    setting: RecordLevelSetting, job: Job, mechanism: Mechanism, records: Sequence[Example], *, clip: float, unit: float
+) -> Floats:
+    """Return the sum of the gradients that one step over these records followed, over `unit`, times `unit`."""
+    privacy = replace(setting.privacy, clip=clip, steps=1, rate=1.0)
+    plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=setting.config.train.batch_size)
+    with preflight.no_dropout(setting.model.net.train()):
         worker.train_privately(
-            stage.model, replace(job, privacy=privacy, training=plain), 0, [[e] for e in records], LoRA(), mechanism
+            setting.model, replace(job, privacy=privacy, training=plain), 0, [[e] for e in records], LoRA(), mechanism
         )
-    after = stage.model.get_adapter()
+    after = setting.model.get_adapter()
     moved = {(s, m): job.start.side(s)[m].double() - t.double() for s in job.trains for m, t in after.side(s).items()}
-    return flat(moved) * unit
+    return as_vector(moved) * unit
 
 
-def _everyone(_numbers: SecureRandom, n: int, _rate: float) -> list[int]:
+def _everyone(_random: SecureRandom, n: int, _rate: float) -> list[int]:
     return list(range(n))
 
 
-def _silently(total: Tensor, _deviation: float, _numbers: SecureRandom) -> Tensor:
+def _silently(total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor:
     return total.double()
 
 
-def _attacked(stage: Stage, seen: Sequence[ObservedRound], there: NDArray[np.bool_]) -> Finding:
-    """T6: an epsilon that the client cannot have, as too many canaries were told from what it sent."""
+def _accounted(setting: RecordLevelSetting, seen: Sequence[ObservedRound]) -> Finding:
+    """T4: is the ledger's epsilon, after all rounds of one client, that of its steps?"""
+    p = setting.privacy
+    charge = Charge(noise=p.noise, rate=p.rate, steps=sum(len(s.drawn) for s in seen))
+    return statistics.accounted(seen[-1].epsilon, setting.config.dp, charge, delta=p.delta)
+
+
+def _attacked(setting: RecordLevelSetting, seen: Sequence[ObservedRound], there: NDArray[np.bool_]) -> Finding:
+    """T6: is the epsilon that canaries refute, by what the client with canaries sent, below the ledger's?"""
+    by_round = {(s.client, s.job.round): s for s in seen}
     own, difference = np.zeros(len(there)), np.zeros(len(there))
     for t in range(ROUNDS):
-        mine, other = (next(s for s in seen if s.client == i and s.job.round == t) for i in (0, 1))
-        where = canaries.places(mine.job, stage.canaries, stage.seed)
-        own += np.where(where >= 0, mine.sent[where], 0.0)
-        difference += np.where(where >= 0, mine.sent[where] - other.sent[where], 0.0)
-    said, delta = mine.epsilon, stage.privacy.delta
-    bounds = [canaries.lower_bound(score, there, delta, attacks=2) for score in (own, difference)]
-    detail = f"epsilon is at least this, by {len(there)} canaries: {bounds[0]:.2f} from the client's uploads, "
-    detail += f"{bounds[1]:.2f} with the other client's taken off"
-    return Finding("T6 canaries", max(bounds) <= said, max(bounds), "lower bound", f"at most {said:.2f}", detail)
+        first, second = by_round[0, t], by_round[1, t]
+        where = canaries.places(first.job, setting.canaries, setting.seed)
+        own += np.where(where >= 0, first.visible_vector[where], 0.0)
+        difference += np.where(where >= 0, first.visible_vector[where] - second.visible_vector[where], 0.0)
+    said = by_round[0, ROUNDS - 1].epsilon
+    bounds = [canaries.lower_bound(score, there, delta=setting.privacy.delta, attacks=2) for score in (own, difference)]
+    return Finding(
+        name="T6 canaries",
+        passed=max(bounds) <= said,
+        measured=max(bounds),
+        unit="lower bound",
+        allowed=f"at most {said:.2f}",
+        detail=f"epsilon is at least this, by {len(there)} canaries: {bounds[0]:.2f} from the client's uploads, "
+        f"{bounds[1]:.2f} with the other client's taken off",
+    )

@@ -1,7 +1,8 @@
-"""What the records of an audit are to look like: as the run's data, or without any as the model's own task."""
+"""The schema of an audit's records: that of the run's data, or without data that of the model's own task."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fedlora.config import Config
 from fedlora.data import federated
@@ -11,21 +12,35 @@ from fedlora.models.base_model import TINY
 TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "image"}
 
 
-def of(config: Config) -> Schema:
-    """The form of the run's data; of a model by itself, that of what it was made for, if its folder says so."""
+def schema_of(config: Config) -> Schema:
+    """Return the schema of the run's data; without data, that of the task that the model was made for."""
     if config.data.path:
         return federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed).form
-    told = _told(config.model.path)
-    classes = [task for end, task in TASKS.items() for name in told.get("architectures", ()) if name.endswith(end)]
-    task = config.model.task if config.model.task != "auto" else (*classes, "lm")[0]
+    about = _about(config.model.path)
+    task = config.model.task if config.model.task != "auto" else _task(about)
     if task == "lm":
         return Schema("text", ("text",))
-    numbered = told.get("id2label", {"0": "no", "1": "yes"})  # left out where there are two without names
-    names = config.data.labels or tuple(str(numbered[k]) for k in sorted(numbered, key=int))
-    return Schema("image" if task == "image" else "label", ("image" if task == "image" else "text", "label"), names)
+    labels = config.data.labels or _labels(about)
+    if task == "image":
+        return Schema("image", ("image", "label"), labels)
+    return Schema("label", ("text", "label"), labels)
 
 
-def _told(path: str) -> dict[str, dict[str, str]]:
-    """The model's configuration, where it is a folder."""
+def _about(path: str) -> dict[str, Any]:
+    """Return the model's configuration; empty for a model that is no folder here."""
     file = Path(path or TINY).expanduser() / "config.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _task(about: dict[str, Any]) -> str:
+    """Return the task that the model's class is for."""
+    for name in about.get("architectures", ()):
+        for end, task in TASKS.items():
+            if name.endswith(end):
+                return task
+    return "lm"
+
+
+def _labels(about: dict[str, Any]) -> tuple[str, ...]:
+    numbered = about.get("id2label", {"0": "no", "1": "yes"})  # left out for two classes without names
+    return tuple(str(numbered[key]) for key in sorted(numbered, key=int))

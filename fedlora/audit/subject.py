@@ -1,11 +1,11 @@
-"""What is audited: the run's model, strategy and terms, with two clients of made-up records, and rounds really played.
+"""The subject of a record-level audit: a run's model, strategy and DP parameters, and rounds with two made-up clients.
 
-The rounds go through `rounds.fit`, the clients through their desks, with a ledger each on a temporary disk: the path of
-every run. Three things are the audit's own. The plan is short, and the noise is what the run's epsilon asks for over
-this plan, so that a few seconds spend the whole budget. Clients step by plain SGD, from which the noisy gradients can
-be read off; momentum, AdamW, a schedule and FedProx would work on these alone, which changes no promise. And what goes
-round the strategy on the server is left away, as it comes after what clients send. A run that masks its updates is
-audited as if the server saw each.
+The rounds go through `fit`, and the clients through their job runners with a ledger each on a temporary disk, as in
+every run. Three things differ. The plan is short, and the noise is what the run's epsilon asks for over this plan, so
+that a few seconds spend the whole budget. Clients step by plain SGD, from which the noisy gradients can be read off;
+momentum, AdamW, a schedule and FedProx would use these gradients alone, which changes no promise. And wrappers around
+the strategy on the server are left out, as they see no more than clients send. A run that masks its updates is audited
+as if the server saw each update.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,55 +54,59 @@ MOVE = 0.01  # the deviation of a trained number by the noise of one step
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The product as it is; or with a bug in one of its parts, which the audit must find."""
+class RecordLevelSubject:
+    """The parts of a client that are audited: as they are, or with a bug planted in one, which the audit must find."""
 
     mechanism: Mechanism = STANDARD
     runner: type[JobRunner] = JobRunner
 
 
 @dataclass(frozen=True, eq=False)
-class Made(ClientData):
-    """A client whose examples are made up, a record each."""
+class MadeUpClient(ClientData):
+    """A client whose data are made-up examples, a record each."""
 
     examples: Sequence[Example] = ()
 
     @cached_property
     def records(self) -> Sequence[Sequence[Example]]:
+        """Every example as a record of its own."""
         return [[e] for e in self.examples]
 
     @cached_property
     def fingerprint(self) -> str:
+        """The same for all made-up data."""
         return "made up"
 
     def client(self, id: int, rank: int) -> Client:
-        return Client(id, len(self.examples), rank, len(self.examples))
+        """Return what the server knows of this client."""
+        return Client(id=id, examples=len(self.examples), rank=rank, records=len(self.examples))
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedRound:
-    """One client's round, seen from outside."""
+    """One client's round, observed from outside."""
 
     client: int
     job: Job
-    sums: Mapping[tuple[str, str], Tensor]  # (side, module) -> what it stepped along over the round, times q N
-    told: Mapping[tuple[str, str], Tensor]  # as much of that as the server can see
-    drawn: Floats  # records in each step
-    epsilon: float  # what its ledger then said
+    sums: Mapping[tuple[str, str], Tensor]  # (side, module) -> sum of the noisy gradient sums of all steps
+    visible: Mapping[tuple[str, str], Tensor]  # the part of them that the server can see
+    drawn: Floats  # number of records in each step
+    epsilon: float  # by its ledger, after the round
 
     @cached_property
-    def all(self) -> Floats:
-        return flat(self.sums)
+    def vector(self) -> Floats:
+        """All numbers of `sums` as one vector."""
+        return as_vector(self.sums)
 
     @cached_property
-    def sent(self) -> Floats:
-        """As long as `all`, with zeros for what the server does not see."""
-        return flat({key: self.told.get(key, torch.zeros_like(t)) for key, t in self.sums.items()})
+    def visible_vector(self) -> Floats:
+        """All numbers of `visible` in the places of `vector`, with zeros for those that the server does not see."""
+        return as_vector({key: self.visible.get(key, torch.zeros_like(t)) for key, t in self.sums.items()})
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A model, a strategy, and the terms of its clients."""
+class RecordLevelSetting:
+    """Everything that is audited: a model, a strategy, and the DP-SGD of its clients."""
 
     config: Config
     model: Model
@@ -114,81 +118,105 @@ class Stage:
 
     @property
     def records(self) -> int:
-        """N, of either client."""
+        """N: the number of records of either client."""
         return RECORDS + self.canaries
 
     @property
     def privacy(self) -> PrivacyTerms:
-        return self.terms.of(self.client)
+        """The DP-SGD parameters of either client."""
+        return self.terms.for_client(self.client)
 
     @property
     def client(self) -> Client:
-        return Client(0, self.records, self.config.lora.rank, self.records)
+        """One of the two clients, as the server knows it."""
+        return _client(self.config, records=self.records)
+
+    def described(self) -> dict[str, float]:
+        """Return the numbers of the audit's own plan, for its findings."""
+        p = self.privacy
+        plan = {"noise": p.noise, "rate": p.rate, "steps": p.steps, "delta": p.delta, "rounds": self.terms.rounds}
+        return plan | {"records": self.records, "canaries": self.canaries}
 
     def plan(self, records: int, rounds: int = ROUNDS) -> Plan:
-        """Rounds of two clients with so many records, in steps by which noise moves a number by `MOVE`."""
+        """Return the plan of a run with two clients of so many records each.
+
+        The learning rate is such that the noise of one step moves each number by `MOVE`.
+        """
         p = self.privacy
         lr = MOVE * p.rate * records / (p.noise * p.clip)
         training = replace(self.terms.training, lr=lr)
         return Plan(rounds, cohort=2, seed=self.config.seed, training=training, metrics=False, terms=self.terms)
 
     def made_up(self, client: int) -> list[Example]:
-        """A client's examples: short ones, and a long one, as a loss that couples records shows by their lengths."""
+        """Return a client's examples: short ones and a long one, as lengths betray a loss that couples records."""
         with seeded(derive(self.seed, "records", client)):
             short = [e for _ in range(3) for e in preflight.synthetic(self.model.encoder, 3)]
             return [*short[: RECORDS - 1], preflight.synthetic(self.model.encoder, 12)[-1]]
 
 
-def worn(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
-    """The model with its adapter, that adapter, and the strategy for it."""
+def model_and_strategy(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
+    """Return the model with its adapter attached, that adapter, and the strategy for it."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    form = schemas.of(config)
+    form = schemas.schema_of(config)
     model = Model(config.model, config.lora, form, config.seed, federated.public_rows(config.lora.init_data, form))
     start = model.get_adapter()
     return model, start, compose(replace(config, aggregate=AggregateConfig()), start)
 
 
-def build(config: Config, seed: int = 0) -> Stage:
-    """Everything that an audit of these settings needs. Raises what a run of them would raise."""
-    model, start, strategy = worn(config)
-    first = strategy.client_init(strategy.init(start), Client(0, 1, config.lora.rank, 1))
+def build(config: Config, seed: int = 0) -> RecordLevelSetting:
+    """Return the subject of a record-level audit of these settings. Raises what a run of them would raise."""
+    model, start, strategy = model_and_strategy(config)
+    first = strategy.client_init(strategy.init(start), _client(config, records=1))
     trained = first.start.only(first.trains).numel()
     count = int(min(CANARIES, canaries.room(first), ROOM / (RATE * ROUNDS * STEPS * trained)))
-    stage = Stage(config, model, start, strategy, _terms(config, RECORDS + count), count, seed)
-    preflight.check_once(model, replace(select_rows(first), privacy=stage.privacy))
-    return stage
+    setting = RecordLevelSetting(config, model, start, strategy, _terms(config, RECORDS + count), count, seed)
+    preflight.check_once(model, replace(select_rows(first), privacy=setting.privacy))
+    return setting
+
+
+def _client(config: Config, *, records: int) -> Client:
+    return Client(id=0, examples=records, rank=config.lora.rank, records=records)
 
 
 def _terms(config: Config, records: int) -> RecordLevelDP:
     dp = replace(config.dp, rate=RATE, joins=0, budget=inf, ledger="")
     dp = replace(dp, delta=dp.delta if dp.delta < 1 / records else 0.0)
     training = Training(optimizer="sgd", steps=STEPS, batch_size=config.train.batch_size)
-    return record_level_dp(dp, training, ROUNDS, [Client(0, records, config.lora.rank, records)])
+    return record_level_dp(dp, training, ROUNDS, [_client(config, records=records)])
 
 
 def play(
-    stage: Stage, subject: Subject, clients_data: Sequence[ClientData], folder: Path, rounds: int = ROUNDS
+    setting: RecordLevelSetting,
+    subject: RecordLevelSubject,
+    clients_data: Sequence[ClientData],
+    folder: Path,
+    rounds: int = ROUNDS,
 ) -> list[ObservedRound]:
-    """So many rounds of two clients, and what was seen of each. Raises `PrivacyError` where a client refuses."""
-    fleet = _Watched(stage, subject, clients_data, folder)
-    for _ in fit(stage.strategy, fleet, stage.start, stage.plan(len(clients_data[0].records), rounds)):
+    """Run so many rounds with two clients, and return each round of each as observed.
+
+    Raises `PrivacyError` where a client refuses.
+    """
+    fleet = _Observed(setting, subject, clients_data, folder)
+    for _ in fit(setting.strategy, fleet, setting.start, setting.plan(len(clients_data[0].records), rounds)):
         pass
     return fleet.seen
 
 
-class _Watched(Serial):
-    """Two clients in this process, and what is seen of their work."""
+class _Observed(Serial):
+    """Two clients in this process, whose work is observed."""
 
-    def __init__(self, stage: Stage, subject: Subject, clients_data: Sequence[ClientData], folder: Path) -> None:
-        super().__init__(stage.model, clients_data, [stage.config.lora.rank] * len(clients_data), folder)
+    def __init__(
+        self, setting: RecordLevelSetting, subject: RecordLevelSubject, clients_data: Sequence[ClientData], folder: Path
+    ) -> None:
+        super().__init__(setting.model, clients_data, [setting.config.lora.rank] * len(clients_data), folder)
         self.seen: list[ObservedRound] = []
-        self._stage, self._subject, self._folder = stage, subject, folder
+        self._setting, self._subject, self._folder = setting, subject, folder
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         for i, job in jobs.items():
             drawn: list[int] = []
-            where = canaries.places(job, self._stage.canaries, self._stage.seed)
+            where = canaries.places(job, self._setting.canaries, self._setting.seed)
             folder, mechanism = self._folder / str(i), _tapped(self._subject.mechanism, drawn, where)
             self._runners[i] = self._subject.runner(i, self._clients_data[i], folder, mechanism=mechanism)
             before = ClientState(folder).before(job.round).over(job.start)
@@ -199,17 +227,23 @@ class _Watched(Serial):
                 yield i, answer
 
     def _look(self, i: int, job: Job, before: LoRA, answer: Update, drawn: list[int]) -> None:
-        """Read off what the client did, whatever it says."""
-        after, p = self._model.get_adapter(), self._stage.privacy
+        """Note what the client did to the model, whatever it reports."""
+        after, p = self._model.get_adapter(), self._setting.privacy
         unit = -p.rate * len(self._clients_data[i].records) / job.training.lr
         sums = {key: unit * t for key, t in _moved(after, before, job.trains)}
-        told = {key: unit * t for key, t in _shown(answer.lora, job)}
-        spent = answer.spent.epsilon if answer.spent else inf
-        self.seen.append(ObservedRound(i, job, sums, told, np.array(drawn, dtype=np.float64), spent))
+        observed = ObservedRound(
+            client=i,
+            job=job,
+            sums=sums,
+            visible={key: unit * t for key, t in _visible(answer.lora, job)},
+            drawn=np.array(drawn, dtype=np.float64),
+            epsilon=answer.spent.epsilon if answer.spent else inf,
+        )
+        self.seen.append(observed)
 
 
 def _tapped(mechanism: Mechanism, drawn: list[int], where: NDArray[np.int64]) -> Mechanism:
-    """The mechanism, with how many records each step draws written down, and canaries known."""
+    """Return the mechanism, which now notes in `drawn` how many records each step draws, and knows canaries."""
 
     def draw(numbers: Any, n: int, rate: float) -> list[int]:
         chosen = mechanism.draw(numbers, n, rate)
@@ -225,19 +259,19 @@ def _moved(after: LoRA, before: LoRA, sides: str) -> Iterator[tuple[tuple[str, s
             yield (s, m), t.double() - before.side(s)[m].double()
 
 
-def _shown(lora: LoRA, job: Job) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """By how much each shared number moved, as the server can tell it."""
+def _visible(lora: LoRA, job: Job) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Yield by how much each shared matrix moved, as far as the server can tell."""
     for s in job.shares:
         for m, t in lora.side(s).items():
             was = job.start.side(s)[m].double()
             if t.shape == was.shape:
                 yield (s, m), t.double() - was
-            elif s == "A":  # of a client that resumes: [A'; A] and [B', -B]
+            elif s == "A":  # from a client that resumes, which sends [A'; A] and [B', -B]
                 yield (s, m), t[: len(t) // 2].double() - t[len(t) // 2 :].double()
             else:
                 yield (s, m), t[:, : t.shape[1] // 2].double() + t[:, t.shape[1] // 2 :].double()
 
 
-def flat(some: Mapping[tuple[str, str], Tensor]) -> Floats:
-    """All numbers in a row, in the order of sides and modules."""
+def as_vector(some: Mapping[tuple[str, str], Tensor]) -> Floats:
+    """Return all numbers as one vector, in the order of sides and modules."""
     return np.concatenate([t.flatten().numpy() for t in some.values()])

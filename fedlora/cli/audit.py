@@ -43,9 +43,9 @@ def audit(
             raise ConfigError("--membership attacks what a run delivered; name its directory: fedlora audit RUN")
         from fedlora.audit.membership_inference import attack
 
-        attack(folder, given, json)
+        attack(folder, given, as_json=json)
         return
     from fedlora.audit.report import audit
 
-    if not audit(folder, given, repeat, controls, json):
+    if not audit(folder, given, repeat=repeat, controls=controls, as_json=json):
         raise typer.Exit(1)

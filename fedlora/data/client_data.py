@@ -30,7 +30,9 @@ def _content(value: Any) -> Any:
         return sha256(value).hexdigest()
     if hasattr(value, "tobytes"):
         return sha256(value.tobytes()).hexdigest()
-    return [_content(v) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_content(v) for v in value]
+    return value
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,13 @@
 """How much privacy a client has spent, and how much noise keeps it within a budget.
 
-A charge is so many steps of the Poisson-subsampled Gaussian mechanism. Charges are added up as privacy loss random
-variables (Gopi, Lee and Wutschitz, Numerical Composition of Differential Privacy, NeurIPS 2021,
-https://arxiv.org/abs/2106.02848) by Opacus's accountant, and once more by Renyi DP (Mironov, Talwar and Zhang, 2019,
-https://arxiv.org/abs/1908.10530), which is looser and fails in other places.
+A charge is a number of steps of the Poisson-subsampled Gaussian mechanism. Charges are composed as privacy loss random
+variables (PRV; Gopi, Lee and Wutschitz, Numerical Composition of Differential Privacy, NeurIPS 2021,
+https://arxiv.org/abs/2106.02848) by Opacus's accountant, and a second time by Renyi DP (RDP; Mironov, Talwar and Zhang,
+2019, https://arxiv.org/abs/1908.10530), which gives a looser bound and fails in other places.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import exp, inf, isfinite, log
 from typing import Any
@@ -15,113 +15,126 @@ from typing import Any
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Charge
 
-SLACK = 0.02  # what PRV may be above RDP: twice the error that it is asked for
-TOLERANCE = 0.004  # relative, of calibrated noise: epsilon ends this little below what was asked for
+SLACK = 0.02  # by how much PRV's epsilon may exceed RDP's: twice the numerical error that PRV is asked for
+TOLERANCE = 0.004  # relative: the epsilon of calibrated noise ends this little below its target
 LEAST = 0.3  # sigma below which PRV takes minutes, and epsilon is beyond all meaning
+MOST = 1e6  # sigma above which no noise is looked for
 
 
 def merge_charges(charges: Sequence[Charge]) -> tuple[Charge, ...]:
-    """The same charges, those of one mechanism as one: the time PRV takes grows with how many there are."""
+    """Return the same charges with one entry per mechanism: PRV's running time grows with the number of entries."""
     steps: dict[tuple[float, float], int] = {}
     for c in charges:
         steps[c.noise, c.rate] = steps.get((c.noise, c.rate), 0) + c.steps
-    return tuple(Charge(noise, rate, n) for (noise, rate), n in sorted(steps.items()) if n)
+    return tuple(Charge(noise=noise, rate=rate, steps=n) for (noise, rate), n in sorted(steps.items()) if n)
 
 
-def epsilon(charges: Sequence[Charge], delta: float) -> float:
-    """What these charges come to at this delta: PRV's upper bound, or RDP's where PRV cannot be right."""
-    return _epsilon(merge_charges(charges), delta)
+def epsilon(charges: Sequence[Charge], *, delta: float) -> float:
+    """Return the epsilon of these charges at this delta: PRV's upper bound, or RDP's where PRV cannot be right."""
+    return _epsilon(merge_charges(charges), delta=delta)
 
 
-def prv(charges: Sequence[Charge], delta: float) -> float:
-    """By privacy loss random variables; inf where that fails, or would take minutes."""
-    from opacus.accountants import PRVAccountant  # here, as it takes a second
+def prv(charges: Sequence[Charge], *, delta: float) -> float:
+    """Return the epsilon by privacy loss random variables; inf where that fails, or would take minutes."""
+    from opacus.accountants import PRVAccountant  # here, as the import takes a second
 
     if any(c.noise < LEAST for c in charges):
         return inf
     try:
-        return _asked(PRVAccountant(), merge_charges(charges), delta)
+        return _epsilon_by(PRVAccountant(), charges, delta=delta)
     except (ValueError, RuntimeError, OverflowError, MemoryError):
         return inf
 
 
-def rdp(charges: Sequence[Charge], delta: float) -> float:
-    """By Renyi differential privacy."""
+def rdp(charges: Sequence[Charge], *, delta: float) -> float:
+    """Return the epsilon by Renyi differential privacy."""
     from opacus.accountants import RDPAccountant
 
-    return _asked(RDPAccountant(), merge_charges(charges), delta)
+    return _epsilon_by(RDPAccountant(), charges, delta=delta)
 
 
 @cache
-def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
+def _epsilon(charges: tuple[Charge, ...], *, delta: float) -> float:
     if not charges:
         return 0.0
     if any(c.noise <= 0 for c in charges):
         return inf
-    tight, loose = prv(charges, delta), rdp(charges, delta)
+    tight, loose = prv(charges, delta=delta), rdp(charges, delta=delta)
     return max(0.0, tight if isfinite(tight) and tight <= loose + SLACK else loose)
 
 
-def calibrate(target: float, delta: float, rate: float, steps: int) -> float:
-    """The least noise with which so many steps come to this epsilon, to a part in two hundred, and no more.
+def _epsilon_by(accountant: Any, charges: Sequence[Charge], *, delta: float) -> float:
+    accountant.history = [(c.noise, c.rate, c.steps) for c in merge_charges(charges)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the best order is at the end of the list: a looser bound
+        return float(accountant.get_epsilon(delta=delta))
 
-    Raises `PrivacyError` where no noise does.
+
+def calibrate(*, target: float, delta: float, rate: float, steps: int) -> float:
+    """Return the least noise, to a part in two hundred, with which these steps spend at most the target epsilon.
+
+    Raises `PrivacyError` where no noise is enough.
     """
-    return _calibrated(target, delta, rate, steps)
+    return _calibrated(target=target, delta=delta, rate=rate, steps=steps)
 
 
 @cache
-def _calibrated(target: float, delta: float, rate: float, steps: int) -> float:
-    def off(noise: float) -> float:
-        return log(max(epsilon([Charge(noise, rate, steps)], delta), 1e-9) / target)
+def _calibrated(*, target: float, delta: float, rate: float, steps: int) -> float:
+    def excess(noise: float) -> float:
+        """The logarithm of epsilon over its target, which falls as noise grows; `epsilon` remembers what it is."""
+        spent = epsilon([Charge(noise=noise, rate=rate, steps=steps)], delta=delta)
+        return log(max(spent, 1e-9) / target)
 
-    high = _guess(target, delta, rate, steps)
-    while (above := off(high)) > 0:  # epsilon falls as noise grows
+    high = _guess(target=target, delta=delta, rate=rate, steps=steps)
+    while excess(high) > 0:
         high *= 1.25
-        if high > 1e6:
+        if high > MOST:
             raise PrivacyError(
                 f"dp.epsilon = {target:g} at delta = {delta:g} cannot be kept over {steps} steps at rate {rate:g}; "
                 "ask for a larger epsilon, or for fewer steps"
             )
     low = high / 1.1
-    while (below := off(low)) <= 0 and low > 1e-2:
-        high, above, low = low, below, low / 1.1
-    while above < -TOLERANCE:  # the secant of two curves that are nearly straight lines in these axes
-        middle = exp(log(low) + (log(high) - log(low)) * min(0.95, max(0.05, below / (below - above) + 0.05)))
-        if (here := off(middle)) > 0:
-            low, below = middle, here
+    while excess(low) <= 0 and low > 1e-2:
+        high, low = low, low / 1.1
+    while excess(high) < -TOLERANCE:
+        middle = _secant(excess, low=low, high=high)
+        if excess(middle) > 0:
+            low = middle
         else:
-            high, above = middle, here
+            high = middle
     return high
 
 
-def _guess(target: float, delta: float, rate: float, steps: int) -> float:
-    """Noise of about the right size, by the central limit theorem of Gaussian DP: a place to begin at."""
+def _secant(excess: Callable[[float], float], *, low: float, high: float) -> float:
+    """Return the noise at which the chord of `excess` over log(noise), nearly a straight line, is a little below 0."""
+    below, above = excess(low), excess(high)
+    share = min(0.95, max(0.05, below / (below - above) + 0.05))
+    return exp(log(low) + (log(high) - log(low)) * share)
+
+
+def _guess(*, target: float, delta: float, rate: float, steps: int) -> float:
+    """Return noise of about the right size, by the central limit theorem of Gaussian DP: where the search begins."""
     from opacus.accountants.analysis.gdp import compute_eps_poisson
 
     noise = 0.4
-    while noise < 1e6:
+    while noise < MOST:
         try:
             if compute_eps_poisson(steps=steps, noise_multiplier=noise, sample_rate=rate, delta=delta) <= target:
                 break
         except (ValueError, OverflowError):
-            pass  # too little noise for its formula
+            pass  # too little noise for this formula
         noise *= 1.1
     return noise
 
 
-def _asked(accountant: Any, charges: Sequence[Charge], delta: float) -> float:
-    accountant.history = [(c.noise, c.rate, c.steps) for c in charges]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the best order lies at an end of the list: a looser bound, and a bound
-        return float(accountant.get_epsilon(delta=delta))
+def default_delta(delta: float, *, units: int, who: str) -> float:
+    """Return the delta that is set, or else the default for so many units (records or clients).
 
-
-def default_delta(delta: float, n: int, who: str) -> float:
-    """The delta of n units. Raises `PrivacyError` for one that would let a whole unit be given away."""
-    if delta >= 1 / n:
+    Raises `PrivacyError` for a delta of 1/units or more, which would let a whole unit be given away.
+    """
+    if delta >= 1 / units:
         raise PrivacyError(
-            f"dp.delta = {delta:g} is not below 1/N = {1 / n:.2g} of {who}: it would allow one of them to be given "
-            f"away whole; set {1 / (10 * n):.0e} or less"
+            f"dp.delta = {delta:g} is not below 1/N = {1 / units:.2g} of {who}: it would allow one of them to be given "
+            f"away whole; set {1 / (10 * units):.0e} or less"
         )
-    return delta or min(1e-5, 1 / (10 * n))
+    return delta or min(1e-5, 1 / (10 * units))

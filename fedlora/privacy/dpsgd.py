@@ -1,22 +1,24 @@
-"""DP-SGD on an adapter: what of a client's records gets into what it sends is bounded, and hidden in noise.
+"""DP-SGD on an adapter: the share of each record in what a client sends is bounded, and hidden in noise.
 
 Abadi et al., Deep Learning with Differential Privacy (CCS 2016), https://arxiv.org/abs/1607.00133
 
     every record is in a step with probability q, by itself
     g_j <- g_j min(1, C / |g_j|),   step along (sum_j g_j + N(0, sigma^2 C^2 I)) / (q N)
 
-g_j is the gradient of one record's own mean loss over all that is trained, whether it will be sent or not: what a
-client keeps moves its next gradients (FedSA-LoRA's B). With a head there are two groups of parameters, clipped apart at
+g_j is the gradient of one record's own mean loss over all parameters that are trained, sent or not: those that a
+client keeps move its next gradients (FedSA-LoRA's B). With a head there are two groups of parameters, clipped apart at
 C_A and C_H with C_A^2 + C_H^2 = C^2, as a fresh head's gradient would take nearly all of one clip; together they are
-still one release of sensitivity C. The divisor is q N and not how many came; a step to which none came is noise alone.
+still one release of sensitivity C. The divisor is q N and not the size of the batch; a step without any record is noise
+alone.
 
-Dropout is drawn in secret too. Which mask a record meets depends on who else is in its batch: to one who knew the
-masks, a record more or less would change the gradients of all that come after it, and the sum by more than C.
+Dropout is drawn in secret too. Which mask a record meets depends on the other records in its batch: to an adversary who
+knew the masks, one record more or less would change the gradients of all after it, and the sum by more than C.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,35 +38,51 @@ Engine = Callable[[Model, Sequence[nn.Parameter]], PerExample]
 
 
 def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
-    """Where a job's noise and samples come from: the system, or in an experiment the run's seed."""
-    return (
-        SecureRandom.seeded(derive(job.seed, "noise", client, job.round)) if privacy.seeded else SecureRandom.secret()
-    )
+    """Return the random numbers for a job's noise and samples: the system's, or in an experiment the run's seed's."""
+    if privacy.seeded:
+        return SecureRandom.seeded(derive(job.seed, "noise", client, job.round))
+    return SecureRandom.secret()
 
 
-def add_noise(total: Tensor, deviation: float, numbers: SecureRandom) -> Tensor:
-    """A sum of clipped gradients with noise, added in float64: rounded after it, not before, it hides its last bits."""
-    return total.double() + deviation * numbers.normal(*total.shape).to(total.device)
+class NoiseAdder(Protocol):
+    """A function that adds noise to a sum, as `add_noise` does."""
+
+    def __call__(self, total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor: ...
+
+
+def add_noise(total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor:
+    """Return a sum of clipped gradients plus normal noise of this standard deviation, in float64.
+
+    The sum is rounded after the noise and not before, so that the noise hides its last bits too.
+    """
+    return total.double() + deviation * random.normal(*total.shape).to(total.device)
 
 
 def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> type[PerExample]:
-    """The engine that is named; of itself one pass, or Opacus's hooks where a trained layer is unknown to that."""
+    """Return the engine of single gradients that the job names, or for `auto` the fastest that knows the model.
+
+    That is one pass, or Opacus's hooks where a trained layer is unknown to it.
+    """
     if privacy.engine != "auto":
         return ENGINES[privacy.engine]
     trained = {id(p) for p in parameters}
-    holders = {type(m) for m in model.net.modules() for p in m.parameters(recurse=False) if id(p) in trained}
+    holders = {type(module) for module in model.net.modules() if _holds(module, trained)}
     return ENGINES["lora" if holders <= LAYERS.keys() else "hooks"]
+
+
+def _holds(module: nn.Module, trained: Container[int]) -> bool:
+    return any(id(p) in trained for p in module.parameters(recurse=False))
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What the guarantee rests on, part by part, for an audit to look at; a test spoils one and sees it caught."""
+    """The parts of DP-SGD that its guarantee rests on: the audit observes them, and plants bugs in them one by one."""
 
     source: Callable[[Job, int, PrivacyTerms], SecureRandom] = source
     draw: Callable[[SecureRandom, int, float], list[int]] = SecureRandom.poisson_sample
     engine: Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine] = engine
     clip: Callable[[Gradients, Sequence[int], Sequence[float]], list[Tensor]] = clip
-    add_noise: Callable[[Tensor, float, SecureRandom], Tensor] = add_noise
+    add_noise: NoiseAdder = add_noise
 
 
 STANDARD = Mechanism()
@@ -78,33 +96,44 @@ def train(
     records: Records,
     mechanism: Mechanism = STANDARD,
 ) -> None:
-    """All steps of a private job. Raises `PrivacyError` for a model that cannot have it, before a record is looked at.
+    """Run all steps of a private job on the model's parameters, which are given by side.
 
-    Raises `TrainingDiverged` where the parameters are no longer numbers; these are functions of what was released.
+    Raises `PrivacyError`, before any record is read, for a model whose records' gradients cannot be told apart, and
+    `TrainingDiverged` where the parameters are not finite afterwards; they are functions of what was released already.
     """
     privacy = privacy_of(job)
     parameters = [p for side in sides.values() for p in side]
     start = [p.detach().clone() for p in parameters]
-    numbers = mechanism.source(job, client, privacy)
+    expected_batch = privacy.rate * len(records)
+    random = mechanism.source(job, client, privacy)
     steps = optimizer.make(job.training, model, sides)
     model.net.train()
-    with seeded(numbers.seed()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
+    with seeded(random.seed()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
         for step in range(privacy.steps):
             optimizer.set_rates(steps, job.training, (job.round + (step + 1) / privacy.steps) / job.rounds)
-            drawn = mechanism.draw(numbers, len(records), privacy.rate)
-            examples = [records[i][numbers.one_of(len(records[i]))] for i in drawn if len(records[i])]
+            examples = _batch(records, mechanism, random, rate=privacy.rate)
             sums = clipped_sum(gradients, parameters, examples, sides, job, mechanism)
             for p, total in zip(parameters, sums, strict=True):
-                noisy = mechanism.add_noise(total, privacy.noise * privacy.clip, numbers)
-                p.grad = (noisy / (privacy.rate * len(records))).to(p.dtype)
+                noisy = mechanism.add_noise(total, deviation=privacy.noise * privacy.clip, random=random)
+                p.grad = (noisy / expected_batch).to(p.dtype)
             optimizer.add_proximal_gradient(parameters, start, job.training.prox)
             steps.step()
             steps.zero_grad()
-    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+    if not all(map(_is_finite, parameters)):
         raise TrainingDiverged(
             f"client {client}: the adapter is not finite after round {job.round + 1}; a train.lr below "
             f"{job.training.lr:g} may help"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _batch(records: Records, mechanism: Mechanism, random: SecureRandom, *, rate: float) -> list[Example]:
+    """Return one example, drawn at random, of every record in a Poisson sample; records without examples have none."""
+    drawn = [records[i] for i in mechanism.draw(random, len(records), rate)]
+    return [record[random.one_of(len(record))] for record in drawn if len(record)]
 
 
 def clipped_sum(
@@ -115,28 +144,29 @@ def clipped_sum(
     job: Job,
     mechanism: Mechanism = STANDARD,
 ) -> Gradients:
-    """Of each parameter the sum of these examples' clipped gradients, `train.batch_size` of them at a time."""
+    """Return the sum of these examples' clipped gradients for each parameter, `train.batch_size` examples at a time."""
     sums = [torch.zeros_like(at_least_float32(p)) for p in parameters]
     groups, bounds = grouped(sides, privacy_of(job))
-    ordered, size = sorted(examples, key=length), job.training.batch_size  # like lengths together: less padding
+    ordered = sorted(examples, key=length)  # like lengths together: less padding
+    size = job.training.batch_size
     for i in range(0, len(ordered), size):
-        each = gradients(ordered[i : i + size])
-        for total, (part,) in zip(sums, add_up(each, mechanism.clip(each, groups, bounds)), strict=True):
+        single = gradients(ordered[i : i + size])
+        for total, (part,) in zip(sums, add_up(single, mechanism.clip(single, groups, bounds)), strict=True):
             total += part
-        del each  # not held through the next pass
+        del single  # not held through the next pass
     return sums
 
 
 def grouped(sides: Mapping[str, list[nn.Parameter]], privacy: PrivacyTerms) -> tuple[list[int], list[float]]:
-    """The group of each parameter, 0 the factors and 1 the head, and the groups' bounds."""
-    groups = [int(side == "H") for side, some in sides.items() for _ in some]
+    """Return the group of each parameter, 0 for the factors and 1 for the head, and the clips of the two groups."""
+    groups = [int(side == "H") for side, parameters in sides.items() for _ in parameters]
     if len(set(groups)) < 2:
         return groups, [privacy.clip, privacy.clip]
     return groups, [privacy.clip * sqrt(1 - privacy.head_share), privacy.clip * sqrt(privacy.head_share)]
 
 
 def privacy_of(job: Job) -> PrivacyTerms:
-    """A private job's terms."""
+    """Return the DP-SGD parameters of a job. Raises `PrivacyError` for a job without any."""
     if job.privacy is None:
         raise PrivacyError("this job has no terms of privacy")
     return job.privacy

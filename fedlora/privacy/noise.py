@@ -1,6 +1,6 @@
 """Random numbers that nobody else can draw: the keystream of AES-256 in counter mode under a key of the system's.
 
-An experiment may take a key made from a seed instead; then whoever knows the seed can take the noise off again.
+For an experiment the key may be made from a seed instead; then anybody who knows the seed can remove the noise again.
 """
 
 import os
@@ -19,39 +19,39 @@ class SecureRandom:
     """One stream of random numbers; every number is drawn once."""
 
     def __init__(self, key: bytes) -> None:
-        """A stream of its own for every key of 32 bytes."""
+        """`key` has 32 bytes; every key has a stream of its own."""
         self._stream: Any = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
     def secret(cls) -> "SecureRandom":
-        """Under a fresh key from the operating system, which is written nowhere."""
+        """Return a stream under a fresh key from the operating system, which is written nowhere."""
         return cls(os.urandom(32))
 
     @classmethod
     def seeded(cls, seed: int) -> "SecureRandom":
-        """The same stream for the same seed: for experiments, as it protects nobody."""
+        """Return the stream that belongs to this seed: for experiments, as it protects nobody."""
         return cls(sha256(f"fedlora noise {seed}".encode()).digest())
 
     def uniform(self, n: int) -> NDArray[np.float64]:
-        """n numbers in (0, 1), the odd multiples of 2^-53: neither end, so that logarithms are finite."""
+        """Return n numbers in (0, 1), odd multiples of 2^-53; 0 and 1 are excluded, so that logarithms are finite."""
         words = np.frombuffer(self._stream.update(bytes(8 * n)), dtype="<u8")
         return np.asarray(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers in float64, by Box and Muller's transform; none is beyond 8.6."""
+        """Return standard normal numbers in float64, by Box and Muller's transform; none is beyond 8.6."""
         n = prod(shape)
         u, v = torch.from_numpy(self.uniform(n + n % 2)).view(2, -1)  # torch's logarithm is three times numpy's pace
         radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * pi)
         return torch.cat([radius * angle.cos(), radius * angle.sin()])[:n].view(shape)
 
     def poisson_sample(self, n: int, rate: float) -> list[int]:
-        """Of n, those that are in a Poisson sample: each by itself, with this probability."""
+        """Return which of n are in a Poisson sample: each is by itself, with this probability."""
         return [int(i) for i in np.flatnonzero(self.uniform(n) < rate)]
 
     def seed(self) -> int:
-        """63 bits, for a generator that knows no other."""
+        """Return 63 bits, to seed another generator."""
         return int.from_bytes(self._stream.update(bytes(8))) >> 1
 
     def one_of(self, n: int) -> int:
-        """A number below n, all alike."""
+        """Return a whole number below n, each with the same probability."""
         return int(self.uniform(1)[0] * n)

@@ -1,11 +1,12 @@
-"""The gradient of every example by itself, three ways that agree: one pass, Opacus's hooks, one example at a time.
+"""The gradient of every single example, by three engines that agree: one pass, Opacus's hooks, one example at a time.
 
-For LoRA one pass is enough. A factor's gradient of one example is G^T X, (r, d_in) or (d_out, r) from X (tokens, d_in)
-and G (tokens, d_out): as many flops as its share of the ordinary gradient, and few numbers to hold. Norms by ghost
-clipping would save nothing and cost a second backward pass (benchmarks/README.md has the figures).
+For LoRA one pass is enough. A factor's gradient of one example is G^T X, (r, d_in) or (d_out, r), from its inputs X
+(tokens, d_in) and output gradients G (tokens, d_out): as many flops as the example's part of the ordinary gradient, and
+few numbers to hold. Norms by ghost clipping would save nothing and cost a second backward pass (the figures are in
+benchmarks/README.md).
 
-`clip` and `add_up` know neither model nor client: an engine that trains several clients in one batch gives them all
-its examples' gradients at once, and `owner`, the client of each.
+`clip` and `add_up` know neither model nor client: an engine that trains several clients in one batch passes the
+gradients of all its examples at once, and with them `owner`, the client of each.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -22,14 +23,14 @@ from fedlora.data.encoding import Encoder, Example
 from fedlora.errors import PrivacyError
 from fedlora.lora import at_least_float32
 
-Gradients = list[Tensor]  # of each parameter, (examples, *shape), float32 or wider
+Gradients = list[Tensor]  # one tensor a parameter, (examples, *shape), float32 or wider
 GradientFn = Callable[[Sequence[Example]], Gradients]
-Keep = Callable[[Tensor | None, Tensor | None], None]  # of a weight and a bias
+Keep = Callable[[Tensor | None, Tensor | None], None]  # stores the gradients of a weight and a bias
 REMEDY = "choose lora.kind = lora and other lora.targets, or dp.engine = one, which takes one example at a time"
 
 
 class Learner(Protocol):
-    """What an engine needs of a `Model`."""
+    """The part of a `Model` that an engine of single gradients uses."""
 
     @property
     def net(self) -> nn.Module: ...
@@ -39,7 +40,10 @@ class Learner(Protocol):
 
 
 class PerExample(Protocol):
-    """A model made ready; it is as it was again when the block is left, and its parameters have no `.grad`."""
+    """An engine of single gradients: a context in which calling it with examples returns their gradients.
+
+    After the block the model is as it was before, and its parameters have no `.grad`.
+    """
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None: ...
     def __enter__(self) -> Self: ...
@@ -48,9 +52,9 @@ class PerExample(Protocol):
 
 
 class OnePassGradients:
-    """One forward and one backward pass; the layers that hold what is trained keep each example's share.
+    """One forward and one backward pass, in which the layers with trained parameters store each example's gradient.
 
-    Raises `PrivacyError`, naming the module, where an example's share cannot be told.
+    Raises `PrivacyError`, naming the module, where one example's gradient cannot be told from another's.
     """
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
@@ -59,7 +63,7 @@ class OnePassGradients:
         self._n = 0
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:  # where one layer is refused, those before it get their own forward back
+        with ExitStack() as stack:  # if a layer is refused, those before it get their own forward back
             for name, module in _holders(self._model.net, LAYERS, "one pass"):
                 forward = partial(LAYERS[type(module)], module, partial(self._check, name), partial(self._keep, module))
                 stack.enter_context(_forward(module, forward))
@@ -96,13 +100,13 @@ class OnePassGradients:
 
 
 class OpacusGradients:
-    """Opacus's hooks: the reference, and for layers that `OnePass` does not know."""
+    """Opacus's hooks: a reference, and the engine for layers that `OnePass` does not know."""
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
 
     def __enter__(self) -> Self:
-        # Opacus would try others by functorch: it fails on some with an error of its own, and some it does not see
+        # Opacus would try other layers by functorch: it fails on some with an error of its own, and overlooks some
         list(_holders(self._model.net, GradSampleHooks.GRAD_SAMPLERS, "Opacus"))
         made: Any = GradSampleHooks  # untyped
         self._hooks = made(self._model.net, loss_reduction="sum", strict=False)
@@ -111,7 +115,7 @@ class OpacusGradients:
     def __exit__(self, *_: object) -> None:
         self._hooks.cleanup()
         for module in self._model.net.modules():
-            for left in ("activations", "max_batch_len"):  # what a pass that broke off leaves behind
+            for left in ("activations", "max_batch_len"):  # which a pass that was interrupted leaves behind
                 module.__dict__.pop(left, None)
         _forget(self._parameters)
 
@@ -131,7 +135,7 @@ class OpacusGradients:
 
 
 class LoopedGradients:
-    """By autograd, one example after another: slow, right for any module, and what the others answer to."""
+    """Autograd on one example after another: slow, right for any module, and the reference for the other engines."""
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
@@ -147,17 +151,18 @@ class LoopedGradients:
         for example in examples:
             loss = self._model.losses(self._model.encoder.collate([example])).sum()
             rows.append(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
-        return [torch.stack([at_least_float32(g) for g in of_one]) for of_one in zip(*rows, strict=True)]
+        return [torch.stack([at_least_float32(g) for g in column]) for column in zip(*rows, strict=True)]
 
 
 ENGINES: dict[str, type[PerExample]] = {"lora": OnePassGradients, "hooks": OpacusGradients, "one": LoopedGradients}
 
 
 def clip(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
-    """The factor (examples,) on each parameter's gradients that makes no example longer than its group's bound.
+    """Return a factor for each parameter and example, (examples,), with which no example's norm exceeds its bound.
 
-    Parameter j is in group groups[j]. An example with a gradient that is not finite counts as nothing, and is made so
-    in place, as zero times what is not a number is none.
+    Parameter j is in group groups[j], and the gradients of a group together have norm bounds[group] at most. An example
+    with a gradient that is not finite gets the factor zero; its gradients are set to zero in place, as zero times NaN
+    is NaN.
     """
     norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]
     finite = torch.isfinite(torch.stack(norms).sum(0))
@@ -165,31 +170,36 @@ def clip(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -
         for g in gradients:
             g[~finite] = 0.0
 
-    def factor(group: int, bound: float) -> Tensor:
+    def factor(group: int) -> Tensor:
         own = torch.stack([norm for norm, k in zip(norms, groups, strict=True) if k == group])
+        bound = bounds[group]
         return torch.where(finite, bound / torch.linalg.vector_norm(own, dim=0).clamp(min=bound), 0.0)
 
-    factors = {i: factor(i, bounds[i]) for i in set(groups)}
-    return [factors[k] for k in groups]
+    factors = {group: factor(group) for group in set(groups)}
+    return [factors[group] for group in groups]
 
 
 def add_up(gradients: Gradients, factors: Sequence[Tensor], owner: Tensor | None = None, owners: int = 1) -> Gradients:
-    """Of each parameter the sum of factor times gradient by owner, (owners, *shape): example i belongs to owner[i]."""
+    """Return for each parameter the sums of factor times gradient by owner, (owners, *shape).
+
+    Example i belongs to owner[i]; without `owner` all belong to one.
+    """
     owner = torch.zeros(len(gradients[0]), dtype=torch.int64) if owner is None else owner
     belongs = F.one_hot(owner.to(gradients[0].device), owners).T  # (owners, examples)
     return [((belongs * c) @ g.flatten(1)).view(owners, *g.shape[1:]) for g, c in zip(gradients, factors, strict=True)]
 
 
 def _holders(net: nn.Module, known: Container[type[nn.Module]], who: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that hold what is trained. Raises `PrivacyError` at one that is not of a known kind."""
+    """Yield the layers with trained parameters. Raises `PrivacyError` at a layer that is not of a known kind."""
     for name, module in net.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            if type(module) not in known:
-                raise PrivacyError(
-                    f"{name} is a {type(module).__name__}, of which {who} cannot tell one example's gradient from "
-                    f"another's; {REMEDY}"
-                )
-            yield name, module
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        if type(module) not in known:
+            raise PrivacyError(
+                f"{name} is a {type(module).__name__}, of which {who} cannot tell one example's gradient from "
+                f"another's; {REMEDY}"
+            )
+        yield name, module
 
 
 def _name(model: Learner, parameter: nn.Parameter) -> str:
@@ -208,7 +218,7 @@ def _backward(model: Learner, examples: Sequence[Example]) -> None:
 
 @contextmanager
 def _forward(module: nn.Module, forward: Any) -> Any:
-    """Another forward for this one module, whatever it had."""
+    """Give this one module another forward within the block."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -234,10 +244,10 @@ def _layer_norm(module: Any, check: Callable[[Tensor], None], keep: Keep, x: Ten
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer that hands G^T X of each example over, and gives its parameters no gradient of the batch.
+    """A linear layer that passes each example's G^T X to `keep`, and gives its parameters no gradient of the batch.
 
-    It does so within the backward pass, so that X and G are freed at once: kept until its end they would take three
-    times the memory.
+    It does so within the backward pass, so that X and G are freed at once: held until the end of the pass they would
+    take three times the memory.
     """
 
     @staticmethod
@@ -257,14 +267,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _products(gs: Tensor, xs: Tensor) -> Tensor:
-    """G^T X of each example, (n, d_out, d_in); BLAS makes few rows four times as fast as few columns."""
+    """Return G^T X of each example, (n, d_out, d_in); BLAS makes few rows four times as fast as few columns."""
     if gs.shape[2] <= xs.shape[2]:
         return torch.bmm(gs.transpose(1, 2), xs)
     return torch.bmm(xs.transpose(1, 2), gs).transpose(1, 2).contiguous()
 
 
 class _Affine(torch.autograd.Function):
-    """The scale and shift at the end of a layer norm, likewise."""
+    """The scale and shift at the end of a layer norm, with each example's gradients passed to `keep` likewise."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:

@@ -1,11 +1,12 @@
-"""Before a client's first private step: can one record's share be told in this model, and bounded? On made-up records.
+"""Checks before a client's first private step, on made-up records: can this model be trained by DP-SGD?
 
-Two looks, as each is blind to something: the gradients of single examples against autograd's of each alone, and the sum
-of clipped gradients with and without each record, which may differ by the clip and no more. It is the model as it
-trains, but with its adapter moved off zero, and with its dropout still, which would differ between two passes.
+There are two checks, as each overlooks something. The engine's gradients of single examples are held against autograd's
+of each example alone; and the sum of clipped gradients with and without each record may differ by the clip and no more.
+The model is checked as it trains, except that its adapter is moved off zero, and that dropout is switched off, as it
+would differ between two passes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,24 +28,27 @@ from . import dpsgd
 from .dpsgd import STANDARD, Mechanism
 from .per_sample_gradients import GradientFn, Gradients, LoopedGradients
 
-RECORDS = 4
-CLIPS = (1e-3, 0.1, 10.0, 1e3)  # from all of the gradients clipped to none
-EXACT, ROUNDED = 1e-3, 0.1  # relative errors allowed: with weights of 32 bits, and with fewer, where it is rounding
-OVER = {True: 1.001, False: 1.1}  # sensitivity allowed, over the clip: what rounding adds
+RECORDS = 4  # made-up ones
+CLIPS = (1e-3, 0.1, 10.0, 1e3)  # from one that cuts all gradients to one that cuts none
+EXACT, ROUNDED = 1e-3, 0.1  # relative errors allowed: of weights of 32 bits, and of fewer, which are rounded
+OVER = {
+    True: 1.001,
+    False: 1.1,
+}  # sensitivity allowed, over the clip, with weights of 32 bits or not: rounding adds to it
 _passed: WeakKeyDictionary[Model, dict[tuple[object, ...], "Findings"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was seen of a model that passed."""
+    """The measurements of a model that passed both checks."""
 
     error: float  # of single examples' gradients, relative
     sensitivity: float  # largest change of the sum by one record, over the clip
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """A model ready to be looked at."""
+class Probe:
+    """A model ready to be checked, with everything that the checks need."""
 
     model: Model
     job: Job
@@ -54,20 +58,22 @@ class Bench:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """All parameters that are trained."""
         return [p for side in self.sides.values() for p in side]
 
     @property
     def precise(self) -> bool:
+        """Are the weights of 32 bits or more?"""
         return bool(self.model.net.dtype.itemsize >= 4)
 
     def name(self, j: int) -> str:
-        """The module of parameter j."""
+        """Return the name of the module that holds parameter j."""
         found = next(n for n, p in self.model.net.named_parameters() if p is self.parameters[j])
         return found.rpartition(".")[0]
 
 
 def check_once(model: Model, job: Job) -> Findings:
-    """What `check` finds, or found when this model last had such a job."""
+    """Return the findings of `check`, or those from when this model last had a job with the same sides and ranks."""
     ranks = tuple(sorted({a.shape[0] for a in job.start.A.values()}))
     key = (job.trains, dpsgd.privacy_of(job).engine, ranks)
     passed = _passed.setdefault(model, {})
@@ -77,9 +83,9 @@ def check_once(model: Model, job: Job) -> Findings:
 
 
 def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
-    """What can be seen of a model that can be private; the model wears another adapter afterwards.
+    """Run both checks and return what they measured; the model has another adapter afterwards.
 
-    Raises `PrivacyError`, naming the module, for one that cannot.
+    Raises `PrivacyError`, naming the module, for a model that cannot be trained by DP-SGD.
     """
     model.net.train()
     _refuse_shared_statistics(model.net)
@@ -88,12 +94,16 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
         model.set_adapter(random_start(job.start), gain=job.gain)
         sides = {side: model.set_trainable(side) for side in job.trains}
         model.set_trainable(job.trains)
-        bench = Bench(model, job, sides, synthetic(model.encoder, RECORDS), mechanism)
-        findings = Findings(_error(bench), _sensitivity(bench))
-    for name, b in model.net.named_buffers():
-        if name in buffers and not torch.equal(b, buffers[name]):
-            raise PrivacyError(f"{name} changes while the model trains, with no noise on it; choose another model")
+        probe = Probe(model, job, sides, synthetic(model.encoder, RECORDS), mechanism)
+        findings = Findings(error=_error(probe), sensitivity=_sensitivity(probe))
+    _refuse_changed_buffers(model.net, buffers)
     return findings
+
+
+def _refuse_changed_buffers(net: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, buffer in net.named_buffers():
+        if name in before and not torch.equal(buffer, before[name]):
+            raise PrivacyError(f"{name} changes while the model trains, with no noise on it; choose another model")
 
 
 def _refuse_shared_statistics(net: nn.Module) -> None:
@@ -105,30 +115,35 @@ def _refuse_shared_statistics(net: nn.Module) -> None:
             )
 
 
-def _error(bench: Bench) -> float:
-    """The largest relative error of the engine's gradients of single examples."""
-    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.privacy_of(bench.job))
-    with engine(bench.model, bench.parameters) as gradients:
-        got = gradients(bench.examples)
-    with LoopedGradients(bench.model, bench.parameters) as gradients:
-        wanted = gradients(bench.examples)
-    sizes = torch.stack([w.abs().max() for w in wanted])
-    sizes = sizes.clamp(min=max(1e-6 * float(sizes.max()), 1e-12))  # of what is zero but for rounding
-    errors = torch.stack([(g - w).abs().max() for g, w in zip(got, wanted, strict=True)]) / sizes
-    worst = int(errors.argmax())  # what is not a number counts as the largest
-    if not float(errors[worst]) <= (EXACT if bench.precise else ROUNDED):
+def _error(probe: Probe) -> float:
+    """Return the largest relative error of the engine's gradients of single examples."""
+    engine = dpsgd.engine(probe.model, probe.parameters, dpsgd.privacy_of(probe.job))
+    with engine(probe.model, probe.parameters) as gradients:
+        got = gradients(probe.examples)
+    with LoopedGradients(probe.model, probe.parameters) as gradients:
+        wanted = gradients(probe.examples)
+    errors = _relative_errors(got, wanted)
+    worst = int(errors.argmax())  # NaN counts as the largest
+    if not float(errors[worst]) <= (EXACT if probe.precise else ROUNDED):
         raise PrivacyError(
-            f"{bench.name(worst)}: gradients of single records are {float(errors[worst]):.0%} off what each has alone, "
+            f"{probe.name(worst)}: gradients of single records are {float(errors[worst]):.0%} off what each has alone, "
             "so that records mix; choose other lora.targets, or dp.engine = one, which takes one record at a time"
         )
     return float(errors[worst])
 
 
-def _sensitivity(bench: Bench) -> float:
-    """The largest change of the clipped sum when one record is left out, over the clip."""
-    engine = dpsgd.engine(bench.model, bench.parameters, dpsgd.privacy_of(bench.job))
+def _relative_errors(got: Gradients, wanted: Gradients) -> Tensor:
+    """Return the largest error of each parameter's gradients over the largest of these gradients, (parameters,)."""
+    sizes = torch.stack([w.abs().max() for w in wanted])
+    sizes = sizes.clamp(min=max(1e-6 * float(sizes.max()), 1e-12))  # where all gradients are zero but for rounding
+    return torch.stack([(g - w).abs().max() for g, w in zip(got, wanted, strict=True)]) / sizes
+
+
+def _sensitivity(probe: Probe) -> float:
+    """Return the largest change of the clipped sum when one record is left out, over the clip."""
+    engine = dpsgd.engine(probe.model, probe.parameters, dpsgd.privacy_of(probe.job))
     seen: dict[tuple[int, ...], Gradients] = {}  # a pass is the same whatever the clip
-    with engine(bench.model, bench.parameters) as gradients:
+    with engine(probe.model, probe.parameters) as gradients:
 
         def remembered(examples: Sequence[Example]) -> Gradients:
             key = tuple(map(id, examples))
@@ -136,31 +151,36 @@ def _sensitivity(bench: Bench) -> float:
                 seen[key] = gradients(examples)
             return [g.clone() for g in seen[key]]
 
-        return max(_change(bench, C, remembered) for C in CLIPS)
+        return max(_change(probe, C, remembered) for C in CLIPS)
 
 
-def _change(bench: Bench, C: float, gradients: GradientFn) -> float:
-    """The same, at one clip."""
-    job = replace(bench.job, privacy=replace(dpsgd.privacy_of(bench.job), clip=C))
+def _change(probe: Probe, C: float, gradients: GradientFn) -> float:
+    """Return the largest change of the clipped sum at one clip, over that clip."""
+    job = replace(probe.job, privacy=replace(dpsgd.privacy_of(probe.job), clip=C))
 
     def clipped(examples: Sequence[Example]) -> Gradients:
-        return dpsgd.clipped_sum(gradients, bench.parameters, examples, bench.sides, job, bench.mechanism)
+        return dpsgd.clipped_sum(gradients, probe.parameters, examples, probe.sides, job, probe.mechanism)
 
-    whole = clipped(bench.examples)
-    without = [clipped([e for k, e in enumerate(bench.examples) if k != i]) for i in range(len(bench.examples))]
-    changes = torch.stack([torch.stack([(w - r).norm() for w, r in zip(whole, rest, strict=True)]) for rest in without])
-    over = changes.double().norm(dim=1) / C  # (records,), of (records, parameters)
+    whole = clipped(probe.examples)
+    fewer = [probe.examples[:i] + probe.examples[i + 1 :] for i in range(len(probe.examples))]
+    changes = torch.stack([_distances(whole, clipped(examples)) for examples in fewer])  # (records, parameters)
+    over = changes.double().norm(dim=1) / C  # (records,)
     most = int(over.argmax())
-    if not float(over[most]) <= OVER[bench.precise]:
+    if not float(over[most]) <= OVER[probe.precise]:
         raise PrivacyError(
-            f"{bench.name(int(changes[most].argmax()))}: one record moves the sum of clipped gradients by "
+            f"{probe.name(int(changes[most].argmax()))}: one record moves the sum of clipped gradients by "
             f"{float(over[most]):.3g} times the clip, which no noise is for; choose other lora.targets or another model"
         )
     return float(over[most])
 
 
+def _distances(one: Gradients, other: Gradients) -> Tensor:
+    """Return the norm of the difference for each parameter, (parameters,)."""
+    return torch.stack([(x - y).norm() for x, y in zip(one, other, strict=True)])
+
+
 def random_start(start: LoRA) -> LoRA:
-    """The adapter with its zeros replaced, so that every factor has a gradient."""
+    """Return the adapter with noise added to its factors, so that none is zero and every factor has a gradient."""
 
     def side(letter: str) -> dict[str, Tensor]:
         own = start.side(letter)
@@ -170,19 +190,26 @@ def random_start(start: LoRA) -> LoRA:
 
 
 def synthetic(encoder: Encoder, n: int) -> list[Example]:
-    """Made-up examples of the task's form, of different lengths, in the model's own tokens."""
-    form, examples = encoder.form, list[Example]()
+    """Return n made-up examples of the task's form, of different lengths, in the model's own tokens."""
+    examples: list[Example] = []
     while len(examples) < n:
-        row: dict[str, Any] = {}
-        for column in form.columns:
-            row[column] = _words(encoder.processor, 3 + 3 * len(examples)) if form.kind != "image" else _noise()
-        if form.kind == "chat":
-            turns = [{"role": role, "content": row[form.columns[0]]} for role in ("user", "assistant")]
-            row[form.columns[0]] = turns
-        if form.labels:
-            row[form.columns[-1]] = form.labels[len(examples) % len(form.labels)]
-        examples += encoder.by_row([row])[0][:1]
+        examples += encoder.by_row([_row(encoder, len(examples))])[0][:1]
     return examples
+
+
+def _row(encoder: Encoder, i: int) -> dict[str, Any]:
+    """Return a made-up row of data; the larger i is, the longer are its texts."""
+    form = encoder.form
+    if form.kind == "image":
+        row: dict[str, Any] = {column: _noise() for column in form.columns}
+    else:
+        row = {column: _words(encoder.processor, 3 + 3 * i) for column in form.columns}
+    if form.kind == "chat":
+        content = row[form.columns[0]]
+        row[form.columns[0]] = [{"role": role, "content": content} for role in ("user", "assistant")]
+    if form.labels:
+        row[form.columns[-1]] = form.labels[i % len(form.labels)]
+    return row
 
 
 def _words(tokenizer: Any, n: int) -> str:
@@ -199,14 +226,14 @@ def _noise() -> Any:
 
 @contextmanager
 def no_dropout(net: nn.Module) -> Iterator[None]:
-    """No dropout, whether it is a module or a function."""
-    moving = [m for m in net.modules() if "Drop" in type(m).__name__ and m.training]
-    still: Any = _Undropped  # untyped
+    """Switch dropout off within the block, modules and functions alike."""
+    dropouts = [m for m in net.modules() if "Drop" in type(m).__name__ and m.training]
+    mode: Any = _Undropped  # untyped
     with ExitStack() as stack:
-        for module in moving:
+        for module in dropouts:
             module.eval()
             stack.callback(module.train)
-        stack.enter_context(still())
+        stack.enter_context(mode())
         yield
 
 

@@ -115,7 +115,7 @@ def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> ResumePoint
     spent: dict[int, PrivacySpent] = {}
     joined: Counter[int] = Counter()
     for record in records:
-        told = {int(client): PrivacySpent(*figures) for client, figures in record.get("spent", {}).items()}
+        told = {int(i): PrivacySpent(epsilon=e, charges=n) for i, (e, n) in record.get("spent", {}).items()}
         spent |= told
         joined.update(told.keys())
     hidden = [record for record in records if "charges" in record]  # a skipped round has none
@@ -127,7 +127,7 @@ def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> ResumePoint
         spent=spent,
         joined=joined,
         clip=newest.get("next_clip"),
-        charges=tuple(Charge(*charge) for charge in newest.get("charges", ())),
+        charges=tuple(Charge(noise=z, rate=q, steps=n) for z, q, n in newest.get("charges", ())),
         scores=last.scores,
     )
 

@@ -1,12 +1,12 @@
-"""The privacy report of a run: `privacy.json` with every fact, and `privacy.md` for people who answer for data.
+"""The privacy report of a run: `privacy.json` with every fact, and `privacy.md` for people who are answerable for data.
 
-It is written anew after each round, and by whoever adds findings to the folder (`fedlora audit`). Its words are those
-of `privacy_report.md.jinja` beside this file.
+Both are written anew after each round; `fedlora audit` writes `privacy.md` once more, with its findings. The text of
+the report is `privacy_report.md.jinja` beside this file.
 """
 
 import json
-from collections.abc import Mapping
-from math import exp, inf
+from collections.abc import Mapping, Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +15,72 @@ from jinja2 import Environment, StrictUndefined
 from fedlora.storage.files import write_durably
 
 from .directory import RunDirectory
+from .privacy_statement import final_delta, final_epsilon
 
 TEMPLATE = Path(__file__).parent / "privacy_report.md.jinja"
-PEOPLE = (2, 5, 10)  # records of one person, in the table of what they come to
+PEOPLE = (2, 5, 10)  # numbers of records of one person, in the table of group privacy
 
 
 def write(folder: RunDirectory, facts: Mapping[str, Any]) -> None:
-    """Write the report of a run as it stands now."""
-    records = folder.records()
-    spent: dict[str, tuple[float, int]] = {}
-    for record in records:
-        spent |= record.get("spent", {})
-    last = records[-1] if records else {}
-    refused = {f"{i}: {why}" for r in records for i, why in r["failed"].items() if "ledger" in why or "budget" in why}
-    so_far = {
-        "rounds": last.get("round", 0),
-        "epsilon": last.get("epsilon"),
-        "epsilon_median": last.get("epsilon_median"),
-        "clip": last.get("next_clip"),
-        "clients": {i: {"epsilon": e, "rounds_joined": n} for i, (e, n) in spent.items()},
-        "refused": sorted(refused),
-    }
-    content = json.dumps({**facts, "spent": so_far}, indent=1) + "\n"
+    """Write both files of the report of a run as it stands now."""
+    content = json.dumps({**facts, "spent": _spent(folder.records())}, indent=1) + "\n"
     write_durably(folder.path / "privacy.json", content.encode())
     refresh(folder)
 
 
 def refresh(folder: RunDirectory) -> None:
-    """Write `privacy.md` anew, from the facts and what was found since; nothing where the run has no such facts."""
+    """Write `privacy.md` anew, from the facts and all findings since; nothing where the run has no such facts."""
     facts = _read(folder, "privacy.json")
     if not facts:
         return
     found = {name: _read(folder, f"{name}.json") for name in ("audit", "membership")}
+    end = final_epsilon(facts)
+    people = [(g, *group(g, epsilon=end, delta=final_delta(facts))) for g in PEOPLE]
     env = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     env.filters["short"] = _short
-    env.globals |= {"people": [(g, *group(g, _epsilon(facts), _delta(facts))) for g in PEOPLE], "odds": exp}
+    env.globals |= {"people": people, "end": end, "odds": exp}
     text = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts, **found)
     write_durably(folder.path / "privacy.md", text.encode())
 
 
-def group(g: int, epsilon: float, delta: float) -> tuple[float, float]:
-    """Epsilon and delta of g records together: g epsilon and delta (e^(g epsilon) - 1) / (e^epsilon - 1), 1 at most."""
+def group(g: int, *, epsilon: float, delta: float) -> tuple[float, float]:
+    """Return epsilon and delta for g records together, given those for one.
+
+    They are g epsilon and delta (e^(g epsilon) - 1) / (e^epsilon - 1), at most 1.
+    """
     if g * epsilon > 700:
         return g * epsilon, 1.0
     grown = (exp(g * epsilon) - 1) / (exp(epsilon) - 1) if epsilon else float(g)
     return g * epsilon, min(1.0, delta * grown)
 
 
+def _spent(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the run has spent after these rounds, and who refused."""
+    spent: dict[str, tuple[float, int]] = {}
+    refused: set[str] = set()
+    for record in records:
+        spent |= record.get("spent", {})
+        refused |= {f"{i}: {why}" for i, why in record["failed"].items() if _is_refusal(why)}
+    last = records[-1] if records else {}
+    return {
+        "rounds": last.get("round", 0),
+        "epsilon": last.get("epsilon"),
+        "epsilon_median": last.get("epsilon_median"),
+        "clip": last.get("next_clip"),
+        "clients": {i: {"epsilon": epsilon, "rounds_joined": n} for i, (epsilon, n) in spent.items()},
+        "refused": sorted(refused),
+    }
+
+
+def _is_refusal(why: str) -> bool:
+    return "ledger" in why or "budget" in why
+
+
 def _short(x: float | None) -> str:
-    """A count in full, and three digits of what was measured or worked out."""
+    """Return a count in full, and three digits of a number that was measured or calculated."""
     if x is None:
         return "more than can be told"
     return str(x) if isinstance(x, int) else f"{x:.3g}"
-
-
-def _epsilon(facts: Mapping[str, Any]) -> float:
-    """What the run comes to at its end."""
-    if facts.get("record"):
-        return max(float(facts["record"][end]["epsilon"]) for end in ("smallest", "largest"))
-    client = facts.get("client") or {}
-    return float(client.get("epsilon_prv") or client.get("epsilon_rdp") or inf)
-
-
-def _delta(facts: Mapping[str, Any]) -> float:
-    return float((facts.get("record") or facts.get("client") or {"delta": 1.0})["delta"])
 
 
 def _read(folder: RunDirectory, name: str) -> dict[str, Any]:

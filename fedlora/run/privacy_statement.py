@@ -1,4 +1,7 @@
-"""What a run promises of its clients' privacy, as facts: told before it starts, and kept with it for the report."""
+"""The privacy statement of a run: what it promises its clients, as facts, shown before the start and kept with the run.
+
+`privacy.json` in the run directory holds the facts; the privacy report is made of them.
+"""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any
 
 from fedlora import config as configuration
 from fedlora.config import Config
-from fedlora.jobs import Charge, Client, Job
+from fedlora.jobs import Client, Job
 from fedlora.privacy.accounting import prv, rdp
 from fedlora.privacy.client_level import ClientLevelDP
 from fedlora.privacy.preflight import Findings
@@ -24,7 +27,8 @@ FEW = 1000  # clients, below which hiding one takes more noise than a mean can b
 def privacy_facts(
     config: Config, plan: Plan, clients: Sequence[Client], job: Job, findings: Findings | None
 ) -> dict[str, Any]:
-    """All that the report states and the rounds do not; `job` is any client's first."""
+    """Return all facts of the report that the rounds do not tell; `job` is the first job of any client."""
+    trained, shared = _present(job, job.trains), _present(job, job.shares)
     return {
         "level": config.dp.level if config.dp.on else None,
         "seeded": config.dp.seeded,
@@ -32,26 +36,32 @@ def privacy_facts(
         "secure_aggregation": config.secure.aggregation,
         "weights": plan.policy.weights,
         "strategy": config.strategy,
-        "trained": [s for s in job.trains if job.start.side(s)],
-        "shared": [s for s in job.shares if job.start.side(s)],
-        "kept": [s for s in job.trains if job.start.side(s) and s not in job.shares],
+        "trained": trained,
+        "shared": shared,
+        "kept": [s for s in trained if s not in shared],
         "base_dtype": config.model.dtype,
         "public_start": config.lora.init_data or None,
         "config_sha256": sha256(configuration.dumps(config).encode()).hexdigest(),
-        "versions": {name: _version(name) for name in PARTS} | {"python": platform.python_version()},
-        "record": _by_record(plan.terms, clients, _numbers(job, job.trains)) if plan.terms else None,
-        "client": _by_client(plan.client_level, plan.rounds, _numbers(job, job.shares)) if plan.client_level else None,
-        "preflight": vars(findings) if findings else None,
+        "versions": _versions(),
+        "record": plan.terms and _record_level(plan.terms, clients, numbers=_numbers(job, job.trains)),
+        "client": plan.client_level
+        and _client_level(plan.client_level, rounds=plan.rounds, numbers=_numbers(job, job.shares)),
+        "preflight": findings and vars(findings),
     }
 
 
 def summary_lines(found: Mapping[str, Any]) -> list[str]:
-    """The facts that whoever starts a run should see first."""
-    said = []
+    """Return the facts that a person who starts a run should see first, a sentence each."""
+    said: list[str] = []
     if found.get("record"):
         said += _record_lines(found["record"])
     if found.get("client"):
         said += _client_lines(found["client"])
+    return said + _remarks(found)
+
+
+def _remarks(found: Mapping[str, Any]) -> list[str]:
+    said: list[str] = []
     if found["seeded"]:
         said.append("NOT PRIVATE: noise and samples come from the seed (dp.seeded), so whoever knows it can undo them")
     if found["level"] and found["metrics"]:
@@ -61,66 +71,86 @@ def summary_lines(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _by_record(terms: RecordLevelDP, clients: Sequence[Client], numbers: int) -> dict[str, Any]:
-    """What the smallest client gets, whose noise is the most, and the largest; the others lie between."""
-    ends = {end: of(clients, key=lambda c: c.records) for end, of in (("smallest", min), ("largest", max))}
+def final_epsilon(found: Mapping[str, Any]) -> float:
+    """Return the epsilon that the run comes to at its end: of the client that spends most, or of hiding clients."""
+    if record := found.get("record"):
+        return max(float(record["smallest"]["epsilon"]), float(record["largest"]["epsilon"]))
+    client = found.get("client") or {}
+    return float(client.get("epsilon_prv") or client.get("epsilon_rdp") or inf)
+
+
+def final_delta(found: Mapping[str, Any]) -> float:
+    """Return the delta of that epsilon."""
+    return float((found.get("record") or found.get("client") or {"delta": 1.0})["delta"])
+
+
+def _record_level(terms: RecordLevelDP, clients: Sequence[Client], *, numbers: int) -> dict[str, Any]:
+    """Return the facts of record-level privacy; `numbers` is how many numbers a client trains.
+
+    The smallest client has the most noise, the largest the least; all others lie between them.
+    """
     c = terms.config
-    found: dict[str, Any] = {
+    smallest = min(clients, key=lambda client: client.records)
+    largest = max(clients, key=lambda client: client.records)
+    return {
         "unit": c.unit,
         "delta": c.delta,
-        "target_epsilon": None if c.epsilon == inf else c.epsilon,
-        "budget": None if c.limit == inf else c.limit,
+        "target_epsilon": _finite(c.epsilon),
+        "budget": _finite(c.limit),
         "joins": terms.max_participations,
         "rounds": terms.rounds,
         "clip": c.clip,
         "head_share": c.head_share,
         "optimizer": terms.training.optimizer,
         "numbers": numbers,
+        "smallest": _client_facts(terms, smallest, numbers=numbers),
+        "largest": _client_facts(terms, largest, numbers=numbers),
     }
-    for end, client in ends.items():
-        p = terms.of(client)
-        charge = [Charge(p.noise, p.rate, p.steps * terms.max_participations)]
-        found[end] = {
-            "records": client.records,
-            "rate": p.rate,
-            "noise": p.noise,
-            "steps": p.steps,
-            "total_steps": p.steps * terms.max_participations,
-            "expected_batch": p.rate * client.records,
-            "empty_batches": (1 - p.rate) ** client.records,
-            "epsilon": terms.final_epsilon(client),
-            "epsilon_prv": _told(prv(charge, c.delta)),
-            "epsilon_rdp": _told(rdp(charge, c.delta)),
-            "noise_to_signal": sqrt(numbers) * p.noise / (p.rate * client.records),
-        }
-    return found
 
 
-def _by_client(client_level: ClientLevelDP, rounds: int, numbers: int) -> dict[str, Any]:
-    charge = [Charge(client_level.noise, client_level.rate, rounds)]
+def _client_facts(terms: RecordLevelDP, client: Client, *, numbers: int) -> dict[str, Any]:
+    p, charge = terms.for_client(client), terms.total(client)
+    expected_batch = p.rate * client.records
     return {
-        "clients": client_level.population,
-        "rate": client_level.rate,
-        "noise": client_level.noise,
-        "sum_noise": client_level.sum_noise,
-        "clip": client_level.clip,
-        "quantile": client_level.quantile or None,
+        "records": client.records,
+        "rate": p.rate,
+        "noise": p.noise,
+        "steps": p.steps,
+        "total_steps": charge.steps,
+        "expected_batch": expected_batch,
+        "empty_batches": (1 - p.rate) ** client.records,
+        "epsilon": terms.final_epsilon(client),
+        "epsilon_prv": _finite(prv([charge], delta=p.delta)),
+        "epsilon_rdp": _finite(rdp([charge], delta=p.delta)),
+        "noise_to_signal": sqrt(numbers) * p.noise / expected_batch,
+    }
+
+
+def _client_level(dp: ClientLevelDP, *, rounds: int, numbers: int) -> dict[str, Any]:
+    """Return the facts of client-level privacy; `numbers` is how many numbers a client sends."""
+    charge = dp.charge_of(rounds=rounds)
+    return {
+        "clients": dp.population,
+        "rate": dp.rate,
+        "noise": dp.noise,
+        "sum_noise": dp.sum_noise,
+        "clip": dp.clip,
+        "quantile": dp.quantile or None,
         "rounds": rounds,
-        "delta": client_level.delta,
-        "epsilon_prv": _told(prv(charge, client_level.delta)),
-        "epsilon_rdp": _told(rdp(charge, client_level.delta)),
+        "delta": dp.delta,
+        "epsilon_prv": _finite(prv([charge], delta=dp.delta)),
+        "epsilon_rdp": _finite(rdp([charge], delta=dp.delta)),
         "numbers": numbers,
-        "noise_to_signal": client_level.noise_to_signal(numbers),
+        "noise_to_signal": dp.noise_to_signal(numbers),
     }
 
 
 def _record_lines(r: Mapping[str, Any]) -> list[str]:
     small, large = r["smallest"], r["largest"]
     unit = "a row" if r["unit"] == "row" else "a block of tokens"
-    epsilon = max(small["epsilon"], large["epsilon"])
     return [
-        f"privacy: epsilon {epsilon:.3g} at delta {r['delta']:.2g} for {unit} of a client's data, if it joins "
-        f"{r['joins']} of {r['rounds']} rounds",
+        f"privacy: epsilon {final_epsilon({'record': r}):.3g} at delta {r['delta']:.2g} for {unit} of a client's data, "
+        f"if it joins {r['joins']} of {r['rounds']} rounds",
         f"privacy: sigma {_range(small, large, 'noise')}, rate {_range(small, large, 'rate')}, "
         f"{_range(small, large, 'steps')} steps a round, clip {r['clip']:g}; noise over signal "
         f"{_range(small, large, 'noise_to_signal')}",
@@ -129,8 +159,8 @@ def _record_lines(r: Mapping[str, Any]) -> list[str]:
 
 def _client_lines(c: Mapping[str, Any]) -> list[str]:
     said = [
-        f"privacy: epsilon {c['epsilon_prv'] or c['epsilon_rdp']:.3g} at delta {c['delta']:.2g} for all of any one "
-        f"client's data, after {c['rounds']} rounds",
+        f"privacy: epsilon {final_epsilon({'client': c}):.3g} at delta {c['delta']:.2g} for all of any one client's "
+        f"data, after {c['rounds']} rounds",
         f"privacy: {c['clients']} clients, rate {c['rate']:.3g}, noise {c['noise']:.3g}, clip {c['clip']:g}; noise on "
         f"the mean is {c['noise_to_signal']:.3g} times the clip",
     ]
@@ -147,13 +177,22 @@ def _range(small: Mapping[str, Any], large: Mapping[str, Any], key: str) -> str:
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
 
+def _present(job: Job, sides: str) -> list[str]:
+    """Return those of these sides that the adapter has."""
+    return [s for s in sides if job.start.side(s)]
+
+
 def _numbers(job: Job, sides: str) -> int:
     return job.start.only(sides).numel()
 
 
-def _told(epsilon: float) -> float | None:
-    """JSON has no infinity."""
+def _finite(epsilon: float) -> float | None:
+    """Return None for infinity, which JSON does not have."""
     return None if epsilon == inf else epsilon
+
+
+def _versions() -> dict[str, str]:
+    return {name: _version(name) for name in PARTS} | {"python": platform.python_version()}
 
 
 def _version(name: str) -> str:

@@ -69,7 +69,10 @@ class CachedReply:
             if told["job"] != job:
                 return None
             return Update(
-                lora, int(told["examples"]), json.loads(told["loss"]), PrivacySpent(*spent) if spent else None
+                lora,
+                int(told["examples"]),
+                json.loads(told["loss"]),
+                PrivacySpent(epsilon=spent[0], charges=spent[1]) if spent else None,
             )
         except DAMAGE:
             return None

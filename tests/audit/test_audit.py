@@ -19,7 +19,7 @@ from fedlora import jobs
 from fedlora.audit import canaries, client_level, planted_bugs, record_level, report, schemas, statistics, subject
 from fedlora.audit.planted_bugs import PlantedBug
 from fedlora.audit.statistics import Finding
-from fedlora.audit.subject import Stage
+from fedlora.audit.subject import RecordLevelSetting
 from fedlora.checks.small_models import Kind, small_model
 from fedlora.errors import PrivacyError
 from fedlora.models.model import Model
@@ -28,7 +28,7 @@ from fedlora.run.directory import RunDirectory
 from tests.cli.test_simulate import Done, fedlora
 from tests.support.models import make
 
-SOUND = subject.Subject()
+SOUND = subject.RecordLevelSubject()
 LOOKS: dict[str, Callable[[Any, Any], Iterator[Finding]]] = {  # by the number of what it finds
     "T1": record_level.sensitivity,
     "T2": record_level.noise,
@@ -50,7 +50,7 @@ BY_NAME = {c.name: c for c in planted_bugs.RECORD}
 
 
 @cache
-def staged(kind: Kind = "bert", **given: Any) -> Stage:
+def staged(kind: Kind = "bert", **given: Any) -> RecordLevelSetting:
     """What `fedlora audit` builds, on a tiny model of a kind."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     path = {"model.path": small_model(kind).config.path}
@@ -58,7 +58,7 @@ def staged(kind: Kind = "bert", **given: Any) -> Stage:
 
 
 @cache
-def crowd(**given: Any) -> client_level.Crowd:
+def crowd(**given: Any) -> client_level.ClientLevelSetting:
     """The same, of a run that hides clients."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     hidden = {"model.path": small_model("bert").config.path, "dp.level": "client", "dp.noise": 1.0}
@@ -70,7 +70,9 @@ def failed(findings: Iterator[Finding]) -> list[str]:
 
 
 @pytest.mark.parametrize("look", record_level.TESTS)
-def test_a_sound_product_passes(look: Callable[[Stage, subject.Subject], Iterator[Finding]]) -> None:
+def test_a_sound_product_passes(
+    look: Callable[[RecordLevelSetting, subject.RecordLevelSubject], Iterator[Finding]],
+) -> None:
     assert failed(look(staged(), SOUND)) == []
 
 
@@ -143,7 +145,7 @@ def test_too_little_noise_on_the_count_is_caught() -> None:
             return super().count_noise / 2
 
     assert "T2 count, size" in failed(
-        client_level.noise(crowd(dp__quantile=0.5), client_level.ClientLevelSubject(client_level=Less))
+        client_level.noise(crowd(dp__quantile=0.5), client_level.ClientLevelSubject(mechanism=Less))
     )
 
 
@@ -154,32 +156,32 @@ def test_canaries_bound_epsilon_from_below_and_not_too_high() -> None:
         there = draw.random(1000) < 0.5
         truth = draw.random(1000) < 1 / (1 + np.exp(-1.0))
         score = np.where(truth == there, 1.0, -1.0) + 1e-3 * draw.standard_normal(1000)
-        above += canaries.lower_bound(score, there, 1e-5) > 1.0
+        above += canaries.lower_bound(score, there, delta=1e-5) > 1.0
     assert above <= 2
-    assert canaries.lower_bound(there.astype(float), there, 1e-5) > 3.5
-    assert canaries.lower_bound(draw.standard_normal(1000), there, 1e-5) < 0.3
+    assert canaries.lower_bound(there.astype(float), there, delta=1e-5) > 3.5
+    assert canaries.lower_bound(draw.standard_normal(1000), there, delta=1e-5) < 0.3
 
 
 def test_a_stream_that_is_taken_up_later_is_the_same_stream() -> None:
     x = np.random.default_rng(0).standard_normal(5000)
-    assert not statistics.apart("", x[:-3], x[3:]).passed
-    assert statistics.apart("", x[:2500], x[2500:]).passed and not statistics.apart("", x, 0 * x).passed
+    assert not statistics.uncorrelated("", x[:-3], x[3:]).passed
+    assert statistics.uncorrelated("", x[:2500], x[2500:]).passed and not statistics.uncorrelated("", x, 0 * x).passed
 
 
 def test_sizes_of_samples_must_vary_and_have_their_mean() -> None:
     draw = np.random.default_rng(0)
     for n, rate, steps in ((1208, 0.25, 60), (50, 0.02, 400)):
         sizes = draw.binomial(n, rate, steps).astype(float)
-        assert statistics.drawn("", sizes, n, rate).passed
-        assert not statistics.drawn("", np.full(steps, n * rate), n, rate).passed
-        assert not statistics.drawn("", sizes + np.sqrt(n * rate), n, rate).passed
+        assert statistics.poisson_sizes("", sizes, n=n, rate=rate).passed
+        assert not statistics.poisson_sizes("", np.full(steps, n * rate), n=n, rate=rate).passed
+        assert not statistics.poisson_sizes("", sizes + np.sqrt(n * rate), n=n, rate=rate).passed
 
 
 @pytest.mark.parametrize(("kind", "form"), [("llama", "text"), ("llama-cls", "label"), ("vit", "image")])
 def test_a_model_without_data_is_audited_at_what_it_was_made_for(kind: str, form: str, tmp_path: Path) -> None:
     made = str(make(kind, tmp_path / "model"))
     settings = configuration.build(report.EPSILON, {"model.path": made, "threads": 1, "lora.rank": 3})
-    assert schemas.of(settings).kind == form
+    assert schemas.schema_of(settings).kind == form
     here = subject.build(settings)
     assert failed(record_level.noise(here, SOUND)) == []
     assert len(here.made_up(0)) == subject.RECORDS
@@ -243,7 +245,7 @@ def test_what_cannot_be_audited_is_one_sentence(words: list[str], says: str) -> 
 def test_without_a_second_accountant_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(PrivacyError, match=r"pip install 'fedlora\[dev\]'"):
-        statistics.epsilon(jobs.Charge(1.0, 0.1, 10), 1e-5)
+        statistics.epsilon(jobs.Charge(noise=1.0, rate=0.1, steps=10), delta=1e-5)
 
 
 def test_a_client_that_refuses_ends_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.audit.membership_inference import MOST, Records, against, bound, losses, measures, some
+from fedlora.audit.membership_inference import MOST, against, bound, evenly_spread, losses, measures
 from fedlora.checks.small_models import LABELS, WORDS, small_model
 from fedlora.client import training as worker
+from fedlora.data.encoding import Records
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
 from fedlora.sections import Training
@@ -82,13 +83,14 @@ def test_a_records_loss_is_the_mean_over_its_examples(records: Records) -> None:
 
 def test_the_bound_is_that_of_randomised_response() -> None:
     """Who tells the truth with probability e^eps / (1 + e^eps) is told apart with an advantage of tanh(eps / 2)."""
-    assert bound(1.0, 0.0) == pytest.approx((exp(1) - 1) / (exp(1) + 1)) and bound(0.0, 0.1) == pytest.approx(0.1)
-    assert bound(1e9, 0.0) == 1.0
+    assert bound(epsilon=1.0, delta=0.0) == pytest.approx((exp(1) - 1) / (exp(1) + 1))
+    assert bound(epsilon=0.0, delta=0.1) == pytest.approx(0.1)
+    assert bound(epsilon=1e9, delta=0.0) == 1.0
 
 
 def test_of_many_records_some_are_looked_at_evenly() -> None:
     every: Any = [[i] for i in range(5000)]
-    taken = [r[0] for r in some([*every, []])]
+    taken = [r[0] for r in evenly_spread([*every, []])]
     assert len(taken) == MOST and taken[0] == 0 and taken[-1] > 4990 and len(set(taken)) == MOST
 
 
@@ -97,7 +99,7 @@ def test_a_private_runs_attack_comes_with_its_bound(client_data: Path) -> None:
     told = json.loads((client_data / "run" / "membership.json").read_text())
     assert done.returncode == 0 and "best advantage" in done.stdout, done.stderr
     assert told["members"] == told["others"] == 40 and len(told["attacks"]) == 3 and told["delta"] == 1e-3
-    assert told["bound"] == pytest.approx(bound(told["epsilon"], 1e-3)) and 0 < told["bound"] < 1
+    assert told["bound"] == pytest.approx(bound(epsilon=told["epsilon"], delta=1e-3)) and 0 < told["bound"] < 1
     assert told["attacks"][0]["auc_low"] < told["attacks"][0]["auc"] < told["attacks"][0]["auc_high"]
     assert json.loads(fedlora("audit", "run", "--membership", "--json", cwd=client_data).stdout) == told
 

@@ -15,7 +15,9 @@ from tests.messages.test_codec import receive, send
 from tests.support.adapters import factors
 
 TERMS = PrivacyTerms(noise=1.1, clip=0.5, head_share=0.3, rate=0.02, steps=7, delta=1e-6, seeded=True, known=4)
-MASKING = MaskingTerms("round 3 (a1)", 0.25, 1.0, 4, {1: "00ff", 2: "abcd"}, clip=0.7)
+MASKING = MaskingTerms(
+    context="round 3 (a1)", weight=0.25, reach=1.0, members=4, inbox={1: "00ff", 2: "abcd"}, clip=0.7
+)
 START = factors(1, dtype=torch.float32)
 MASKED = Job(START, shares="AB", masking=MASKING)
 
@@ -27,9 +29,9 @@ def test_terms_and_masks_come_back() -> None:
 
 
 def test_what_a_ledger_says_comes_back_and_no_loss_is_none() -> None:
-    update = Update(START, 9, None, PrivacySpent(2.5, 3))
+    update = Update(START, 9, None, PrivacySpent(epsilon=2.5, charges=3))
     back = upload_checks.validated_update(codec.pack_update(update, 0), Job(START, privacy=TERMS))
-    assert isinstance(back, Update) and (back.loss, back.spent) == (None, PrivacySpent(2.5, 3))
+    assert isinstance(back, Update) and (back.loss, back.spent) == (None, PrivacySpent(epsilon=2.5, charges=3))
     with pytest.raises(WireError, match="the job was not a private one"):
         upload_checks.validated_update(codec.pack_update(update, 0), Job(START))
 
@@ -46,7 +48,17 @@ def test_a_masked_update_comes_back_and_is_counted() -> None:
 def test_a_vector_has_a_place_for_the_loss_and_for_the_clips_bit() -> None:
     numbers = sum(t.numel() for s in "AB" for t in START.side(s).values())
     assert size(MASKED) == numbers + 2
-    assert size(Job(START, shares="AB", metrics=False, masking=MaskingTerms("c", 1.0, 1.0, 3, {}))) == numbers
+    assert (
+        size(
+            Job(
+                START,
+                shares="AB",
+                metrics=False,
+                masking=MaskingTerms(context="c", weight=1.0, reach=1.0, members=3, inbox={}),
+            )
+        )
+        == numbers
+    )
 
 
 @pytest.mark.parametrize("wrong", ["plain", "short", "asked for plain"])
@@ -59,7 +71,7 @@ def test_an_update_that_was_not_asked_for_so_is_refused(wrong: str) -> None:
 
 
 def test_steps_of_secure_aggregation_come_back() -> None:
-    ask = SecAggStep("share", "round 1 (ff)", {3: ("aa", "bb", "cc")}, 3, (1, 2))
+    ask = SecAggStep("share", "round 1 (ff)", roster={3: ("aa", "bb", "cc")}, threshold=3, survivors=(1, 2))
     assert codec.read_ask(codec.pack_ask(ask)) == ask
     assert upload_checks.read_said(codec.pack_said({"1": "00", "2": "ff"})) == {"1": "00", "2": "ff"}
 

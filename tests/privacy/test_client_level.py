@@ -104,7 +104,7 @@ def test_clients_are_drawn_each_by_itself() -> None:
 
 
 def test_in_secret_no_two_runs_draw_or_add_the_same() -> None:
-    one, two = (ClientLevelDP(1.0, 0.5, 400, 1e-4, 1.0) for _ in range(2))
+    one, two = (ClientLevelDP(noise=1.0, rate=0.5, population=400, delta=1e-4, clip=1.0) for _ in range(2))
     assert one.sample(CLIENTS, 0) != two.sample(CLIENTS, 0)
     drawn = [c.release(ClippedSum(1.0), START, 0, ()).update.A["q"] for c in (one, two)]
     assert not torch.equal(*drawn)
@@ -115,12 +115,12 @@ def test_epsilon_is_that_of_all_rounds() -> None:
     for t in range(3):
         charges = client_level.charge(charges)
         release = client_level.release(ClippedSum(1.0), START, t, charges)
-    assert release.charges == (Charge(2.0, 0.1, 3),)
-    assert release.epsilon == epsilon([Charge(2.0, 0.1, 3)], 1e-4)
+    assert release.charges == (Charge(noise=2.0, rate=0.1, steps=3),)
+    assert release.epsilon == epsilon([Charge(noise=2.0, rate=0.1, steps=3)], delta=1e-4)
 
 
 def test_a_round_that_would_pass_the_budget_is_refused_before_it_begins() -> None:
-    two = epsilon([Charge(2.0, 0.1, 2)], 1e-4)
+    two = epsilon([Charge(noise=2.0, rate=0.1, steps=2)], delta=1e-4)
     client_level = mechanism(noise=2.0, limit=two)
     charges = client_level.charge(client_level.charge(()))
     with pytest.raises(PrivacyError, match="one more round would bring epsilon from"):

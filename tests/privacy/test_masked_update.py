@@ -21,17 +21,18 @@ def test_the_sum_is_off_by_less_than_a_step_for_each_member(members: int, reach:
     draw = np.random.default_rng(seed)
     weights = draw.dirichlet(np.ones(members))
     deltas = draw.uniform(-reach, reach, (members, 20)) * 10.0 ** draw.integers(-8, 1, 20)
-    total = np.add.reduce([encode(d, w, reach, members) for d, w in zip(deltas, weights, strict=True)], dtype=np.uint32)
+    coded = [encode(d, weight=w, reach=reach, members=members) for d, w in zip(deltas, weights, strict=True)]
+    total = np.add.reduce(coded, dtype=np.uint32)
     exact = [fsum(column) for column in (deltas * weights[:, None]).T]
-    step = decode(np.ones(1, np.uint32), reach, members)[0]
+    step = decode(np.ones(1, np.uint32), reach=reach, members=members)[0]
     assert step <= 2 * reach / (2**31 - 1 - members)
-    assert np.abs(decode(total, reach, members) - exact).max() < members * step
+    assert np.abs(decode(total, reach=reach, members=members) - exact).max() < members * step
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(0, 1), st.integers(1, 1000))
 def test_no_coordinate_and_so_no_norm_grows(delta: list[float], weight: float, members: int) -> None:
     x = np.array(delta)
-    coded = decode(encode(x, weight, 1.0, members), 1.0, members)
+    coded = decode(encode(x, weight=weight, reach=1.0, members=members), reach=1.0, members=members)
     assert (np.abs(coded) <= np.abs(x * weight)).all() and (coded * x >= 0).all()
     assert np.linalg.norm(coded) <= np.linalg.norm(x * weight)
 
@@ -39,17 +40,17 @@ def test_no_coordinate_and_so_no_norm_grows(delta: list[float], weight: float, m
 @example(4, 1.0, 1)
 @given(st.integers(1, 2**20), st.floats(1e-6, 1e6), st.sampled_from([-1, 1]))
 def test_the_sum_does_not_wrap_at_the_extreme(members: int, reach: float, sign: int) -> None:
-    one = encode(np.array([sign * reach]), 1 / members, reach, members)
+    one = encode(np.array([sign * reach]), weight=1 / members, reach=reach, members=members)
     total = int(one.view(np.int32)[0]) * members
     assert abs(total) < 2**31
     wrapped = np.array([total % 2**32], np.uint32)
-    assert decode(wrapped, reach, members)[0] == pytest.approx(sign * reach, rel=members * 2.0**-29)
+    assert decode(wrapped, reach=reach, members=members)[0] == pytest.approx(sign * reach, rel=members * 2.0**-29)
 
 
 @pytest.mark.parametrize("value", [1.001, -7.0, np.inf, -np.inf, np.nan])
 def test_what_is_beyond_reach_is_refused_and_not_clipped(value: float) -> None:
     with pytest.raises(SecureError, match=r"largest value of an update is .*, beyond 1: raise secure.reach"):
-        encode(np.array([0.5, value, -0.1]), 0.1, 1.0, 10)
+        encode(np.array([0.5, value, -0.1]), weight=0.1, reach=1.0, members=10)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,14 @@ def test_what_is_beyond_reach_is_refused_and_not_clipped(value: float) -> None:
 )
 def test_a_setting_that_encodes_nothing_is_refused(weight: float, reach: float, members: int, says: str) -> None:
     with pytest.raises(SecureError, match=says):
-        encode(np.zeros(2), weight, reach, members)
+        encode(np.zeros(2), weight=weight, reach=reach, members=members)
 
 
 def test_floats_go_through_a_round() -> None:
     draw: NDArray[np.float64] = np.random.default_rng(0).normal(0, 1e-3, (4, 100))
     members, cohort = joined(4)
     sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
-    masked = mask(members, sealed, {i: encode(x, 0.25, 1.0, 4) for i, x in zip(members, draw, strict=True)})
+    vectors = {i: encode(x, weight=0.25, reach=1.0, members=4) for i, x in zip(members, draw, strict=True)}
+    masked = mask(members, sealed, vectors)
     total = unmask(cohort, add(masked), list(masked), {i: m.reveal(masked) for i, m in members.items()})
-    np.testing.assert_allclose(decode(total, 1.0, 4), draw.mean(0), rtol=0, atol=4 * 2.0**-30)
+    np.testing.assert_allclose(decode(total, reach=1.0, members=4), draw.mean(0), rtol=0, atol=4 * 2.0**-30)

@@ -27,26 +27,24 @@ def test_privacy_is_off_until_it_is_asked_for() -> None:
 
 def test_every_client_has_the_noise_that_its_own_rate_needs() -> None:
     made = record_level_dp(THREE, TRAINING, 10, CLIENTS)
-    large, small = (made.of(c) for c in CLIENTS)
+    large, small = (made.for_client(c) for c in CLIENTS)
     assert (large.rate, small.rate) == (0.025, 0.1) and large.noise < small.noise
     assert all(2.95 < made.final_epsilon(c) <= 3.0 for c in CLIENTS)
 
 
 def test_noise_is_for_the_most_rounds_that_a_client_may_join() -> None:
     """Not for an average: of 10 rounds, each client may be drawn in all."""
-    every, some = (
-        record_level_dp(THREE, TRAINING, 10, CLIENTS),
-        record_level_dp(replace(THREE, joins=3), TRAINING, 10, CLIENTS),
-    )
+    every = record_level_dp(THREE, TRAINING, 10, CLIENTS)
+    some = record_level_dp(replace(THREE, joins=3), TRAINING, 10, CLIENTS)
     assert (every.max_participations, some.max_participations) == (10, 3)
-    assert some.of(CLIENTS[0]).noise < every.of(CLIENTS[0]).noise
+    assert some.for_client(CLIENTS[0]).noise < every.for_client(CLIENTS[0]).noise
     assert some.final_epsilon(CLIENTS[0]) <= 3.0
 
 
 def test_a_rate_can_be_common_and_noise_be_given() -> None:
     made = record_level_dp(PrivacyConfig(noise=2.0, rate=0.05), replace(TRAINING, steps=0, epochs=2.0), 10, CLIENTS)
     for c in CLIENTS:
-        p = made.of(c, known=3)
+        p = made.for_client(c, known=3)
         assert (p.rate, p.noise, p.steps, p.known) == (0.05, 2.0, 40, 3)  # two epochs at a twentieth a step
 
 
@@ -100,10 +98,10 @@ def test_a_wrong_setting_is_named(given: dict[str, object], says: str) -> None:
 
 
 def test_clients_are_hidden_by_noise_for_all_rounds() -> None:
-    made = client_level_dp(replace(THREE, level="client"), 20, 1000, 10, seed=0)
+    made = client_level_dp(replace(THREE, level="client"), cohort=20, clients=1000, rounds=10, seed=0)
     assert made.rate == 0.02 and made.delta == 1e-5 and made.seed is None
     with pytest.raises(PrivacyError, match=r"dp.delta = 0.01 is not below 1/N = 0.01 of 100 clients"):
-        client_level_dp(replace(THREE, level="client", delta=0.01), 20, 100, 10, seed=0)
+        client_level_dp(replace(THREE, level="client", delta=0.01), cohort=20, clients=100, rounds=10, seed=0)
 
 
 @pytest.mark.parametrize("strategy", ["fedex_lora", "flora", "lora_fair", "flexlora", "hetlora", "florist"])
@@ -126,6 +124,6 @@ def test_a_robust_rule_is_refused_where_there_are_sums_alone() -> None:
 
 
 def test_several_records_of_one_person_add_up() -> None:
-    assert group(1, 3.0, 1e-5) == pytest.approx((3.0, 1e-5))
-    assert group(2, 1.0, 1e-5) == pytest.approx((2.0, 1e-5 * (1 + 2.718281828)))
-    assert group(50, 20.0, 1e-5) == (1000.0, 1.0)
+    assert group(1, epsilon=3.0, delta=1e-5) == pytest.approx((3.0, 1e-5))
+    assert group(2, epsilon=1.0, delta=1e-5) == pytest.approx((2.0, 1e-5 * (1 + 2.718281828)))
+    assert group(50, epsilon=20.0, delta=1e-5) == (1000.0, 1.0)

@@ -153,7 +153,9 @@ def combine(cohort: Roster, revealed: Mapping[int, Mapping[int, bytes]], owner: 
 
 def self_mask(cohort: Roster, revealed: Mapping[int, Mapping[int, bytes]], owner: int) -> Ring:
     seed = combine(cohort, revealed, owner)
-    assert secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].mark  # the server has this seed
+    assert (
+        secure_aggregation._derive(seed, "mark", ROUND, owner) == cohort.keys[owner].commitment
+    )  # the server has this seed
     return secure_aggregation._stream(secure_aggregation._derive(seed, "self-mask", ROUND, owner), 1000)
 
 
@@ -250,7 +252,7 @@ def test_a_cohort_that_protects_nobody_is_refused(n: int, threshold: int, says: 
 
 
 @pytest.mark.parametrize(
-    "change", [lambda a, b: b, lambda a, b: replace(a, masking=b.sealing), lambda a, b: replace(a, mark=b"short")]
+    "change", [lambda a, b: b, lambda a, b: replace(a, masking=b.sealing), lambda a, b: replace(a, commitment=b"short")]
 )
 def test_a_roster_holds_each_key_once(change: Callable[[Keys, Keys], Keys]) -> None:
     _, cohort = joined(4)

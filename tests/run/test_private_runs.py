@@ -46,7 +46,9 @@ def test_epsilon_in_the_log_is_that_of_the_ledgers(private: tuple[Path, str]) ->
     out, _ = private
     delta = json.loads((out / "privacy.json").read_text())["record"]["delta"]
     lines = [charges(path) for path in ledgers(out)]
-    each = [epsilon([Charge(c["noise"], c["rate"], c["steps"]) for c in own], delta) for own in lines]
+    each = [
+        epsilon([Charge(noise=c["noise"], rate=c["rate"], steps=c["steps"]) for c in own], delta=delta) for own in lines
+    ]
     assert records(out)[-1]["epsilon"] == max(each) and sum(map(len, lines)) == 3 * 3
 
 

@@ -145,6 +145,13 @@ def test_too_few_for_a_sum_end_the_round_with_the_reason(tmp_path: Path) -> None
         run(line(tmp_path / "two", (RANK, RANK)), replace(PLAN, cohort=2, secure=SECURE))
 
 
+def test_a_sum_that_cannot_be_unmasked_ends_the_round_with_the_reason(tmp_path: Path) -> None:
+    """Here all updates came; one of the shares that take the masks off them did not."""
+    plan = replace(PLAN, secure=replace(SECURE, threshold=1.0))
+    with pytest.raises(RoundFailed, match=r"0 of 5 clients answered.*4 members revealed their shares, 5 must"):
+        run(line(tmp_path, reveal=2), plan)
+
+
 def test_a_round_without_a_sum_may_be_skipped(tmp_path: Path) -> None:
     plan = replace(PLAN, rounds=2, secure=replace(SECURE, threshold=1.0), policy=Policy(below_quorum="skip"))
     with pytest.raises(RoundFailed, match="no client answered in any of 2 rounds"):
@@ -175,7 +182,7 @@ def test_only_its_owner_can_read_a_clients_secrets(tmp_path: Path) -> None:
 def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
     """DP-SGD at the client, then the mask; with the noise of a seed both ways end alike."""
     dp = PrivacyConfig(noise=1.0, delta=1e-3, rate=0.5, seeded=True)
-    plan = replace(PLAN, terms=RecordLevelDP(dp, SGD, 1), metrics=False)
+    plan = replace(PLAN, terms=RecordLevelDP(config=dp, training=SGD, rounds=1), metrics=False)
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
     assert apart(plain.state, secure.state) < 2e-7 and plain.spent == secure.spent and len(secure.spent) == 5
     assert secure.train_loss is None
@@ -184,7 +191,7 @@ def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_clients_can_be_hidden_from_all_but_a_sum(tmp_path: Path, quantile: float) -> None:
     """They clip before they mask; the server adds the noise to the sum, which is all it sees."""
-    client_level = ClientLevelDP(0.3, 0.9, 5, 1e-2, clip=0.01, quantile=quantile, seed=4)
+    client_level = ClientLevelDP(noise=0.3, rate=0.9, population=5, delta=1e-2, clip=0.01, quantile=quantile, seed=4)
     plan = replace(PLAN, client_level=client_level, metrics=False)
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
     assert plain.client_level is not None and secure.client_level is not None

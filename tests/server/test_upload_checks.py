@@ -55,7 +55,7 @@ def test_an_update_of_no_numbers_is_read() -> None:
 
 
 def test_a_masked_update_comes_back_masked() -> None:
-    job = Job(JOB.start, masking=MaskingTerms("round 1", 0.5, 1.0, 3, {}))
+    job = Job(JOB.start, masking=MaskingTerms(context="round 1", weight=0.5, reach=1.0, members=3, inbox={}))
     numbers = torch.arange(184, dtype=torch.int32)
     back = upload_checks.validated_update(codec.pack_update(Update(LoRA(), 17, None, masked=numbers), 0), job)
     assert isinstance(back, Update) and back.masked is not None and torch.equal(back.masked, numbers)

@@ -105,7 +105,7 @@ def small(start: LoRA, to: LoRA) -> Update:
 def kinds() -> dict[str, Kind]:
     """A valid upload of every kind."""
     start, trained = factors(1, dtype=torch.float32), factors(2, dtype=torch.float32)
-    masked = Job(start, masking=MaskingTerms("round 2", 0.5, 1.0, 3, {}), round=1)
+    masked = Job(start, masking=MaskingTerms(context="round 2", weight=0.5, reach=1.0, members=3, inbox={}), round=1)
     numbers = torch.arange(size(masked), dtype=torch.int32) * 7919
     table = torch.arange(9).view(3, 3)
     lacks, introduced = codec.MissingParts(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
