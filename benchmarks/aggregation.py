@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -216,13 +216,15 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, str, Row | Stream]]:
 
 def _jobs(args: argparse.Namespace) -> list[tuple[str, Any, str, Any]]:
     """Table, function, name and variant of every row that is asked for."""
-    names = [name for name in CASES if name.startswith(tuple(args.only))]
-    jobs: list[tuple[str, Any, str, Any]] = [
-        ("compared", compared, name, kind) for name in names for kind in CASES[name].kinds if kind in args.kinds
-    ]
-    streams = [name for name in STREAMED if name.startswith(tuple(args.only))]
-    jobs += [("streamed", streamed, name, clients) for name in streams for clients in (10, 50)]
+    pairs = [(name, kind) for name in _chosen(CASES, args.only) for kind in CASES[name].kinds if kind in args.kinds]
+    jobs: list[tuple[str, Any, str, Any]] = [("compared", compared, name, kind) for name, kind in pairs]
+    jobs += [("streamed", streamed, name, n) for name in _chosen(STREAMED, args.only) for n in (10, 50)]
     return jobs
+
+
+def _chosen(names: Iterable[str], only: Sequence[str]) -> list[str]:
+    """The names that begin with one of those asked for."""
+    return [name for name in names if name.startswith(tuple(only))]
 
 
 def record(path: Path, args: argparse.Namespace, table: str, key: str, row: dict[str, Any]) -> None:

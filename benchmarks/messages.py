@@ -18,7 +18,6 @@ from datetime import date
 from functools import reduce
 from importlib.util import find_spec
 from itertools import product
-from math import sqrt
 from operator import add
 from pathlib import Path
 from random import Random
@@ -37,7 +36,7 @@ from fedlora.client import training as worker
 from fedlora.config import EMBEDDED
 from fedlora.errors import Failure
 from fedlora.jobs import SecAggStep
-from fedlora.lora import SIDES, LoRA
+from fedlora.lora import LoRA, difference, euclidean_norm
 from fedlora.messages.compression import compress, compress_with_error_feedback, decompress
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
@@ -86,13 +85,13 @@ class Uploads:
     count: int = 0
 
     def take(self, start: LoRA, lora: LoRA, received: LoRA, share: float) -> None:
-        self.meant.add(less(lora, start), share)
-        self.missed.add(less(lora, received), share)
+        self.meant.add(difference(lora, start), share)
+        self.missed.add(difference(lora, received), share)
         self.count += 1
 
     def off(self) -> float:
         """Norm of all that is missing of the sum of the changes, over that sum's."""
-        return norm(self.missed.mean()) / norm(self.meant.mean())
+        return euclidean_norm(self.missed.mean()) / euclidean_norm(self.meant.mean())
 
 
 class Compressing:
@@ -129,14 +128,6 @@ class Compressing:
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         return self._inner.evaluate(jobs)
-
-
-def less(x: LoRA, y: LoRA) -> LoRA:
-    return LoRA(**{s: {m: t - y.side(s)[m] for m, t in x.side(s).items()} for s in SIDES})
-
-
-def norm(lora: LoRA) -> float:
-    return sqrt(sum(float(t.double().square().sum()) for s in SIDES for t in lora.side(s).values()))
 
 
 def setup(place: str, data: Path) -> RunSetup | None:
@@ -200,16 +191,16 @@ def axes(s: RunSetup, optimizer: Any, lr: float) -> dict[str, float]:
     for t in range(2):
         before, job = start, replace(strategy.client_init(start, client), training=training, round=t, rounds=10)
         start = worker.train(s.model, job, 0, s.clients_data[0].train, LoRA())[0].lora
-    return both_ways(less(start, before).only("AB"))
+    return both_ways(difference(start, before).only("AB"))
 
 
 def both_ways(delta: LoRA) -> dict[str, float]:
     found = {}
     for way, x in (("direction", delta), ("other", LoRA(delta.B, delta.A))):  # A's columns, taken for a B's, and so on
         packed = compress(x, "int8")
-        error = less(x, decompress(packed))
+        error = difference(x, decompress(packed))
         for side, inside in zip("AB", "AB" if way == "direction" else "BA", strict=True):
-            found[f"{side} by {way}"] = norm(error.only(inside)) / norm(x.only(inside))
+            found[f"{side} by {way}"] = euclidean_norm(error.only(inside)) / euclidean_norm(x.only(inside))
         found[f"bytes by {way}"] = packed.nbytes / packed.numbers.numel()
     return found
 

@@ -51,7 +51,7 @@ WARM = 2  # turns that are not counted
 class Shape:
     """A model, the part of it that is trained, and the size of a batch."""
 
-    form: Schema
+    schema: Schema
     rank: int
     targets: tuple[str, ...]
     trains: str = "ABH"
@@ -59,7 +59,7 @@ class Shape:
     length: int = 64
 
     def net(self) -> Any:
-        if self.form.labels:
+        if self.schema.labels:
             return BertForSequenceClassification(BertConfig(vocab_size=30522, **MINILM))
         return LlamaForCausalLM(LlamaConfig(vocab_size=8192, pad_token_id=0, **LLAMA))
 
@@ -92,7 +92,7 @@ def stage(name: str, steps: int) -> Stage:
         shape.net().save_pretrained(folder)
         words().save_pretrained(folder)
         lora = LoRAConfig(rank=shape.rank, targets=shape.targets)
-        model = Model(ModelConfig(path=folder, max_length=shape.length), lora, shape.form, seed=0)
+        model = Model(ModelConfig(path=folder, max_length=shape.length), lora, shape.schema, seed=0)
     start = model.get_adapter()
     start = LoRA(start.A, {m: torch.randn(b.shape) / 100 for m, b in start.B.items()}, start.H)
 
@@ -101,7 +101,7 @@ def stage(name: str, steps: int) -> Stage:
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "labels": torch.tensor(i % 2) if shape.form.labels else ids,
+            "labels": torch.tensor(i % 2) if shape.schema.labels else ids,
         }
 
     training = Training(lr=1e-4, batch_size=shape.batch, steps=steps)

@@ -58,6 +58,9 @@ class Client:
     records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
 
 
+HIGHEST_RANK = Client(id=0, examples=1, rank=2**31)  # whose job holds all of a state, as no rank is cut to a lower one
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyTerms:
     """The parameters of a client's DP-SGD in one round (docs/privacy.md)."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from .errors import StrategyError
+from .jobs import HIGHEST_RANK as HIGHEST_RANK
 from .jobs import Client as Client
 from .jobs import Job as Job
 from .jobs import Update as Update
@@ -38,9 +39,6 @@ class Sender:
     examples: int  # by its own count
     loss: float | None = None  # mean over its training in this round; None where it may not be told
     metrics: Mapping[str, float] = field(default_factory=dict)  # its last held-out scores; empty where it told none
-
-
-HIGHEST_RANK = Client(id=0, examples=1, rank=2**31)  # whose job holds all of a state, as no rank is cut to a lower one
 
 
 State = TypeVar("State")

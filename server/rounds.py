@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedlora.errors import Failure, PrivacyError, RoundFailed, StrategyError, nearest
-from fedlora.jobs import Client, Job, PrivacySpent, SecAggStep, Update
+from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep, Update
 from fedlora.lora import LoRA, map_factors
 from fedlora.messages.parts import PartTracker
 from fedlora.messages.sketch import select_rows
@@ -23,7 +23,7 @@ from fedlora.sections import Training
 from fedlora.server import secure_aggregation
 from fedlora.server.aggregation import Answers, Collected, collect
 from fedlora.server.exactness import aggregation_error
-from fedlora.strategy import HIGHEST_RANK, Strategy, check_declarations, next_state
+from fedlora.strategy import Strategy, check_declarations, next_state
 
 log = logging.getLogger("fedlora")
 FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead

@@ -14,7 +14,7 @@ import torch
 
 from fedlora.config import Config
 from fedlora.errors import Failure
-from fedlora.jobs import Charge, Client, Job, SecAggStep, Update
+from fedlora.jobs import HIGHEST_RANK, Charge, Client, Job, SecAggStep, Update
 from fedlora.lora import LoRA, difference, map_factors
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
@@ -22,7 +22,7 @@ from fedlora.privacy.client_level import ClientLevelDP, ClippedSum, client_level
 from fedlora.run.plan import Plan
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit
-from fedlora.strategy import HIGHEST_RANK, Strategy
+from fedlora.strategy import Strategy
 
 from . import statistics
 from .statistics import Finding, Floats

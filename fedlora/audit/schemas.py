@@ -15,7 +15,7 @@ TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "ima
 def schema_of(config: Config) -> Schema:
     """Return the schema of the run's data; without data, that of the task that the model was made for."""
     if config.data.path:
-        return federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed).form
+        return federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed).schema
     about = _about(config.model.path)
     task = config.model.task if config.model.task != "auto" else _task(about)
     if task == "lm":

@@ -158,8 +158,8 @@ def model_and_strategy(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
     """Return the model with its adapter attached, that adapter, and the strategy for it."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    form = schemas.schema_of(config)
-    model = Model(config.model, config.lora, form, config.seed, federated.public_rows(config.lora.init_data, form))
+    schema = schemas.schema_of(config)
+    model = Model(config.model, config.lora, schema, config.seed, federated.public_rows(config.lora.init_data, schema))
     start = model.get_adapter()
     return model, start, compose(replace(config, aggregate=AggregateConfig()), start)
 

@@ -62,7 +62,7 @@ class ClientData:
     @cached_property
     def fingerprint(self) -> str:
         """The hash by which a ledger knows these data again."""
-        return fingerprint(self.train_rows, self.encoder.form.columns)
+        return fingerprint(self.train_rows, self.encoder.schema.columns)
 
     def client(self, id: int, rank: int) -> Client:
         """The client as the server knows it: its counts and its rank."""

@@ -30,10 +30,10 @@ def length(example: Example) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """Encodes rows of one form as examples for one model."""
+    """Encodes rows of one schema as examples for one model."""
 
     processor: Any  # a tokenizer, or an image processor
-    form: Schema
+    schema: Schema
     max_length: int
 
     def __call__(self, rows: Rows) -> list[Example]:
@@ -50,7 +50,7 @@ class Encoder:
         """The examples of each row; see `__call__`."""
         if not len(rows):
             return []
-        examples = [list(of_row) for of_row in KINDS[self.form.kind](self, rows)]
+        examples = [list(of_row) for of_row in KINDS[self.schema.kind](self, rows)]
         if not any(examples):
             raise DataError(
                 f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
@@ -76,7 +76,7 @@ class Encoder:
 def _text(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     """Yield the examples of every text: its consecutive blocks."""
     first, last = _ends(encoder.processor)
-    for ids in _tokens(encoder, [row[encoder.form.columns[0]] for row in rows]):
+    for ids in _tokens(encoder, [row[encoder.schema.columns[0]] for row in rows]):
         yield _blocks([*first, *ids, *last], encoder.max_length) if ids else ()
 
 
@@ -94,7 +94,7 @@ def _response(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     Where both are too long, the prompt is cut first, from its left, and then the response, from its right.
     """
     first, last = _ends(encoder.processor)
-    ask, answer = encoder.form.columns
+    ask, answer = encoder.schema.columns
     prompts = _tokens(encoder, [row[ask] + "\n" for row in rows])
     responses = _tokens(encoder, [row[answer] for row in rows])
     for prompt, response in zip(prompts, responses, strict=True):
@@ -115,7 +115,7 @@ def _chat(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
     tokenize = _marked if MARKS_ANSWERS.search(str(tokenizer.chat_template)) else _found
     first, _ = _ends(tokenizer)
     for row in rows:
-        ids, learned = tokenize(tokenizer, row[encoder.form.columns[0]])
+        ids, learned = tokenize(tokenizer, row[encoder.schema.columns[0]])
         labels = [i if is_learned else IGNORED for i, is_learned in zip(ids, learned, strict=True)]
         kept = len(first) if ids[: len(first)] == first else 0  # the token that opens a text stays
         yield _causal(_cut(ids, kept, encoder.max_length), _cut(labels, kept, encoder.max_length))
@@ -173,18 +173,18 @@ def _templated(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options:
 
 
 def _label(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
-    *texts, label = encoder.form.columns
+    *texts, label = encoder.schema.columns
     columns = [[row[name] for row in rows] for name in texts]
     got = encoder.processor(*columns, truncation=True, max_length=encoder.max_length)
-    classes = encoder.form.classes()
+    classes = encoder.schema.classes()
     for i, row in enumerate(rows):
         inputs = {key: torch.tensor(values[i]) for key, values in got.items()}
         yield [inputs | {"labels": torch.tensor(classes[str(row[label])])}]
 
 
 def _image(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
-    image, label = encoder.form.columns
-    classes = encoder.form.classes()
+    image, label = encoder.schema.columns
+    classes = encoder.schema.classes()
     for start in range(0, len(rows), IMAGES):
         part = [rows[i] for i in range(start, min(start + IMAGES, len(rows)))]
         pixels = encoder.processor(images=[_picture(row[image]) for row in part], return_tensors="pt")["pixel_values"]

@@ -21,7 +21,7 @@ CLIENTS = 50  # where nothing says how many
 class Federated:
     """The rows that one side of a run has: a simulation all of them, a server no client's, a client its own alone."""
 
-    form: Schema
+    schema: Schema
     clients: tuple[Rows, ...]  # training rows of each client
     heldout: tuple[Rows, ...]  # each client's own held-out rows; empty where data.holdout = 0
     evaluation: Rows  # the global held-out rows
@@ -33,16 +33,16 @@ def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
     if data.path:
-        tables, form = _read_tables(data.path, data, task)
-        shares, evaluation = _share(data, form, tables, clients=clients, seed=seed)
+        tables, schema = _read_tables(data.path, data, task)
+        shares, evaluation = _share(data, schema, tables, clients=clients, seed=seed)
     else:
-        tables, form = [], PLAIN_TEXT
+        tables, schema = [], PLAIN_TEXT
         shares, evaluation = _library(data, task, clients)
     if data.eval:
-        known = form.classes() if data.labels else labels_in(tables, form)
-        evaluation = _read_as(form, data.eval, data.limit, known)
+        known = schema.classes() if data.labels else labels_in(tables, schema)
+        evaluation = _read_as(schema, data.eval, data.limit, known)
     kept, held = hold_out(shares, data.holdout, "data.holdout", seed=seed)
-    return Federated(form, tuple(kept), tuple(held), evaluation)
+    return Federated(schema, tuple(kept), tuple(held), evaluation)
 
 
 def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
@@ -51,13 +51,13 @@ def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
     Raises `ConfigError` where nothing says which classes there are.
     """
     if data.eval:
-        tables, form = _read_tables(data.eval, data, task)
+        tables, schema = _read_tables(data.eval, data, task)
         evaluation = _pooled(tables)
     elif embedded:
-        form, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
+        schema, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
     else:
-        form, evaluation = declared_schema(data, task), ()
-    return Federated(form, clients=(), heldout=(), evaluation=evaluation)
+        schema, evaluation = declared_schema(data, task), ()
+    return Federated(schema, clients=(), heldout=(), evaluation=evaluation)
 
 
 def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int) -> Federated:
@@ -66,14 +66,14 @@ def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int
     Without data of its own, a client has its share of the embedded data, as in a simulation of so many clients.
     """
     if data.path:
-        tables, form = _read_tables(data.path, data, task)
+        tables, schema = _read_tables(data.path, data, task)
         rows = _pooled(tables)
     else:
-        form, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
-    if form.labels and not data.labels:
+        schema, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
+    if schema.labels and not data.labels:
         raise ConfigError("the server does not say which classes there are, and in what order; have it set data.labels")
     kept, held = hold_out([rows], data.holdout, "data.holdout", seed=seed, first=id)
-    return Federated(form, tuple(kept), tuple(held), evaluation=())
+    return Federated(schema, tuple(kept), tuple(held), evaluation=())
 
 
 def readable(path: str) -> None:
@@ -82,24 +82,24 @@ def readable(path: str) -> None:
         read(path, 0)
 
 
-def public_rows(path: str, form: Schema) -> Rows:
-    """The rows at `path`, which are nobody's secret, in the run's form; none for an empty path.
+def public_rows(path: str, schema: Schema) -> Rows:
+    """The rows at `path`, which are nobody's secret, in the run's schema; none for an empty path.
 
     Raises `DataError` with the place of what does not fit.
     """
-    return _read_as(form, path, 0, set(form.labels)) if path else ()
+    return _read_as(schema, path, 0, set(schema.labels)) if path else ()
 
 
 def _read_tables(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
-    """The tables at `path`, and the form that the settings and the columns give them."""
+    """The tables at `path`, and the schema that the settings and the columns give them."""
     tables = read(path, data.limit)
     return tables, schema_of(tables, data, task)
 
 
-def _read_as(form: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
-    """The rows at `path`, which must have this form and no class but these."""
+def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
+    """The rows at `path`, which must have this schema and no class but these."""
     tables = read(path, limit)
-    check_tables(tables, form, classes)
+    check_tables(tables, schema, classes)
     return _pooled(tables)
 
 
@@ -124,7 +124,9 @@ def _document_rows(documents: Iterable[python_stdlib.Document]) -> Rows:
     return [{"text": d.text, "package": d.package, "path": d.path} for d in documents]
 
 
-def _share(data: DataConfig, form: Schema, tables: list[Table], *, clients: int, seed: int) -> tuple[list[Rows], Rows]:
+def _share(
+    data: DataConfig, schema: Schema, tables: list[Table], *, clients: int, seed: int
+) -> tuple[list[Rows], Rows]:
     """Each client's rows, and the rows drawn for the global evaluation; none of these if data.eval has others."""
     evaluation_share = 0.0 if data.eval else data.eval_share
     if data.partition == "files" or (data.partition == "auto" and len(tables) > 1):
@@ -136,12 +138,12 @@ def _share(data: DataConfig, form: Schema, tables: list[Table], *, clients: int,
         shares, drawn = hold_out([table.rows for table in tables], evaluation_share, "data.eval_share", seed=seed)
         return shares, pool(drawn)
     [rows], [evaluation] = hold_out([_pooled(tables)], evaluation_share, "data.eval_share", seed=seed)
-    return _partitioned(rows, data, form, clients=clients, seed=seed), evaluation
+    return _partitioned(rows, data, schema, clients=clients, seed=seed), evaluation
 
 
-def _partitioned(rows: Rows, data: DataConfig, form: Schema, *, clients: int, seed: int) -> list[Rows]:
+def _partitioned(rows: Rows, data: DataConfig, schema: Schema, *, clients: int, seed: int) -> list[Rows]:
     """Each client's rows by data.partition."""
     unsaid = 0 if data.partition.startswith("natural") else CLIENTS
-    label = data.label or form.label_column
+    label = data.label or schema.label_column
     shares = split(rows, data.partition, clients=clients or unsaid, label=label, seed=seed)
     return [take(rows, share) for share in shares]

@@ -47,7 +47,7 @@ PLAIN_TEXT = Schema("text", ("text",))  # of Python's standard library, the data
 
 
 def declared_schema(data: DataConfig, task: str) -> Schema:
-    """The form that the settings declare to a server that has no data; columns have their usual names."""
+    """The schema that the settings declare to a server that has no data; columns have their usual names."""
     if not data.labels:
         if task in ("auto", "lm"):
             return PLAIN_TEXT
@@ -65,11 +65,11 @@ def schema_of(tables: Sequence[Table], data: DataConfig, task: str) -> Schema:
     return _labelled(find_schema(data, task, tables[0]), data, tables)
 
 
-def check_tables(tables: Sequence[Table], form: Schema, classes: Container[str]) -> None:
-    """Raise `DataError` for the first row that does not fit the form, or has another class than these."""
+def check_tables(tables: Sequence[Table], schema: Schema, classes: Container[str]) -> None:
+    """Raise `DataError` for the first row that does not fit the schema, or has another class than these."""
     for table in tables:
-        _check(table, form)
-        _check_labels(table, form, classes)
+        _check(table, schema)
+        _check_labels(table, schema, classes)
 
 
 def find_schema(data: DataConfig, task: str, table: Table) -> Schema:
@@ -83,46 +83,46 @@ def find_schema(data: DataConfig, task: str, table: Table) -> Schema:
     for key, name in named:
         if name not in columns:
             raise DataError(f'{table.name}: no column "{name}", as data.{key} has it; {nearest(name, columns)}')
-    forms = _by_likelihood(data, named, columns)
-    fitting = [form for form in forms if form.kind in KINDS.get(task, (form.kind,))]
-    if fitting:
-        return fitting[0]
+    schemas = _by_likelihood(data, named, columns)
+    for schema in schemas:
+        if schema.kind in KINDS.get(task, (schema.kind,)):
+            return schema
     there = f"{table.name} has the columns {', '.join(columns)}"
-    if forms:
+    if schemas:
         raise ConfigError(f"model.task = {task} does not go with the data: {there}; set {NEEDS[task]}, or another task")
-    raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task) or ', or '.join(NEEDS.values())}")
+    raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task, ', or '.join(NEEDS.values()))}")
 
 
 def _named_columns(data: DataConfig) -> list[tuple[str, str]]:
     """The columns that the settings name, each with the key that names it."""
-    settings = [("text", name) for name in data.text]
-    settings += [(key, getattr(data, key)) for key in ("label", "prompt", "response", "messages", "image")]
+    settings = [*(("text", name) for name in data.text), ("label", data.label), ("prompt", data.prompt)]
+    settings += [("response", data.response), ("messages", data.messages), ("image", data.image)]
     return [(key, name) for key, name in settings if name]
 
 
 def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: Sequence[str]) -> list[Schema]:
-    """The forms that have all columns that the settings name, the likeliest first."""
+    """The schemas that have all columns that the settings name, the likeliest first."""
     wanted = {name for key, name in named if key != "label"}
-    forms = [form for form in possible_schemas(data, columns) if wanted <= {*form.columns}]
+    schemas = [schema for schema in possible_schemas(data, columns) if wanted <= {*schema.columns}]
     if not data.label:
-        return forms
+        return schemas
     # whoever names a label wants it learned, except by a language model, where it serves to tell the clients apart
-    return sorted(forms, key=lambda form: data.label not in form.columns)
+    return sorted(schemas, key=lambda schema: data.label not in schema.columns)
 
 
 def possible_schemas(data: DataConfig, columns: Sequence[str]) -> list[Schema]:
-    """Every form that these columns can have."""
+    """Every schema that these columns can have."""
     image = _found(data.image, IMAGE, columns)
     label = _found(data.label, LABEL, columns)
     texts = data.text or (_found("", TEXT, columns),)
-    forms = [
+    schemas = [
         Schema("chat", (_found(data.messages, CHAT, columns),)),
         Schema("response", _prompt_and_response(data, columns)),
         Schema("image", (image, label)),
         Schema("label", (*texts, label)),
         Schema("text", texts),
     ]
-    return [form for form in forms if all(form.columns) and len(form.columns) <= MOST_COLUMNS[form.kind]]
+    return [schema for schema in schemas if all(schema.columns) and len(schema.columns) <= MOST_COLUMNS[schema.kind]]
 
 
 def _found(chosen: str, usual: Iterable[str], columns: Sequence[str]) -> str:
@@ -138,85 +138,87 @@ def _prompt_and_response(data: DataConfig, columns: Sequence[str]) -> tuple[str,
     return next((pair for pair in PAIRS if {*pair} <= {*columns}), ("", ""))
 
 
-def _labelled(form: Schema, data: DataConfig, tables: Sequence[Table]) -> Schema:
-    """The form with the names of its classes, after a look at every row."""
+def _labelled(schema: Schema, data: DataConfig, tables: Sequence[Table]) -> Schema:
+    """The schema with the names of its classes, after a look at every row."""
     for table in tables:
-        _check(table, form)
-    if form.label_column is None:
-        return form
-    names = data.labels or _dataset_classes(tables[0], form) or _found_classes(tables, form)
+        _check(table, schema)
+    if schema.label_column is None:
+        return schema
+    names = data.labels or _dataset_classes(tables[0], schema) or _found_classes(tables, schema)
     if len(set(names)) < max(2, len(names)):
         raise DataError(f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}")
-    form = replace(form, labels=names)
+    schema = replace(schema, labels=names)
     for table in tables:
-        _check_labels(table, form, form.classes())
-    return form
+        _check_labels(table, schema, schema.classes())
+    return schema
 
 
-def _dataset_classes(table: Table, form: Schema) -> tuple[str, ...]:
+def _dataset_classes(table: Table, schema: Schema) -> tuple[str, ...]:
     """The classes that a dataset of the hub has written down; empty for plain rows."""
-    feature = getattr(table.rows, "features", {}).get(form.label_column)
+    feature = getattr(table.rows, "features", {}).get(schema.label_column)
     return tuple(getattr(feature, "names", ()))
 
 
-def _found_classes(tables: Sequence[Table], form: Schema) -> tuple[str, ...]:
+def _found_classes(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
     """The classes that occur in the data, in order: numbers by size, names by the alphabet."""
-    found = sorted(labels_in(tables, form))
+    found = sorted(labels_in(tables, schema))
     return tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
 
 
-def labels_in(tables: Sequence[Table], form: Schema) -> set[str]:
+def labels_in(tables: Sequence[Table], schema: Schema) -> set[str]:
     """The labels as they stand in the data."""
-    return {str(value) for table in tables for value in column(table.rows, form.columns[-1])}
+    return {str(value) for table in tables for value in column(table.rows, schema.columns[-1])}
 
 
 def _is_whole(name: str) -> bool:
     return re.fullmatch("-?[0-9]+", name) is not None
 
 
-def _check_labels(table: Table, form: Schema, known: Container[str]) -> None:
+def _check_labels(table: Table, schema: Schema, known: Container[str]) -> None:
     """Raise `DataError` for the first row whose class is not known; data without classes pass."""
-    if form.label_column is None:
+    if schema.label_column is None:
         return
-    for i, value in enumerate(column(table.rows, form.label_column)):
+    for i, value in enumerate(column(table.rows, schema.label_column)):
         if str(value) not in known:
             raise DataError(
                 f'{table.location(i)}: label "{value}" is no class of the training data or of data.labels; '
-                f"{nearest(str(value), form.labels)}"
+                f"{nearest(str(value), schema.labels)}"
             )
 
 
-def _check(table: Table, form: Schema) -> None:
-    """Raise `DataError` for the first row that lacks a column, or has in it what the form cannot take."""
-    names, rows = _checked_columns(table, form)
+def _check(table: Table, schema: Schema) -> None:
+    """Raise `DataError` for the first row that lacks a column, or has in it what the schema cannot take."""
+    names, rows = _checked_columns(table, schema)
     for i, row in enumerate(rows):
         for name in names:
             if name not in row:
                 raise DataError(f'{table.location(i)}: no column "{name}"; {nearest(name, row)}')
-            wrong = _wrong(form, name, row[name])
+            wrong = _wrong(schema, name, row[name])
             if wrong:
                 raise DataError(f'{table.location(i)}: "{name}" {wrong}')
 
 
-def _checked_columns(table: Table, form: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
+def _checked_columns(table: Table, schema: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
     """The columns whose every value is checked, and the rows with these alone where that saves reading others."""
     rows: Any = table.rows
     if not hasattr(rows, "column_names"):
-        return form.columns, rows
-    for name in form.columns:
+        return schema.columns, rows
+    for name in schema.columns:
         if name not in rows.column_names:
             raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
-    names = form.columns[1:] if form.kind == "image" else form.columns  # to look at an image would be to decode it
+    names = (
+        schema.columns[1:] if schema.kind == "image" else schema.columns
+    )  # to look at an image would be to decode it
     return names, rows.select_columns(list(names))
 
 
-def _wrong(form: Schema, name: str, value: Any) -> str:
+def _wrong(schema: Schema, name: str, value: Any) -> str:
     """The reason to refuse a value in column `name`, to follow that name in an error; empty for a good value."""
-    if form.kind == "chat":
+    if schema.kind == "chat":
         return _wrong_chat(value)
-    if name == form.label_column:
+    if name == schema.label_column:
         return _wrong_label(value)
-    if form.kind == "image":
+    if schema.kind == "image":
         return "is null; it takes the name of a file, or image data" if value is None else ""
     return "" if isinstance(value, str) else f"is {_type(value)}; it takes text"
 
@@ -241,13 +243,13 @@ def _wrong_chat(messages: Any) -> str:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return "is no list of messages"
     for n, message in enumerate(messages, 1):
-        for key in ("role", "content"):
-            if not _has_text(message, key):
-                return f'has a message, number {n}, without "{key}" or where it is not text'
-    if "assistant" not in {message["role"] for message in messages}:
-        return "has no assistant's turn to learn from"
-    return ""
+        if lacking := _lacking(message):
+            return f'has a message, number {n}, without "{lacking[0]}" or where it is not text'
+    roles = [message["role"] for message in messages]
+    return "" if "assistant" in roles else "has no assistant's turn to learn from"
 
 
-def _has_text(message: Any, key: str) -> bool:
-    return isinstance(message, Mapping) and isinstance(message.get(key), str)
+def _lacking(message: Any) -> list[str]:
+    """The parts of a message that it has not, or not as text."""
+    fields = message if isinstance(message, Mapping) else {}
+    return [key for key in ("role", "content") if not isinstance(fields.get(key), str)]

@@ -31,30 +31,30 @@ INPUTS = 1024  # of a module, that eva looks at
 Modules = Mapping[str, Any]  # name -> module of the base, or PEFT's layer around it
 
 
-def attach_adapter(net: nn.Module, lora: LoRAConfig, form: Schema, new: Sequence[str], seed: int) -> PeftModel:
+def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequence[str], seed: int) -> PeftModel:
     """The model with a fresh adapter attached, and with its head, if it has one, ready to train; its weights stay.
 
     `new` are the modules that the checkpoint lacks, to be learned from nothing. Raises `ModelError` if the model cannot
     take this adapter.
     """
-    heads = _heads(net, new) if form.labels else []
+    heads = _heads(net, new) if schema.labels else []
     modules, targets = _targets(net, lora.targets, heads)
     _check(lora, modules)
     config = _config(lora, modules, seed)
     config.target_modules = set(targets)
     config.modules_to_save = heads or None
-    config.task_type = TASKS.get(form.kind, TaskType.CAUSAL_LM)
+    config.task_type = TASKS.get(schema.kind, TaskType.CAUSAL_LM)
     # PEFT subtracts the start of PiSSA and OLoRA from the weights. Here the weights are restored, as every client has
     # the same base, and a strategy subtracts the start (see strategies/anchored.py).
     before = _weights(modules) if lora.init in FROM_WEIGHTS else []
     with seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
-        worn: PeftModel = get_peft_model(net, config)
+        adapted: PeftModel = get_peft_model(net, config)
     for module, weight, values in before:
         weight.data = values
         module.weight = weight  # PEFT puts another in the place of a quantised one
-    fix_signs(layers(worn), lora.init)
-    return worn
+    fix_signs(layers(adapted), lora.init)
+    return adapted
 
 
 def _weights(modules: Modules) -> list[tuple[Any, nn.Parameter, Tensor]]:
@@ -83,9 +83,9 @@ def layers(net: nn.Module) -> dict[str, Any]:
     return {n.removeprefix(PREFIX): m for n, m in net.named_modules() if isinstance(m, LoraLayer | VeraLayer)}
 
 
-def side(letter: str, worn: Modules) -> dict[str, nn.Parameter]:
+def side(letter: str, adapted: Modules) -> dict[str, nn.Parameter]:
     """The parameter that stands for A, or B, in every layer; see the head of this file."""
-    return {name: _factor(letter, layer) for name, layer in worn.items()}
+    return {name: _factor(letter, layer) for name, layer in adapted.items()}
 
 
 def _factor(letter: str, layer: Any) -> Any:
@@ -100,7 +100,7 @@ def exactly(pattern: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def eva(worn: Modules, passes: Iterable[object]) -> None:
+def eva(adapted: Modules, passes: Iterable[object]) -> None:
     """Start at A = the leading right singular vectors of each module's inputs, and B = 0.
 
     Paischer et al., One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation,
@@ -108,8 +108,8 @@ def eva(worn: Modules, passes: Iterable[object]) -> None:
     as they are, not centred. Each step of `passes` is to run the model once, without padding. Raises `DataError` where
     the inputs do not span as many directions as the rank has.
     """
-    inputs = _first_inputs(worn, passes)
-    for name, a in side("A", worn).items():
+    inputs = _first_inputs(adapted, passes)
+    for name, a in side("A", adapted).items():
         rank = a.shape[0]
         _, s, vh = torch.linalg.svd(inputs[name], full_matrices=False)
         spanned = int((s > 1e-6 * s[:1]).sum())
@@ -122,9 +122,9 @@ def eva(worn: Modules, passes: Iterable[object]) -> None:
         a.copy_(row_signs(leading) * leading)
 
 
-def _first_inputs(worn: Modules, passes: Iterable[object]) -> dict[str, Tensor]:
+def _first_inputs(adapted: Modules, passes: Iterable[object]) -> dict[str, Tensor]:
     """The first `INPUTS` inputs of every module while the model runs, in float64: (at most INPUTS, d_in)."""
-    seen = {name: torch.zeros(0, layer.in_features, dtype=torch.float64) for name, layer in worn.items()}
+    seen = {name: torch.zeros(0, layer.in_features, dtype=torch.float64) for name, layer in adapted.items()}
 
     def recorder(name: str) -> Any:
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -133,7 +133,7 @@ def _first_inputs(worn: Modules, passes: Iterable[object]) -> dict[str, Tensor]:
 
         return record
 
-    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in worn.items()]
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in adapted.items()]
     for _ in passes:
         if all(len(rows) == INPUTS for rows in seen.values()):
             break
@@ -143,14 +143,14 @@ def _first_inputs(worn: Modules, passes: Iterable[object]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fix_signs(worn: Modules, init: str) -> None:
+def fix_signs(adapted: Modules, init: str) -> None:
     """Fix the signs of a start from a decomposition, which are free for a row of A and its column of B together.
 
     So the start is the same on every machine. A start that is merely drawn stays as it is.
     """
     if init not in ("orthonormal", "pissa", "olora"):
         return
-    for a, b in zip(side("A", worn).values(), side("B", worn).values(), strict=True):
+    for a, b in zip(side("A", adapted).values(), side("B", adapted).values(), strict=True):
         if init == "orthonormal":
             a.copy_(torch.linalg.qr(a.double().T)[0].T)
         sign = row_signs(a)
@@ -259,12 +259,14 @@ def _check(lora: LoRAConfig, modules: Modules) -> None:
     if lora.kind != "vera":
         _check_ranks(lora, modules)
     for name, module in modules.items():
-        if lora.init == "olora" and _is_conv1d(module):
-            raise ModelError(f"lora.init = olora: PEFT cannot take it from {name}, a Conv1D; choose pissa")
-        if lora.init == "pissa" and not module.weight.is_floating_point():
-            raise ModelError(
-                f"lora.init = pissa: the weight of {name} is quantised; set model.quantize = none, or olora"
-            )
+        _check_start(lora.init, name, module)
+
+
+def _check_start(init: str, name: str, module: Any) -> None:
+    if init == "olora" and _is_conv1d(module):
+        raise ModelError(f"lora.init = olora: PEFT cannot take it from {name}, a Conv1D; choose pissa")
+    if init == "pissa" and not module.weight.is_floating_point():
+        raise ModelError(f"lora.init = pissa: the weight of {name} is quantised; set model.quantize = none, or olora")
 
 
 def _check_ranks(lora: LoRAConfig, modules: Modules) -> None:

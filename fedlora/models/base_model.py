@@ -17,14 +17,14 @@ from fedlora.seeds import seeded
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
-def load_base_model(config: ModelConfig, form: Schema, seed: int) -> tuple[nn.Module, Any, list[str]]:
+def load_base_model(config: ModelConfig, schema: Schema, seed: int) -> tuple[nn.Module, Any, list[str]]:
     """The model, its processor, and the modules that the checkpoint lacks, as a new head, which are drawn by the seed.
 
     Raises `ModelError` for a model that cannot be loaded, or is of another kind than the data need.
     """
     source = _source(config.path)
     with seeded(seed), _readable(config.path or str(source)):
-        return _load(config, form, source)
+        return _load(config, schema, source)
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -74,7 +74,7 @@ def _readable(path: str) -> Iterator[None]:
         ) from e
 
 
-def _load(config: ModelConfig, form: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
+def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
     from transformers import (
         AutoImageProcessor,
         AutoModelForCausalLM,
@@ -84,16 +84,16 @@ def _load(config: ModelConfig, form: Schema, source: str) -> tuple[nn.Module, An
     )
 
     classes = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
-    model_class = classes.get(form.kind, AutoModelForCausalLM)
-    processor_class = AutoImageProcessor if form.kind == "image" else AutoTokenizer
+    model_class = classes.get(schema.kind, AutoModelForCausalLM)
+    processor_class = AutoImageProcessor if schema.kind == "image" else AutoTokenizer
     where = _revision(config) | _cached(source)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_quantized(config), **_classes(form)}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_quantized(config), **_classes(schema)}
     processor = processor_class.from_pretrained(source, **where)
     net, info = model_class.from_pretrained(source, output_loading_info=True, **options)
-    if form.kind != "image":
+    if schema.kind != "image":
         _pad(net, processor)
     new = _new_modules(info)
-    if new and not form.labels:
+    if new and not schema.labels:
         raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(new)}")
     return net, processor, new
 
@@ -102,14 +102,14 @@ def _revision(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision} if config.revision else {}
 
 
-def _classes(form: Schema) -> dict[str, Any]:
+def _classes(schema: Schema) -> dict[str, Any]:
     """Options for transformers to give the model a head for these classes; none for data without classes."""
-    if not form.labels:
+    if not schema.labels:
         return {}
     return {
-        "num_labels": len(form.labels),
-        "id2label": dict(enumerate(form.labels)),
-        "label2id": {name: i for i, name in enumerate(form.labels)},
+        "num_labels": len(schema.labels),
+        "id2label": dict(enumerate(schema.labels)),
+        "label2id": {name: i for i, name in enumerate(schema.labels)},
         "ignore_mismatched_sizes": True,
     }
 

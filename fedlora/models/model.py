@@ -17,8 +17,7 @@ from fedlora.lora import LoRA, Side, from_matrices
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
-from . import adapter as wear
-from . import base_model
+from . import adapter, base_model
 from .adapter import NAME, PREFIX
 from .offset import Offset
 
@@ -31,27 +30,27 @@ REFUSALS = {
 class Model:
     """A base model that stays in memory while adapters are swapped in and out of it."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig, form: Schema, seed: int, public: Rows = ()) -> None:
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, schema: Schema, seed: int, public: Rows = ()) -> None:
         """Load the base and attach a fresh adapter.
 
-        `public` are the rows of `lora.init_data`, in the run's form; only `lora.init = eva` looks at them. Raises
+        `public` are the rows of `lora.init_data`, in the run's schema; only `lora.init = eva` looks at them. Raises
         `ModelError` if the base cannot be had, or cannot take the adapter.
         """
-        self.form, self.kind = form, lora.kind
+        self.schema, self.kind = schema, lora.kind
         self.device = base_model.device(config)
-        net, self.processor, new = base_model.load_base_model(config, form, seed)
+        net, self.processor, new = base_model.load_base_model(config, schema, seed)
         self.fingerprint = base_model.fingerprint(net)
-        self.net = wear.attach_adapter(net, lora, form, new, seed)
+        self.net = adapter.attach_adapter(net, lora, schema, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
-        self.encoder = Encoder(self.processor, form, config.max_length)
-        self.adapted = wear.layers(self.net)
+        self.encoder = Encoder(self.processor, schema, config.max_length)
+        self.adapted = adapter.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
         self.heads = _heads(self.net)
         self.extras = _magnitudes(self.adapted) if self.kind == "dora" else {}  # trained with the head
         self._sides: dict[str, dict[str, nn.Parameter]] = {
-            "A": wear.side("A", self.adapted),
-            "B": wear.side("B", self.adapted),
+            "A": adapter.side("A", self.adapted),
+            "B": adapter.side("B", self.adapted),
             "R": {},
             "H": {**self.heads, **self.extras},
         }
@@ -64,18 +63,18 @@ class Model:
 
     def _start_from_inputs(self, public: Rows) -> None:
         """Draw the start of EVA from how the base sees these rows."""
-        examples = self.encoder(take(public, range(min(wear.INPUTS, len(public)))))
+        examples = self.encoder(take(public, range(min(adapter.INPUTS, len(public)))))
         self.net.eval()
-        wear.eva(self.adapted, (self.logits(self.encoder.collate([e])) for e in examples))
+        adapter.eva(self.adapted, (self.logits(self.encoder.collate([e])) for e in examples))
 
     @property
     def size(self) -> int:
         """The count of numbers in the base model, without the adapter and the second copy that PEFT makes of a head."""
         return sum(p.numel() for p in self.net.parameters()) - sum(p.numel() for p in self._parameters())
 
-    def _parameters(self) -> list[nn.Parameter]:
-        """All parameters of the adapter, and of the head."""
-        return [p for side in self._sides.values() for p in side.values()]
+    def _parameters(self, sides: str = "ABRH") -> list[nn.Parameter]:
+        """The parameters of these sides of the adapter, in a fixed order."""
+        return [p for side in self._sides if side in sides for p in self._sides[side].values()]
 
     def memory(self, rank: int, batch_size: int = 16) -> int:
         """Bytes that training at this rank takes, estimated.
@@ -84,8 +83,8 @@ class Model:
         and the activations of a batch of the longest examples. The copy of weights that an offset is folded into is
         not counted.
         """
-        adapter = {id(p) for p in self._parameters()}
-        base_tensors = [t for t in (*self.net.parameters(), *self.net.buffers()) if id(t) not in adapter]
+        trained = {id(p) for p in self._parameters()}
+        base_tensors = [t for t in (*self.net.parameters(), *self.net.buffers()) if id(t) not in trained]
         base_bytes = sum(t.numel() * t.element_size() for t in base_tensors)
         return int(base_bytes + 16 * self._trained_numbers(rank) + self._activation_bytes(batch_size))
 
@@ -105,9 +104,9 @@ class Model:
         model.
         """
         shape: Any = self.net.config
-        tokens = batch_size * (_patches(shape) if self.form.kind == "image" else self.encoder.max_length)
+        tokens = batch_size * (_patches(shape) if self.schema.kind == "image" else self.encoder.max_length)
         width = getattr(shape, "hidden_size", 0) * getattr(shape, "num_hidden_layers", 0)
-        scores = 0 if self.form.labels else 8 * shape.vocab_size
+        scores = 0 if self.schema.labels else 8 * shape.vocab_size
         return int(tokens * (17 * width * self.net.dtype.itemsize + scores))
 
     def get_adapter(self) -> LoRA:
@@ -125,16 +124,16 @@ class Model:
         """
         if lora.D:
             offset = (*offset, LoRA(D=lora.D))
-        self._refuse_what_the_kind_lacks(any(offset), bool(lora.R or gain))
+        self._refuse_what_the_kind_lacks(offset=any(offset), core_or_gain=bool(lora.R or gain))
         for letter in "ABH":
             self._replace_side(letter, lora.side(letter))
         if self.kind != "vera":
-            self._wear_factors(lora.R, gain)
+            self._set_scales_and_cores(lora.R, gain)
         self.offset.set(offset)
 
-    def _refuse_what_the_kind_lacks(self, offset: bool, core_or_gain: bool) -> None:
-        no_offset, no_core = self.kind != "lora", self.kind == "vera"
-        if (offset and no_offset) or (core_or_gain and no_core):
+    def _refuse_what_the_kind_lacks(self, *, offset: bool, core_or_gain: bool) -> None:
+        impossible = {"lora": False, "dora": offset, "vera": offset or core_or_gain}
+        if impossible[self.kind]:
             raise StrategyError(f"lora.kind = {self.kind} {REFUSALS[self.kind]}; choose lora.kind = lora")
 
     def _replace_side(self, letter: str, given: Side) -> None:
@@ -148,7 +147,7 @@ class Model:
         for p in self.net.parameters():
             p.requires_grad_(False)
             p.grad = None
-        chosen = [p for side in self._sides if side in sides for p in self._sides[side].values()]
+        chosen = self._parameters(sides)
         for p in chosen:
             p.requires_grad_(True)
         return chosen
@@ -158,7 +157,7 @@ class Model:
         inputs = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
         labels = batch["labels"].to(self.device)
         scores = self.net(**inputs).logits.float()
-        if self.form.labels:
+        if self.schema.labels:
             return scores, labels
         return scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
@@ -175,7 +174,7 @@ class Model:
 
     def targets(self, examples: Sequence[Example]) -> int:
         """The count of predictions that these examples ask for."""
-        if self.form.labels:
+        if self.schema.labels:
             return len(examples)
         return sum(int((e["labels"][1:] != -100).sum()) for e in examples)
 
@@ -183,7 +182,7 @@ class Model:
     def metrics(self, examples: Sequence[Example], batch_size: int = 32) -> Metrics:
         """Loss and accuracy of the model with its present adapter on these examples."""
         self.net.eval()
-        classes = len(self.form.labels)
+        classes = len(self.schema.labels)
         total = Metrics(0, 0, 0.0, 0, torch.zeros(classes, classes, dtype=torch.int64) if classes else None)
         for batch in _by_length(examples, batch_size):
             scores, targets = self.logits(self.encoder.collate(batch))
@@ -198,7 +197,7 @@ class Model:
             total += Metrics(len(batch), len(targets), loss, int((guess == targets).sum()), confusion)
         return total
 
-    def _wear_factors(self, cores: Side, gain: Mapping[str, float]) -> None:
+    def _set_scales_and_cores(self, cores: Side, gain: Mapping[str, float]) -> None:
         """Set the scale of every module's product and the core between its A and B, once A and B are set."""
         while self._hooks:
             self._hooks.pop().remove()

@@ -18,9 +18,9 @@ class Offset:
     A weight in half precision, or a quantised one, would round small residuals away; there the offset is a branch.
     """
 
-    def __init__(self, worn: Modules, scales: Mapping[str, float], folds: bool) -> None:
+    def __init__(self, layers: Modules, scales: Mapping[str, float], folds: bool) -> None:
         self.folds = folds
-        self._layers, self._scales = worn, scales
+        self._layers, self._scales = layers, scales
         self._parts: tuple[LoRA, ...] = ()
         self._pretrained: dict[str, Tensor] = {}
         self._beside: dict[str, LoRA] = {}

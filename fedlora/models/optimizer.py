@@ -29,13 +29,19 @@ def make(training: Training, model: Model, sides: Mapping[str, list[nn.Parameter
     heads = {id(p) for p in model.heads.values()}  # side H may hold other things too
     by_rate: dict[float, list[nn.Parameter]] = {}
     for side, parameters in sides.items():
-        rate = training.lr * (training.lora_plus if side == "B" else 1)
         for p in parameters:
-            by_rate.setdefault(training.head_lr or rate if id(p) in heads else rate, []).append(p)
+            by_rate.setdefault(_full_rate(training, side, is_head=id(p) in heads), []).append(p)
     groups = [{"params": parameters, "full_lr": rate} for rate, parameters in by_rate.items()]
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
     return torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
+
+
+def _full_rate(training: Training, side: str, *, is_head: bool) -> float:
+    """A parameter's learning rate before the schedule's factor."""
+    if is_head and training.head_lr:
+        return training.head_lr
+    return training.lr * (training.lora_plus if side == "B" else 1)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, training: Training, progress: float) -> None:

@@ -19,30 +19,29 @@ from fedlora.errors import ModelError, nearest
 from fedlora.lora import LoRA, compact
 from fedlora.sections import ModelConfig
 
-from . import adapter as wear
 from . import base_model
-from .adapter import NAME, PREFIX
+from .adapter import NAME, PREFIX, exactly
 from .model import Model
 
 LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": "B"}
 SEED = 2**31 - 1  # not the run's, so that a head that the export has forgotten gives other logits
 
 
-def load_adapter(config: ModelConfig, form: Schema, folder: Path) -> nn.Module:
+def load_adapter(config: ModelConfig, schema: Schema, folder: Path) -> nn.Module:
     """A freshly loaded base with the PEFT adapter in `folder`."""
-    net: nn.Module = _with_adapter(base_model.load_base_model(config, form, SEED)[0], folder)
+    net: nn.Module = _with_adapter(base_model.load_base_model(config, schema, SEED)[0], folder)
     return net
 
 
-def load_merged(config: ModelConfig, form: Schema, folder: Path) -> nn.Module:
+def load_merged(config: ModelConfig, schema: Schema, folder: Path) -> nn.Module:
     """The model in `folder`, which has the adapter in its weights."""
-    net, _, _ = base_model.load_base_model(replace(config, path=str(folder.absolute()), revision=""), form, SEED)
+    net, _, _ = base_model.load_base_model(replace(config, path=str(folder.absolute()), revision=""), schema, SEED)
     return net
 
 
-def merge(config: ModelConfig, form: Schema, folder: Path) -> None:
+def merge(config: ModelConfig, schema: Schema, folder: Path) -> None:
     """Replace the adapter in `folder` by the base with the adapter in its weights, and by the base's processor."""
-    net, processor, _ = base_model.load_base_model(config, form, SEED)
+    net, processor, _ = base_model.load_base_model(config, schema, SEED)
     whole = _with_adapter(net, folder).merge_and_unload()
     shutil.rmtree(folder)
     whole.save_pretrained(str(folder))
@@ -81,8 +80,8 @@ def _config_of(model: Model, lora: LoRA) -> Any:
     config.use_rslora = False
     config.r = max(ranks.values())
     config.lora_alpha = max(alphas.values())
-    config.rank_pattern = wear.exactly(_all_but(config.r, ranks))
-    config.alpha_pattern = wear.exactly(_all_but(config.lora_alpha, alphas))
+    config.rank_pattern = exactly(_all_but(config.r, ranks))
+    config.alpha_pattern = exactly(_all_but(config.lora_alpha, alphas))
     config.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
     return config
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.errors import PrivacyError, SecureError
 from fedlora.jobs import Job, MaskingTerms, SecAggStep, Update
-from fedlora.lora import SIDES
+from fedlora.lora import difference
 
 from .secure_aggregation import Keys, Ring, Roster
 
@@ -30,7 +30,7 @@ def roster_of(ask: SecAggStep) -> Roster:
 
 def layout(job: Job) -> list[Place]:
     """Return side, module and shape of every matrix in the vector of a masked update, in their order there."""
-    return [(s, m, t.shape) for s in SIDES if s in job.shares for m, t in job.start.side(s).items()]
+    return [(s, m, t.shape) for s, m, t in job.start.only(job.shares).matrices()]
 
 
 def size(job: Job) -> int:
@@ -53,7 +53,8 @@ def vector(job: Job, update: Update) -> NDArray[np.float64]:
     if it may be sent; then, with a clip, +1/2 or -1/2 for whether the norm was within it.
     """
     terms = masking_terms(job)
-    delta = torch.cat([_change(job, update, s, m) for s, m, _ in layout(job)])
+    change = difference(update.lora, job.start)
+    delta = torch.cat([change.side(s)[m].flatten() for s, m, _ in layout(job)])
     extras = [_share_of_loss(update.loss or 0.0)] if job.metrics else []
     if terms.clip:
         norm = float(delta.norm())
@@ -61,11 +62,6 @@ def vector(job: Job, update: Update) -> NDArray[np.float64]:
         delta = _clipped(delta, norm=norm, clip=terms.clip)
     whole: NDArray[np.float64] = torch.cat([delta, terms.reach * torch.tensor(extras, dtype=torch.float64)]).numpy()
     return whole
-
-
-def _change(job: Job, update: Update, side: str, module: str) -> Tensor:
-    """Return the change of one matrix as a vector in float64."""
-    return (update.lora.side(side)[module].double() - job.start.side(side)[module].double()).flatten()
 
 
 def _share_of_loss(loss: float) -> float:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from fedlora.data.encoding import Encoder, Example
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Job
-from fedlora.lora import SIDES, LoRA
+from fedlora.lora import LoRA, map_factors
 from fedlora.models.model import Model
 from fedlora.seeds import seeded
 
@@ -182,15 +182,15 @@ def _distances(one: Gradients, other: Gradients) -> Tensor:
 def random_start(start: LoRA) -> LoRA:
     """Return the adapter with noise added to its factors, so that none is zero and every factor has a gradient."""
 
-    def side(letter: str) -> dict[str, Tensor]:
-        own = start.side(letter)
-        return {m: t + 0.3 * torch.randn(t.shape) / t.shape[-1] ** 0.5 for m, t in own.items()}
+    def moved(t: Tensor) -> Tensor:
+        noise: Tensor = 0.3 * torch.randn(t.shape) / t.shape[-1] ** 0.5
+        return t + noise
 
-    return LoRA(**{s: side(s) if s in "ABRH" else start.side(s) for s in SIDES})
+    return map_factors(moved, start.only("ABRH")).over(start)
 
 
 def synthetic(encoder: Encoder, n: int) -> list[Example]:
-    """Return n made-up examples of the task's form, of different lengths, in the model's own tokens."""
+    """Return n made-up examples of the task's schema, of different lengths, in the model's own tokens."""
     examples: list[Example] = []
     while len(examples) < n:
         examples += encoder.by_row([_row(encoder, len(examples))])[0][:1]
@@ -199,16 +199,16 @@ def synthetic(encoder: Encoder, n: int) -> list[Example]:
 
 def _row(encoder: Encoder, i: int) -> dict[str, Any]:
     """Return a made-up row of data; the larger i is, the longer are its texts."""
-    form = encoder.form
-    if form.kind == "image":
-        row: dict[str, Any] = {column: _noise() for column in form.columns}
+    schema = encoder.schema
+    if schema.kind == "image":
+        row: dict[str, Any] = {column: _noise() for column in schema.columns}
     else:
-        row = {column: _words(encoder.processor, 3 + 3 * i) for column in form.columns}
-    if form.kind == "chat":
-        content = row[form.columns[0]]
-        row[form.columns[0]] = [{"role": role, "content": content} for role in ("user", "assistant")]
-    if form.labels:
-        row[form.columns[-1]] = form.labels[i % len(form.labels)]
+        row = {column: _words(encoder.processor, 3 + 3 * i) for column in schema.columns}
+    if schema.kind == "chat":
+        content = row[schema.columns[0]]
+        row[schema.columns[0]] = [{"role": role, "content": content} for role in ("user", "assistant")]
+    if schema.labels:
+        row[schema.columns[-1]] = schema.labels[i % len(schema.labels)]
     return row
 
 

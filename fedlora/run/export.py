@@ -63,7 +63,7 @@ class Probe:
     """A few examples, and what else it takes to look at a model of the run's kind."""
 
     config: ModelConfig
-    form: Schema
+    schema: Schema
     device: torch.device
     batch: dict[str, Tensor]
 
@@ -74,7 +74,7 @@ class Probe:
             net.to(self.device)
         inputs = {k: v.to(self.device) for k, v in self.batch.items() if k != "labels"}
         scores: Tensor = net.eval()(**inputs).logits.float().cpu()
-        if self.form.labels:
+        if self.schema.labels:
             return scores
         return scores[torch.arange(len(scores)), self.batch["attention_mask"].sum(1) - 1]
 
@@ -150,7 +150,7 @@ def _write(
     """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
     model = setup.model
     batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
-    probe = Probe(setup.config.model, model.form, model.device, batch)
+    probe = Probe(setup.config.model, model.schema, model.device, batch)
     return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
 
 
@@ -166,12 +166,12 @@ def _examples(setup: RunSetup) -> list[Example]:
 
 def _made_up(setup: RunSetup) -> list[Example]:
     """One example for a server that has none; its content matters little where two models are to agree on it."""
-    form = setup.model.form
-    if form.kind not in ("text", "label"):
-        raise ConfigError(f"there is no example of {form.kind} here to verify the export on: set data.eval")
-    row = dict.fromkeys(form.columns, "federated learning trains on data that stay where they are")
-    if form.labels:
-        row[form.columns[-1]] = form.labels[0]
+    schema = setup.model.schema
+    if schema.kind not in ("text", "label"):
+        raise ConfigError(f"there is no example of {schema.kind} here to verify the export on: set data.eval")
+    row = dict.fromkeys(schema.columns, "federated learning trains on data that stay where they are")
+    if schema.labels:
+        row[schema.columns[-1]] = schema.labels[0]
     return setup.model.encoder([row])
 
 
@@ -251,10 +251,10 @@ def verify(probe: Probe, draft: Unverified, form: str) -> float:
     Raises `ExportError` where that is too far.
     """
     if form == "merged":
-        peft_files.merge(probe.config, probe.form, draft.folder)
-        net = peft_files.load_merged(probe.config, probe.form, draft.folder)
+        peft_files.merge(probe.config, probe.schema, draft.folder)
+        net = peft_files.load_merged(probe.config, probe.schema, draft.folder)
     else:
-        net = peft_files.load_adapter(probe.config, probe.form, draft.folder)
+        net = peft_files.load_adapter(probe.config, probe.schema, draft.folder)
     gap = float((probe.logits(net) - draft.logits).abs().max() / draft.logits.abs().max())
     limit = LIMITS[probe.config.dtype]
     if not gap <= limit:  # nor where it is no number

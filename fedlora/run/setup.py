@@ -64,7 +64,7 @@ def prepare(config: Config) -> RunSetup:
     """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
     config = localise(config)
     rows = federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed)
-    config = resolve(config, rows.form, len(rows.clients))
+    config = resolve(config, rows.schema, len(rows.clients))
     return assemble(config, rows, ids=config.clients)
 
 
@@ -80,8 +80,8 @@ def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
 
     `ids` is one more than the highest number of a client; each number below it has a rank.
     """
-    public = federated.public_rows(config.lora.init_data, rows.form)
-    model = Model(config.model, config.lora, rows.form, config.seed, public)
+    public = federated.public_rows(config.lora.init_data, rows.schema)
+    model = Model(config.model, config.lora, rows.schema, config.seed, public)
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
@@ -91,7 +91,7 @@ def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
     return RunSetup(config, model, model.get_adapter(), clients_data, tuple(dealt), rows.evaluation)
 
 
-def resolve(config: Config, form: Schema, clients: int) -> Config:
+def resolve(config: Config, schema: Schema, clients: int) -> Config:
     """The settings with counts and labels as they are. Raises `ConfigError` or `PrivacyError` where they contradict."""
     cohort = _cohort(config, clients)
     if config.engine == "stacked":
@@ -105,7 +105,7 @@ def resolve(config: Config, form: Schema, clients: int) -> Config:
         clients=clients,
         cohort=cohort,
         engine="serial" if config.engine == "auto" else config.engine,
-        data=replace(config.data, labels=form.labels),
+        data=replace(config.data, labels=schema.labels),
     )
 
 
@@ -155,7 +155,7 @@ def for_server(config: Config, ids: int) -> RunSetup:
     config = localise(replace(config, engine="flower"))
     embedded = not (config.model.path or config.data.path)  # the small model and text that come with fedlora
     rows = federated.server_data(config.data, config.model.task, embedded)
-    return assemble(resolve(config, rows.form, config.clients), rows, ids)
+    return assemble(resolve(config, rows.schema, config.clients), rows, ids)
 
 
 def reopen(folder: RunDirectory, config: Config) -> RunSetup:

@@ -31,11 +31,11 @@ def words(*numbers: int) -> str:
     return " ".join(f"w{n}" for n in numbers)
 
 
-def encode(form: Schema, rows: Rows, max_length: int = 32, template: str = "") -> list[tuple[list[int], list[int]]]:
+def encode(schema: Schema, rows: Rows, max_length: int = 32, template: str = "") -> list[tuple[list[int], list[int]]]:
     """Input ids and labels of every example."""
     t = tokenizer()
     t.chat_template = template or None
-    examples = Encoder(t, form, max_length)(rows)
+    examples = Encoder(t, schema, max_length)(rows)
     assert all(e["attention_mask"].tolist() == [1] * len(e["input_ids"]) for e in examples)
     return [(e["input_ids"].tolist(), e["labels"].tolist()) for e in examples]
 
@@ -133,31 +133,31 @@ def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
 
 
 def test_labels_are_numbers_whether_they_were_names_or_numbers() -> None:
-    form = Schema("label", ("text", "label"), ("no", "yes"))
-    examples = Encoder(tokenizer(), form, 8)([{"text": "w1", "label": x} for x in ("yes", "no", 1, "0")])
+    schema = Schema("label", ("text", "label"), ("no", "yes"))
+    examples = Encoder(tokenizer(), schema, 8)([{"text": "w1", "label": x} for x in ("yes", "no", 1, "0")])
     assert [e["labels"].item() for e in examples] == [1, 0, 1, 0]
     assert examples[0]["labels"].dtype == torch.int64
     assert examples[0]["labels"].shape == ()
 
 
 def test_numbers_are_class_names_before_they_are_positions() -> None:
-    form = Schema("label", ("text", "label"), ("-1", "0", "1"))
-    examples = Encoder(tokenizer(), form, 8)([{"text": "w1", "label": x} for x in (-1, 0, "1")])
+    schema = Schema("label", ("text", "label"), ("-1", "0", "1"))
+    examples = Encoder(tokenizer(), schema, 8)([{"text": "w1", "label": x} for x in (-1, 0, "1")])
     assert [e["labels"].item() for e in examples] == [0, 1, 2]
 
 
 def test_a_pair_of_texts_is_one_example_with_token_types() -> None:
     t = tokenizer()
     t.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    form = Schema("label", ("a", "b", "label"), ("0", "1"))
-    [example] = Encoder(t, form, 16)([{"a": "w1", "b": "w2 w3", "label": 1}])
+    schema = Schema("label", ("a", "b", "label"), ("0", "1"))
+    [example] = Encoder(t, schema, 16)([{"a": "w1", "b": "w2 w3", "label": 1}])
     assert example["input_ids"].tolist() == [BOS, 5, EOS, 6, 7, EOS]
     assert example["token_type_ids"].shape == (6,)
 
 
 def test_a_text_to_classify_is_cut_to_the_longest_allowed() -> None:
-    form = Schema("label", ("text", "label"), ("0", "1"))
-    [example] = Encoder(tokenizer(), form, 8)([{"text": words(*range(20)), "label": 0}])
+    schema = Schema("label", ("text", "label"), ("0", "1"))
+    [example] = Encoder(tokenizer(), schema, 8)([{"text": words(*range(20)), "label": 0}])
     assert len(example["input_ids"]) == 8
 
 
@@ -229,7 +229,7 @@ def test_sst2_is_encoded_row_by_row_by_a_real_encoder(real_data: Path, minilm: P
     data = DataConfig(path=str(real_data / "sst2" / "val.jsonl"), eval_share=0.0)
     federated = load(data, "auto", clients=1, seed=0)
     t = AutoTokenizer.from_pretrained(minilm)
-    examples = Encoder(t, federated.form, 128)(federated.clients[0])
+    examples = Encoder(t, federated.schema, 128)(federated.clients[0])
     assert len(examples) == 872
     first = str(t.decode(examples[0]["input_ids"], skip_special_tokens=True))
     assert first.startswith("it ' s a charming")

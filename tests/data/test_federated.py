@@ -37,7 +37,7 @@ def everything(federated: Federated) -> list[dict[str, Any]]:
 
 def test_without_a_path_the_standard_library_is_the_data() -> None:
     federated = load(DataConfig(), "auto", clients=0, seed=0)
-    assert federated.form.kind == "text"
+    assert federated.schema.kind == "text"
     assert len(federated.clients) == len(federated.heldout) == 50
     assert {"text", "package", "path"} == set(federated.clients[0][0]) == set(federated.evaluation[0])
     assert not any(map(len, federated.heldout))
@@ -73,8 +73,8 @@ def test_a_pattern_is_one_file_a_client_in_natural_order(tmp_path: Path) -> None
         jsonl(tmp_path / f"client_{i}.jsonl", *labelled(i + 2))
     federated = read(str(tmp_path / "client_*.jsonl"), 0, eval=jsonl(tmp_path / "val.jsonl", *labelled(4)))
     assert [len(rows) for rows in federated.clients] == [3, 11, 12]
-    assert federated.form.columns == ("sentence1", "label")
-    assert federated.form.labels == ("0", "1")
+    assert federated.schema.columns == ("sentence1", "label")
+    assert federated.schema.labels == ("0", "1")
     assert len(federated.evaluation) == 4
 
 
@@ -156,8 +156,8 @@ def test_the_form_is_found_by_settings_and_names(
     tmp_path: Path, row: Any, settings: Any, task: str, kind: str, columns: tuple[str, ...]
 ) -> None:
     other = row | {name: 2 for name in ("label", "kind") if name in row}
-    form = read(jsonl(tmp_path / "x.jsonl", row, other), 2, task, **settings).form
-    assert (form.kind, form.columns) == (kind, columns)
+    schema = read(jsonl(tmp_path / "x.jsonl", row, other), 2, task, **settings).schema
+    assert (schema.kind, schema.columns) == (kind, columns)
 
 
 @pytest.mark.parametrize(("found", "names"), [
@@ -167,12 +167,12 @@ def test_the_form_is_found_by_settings_and_names(
     ([True, False], ("False", "True")),
 ])  # fmt: skip
 def test_classes_stand_in_the_order_of_numbers_or_else_of_names(tmp_path: Path, found: Any, names: Any) -> None:
-    assert read(jsonl(tmp_path / "x.jsonl", *({"text": "a", "label": x} for x in found))).form.labels == names
+    assert read(jsonl(tmp_path / "x.jsonl", *({"text": "a", "label": x} for x in found))).schema.labels == names
 
 
 def test_names_for_numbered_classes_can_be_given(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", *labelled(4))
-    assert read(path, labels=("negative", "positive"), eval=path).form.labels == ("negative", "positive")
+    assert read(path, labels=("negative", "positive"), eval=path).schema.labels == ("negative", "positive")
     with pytest.raises(DataError, match=r'x\.jsonl line 2: label "1" is no class'):
         read(path, labels=("-1", "0"))
 
@@ -272,7 +272,7 @@ def test_parquet_and_a_saved_dataset_are_read_as_what_they_were(tmp_path: Path) 
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
     for name in ("x.parquet", "one", "two"):
         federated = read(str(tmp_path / name), 2, eval=f"{tmp_path}/two:test", holdout=0.5)
-        assert federated.form.labels == ("ham", "spam")
+        assert federated.schema.labels == ("ham", "spam")
         assert everything(federated)[:2] == [{"text": "a", "label": 0}] * 2
     with pytest.raises(DataError, match='two has no split "tset"; did you mean "test"'):
         read(f"{tmp_path}/two:tset")
@@ -293,13 +293,13 @@ def test_sst2_is_six_clients_of_their_own_sizes(real_data: Path) -> None:
     folder = real_data / "sst2"
     federated = read(str(folder / "client_*.jsonl"), 0, eval=str(folder / "val.jsonl"))
     assert [len(rows) for rows in federated.clients] == [14812, 7586, 17169, 17237, 5728, 4811]
-    assert (federated.form.kind, federated.form.columns) == ("label", ("sentence1", "label"))
+    assert (federated.schema.kind, federated.schema.columns) == ("label", ("sentence1", "label"))
     assert len(federated.evaluation) == 872
 
 
 def test_gsm8k_is_questions_and_answers(real_data: Path) -> None:
     folder = real_data / "gsm8k"
     federated = read(str(folder / "train.jsonl"), 0, eval=str(folder / "test.jsonl"))
-    assert federated.form.columns == ("question", "answer")
+    assert federated.schema.columns == ("question", "answer")
     assert sum(map(len, federated.clients)) == 7473
     assert {len(rows) for rows in federated.clients} == {149, 150}

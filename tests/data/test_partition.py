@@ -148,4 +148,4 @@ def test_banking77_is_shared_out_in_well_under_five_seconds(real_data: Path) -> 
     federated = load(data, "classify", clients=50, seed=0)
     assert time.perf_counter() - begin < 5
     assert sum(map(len, federated.clients)) == 10003
-    assert len(federated.form.labels) == 77
+    assert len(federated.schema.labels) == 77

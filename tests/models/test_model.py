@@ -29,8 +29,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def build(folders: dict[str, Path]) -> Maker:
-    def one(kind: str, form: Schema | None = None, **lora: Any) -> Model:
-        return Model(ModelConfig(path=str(folders[kind])), LoRAConfig(rank=3, **lora), form or FORMS[kind], seed=1)
+    def one(kind: str, schema: Schema | None = None, **lora: Any) -> Model:
+        return Model(ModelConfig(path=str(folders[kind])), LoRAConfig(rank=3, **lora), schema or FORMS[kind], seed=1)
 
     return one
 
@@ -201,11 +201,11 @@ def test_alpha_and_rank_make_the_scale(build: Maker) -> None:
 
 
 def test_the_same_seed_makes_the_same_adapter_and_head(build: Maker) -> None:
-    form = replace(FORMS["bert"], labels=("a", "b", "c", "d", "e"))  # a head the checkpoint does not hold
+    schema = replace(FORMS["bert"], labels=("a", "b", "c", "d", "e"))  # a head the checkpoint does not hold
     torch.manual_seed(123)
-    one = build("bert", form).get_adapter()
+    one = build("bert", schema).get_adapter()
     torch.manual_seed(456)
-    assert_close(vars(build("bert", form).get_adapter()), vars(one), rtol=0, atol=0)
+    assert_close(vars(build("bert", schema).get_adapter()), vars(one), rtol=0, atol=0)
     assert one.H["classifier.weight"].shape == (5, 24)
 
 

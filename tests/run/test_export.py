@@ -107,7 +107,7 @@ def logits(net: Any) -> torch.Tensor:
 
 def stranger(setup: RunSetup, adapter: Path) -> torch.Tensor:
     """The logits of a clean base with this adapter, as PEFT loads it."""
-    bare, *_ = base_model.load_base_model(setup.config.model, setup.model.form, seed=99)
+    bare, *_ = base_model.load_base_model(setup.config.model, setup.model.schema, seed=99)
     loaded: Any = PeftModel
     return logits(loaded.from_pretrained(bare, str(adapter)))
 
@@ -132,7 +132,7 @@ def test_a_stranger_gets_the_runs_logits(run: Run, words: str, form: str, tmp_pa
     setup, _ = delivered(path)
     wanted = logits(setup.model.net)
     alike(stranger(setup, out) if form == "adapter" else logits(whole(out)), wanted)
-    bare, *_ = base_model.load_base_model(setup.config.model, setup.model.form, seed=99)
+    bare, *_ = base_model.load_base_model(setup.config.model, setup.model.schema, seed=99)
     assert not torch.allclose(logits(bare), wanted, atol=1e-3)
 
 
@@ -142,7 +142,7 @@ def test_the_command_leaves_a_model_that_is_of_transformers_alone(run: Run, tmp_
     done = CliRunner().invoke(app, ["export", str(path), "--as", "merged", "--out", str(out)])
     assert f'load it: transformers.BertForSequenceClassification.from_pretrained("{out}")' in done.stdout
     setup, net = opened(path)[0], whole(out)
-    bare, processor, _ = base_model.load_base_model(setup.config.model, setup.model.form, seed=99)
+    bare, processor, _ = base_model.load_base_model(setup.config.model, setup.model.schema, seed=99)
     assert net.state_dict().keys() == bare.state_dict().keys() and not list(out.glob("adapter*"))
     assert net.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
     assert AutoTokenizer.from_pretrained(out)("w3 w4") == processor("w3 w4")
@@ -211,7 +211,7 @@ def test_no_modules_rank_is_above_its_smaller_dimension(run: Run, tmp_path: Path
 
 def probe_of(setup: RunSetup) -> Probe:
     batch = setup.model.encoder.collate(setup.evaluation[:EXAMPLES])
-    return Probe(setup.config.model, setup.model.form, setup.model.device, batch)
+    return Probe(setup.config.model, setup.model.schema, setup.model.device, batch)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("llama", "lora_A"), ("llama", "lora_B"), ("bert", "classifier.weight")])
