@@ -170,8 +170,8 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
         rounds = list(fit(strategy, fleet, start, plan))
         record = _judged(strategy, rounds[-1].state, fleet, config.rounds - 1)
     record |= {"rounds": [done.record() for done in rounds], "seconds": round(time.monotonic() - began, 1)}
-    if plan.terms:
-        record["noise"] = [plan.terms.for_client(client).noise for client in fleet.clients()]
+    if plan.record_level:
+        record["noise"] = [plan.record_level.for_client(client).noise for client in fleet.clients()]
     return record
 
 
@@ -185,7 +185,9 @@ def _plan(config: Config, setup: RunSetup, fleet: Serial, final: bool) -> Plan:
         policy=config.server,
         evaluate=setup.evaluate if final else None,
         exactness=setup.model.scales if final and config.lora.kind == "lora" else None,
-        terms=record_level_dp(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        record_level=record_level_dp(config.dp, config.train, config.rounds, fleet.clients())
+        if config.dp.by_record
+        else None,
     )
 
 

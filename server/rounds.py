@@ -216,12 +216,12 @@ def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list
     clients = fleet.clients()
     if plan.client_level:
         return plan.client_level.sample(clients, t)
-    if plan.terms:
-        clients = [c for c in clients if joined.get(c.id, 0) < plan.terms.max_participations]
-    if plan.terms and not clients:
+    if plan.record_level:
+        clients = [c for c in clients if joined.get(c.id, 0) < plan.record_level.max_participations]
+    if plan.record_level and not clients:
         raise RoundFailed(
-            f"round {t + 1}: every client has joined dp.joins = {plan.terms.max_participations} rounds, and has no "
-            "budget for more; the rounds before are kept"
+            f"round {t + 1}: every client has joined dp.joins = {plan.record_level.max_participations} rounds, and has "
+            "no budget for more; the rounds before are kept"
         )
     return sample(clients, plan.cohort, plan.seed, t)
 
@@ -312,7 +312,7 @@ def job_for(
     job = strategy.client_init(state, client)
     name = type(strategy).__name__
     _check_left_to_the_run(name, job)
-    if plan.terms:
+    if plan.record_level:
         _check_terms_are_kept(name, job, client)
     filled = replace(
         job,
@@ -323,7 +323,9 @@ def job_for(
         round=t,
         rounds=plan.rounds,
         metrics=plan.metrics,
-        privacy=plan.terms.for_client(client, known=spent.charges if spent else 0) if plan.terms else None,
+        privacy=plan.record_level.for_client(client, known=spent.charges if spent else 0)
+        if plan.record_level
+        else None,
     )
     return with_encoding(filled, strategy, plan)
 

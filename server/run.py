@@ -82,7 +82,9 @@ def _plan(setup: RunSetup, fleet: Fleet) -> Plan:
         evaluate_clients=config.data.holdout > 0,
         exactness=_measured(setup) if config.exactness else None,
         metrics=not config.dp.on or config.dp.metrics,
-        terms=record_level_dp(config.dp, config.train, config.rounds, fleet.clients()) if config.dp.by_record else None,
+        record_level=record_level_dp(config.dp, config.train, config.rounds, fleet.clients())
+        if config.dp.by_record
+        else None,
         client_level=_client_level(setup) if config.dp.by_client else None,
         secure=config.secure if config.secure.aggregation else None,
         messages=config.messages,
@@ -97,8 +99,8 @@ def _privacy_statement(
         return {}
     clients = fleet.clients()
     job, findings = strategy.client_init(state, clients[0]), None
-    if plan.terms:
-        job = replace(job, privacy=plan.terms.for_client(clients[0]))
+    if plan.record_level:
+        job = replace(job, privacy=plan.record_level.for_client(clients[0]))
         findings = preflight.check_once(setup.model, job)
     return privacy_statement.privacy_facts(setup.config, plan, clients, job, findings)
 

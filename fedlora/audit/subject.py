@@ -112,7 +112,7 @@ class RecordLevelSetting:
     model: Model
     start: LoRA
     strategy: Strategy[Any]
-    terms: RecordLevelDP
+    dp: RecordLevelDP
     canaries: int
     seed: int = 0
 
@@ -124,7 +124,7 @@ class RecordLevelSetting:
     @property
     def privacy(self) -> PrivacyTerms:
         """The DP-SGD parameters of either client."""
-        return self.terms.for_client(self.client)
+        return self.dp.for_client(self.client)
 
     @property
     def client(self) -> Client:
@@ -134,7 +134,7 @@ class RecordLevelSetting:
     def described(self) -> dict[str, float]:
         """Return the numbers of the audit's own plan, for its findings."""
         p = self.privacy
-        plan = {"noise": p.noise, "rate": p.rate, "steps": p.steps, "delta": p.delta, "rounds": self.terms.rounds}
+        plan = {"noise": p.noise, "rate": p.rate, "steps": p.steps, "delta": p.delta, "rounds": self.dp.rounds}
         return plan | {"records": self.records, "canaries": self.canaries}
 
     def plan(self, records: int, rounds: int = ROUNDS) -> Plan:
@@ -144,8 +144,8 @@ class RecordLevelSetting:
         """
         p = self.privacy
         lr = MOVE * p.rate * records / (p.noise * p.clip)
-        training = replace(self.terms.training, lr=lr)
-        return Plan(rounds, cohort=2, seed=self.config.seed, training=training, metrics=False, terms=self.terms)
+        training = replace(self.dp.training, lr=lr)
+        return Plan(rounds, cohort=2, seed=self.config.seed, training=training, metrics=False, record_level=self.dp)
 
     def made_up(self, client: int) -> list[Example]:
         """Return a client's examples: short ones and a long one, as lengths betray a loss that couples records."""
@@ -170,7 +170,7 @@ def build(config: Config, seed: int = 0) -> RecordLevelSetting:
     first = strategy.client_init(strategy.init(start), _client(config, records=1))
     trained = first.start.only(first.trains).numel()
     count = int(min(CANARIES, canaries.room(first), ROOM / (RATE * ROUNDS * STEPS * trained)))
-    setting = RecordLevelSetting(config, model, start, strategy, _terms(config, RECORDS + count), count, seed)
+    setting = RecordLevelSetting(config, model, start, strategy, _short_plan_dp(config, RECORDS + count), count, seed)
     preflight.check_once(model, replace(select_rows(first), privacy=setting.privacy))
     return setting
 
@@ -179,7 +179,7 @@ def _client(config: Config, *, records: int) -> Client:
     return Client(id=0, examples=records, rank=config.lora.rank, records=records)
 
 
-def _terms(config: Config, records: int) -> RecordLevelDP:
+def _short_plan_dp(config: Config, records: int) -> RecordLevelDP:
     dp = replace(config.dp, rate=RATE, joins=0, budget=inf, ledger="")
     dp = replace(dp, delta=dp.delta if dp.delta < 1 / records else 0.0)
     training = Training(optimizer="sgd", steps=STEPS, batch_size=config.train.batch_size)

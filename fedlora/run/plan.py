@@ -100,7 +100,7 @@ class Plan:
     evaluate_clients: bool = False
     exactness: Mapping[str, float] | None = None  # module -> s, to measure it; all of a round's updates are then held
     metrics: bool = True  # may clients tell their training loss?
-    terms: RecordLevelDP | None = None  # of clients that hide their records
+    record_level: RecordLevelDP | None = None  # clients hide their records by DP-SGD
     client_level: ClientLevelDP | None = None  # the server hides clients
     secure: SecureConfig | None = None  # it sees sums alone
     messages: MessageConfig = field(default_factory=MessageConfig)

@@ -43,9 +43,8 @@ def privacy_facts(
         "public_start": config.lora.init_data or None,
         "config_sha256": sha256(configuration.dumps(config).encode()).hexdigest(),
         "versions": _versions(),
-        "record": plan.terms and _record_level(plan.terms, clients, numbers=_numbers(job, job.trains)),
-        "client": plan.client_level
-        and _client_level(plan.client_level, rounds=plan.rounds, numbers=_numbers(job, job.shares)),
+        "record": plan.record_level and _record_level(plan.record_level, clients, job),
+        "client": plan.client_level and _client_level(plan.client_level, plan.rounds, job),
         "preflight": findings and vars(findings),
     }
 
@@ -84,12 +83,13 @@ def final_delta(found: Mapping[str, Any]) -> float:
     return float((found.get("record") or found.get("client") or {"delta": 1.0})["delta"])
 
 
-def _record_level(terms: RecordLevelDP, clients: Sequence[Client], *, numbers: int) -> dict[str, Any]:
-    """Return the facts of record-level privacy; `numbers` is how many numbers a client trains.
+def _record_level(dp: RecordLevelDP, clients: Sequence[Client], job: Job) -> dict[str, Any]:
+    """Return the facts of record-level privacy.
 
     The smallest client has the most noise, the largest the least; all others lie between them.
     """
-    c = terms.config
+    c = dp.config
+    numbers = _numbers(job, job.trains)
     smallest = min(clients, key=lambda client: client.records)
     largest = max(clients, key=lambda client: client.records)
     return {
@@ -97,19 +97,19 @@ def _record_level(terms: RecordLevelDP, clients: Sequence[Client], *, numbers: i
         "delta": c.delta,
         "target_epsilon": _finite(c.epsilon),
         "budget": _finite(c.limit),
-        "joins": terms.max_participations,
-        "rounds": terms.rounds,
+        "joins": dp.max_participations,
+        "rounds": dp.rounds,
         "clip": c.clip,
         "head_share": c.head_share,
-        "optimizer": terms.training.optimizer,
+        "optimizer": dp.training.optimizer,
         "numbers": numbers,
-        "smallest": _client_facts(terms, smallest, numbers=numbers),
-        "largest": _client_facts(terms, largest, numbers=numbers),
+        "smallest": _client_facts(dp, smallest, numbers=numbers),
+        "largest": _client_facts(dp, largest, numbers=numbers),
     }
 
 
-def _client_facts(terms: RecordLevelDP, client: Client, *, numbers: int) -> dict[str, Any]:
-    p, charge = terms.for_client(client), terms.total(client)
+def _client_facts(dp: RecordLevelDP, client: Client, *, numbers: int) -> dict[str, Any]:
+    p, charge = dp.for_client(client), dp.total(client)
     expected_batch = p.rate * client.records
     return {
         "records": client.records,
@@ -119,15 +119,16 @@ def _client_facts(terms: RecordLevelDP, client: Client, *, numbers: int) -> dict
         "total_steps": charge.steps,
         "expected_batch": expected_batch,
         "empty_batches": (1 - p.rate) ** client.records,
-        "epsilon": terms.final_epsilon(client),
+        "epsilon": dp.final_epsilon(client),
         "epsilon_prv": _finite(prv([charge], delta=p.delta)),
         "epsilon_rdp": _finite(rdp([charge], delta=p.delta)),
         "noise_to_signal": sqrt(numbers) * p.noise / expected_batch,
     }
 
 
-def _client_level(dp: ClientLevelDP, *, rounds: int, numbers: int) -> dict[str, Any]:
-    """Return the facts of client-level privacy; `numbers` is how many numbers a client sends."""
+def _client_level(dp: ClientLevelDP, rounds: int, job: Job) -> dict[str, Any]:
+    """Return the facts of client-level privacy."""
+    numbers = _numbers(job, job.shares)
     charge = dp.charge_of(rounds=rounds)
     return {
         "clients": dp.population,

@@ -182,7 +182,7 @@ def test_only_its_owner_can_read_a_clients_secrets(tmp_path: Path) -> None:
 def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
     """DP-SGD at the client, then the mask; with the noise of a seed both ways end alike."""
     dp = PrivacyConfig(noise=1.0, delta=1e-3, rate=0.5, seeded=True)
-    plan = replace(PLAN, terms=RecordLevelDP(config=dp, training=SGD, rounds=1), metrics=False)
+    plan = replace(PLAN, record_level=RecordLevelDP(config=dp, training=SGD, rounds=1), metrics=False)
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
     assert apart(plain.state, secure.state) < 2e-7 and plain.spent == secure.spent and len(secure.spent) == 5
     assert secure.train_loss is None

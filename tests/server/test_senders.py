@@ -39,7 +39,7 @@ PLAN = Plan(4, cohort=2, training=Training(lr=1e-2, steps=2, batch_size=4), eval
 BY_ITS_OWN_RULE = {
     on_random_factors.check_what_is_delivered_is_what_clients_start_from,
     on_random_factors.check_a_client_that_slept_is_right_after_one_job,
-    on_small_models.check_a_client_that_slept_wears_the_model,
+    on_small_models.check_a_client_that_slept_computes_with_the_model,
 }
 
 
@@ -211,7 +211,7 @@ def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any
 @pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
 def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path: Path) -> None:
     terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, PLAN.rounds)
-    plan = replace(PLAN, terms=terms, metrics=False, evaluate_clients=False)
+    plan = replace(PLAN, record_level=terms, metrics=False, evaluate_clients=False)
     with pytest.raises(PrivacyError, match=rf"Slower overrides train.{name} for client \d, and a private run"):
         next(fit(Slower(overrides=((name, 1),)), fleet(tmp_path), SMALL.start, plan))
     assert not list(tmp_path.rglob("ledger*"))
@@ -219,7 +219,7 @@ def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path:
 
 def test_a_private_run_takes_a_rate_of_a_clients_own(tmp_path: Path) -> None:
     terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, rounds=1)
-    plan = replace(PLAN, rounds=1, terms=terms, metrics=False, evaluate_clients=False)
+    plan = replace(PLAN, rounds=1, record_level=terms, metrics=False, evaluate_clients=False)
     (done,) = fit(Slower(overrides=()), fleet(tmp_path), SMALL.start, plan)
     assert not done.failed and done.spent
 

@@ -102,7 +102,9 @@ def play(setup: RunSetup, fleet: Fleet, seen: Seen) -> None:
     plan = Plan(3, 3, seed=5, training=replace(setup.config.train, steps=2))
     dp = PrivacyConfig(noise=1.0, delta=1e-4, rate=0.3, seeded=True)
     plans = {
-        "private": replace(plan, terms=RecordLevelDP(config=dp, training=plan.training, rounds=3), metrics=False),
+        "private": replace(
+            plan, record_level=RecordLevelDP(config=dp, training=plan.training, rounds=3), metrics=False
+        ),
         "secure": replace(plan, secure=SecureConfig(aggregation=True)),
     }
     for name, strategy in STRATEGIES.items():
