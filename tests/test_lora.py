@@ -98,14 +98,14 @@ def test_stack_is_the_weighted_mean_of_products_of_any_ranks(some: list[tuple[Lo
 
 
 @given(WEIGHTS)
-def test_contrast_is_what_averaging_factors_loses(weights: list[float]) -> None:
+def test_the_residual_is_what_averaging_factors_loses(weights: list[float]) -> None:
     loras = [factors(i) for i in range(len(weights))]
     rest, mean = residual(loras, weights), average(loras, weights)
     assert_close(delta(join(mean, rest)), dense(loras, weights))
 
 
 @given(st.integers(1, 5), st.integers(1, 4))
-def test_contrast_has_rank_k_minus_one_times_r(clients: int, rank: int) -> None:
+def test_the_residual_has_rank_k_minus_one_times_r(clients: int, rank: int) -> None:
     rest = residual([factors(i, rank) for i in range(clients)], [1.0] * clients)
     assert all(a.shape[0] == (clients - 1) * rank for a in rest.A.values())
 
@@ -175,7 +175,7 @@ def test_leading_is_the_product_of_the_first_rows_and_columns(seed: int, rank: i
 
 
 @given(st.text(max_size=8), st.integers(1, 5))
-def test_redraw_is_peft_s_start_and_the_same_for_the_same_seed(seed: str, rank: int) -> None:
+def test_reinitialise_is_peft_s_start_and_the_same_for_the_same_seed(seed: str, rank: int) -> None:
     x = factors(1, rank)
     once, again, other = reinitialise(x, seed), reinitialise(x, seed), reinitialise(x, seed + "!")
     for m, a in once.A.items():
@@ -186,13 +186,13 @@ def test_redraw_is_peft_s_start_and_the_same_for_the_same_seed(seed: str, rank: 
     assert not torch.equal(once.A["q"], once.A["v"])  # of one shape, and still drawn apart
 
 
-def test_redraw_has_the_variance_of_a_uniform_draw() -> None:
+def test_reinitialise_has_the_variance_of_a_uniform_draw() -> None:
     a = reinitialise(LoRA({"q": torch.zeros(64, 400)}, {"q": torch.zeros(10, 64)}), "x").A["q"]
     assert float(a.var()) == pytest.approx(1 / 3 / 400, rel=0.03)
 
 
 @given(st.lists(ANY, min_size=1, max_size=6))
-def test_settled_parts_add_up_to_the_same(some: list[LoRA]) -> None:
+def test_densified_parts_add_up_to_the_same(some: list[LoRA]) -> None:
     parts = densify([x.only("ABRD") for x in some])
     want = total(some, [1.0] * len(some))
     assert_close({m: torch.stack([delta(p)[m] for p in parts]).sum(0) for m in want}, want)

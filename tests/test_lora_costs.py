@@ -34,7 +34,7 @@ def rounded(x: LoRA, dtype: torch.dtype) -> LoRA:
     return LoRA(**{s: {m: t.to(dtype) for m, t in x.side(s).items()} for s in "ABRDH"})
 
 
-def test_contrast_keeps_its_digits_when_clients_hardly_differ() -> None:
+def test_the_residual_keeps_its_digits_when_clients_hardly_differ() -> None:
     base = factors(0)
     near = [
         LoRA(

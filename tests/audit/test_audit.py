@@ -150,7 +150,7 @@ def test_too_little_noise_on_the_count_is_caught() -> None:
 
 
 def test_canaries_bound_epsilon_from_below_and_not_too_high() -> None:
-    """A bit told truly with probability e^eps / (1 + e^eps) is (eps, 0)-private; a copy is not private at all."""
+    """A bit that is true with probability e^eps / (1 + e^eps) is (eps, 0)-private; a copy is not private at all."""
     draw, above = np.random.default_rng(1), 0
     for _ in range(40):
         there = draw.random(1000) < 0.5

@@ -1,4 +1,4 @@
-"""Membership inference: members learned by heart are told from others, and of an untrained model nobody is."""
+"""Membership inference: it finds members that a model learned by heart, and none of an untrained model."""
 
 import json
 from math import exp
@@ -24,7 +24,7 @@ SMALL = ["--train.batch_size", "4", "--lora.rank", "3", "--model.max_length", "1
 
 @pytest.fixture(scope="module")
 def records() -> Records:
-    """Words and labels by chance: what tells one record from another must be learned by heart."""
+    """Random words and labels: a model can tell one record from another only if it has learned them by heart."""
     draw = Random(0)
     rows = [{"text": " ".join(draw.choices(WORDS, k=8)), "label": draw.choice(LABELS)} for _ in range(92)]
     return small_model("bert").model.encoder.by_row(rows)
@@ -82,7 +82,7 @@ def test_a_records_loss_is_the_mean_over_its_examples(records: Records) -> None:
 
 
 def test_the_bound_is_that_of_randomised_response() -> None:
-    """Who tells the truth with probability e^eps / (1 + e^eps) is told apart with an advantage of tanh(eps / 2)."""
+    """An answer that is true with probability e^eps / (1 + e^eps) is recognised with an advantage of tanh(eps / 2)."""
     assert bound(epsilon=1.0, delta=0.0) == pytest.approx((exp(1) - 1) / (exp(1) + 1))
     assert bound(epsilon=0.0, delta=0.1) == pytest.approx(0.1)
     assert bound(epsilon=1e9, delta=0.0) == 1.0

@@ -156,7 +156,7 @@ class TransposesTheOffset(Altered):
         return replace(job, offset=tuple(turned(part) for part in job.offset))
 
 
-class WearsTheLastPartOnly(Altered):
+class LoadsTheLastPartOnly(Altered):
     """The client takes an absolute offset for one since last time, and starts from the base every time."""
 
     def change(self, job: Job) -> Job:
@@ -208,7 +208,7 @@ CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
     (ThawsA, FFALoRA(), on_small_models.check_gradients_reach_what_trains_alone),
     (NeverTrains, FedAvg(), on_small_models.check_what_trains_moves_and_nothing_else),
     (TransposesTheOffset, FedEx(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
-    (WearsTheLastPartOnly, FedEx(), on_small_models.check_a_client_that_slept_computes_with_the_model),
+    (LoadsTheLastPartOnly, FedEx(), on_small_models.check_a_client_that_slept_computes_with_the_model),
     (TakesSTwice, FedAvg(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
     (TakesSTwice, FedAvg(), on_small_models.check_an_exported_adapter_is_the_model_that_was_trained),
     (ForgetsTheGain, FSLoRA(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),

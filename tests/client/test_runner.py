@@ -1,4 +1,4 @@
-"""A client at its desk: what a record is, and that a private job is charged before, and done once."""
+"""The job runner: what a record is, and that a private job is charged before it is done, and done once."""
 
 from dataclasses import replace
 from pathlib import Path

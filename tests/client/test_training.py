@@ -204,7 +204,7 @@ def test_a_client_that_resumes_sends_the_change_of_its_product(model: Model, beg
 
 
 def test_clients_that_resume_compute_alike_and_go_on_from_their_own(model: Model, start: LoRA) -> None:
-    """Over the mean of all changes, less its own product, each wears its own factors: the same model for all."""
+    """Each client loads its own factors over the mean of all changes less their product: the same model for all."""
     job = Job(start, resumes=True, training=FAST)
     answers = [worker.train(model, job, i, examples(seed=i), LoRA()) for i in range(2)]
     mean = stack([update.lora for update, _ in answers], [1.0, 3.0])

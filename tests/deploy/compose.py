@@ -50,7 +50,7 @@ print("through the proxy: /health", answer("/health"), *(f"| {p} {answer(p, b'')
 
 
 class Failed(Exception):
-    """What was promised did not come."""
+    """Something that must happen did not."""
 
 
 @dataclass

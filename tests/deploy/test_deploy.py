@@ -158,7 +158,7 @@ def serving(federation: Federation, resumed: Path) -> None:
 
 @pytest.mark.parametrize("what", ATTACKS)
 def test_whoever_has_the_authoritys_certificate_alone_cannot(what: str, federation: Federation, serving: None) -> None:
-    """At the door, the ways to do this are not there; the raw path is sent, as a client library would mend it."""
+    """The gateway does not know these paths; they are sent raw, as a client library would mend them."""
     trust = ssl.create_default_context(cafile=str(federation.keys / "server" / "ca.crt"))
     connection = HTTPSConnection("localhost", federation.port, context=trust, timeout=30)
     connection.request("POST", ATTACKS[what], b"")
@@ -192,7 +192,7 @@ def test_nor_join_with_a_key_of_nobody(federation: Federation, serving: None, tm
 
 
 def test_nor_join_without_a_key(federation: Federation, serving: None, tmp_path: Path) -> None:
-    """It asks to be registered, which the door does not know of, and tries on for ever."""
+    """It asks to be registered, which the gateway does not know of, and tries on for ever."""
     node = supernode(federation, tmp_path / "log")
     try:
         refused = federation.folder / "attacked" / "gate.log"

@@ -1,4 +1,4 @@
-"""A model wears what it is given, and delivers what it wore."""
+"""A model has the adapter that it is given, and saves the adapter that it has."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +50,7 @@ def dense(model: Model, seed: int) -> LoRA:
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_it_wears_what_it_is_given(build: Maker, kind: str) -> None:
+def test_it_has_the_adapter_that_it_is_given(build: Maker, kind: str) -> None:
     model = build(kind)
     given = stirred(model, 1)
     model.set_adapter(given)
@@ -112,14 +112,14 @@ def test_a_core_is_trained_and_read(build: Maker) -> None:
     assert {id(p) for p in model.net.parameters() if p.grad is not None} == {id(p) for p in trained}
 
 
-def test_wearing_a_core_draws_nothing(build: Maker) -> None:
+def test_attaching_a_core_draws_nothing(build: Maker) -> None:
     model = build("llama")
     before = torch.random.get_rng_state()
     model.set_adapter(cored(model, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_an_adapter_with_a_dense_side_is_worn_whole(build: Maker) -> None:
+def test_an_adapter_with_a_dense_side_is_loaded_whole(build: Maker) -> None:
     model = build("gpt2")
     worn, side = stirred(model, 1), dense(model, 2)
     model.set_adapter(join(worn, side).over(worn))

@@ -1,4 +1,4 @@
-"""A run's terms of privacy, and what it refuses to promise."""
+"""The DP parameters of a run's clients, and what is refused because it cannot be kept."""
 
 from dataclasses import replace
 

@@ -90,7 +90,7 @@ def opened(path: Path) -> tuple[RunSetup, Any, Any]:
 
 
 def delivered(path: Path) -> tuple[RunSetup, LoRA]:
-    """The run's pieces, its model wearing what the strategy delivers, and that."""
+    """The run's pieces, with the strategy's adapter on the model, and that adapter."""
     setup, strategy, state = opened(path)
     lora = strategy.adapter(state)
     setup.model.set_adapter(lora)

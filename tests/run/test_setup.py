@@ -75,7 +75,7 @@ def test_clients_are_not_told_where_the_server_has_its_files(server: RunSetup, f
 
 
 def test_a_server_cannot_name_files_of_a_clients(server: RunSetup, folder: Path) -> None:
-    """A server that is not ours may tell anything: the client reads its own data, or its share of the embedded ones."""
+    """A server may send any setting: the client reads its own data, or its share of the embedded data."""
     evil = settings_for_clients(server.config) | {
         "data.path": str(folder / "site_1.jsonl"),
         "model.task": "lm",

@@ -1,4 +1,4 @@
-"""The loop, with a small fleet whose clients move as they are told."""
+"""The round loop, with a small fleet whose clients move as the test says."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -216,7 +216,7 @@ class Held:
 
 
 def honest(i: int) -> ClientApp:
-    """A client that goes its own way from where it is told to start."""
+    """A client that moves at random from where its job has it start."""
     app, held = ClientApp(), Held()
 
     @app.query()

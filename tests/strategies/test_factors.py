@@ -1,4 +1,4 @@
-"""The strategies that work on factors: what their papers promise, and what they come to where they meet."""
+"""The strategies that work on factors: what their papers claim, and where two of them do the same."""
 
 from collections.abc import Sequence
 from typing import Any

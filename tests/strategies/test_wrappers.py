@@ -292,7 +292,7 @@ def test_a_cap_loses_what_eckart_and_young_say_of_all_rounds_together_and_says_h
     assert strategy.notes(state) == {"offset_rank": 2, "dropped": pytest.approx(lost / total)}
 
 
-def test_clients_that_resume_wear_the_capped_offset_and_it_is_the_model() -> None:
+def test_clients_that_resume_load_the_capped_offset_and_it_is_the_model() -> None:
     strategy, start = Capped(load("fedex_lora", assignment="keep"), 8), factors(0)
     change = join(factors(1), LoRA(start.A, {m: -b for m, b in start.B.items()})).over(start.only("H"))
     state = strategy.aggregate(strategy.init(start), [change], [1.0])

@@ -109,7 +109,7 @@ class SendsTheLastResidualOnly(FedEx):
 
 
 class DeliversNoOffset(FedEx):
-    """The residuals that clients wear are not in the adapter."""
+    """The residuals in the clients' models are not in the adapter."""
 
     def adapter(self, state: State) -> LoRA:
         return state.lora
@@ -292,7 +292,7 @@ class FLoRASaysItContinues(FLoRA):
 
 
 class TakesSendersUnsaid(Clustered):
-    """It forgets to declare what it counts on, and is never told."""
+    """It does not declare that it needs senders, and gets none."""
 
     needs_senders = False
 

@@ -1,4 +1,4 @@
-"""The two doors of a SuperLink, started as processes, and a server behind them that records what reached it."""
+"""The two gateways of a SuperLink, started as processes, and a server behind them that records what reached it."""
 
 import http.client
 import json
@@ -67,7 +67,7 @@ class SuperLink:
 
 @dataclass
 class Gate:
-    """A door that is open: where, and where it logs."""
+    """A gateway that is running: its address, and its log."""
 
     port: int
     certificates: Path

@@ -87,7 +87,7 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits(model: Model, kind: str) -> torch.Tensor:
-    """What the model, as it is worn, says of that batch."""
+    """The logits of that batch under the model with the adapter that it has."""
     model.net.eval()
     return model.logits(batch(kind))[0]
 

@@ -1,4 +1,4 @@
-"""Every kind of transformer that a private run may meet: tiny, random, wearing PEFT's LoRA with a B that is not zero.
+"""Every kind of transformer that a private run may meet: tiny, random, with PEFT's LoRA whose B is not zero.
 
 Built by transformers and PEFT alone, so that the engines are seen on what fedlora's own `Model` would not wear, too.
 """

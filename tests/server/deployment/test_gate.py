@@ -1,4 +1,4 @@
-"""The door between clients and the SuperLink, twice: our own process and nginx, over TLS, before a server that records.
+"""The gateway between clients and the SuperLink, as our process and as nginx, over TLS, before a server that records.
 
 Nothing that no SuperNode says may come through. Every test reads what reached the other side.
 """

@@ -1,4 +1,4 @@
-"""How much a client may ask of the two doors to the SuperLink, and for how long."""
+"""How much a client may ask of the two gateways to the SuperLink, and for how long."""
 
 # ruff: noqa: F811
 

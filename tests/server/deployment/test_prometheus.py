@@ -1,4 +1,4 @@
-"""Metrics: a real run, read as Prometheus would read it, and failures told by a few kinds."""
+"""Metrics: a real run, read as Prometheus would read it, and failures counted by a few kinds."""
 
 import ast
 import json
