@@ -165,7 +165,7 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
     start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
     strategy = compose(config, start, client_ranks)
     with TemporaryDirectory() as folder:
-        fleet = Serial(setup.model, clients_data, client_ranks, Path(folder), own=policy_of(config))
+        fleet = Serial(setup.model, clients_data, client_ranks, Path(folder), policy=policy_of(config))
         plan = _plan(config, setup, fleet, final)
         rounds = list(fit(strategy, fleet, start, plan))
         record = _judged(strategy, rounds[-1].state, fleet, config.rounds - 1)

@@ -15,15 +15,15 @@ from fedlora.jobs import Job, PrivacyTerms
 
 @dataclass(frozen=True, kw_only=True)
 class ClientPolicy:
-    """What a client insists on, whatever a server asks of it."""
+    """What a client allows a server to ask of it."""
 
     ledgers: Path | None = None  # where its ledger lies, if not with what else it keeps: a folder that outlives the run
-    budget: float = inf  # epsilon that it lets its data be charged with, over all runs of one ledger
-    private: bool = False  # it trains by DP-SGD, or not at all
+    budget: float = inf  # most epsilon that its data may be charged with, over all runs of one ledger
+    private: bool = False  # the client trains by DP-SGD, or not at all
     seeded: bool = True  # noise may come from the run's seed
     metrics: bool = True  # its training loss may be told
-    masked: bool = False  # its update leaves it under a mask, or not at all
-    egress: tuple[str, ...] = ("*",)  # tensors that may leave it, as `SIDE MODULE`, with *
+    masked: bool = False  # its update leaves the client under a mask, or not at all
+    egress: tuple[str, ...] = ("*",)  # tensors that may leave the client, as `SIDE MODULE`, with *
 
     def refuse(self, job: Job, records: int) -> None:
         """Raise `PrivacyError` for a job that asks for less privacy than this client wants, or for more tensors."""
@@ -45,6 +45,7 @@ class ClientPolicy:
             yield "an update without a mask, and secure.aggregation is set here"
 
     def _weak_terms(self, terms: PrivacyTerms, records: int) -> Iterator[str]:
+        """What these terms of DP-SGD lack."""
         if terms.seeded and not self.seeded:
             yield "noise from a seed, and dp.seeded is not set here"
         if terms.delta >= 1 / max(records, 1):
@@ -59,14 +60,14 @@ def _shared_tensors(job: Job) -> Iterator[str]:
 
 
 def client_policy(mine: Mapping[str, Any], ledgers: Path) -> ClientPolicy:
-    """What a client insists on, by its own settings alone; its ledgers outlive every run."""
+    """The policy of a deployed client, by its own settings alone; its ledgers outlive every run."""
     config = configuration.build(mine)
     where = Path(config.dp.ledger).expanduser() if config.dp.ledger else ledgers
     return replace(policy_of(config), ledgers=where, seeded=config.dp.seeded)
 
 
 def policy_of(config: Config) -> ClientPolicy:
-    """What clients with these settings insist on."""
+    """The policy of clients with these settings."""
     dp = config.dp
     return ClientPolicy(
         ledgers=Path(dp.ledger) if dp.ledger else None,

@@ -1,4 +1,4 @@
-"""A client's place: its own data, what it keeps on its own disk, and its word on what it will do."""
+"""A client's jobs, done with its own data, its own policy and what it keeps on its own disk."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -24,12 +24,12 @@ log = logging.getLogger("fedlora")
 
 @dataclass(frozen=True, eq=False)
 class JobRunner:
-    """One client at a model: its site, and its folder."""
+    """Does the jobs of one client, by whatever model it is given."""
 
     id: int
     client_data: ClientData
-    folder: Path  # of what it keeps
-    own: ClientPolicy = field(default_factory=ClientPolicy)
+    folder: Path  # where the client keeps its state
+    policy: ClientPolicy = field(default_factory=ClientPolicy)
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
     once: bool = False  # keep the last answer, so that a job which comes again is not done twice; private ones always
 
@@ -39,7 +39,7 @@ class JobRunner:
         Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained;
         `SecureError` for a job that is to be masked and may not be.
         """
-        self.own.refuse(job, self.client_data.client(self.id, 0).records)
+        self.policy.refuse(job, self.client_data.client(self.id, 0).records)
         if job.masking:
             return self._masked(model, job)
         return self._small(job, self._trained(model, job))
@@ -47,13 +47,13 @@ class JobRunner:
     def _masked(self, model: Model, job: Job) -> Update:
         """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update."""
         update = self._trained(model, select_rows(job))
-        return self.seat.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
+        return self.secagg.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 
     def _trained(self, model: Model, job: Job) -> Update:
         return self._private(model, job, job.privacy) if job.privacy else self._plain(model, job)
 
     def _small(self, job: Job, update: Update) -> Update:
-        """The update as it travels in few bytes, and as the server will have it."""
+        """The update encoded as the job asks, and with the numbers that the server will decode from it."""
         if job.upload == "float32":
             return update
         store = ClientState(self.folder, "left")
@@ -64,6 +64,7 @@ class JobRunner:
         return replace(update, lora=received, packed=packed)
 
     def _plain(self, model: Model, job: Job) -> Update:
+        """The update of a job without DP-SGD; with `once`, the kept one if this job was done already."""
         store, last = ClientState(self.folder), CachedReply(self.folder)
         name = job_hash(job) if self.once else ""
         if self.once and (done := last.to(name)):
@@ -76,9 +77,10 @@ class JobRunner:
         return update
 
     def _private(self, model: Model, job: Job, privacy: PrivacyTerms) -> Update:
+        """The update of a job with DP-SGD, charged once however often the job comes."""
         preflight.check_once(model, job)
         store, ledger, name = ClientState(self.folder), self.ledger, job_hash(job)
-        ledger.charge(name, privacy, round=job.round, budget=self.own.budget)
+        ledger.charge(name, privacy, round=job.round, budget=self.policy.budget)
         answer = ledger.answer(name)
         if answer is None:
             records, before = self.client_data.records, store.before(job.round)
@@ -88,19 +90,19 @@ class JobRunner:
         return replace(answer, spent=ledger.spent(privacy.delta))
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:
-        """Do a step of secure aggregation; who joins says how much it weighs. Raises `SecureError`."""
-        said = self.seat.reply(ask)
+        """Answer a step of secure aggregation; a client that joins tells its counts. Raises `SecureError`."""
+        said = self.secagg.reply(ask)
         if ask.step == "join":
             said |= {"examples": str(len(self.client_data.train)), "records": str(len(self.client_data.records))}
         return said
 
     @property
-    def seat(self) -> SecAggClient:
-        """Its part in secure aggregation."""
+    def secagg(self) -> SecAggClient:
+        """The client's part in secure aggregation."""
         return SecAggClient(self.folder, self.id)
 
     @property
     def ledger(self) -> Ledger:
-        """What its data have been charged with."""
-        folder = self.own.ledgers / str(self.id) if self.own.ledgers else self.folder
+        """The ledger of what the client's data have been charged with."""
+        folder = self.policy.ledgers / str(self.id) if self.policy.ledgers else self.folder
         return Ledger(folder, self.client_data.fingerprint)

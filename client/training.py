@@ -1,6 +1,10 @@
-"""A client's side of a round: a Job and some examples in, an Update out. Knows no algorithm."""
+"""Local training: a job and a client's examples in, an update out; no algorithm is known here.
+
+A job names what is trained and shared, so that every strategy trains by the same code.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from math import isfinite
 
 import torch
@@ -20,9 +24,9 @@ from fedlora.seeds import derive, seeded
 
 
 def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> tuple[Update, LoRA]:
-    """Train what the job names; return what it shares, and what stays with the client.
+    """Train what the job names; return the update, and the sides that stay with the client.
 
-    Of a job that resumes, A and B of the update hold the change of the product: [A'; A] and [B', -B].
+    The update of a job that resumes holds the change of the product in its A and B: [A'; A] and [B', -B].
     Raises `TrainingDiverged` where the loss is no longer a number.
     """
     taken = load_start(model, job, kept)
@@ -34,8 +38,9 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
 def train_privately(
     model: Model, job: Job, client: int, records: Records, kept: LoRA, mechanism: Mechanism = STANDARD
 ) -> tuple[Update, LoRA]:
-    """The same by DP-SGD, on the job's terms; no loss is told, as it would not be private.
+    """Train what the job names by DP-SGD, on the job's terms; return as `train` does, without a loss.
 
+    No loss is in the update, because it would not be private.
     Raises `PrivacyError` for a model that cannot be trained so.
     """
     taken = load_start(model, job, kept)
@@ -44,13 +49,13 @@ def train_privately(
 
 
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
-    """The model that this client would use: what it keeps over what the job brings."""
+    """Measure the model that this client would use: the sides it keeps, and the job's for all others."""
     load_start(model, job, kept)
     return model.metrics(examples)
 
 
 def load_start(model: Model, job: Job, kept: LoRA) -> LoRA:
-    """Put the client where it starts; of a job that resumes, return what this takes off the weights, -B A."""
+    """Load the client's start into the model; for a job that resumes, return what is subtracted for it, -B A."""
     start = kept.only(_keeps(job)).over(job.start)
     moved = job.resumes and any(bool(b.any()) for b in start.B.values())
     taken = scale(start.only("AB"), -1) if moved else LoRA()
@@ -59,14 +64,14 @@ def load_start(model: Model, job: Job, kept: LoRA) -> LoRA:
 
 
 def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
-    """The parameters that the job trains, by side, with gradients let through to them alone."""
+    """The parameters that the job trains, by side; only these get gradients from here on."""
     sides = {side: model.set_trainable(side) for side in job.trains}
     model.set_trainable(job.trains)
     return sides
 
 
 def make_update(model: Model, job: Job, taken: LoRA, examples: int, loss: float | None) -> tuple[Update, LoRA]:
-    """What the client sends of what it has trained, and what it keeps."""
+    """The update with the sides that the job shares, and the sides that the client keeps."""
     lora = model.get_adapter()
     shared = lora.only(job.shares)
     change = join(shared.only("AB"), taken) if taken else LoRA()
@@ -74,16 +79,18 @@ def make_update(model: Model, job: Job, taken: LoRA, examples: int, loss: float 
 
 
 def _keeps(job: Job) -> str:
-    """The sides that stay with the client."""
-    own = set(job.trains) - set(job.shares) | set("AB" if job.resumes else "")
-    return "".join(s for s in SIDES if s in own)
+    """The letters of the sides that stay with the client."""
+    unshared = set(job.trains) - set(job.shares)
+    resumed = set("AB") if job.resumes else set()
+    return "".join(s for s in SIDES if s in unshared | resumed)
 
 
 def run_steps(
     model: Model, sides: Mapping[str, list[nn.Parameter]], job: Job, client: int, examples: Sequence[Example]
 ) -> float:
-    """All of a round's optimizer steps; the mean loss over the targets seen."""
-    training, parameters = job.training, [p for side in sides.values() for p in side]
+    """Run all optimizer steps of a round; return the mean loss over the targets seen."""
+    training = job.training
+    parameters = [p for side in sides.values() for p in side]
     start = [p.detach().clone() for p in parameters]
     optimizer = optimize.make(training, model, sides)
     optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
@@ -94,26 +101,33 @@ def run_steps(
     for step in range(steps):
         optimize.set_rates(optimizer, training, (job.round + (step + 1) / steps) / job.rounds)
         chunk = [examples[i] for i in next(chunks)]
-        if job.example_clip:
-            loss, n = _clipped_gradients(model, parameters, chunk, job.example_clip)
-        else:
-            loss, n = _gradient(model, chunk, training.batch_size)
+        loss, n = _step_gradient(model, parameters, chunk, job)
         if not isfinite(loss):
             raise TrainingDiverged(
                 f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
                 f"a train.lr below {training.lr:g} may help"
             )
         optimize.add_proximal_gradient(parameters, start, training.prox)
-        if training.clip and not job.example_clip:
+        if training.clip and not job.example_clip:  # else every example's gradient is clipped already
             nn.utils.clip_grad_norm_(parameters, training.clip)
         optimizer.step()
         optimizer.zero_grad()
-        total, targets = total + loss, targets + n
+        total += loss
+        targets += n
     return total / targets
 
 
+def _step_gradient(
+    model: Model, parameters: Sequence[nn.Parameter], chunk: list[Example], job: Job
+) -> tuple[float, int]:
+    """Leave the gradient of one step in `.grad`; return the loss summed over the chunk's targets, and their count."""
+    if job.example_clip:
+        return _clipped_gradients(model, parameters, chunk, job.example_clip)
+    return _gradient(model, chunk, job.training.batch_size)
+
+
 def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[float, int]:
-    """Leave in `.grad` the gradient of the mean loss over the whole chunk's targets; return loss sum and targets."""
+    """Leave the gradient of the mean loss over all targets of the chunk in `.grad`; return as `_step_gradient` does."""
     n = max(model.targets(chunk), 1)
     total = 0.0
     chunk = sorted(chunk, key=length)  # like lengths together: the sum is the same, with less padding
@@ -127,32 +141,37 @@ def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[floa
 def _clipped_gradients(
     model: Model, parameters: Sequence[nn.Parameter], chunk: list[Example], largest: float
 ) -> tuple[float, int]:
-    """Leave in `.grad` the mean over examples of their gradients, none longer than `largest` over all parameters.
+    """Leave the mean of the examples' clipped gradients in `.grad`; return as `_step_gradient` does.
 
-    An example's loss is the mean over its own targets: divided by all the chunk's, one example's gradient would depend
-    on the lengths of the others. Returns loss sum and targets of the chunk.
+    No example's gradient is longer than `largest` over all parameters. An example's loss is the mean over its own
+    targets: divided by those of the whole chunk, its gradient would depend on the lengths of the other examples.
     """
     means = [torch.zeros_like(at_least_float32(p)) for p in parameters]
     total, targets = 0.0, 0
-    for example in chunk:  # one at a time: the reference that faster ways answer to
+    for example in chunk:  # one at a time: the reference that faster ways are held to
         n = max(model.targets([example]), 1)
         loss: Tensor = model.loss(model.encoder.collate([example]))
-        grads = [at_least_float32(g) for g in torch.autograd.grad(loss / n, parameters, materialize_grads=True)]
-        norm = torch.stack([g.norm() for g in grads]).norm()
-        for mean, g in zip(means, grads, strict=True):
-            mean.add_(g * (largest / norm.clamp(min=largest)) / len(chunk))
-        total, targets = total + float(loss.detach()), targets + n
+        for mean, g in zip(means, _clipped(loss / n, parameters, largest), strict=True):
+            mean.add_(g / len(chunk))
+        total += float(loss.detach())
+        targets += n
     for p, mean in zip(parameters, means, strict=True):
         p.grad = mean.to(p.dtype)
     return total, targets
 
 
+def _clipped(loss: Tensor, parameters: Sequence[nn.Parameter], largest: float) -> list[Tensor]:
+    """The gradient of a loss over these parameters, as one vector no longer than `largest`."""
+    gradients = [at_least_float32(g) for g in torch.autograd.grad(loss, parameters, materialize_grads=True)]
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    return [g * (largest / norm.clamp(min=largest)) for g in gradients]
+
+
 def _chunks(n: int, training: Training, job: Job, client: int) -> Iterator[list[int]]:
-    """The examples of one optimizer step after another, every epoch in an order of its own."""
-    size, epoch = training.batch_size * training.accumulate, 0
-    while True:
+    """Yield the places of the examples of one optimizer step after another, in another order every epoch."""
+    size = training.batch_size * training.accumulate
+    for epoch in count():
         generator = torch.Generator().manual_seed(derive(job.seed, "batches", client, job.round, epoch))
         order = torch.randperm(n, generator=generator).tolist()
         for i in range(0, n, size):
             yield order[i : i + size]
-        epoch += 1

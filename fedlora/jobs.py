@@ -1,8 +1,4 @@
-"""What travels between the server and its clients, as values: jobs, updates, and the terms of privacy in them.
-
-A strategy never runs on a client: all that a client must do is data in a `Job`, all that it did is data in an
-`Update`.
-"""
+"""The messages between the server and its clients, as values: jobs, updates, and the terms of privacy in them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -29,12 +25,12 @@ class Charge:
 
 @dataclass(frozen=True, eq=False)
 class CompressedUpdate:
-    """A change as it travels."""
+    """A change of factors in the encoding in which it travels."""
 
     encoding: Encoding
     numbers: Tensor  # (n,) of that type, in the manifest's order
-    scales: Tensor  # (rows,) float32, matrix after matrix in that order; empty but with int8
-    manifest: str  # as in `flat`
+    scales: Tensor  # (rows,) float32, matrix after matrix in that order; empty except with int8
+    manifest: str  # as in `vectors.FlatAdapter`
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +59,7 @@ HIGHEST_RANK = Client(id=0, examples=1, rank=2**31)  # whose job holds all of a 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyTerms:
-    """The parameters of a client's DP-SGD in one round (docs/privacy.md)."""
+    """The terms of a client's DP-SGD, which make its work in a round differentially private (docs/privacy.md)."""
 
     noise: float  # sigma: the noise's standard deviation over the clip
     clip: float  # C: the largest norm of one record's gradient over all that is trained
@@ -78,10 +74,10 @@ class PrivacyTerms:
 
 @dataclass(frozen=True)
 class SecAggStep:
-    """Server to client: a step of secure aggregation (see `secure`)."""
+    """Server to client: a step of secure aggregation (see `fedlora.privacy.secure_aggregation`)."""
 
     step: Literal["join", "share", "reveal"]
-    context: str  # the round, with a word that makes every attempt at it another
+    context: str  # the round, with a random word, so that no two attempts at a round have the same one
     _: KW_ONLY
     roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
     threshold: int = 0
@@ -90,19 +86,19 @@ class SecAggStep:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingTerms:
-    """How a client hides its update in the sum of a round's updates."""
+    """How a client masks its update, so that it can be read in the round's sum alone."""
 
     context: str
-    weight: float  # p: its share, of shares that sum to 1
-    reach: float  # largest change of a number
+    weight: float  # p: the client's share, of shares that sum to 1
+    reach: float  # the value range: largest change of a number
     members: int
     inbox: Mapping[int, str]  # sender -> its shares for this client, sealed, in hexadecimal
-    clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: as it is
+    clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: not clipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacySpent:
-    """What a client's ledger says after a round."""
+    """What a client's ledger has been charged with after a round."""
 
     epsilon: float  # of all its charges, at the run's delta
     charges: int
@@ -110,12 +106,12 @@ class PrivacySpent:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Server to client: one round's work, complete in itself."""
+    """Server to client: the work of one round, which needs no message before it."""
 
     start: LoRA  # where local training starts
     trains: str = "ABH"  # the sides that are trained
-    shares: str = "ABH"  # the sides that are sent back; what is trained and not sent the client keeps for next time
-    offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights (absolute, not since last time)
+    shares: str = "ABH"  # the sides that are sent back; a side that is trained and not sent the client keeps
+    offset: tuple[LoRA, ...] = ()  # of any rank, all added to the pretrained weights as they were before any round
     sketch: Mapping[str, Sequence[int]] = field(default_factory=dict)  # train only these rows of A and columns of B
     gain: Mapping[str, float] = field(default_factory=dict)  # module -> factor on s; a sketch brings one of its own
     resumes: bool = False  # go on from the A and B this client ended with, over an offset less their product
@@ -125,9 +121,9 @@ class Job:
     privacy: PrivacyTerms | None = None  # DP-SGD instead. The run fills in this and all below, and a strategy sets none
     masking: MaskingTerms | None = None  # of the update, by secure aggregation
     metrics: bool = True  # may the client tell its training loss?
-    upload: Encoding = "float32"  # what its change travels in (see `compress`)
-    feedback: bool = False  # and whether what rounding left out is added to its next
-    training: Training = TRAINING  # the run's, with what is overridden
+    upload: Encoding = "float32"  # in which the client's change travels (see `messages.compression`)
+    feedback: bool = False  # is the rounding error of this change added to the client's next one?
+    training: Training = TRAINING  # the run's settings, with those that are overridden
     seed: int = 0  # of the run; every draw is seeded by it, its purpose, the client and the round
     round: int = 0  # from 0
     rounds: int = 1  # in the whole run
@@ -135,13 +131,11 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """Client to server: what one job came to."""
+    """Client to server: the result of one job."""
 
     lora: LoRA  # the shared sides, trained; of a job that resumes, A and B hold the change of the product
     examples: int
     loss: float | None  # mean over the round's training; None where it is not to be told
     spent: PrivacySpent | None = None  # of a private job
-    packed: "CompressedUpdate | None" = (
-        None  # the change from the job's start as it travels, where `lora` is what that brings
-    )
+    packed: CompressedUpdate | None = None  # the change from the job's start as it travels; `lora` is decoded from it
     masked: Tensor | None = None  # of a job with masking, instead of the lora: (n,) int32, to be read as unsigned

@@ -1,4 +1,4 @@
-"""How good a model is: sums that add up over batches and clients, and the numbers that people read off them."""
+"""Metrics of a model: sums that add up over batches and clients, and the figures that are read off them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,51 +20,65 @@ class Metrics:
     confusion: Tensor | None = None  # (classes, classes): true class by predicted class, of a classifier
 
     def __add__(self, other: "Metrics") -> "Metrics":
-        pair = (self.confusion, other.confusion)
+        confusion = None
+        if self.confusion is not None and other.confusion is not None:
+            confusion = self.confusion + other.confusion
         return Metrics(
-            self.examples + other.examples,
-            self.targets + other.targets,
-            self.loss + other.loss,
-            self.correct + other.correct,
-            pair[0] + pair[1] if pair[0] is not None and pair[1] is not None else None,
+            examples=self.examples + other.examples,
+            targets=self.targets + other.targets,
+            loss=self.loss + other.loss,
+            correct=self.correct + other.correct,
+            confusion=confusion,
         )
 
     def values(self) -> dict[str, float]:
-        """Loss and, for a language model, perplexity and token accuracy; for a classifier, accuracy and macro-F1."""
-        n = max(self.targets, 1)
-        loss, share = self.loss / n, self.correct / n
+        """The mean loss; for a language model perplexity and token accuracy, for a classifier accuracy and macro-F1."""
+        targets = max(self.targets, 1)
+        loss, accuracy = self.loss / targets, self.correct / targets
         if self.confusion is None:
-            return {"loss": loss, "perplexity": exp(min(loss, 700.0)), "token_accuracy": share}
-        return {"loss": loss, "accuracy": share, "macro_f1": macro_f1(self.confusion)}
+            return {"loss": loss, "perplexity": exp(min(loss, 700.0)), "token_accuracy": accuracy}
+        return {"loss": loss, "accuracy": accuracy, "macro_f1": macro_f1(self.confusion)}
 
 
 def macro_f1(confusion: Tensor) -> float:
-    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), over the classes that occur or were predicted."""
+    """The mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur or were predicted.
+
+    `confusion` is (classes, classes): true class by predicted class.
+    """
     c = confusion.double()
-    tp, both = c.diag(), c.sum(0) + c.sum(1)  # both = 2 TP + FP + FN
-    seen = both > 0
-    return float((2 * tp[seen] / both[seen]).mean()) if bool(torch.any(seen)) else 0.0
+    true_positives = c.diag()
+    marginals = c.sum(0) + c.sum(1)  # 2 TP + FP + FN
+    seen = marginals > 0
+    if not bool(torch.any(seen)):
+        return 0.0
+    return float((2 * true_positives[seen] / marginals[seen]).mean())
 
 
 def headline(values: Mapping[str, float]) -> tuple[str, bool]:
-    """The metric that stands for all, and whether more of it is better."""
+    """The name of the metric that is shown for a model, and whether more of it is better."""
     return ("accuracy", True) if "accuracy" in values else ("perplexity", False)
 
 
 def spread(clients: Mapping[int, Metrics]) -> dict[str, float | int | str]:
-    """The headline metric over clients: mean, worst (and whose), and standard deviation, each client counting once."""
+    """The headline metric over clients: mean, worst (and whose), and standard deviation, each client counting once.
+
+    Clients without examples are left out; the result is empty where no client is left.
+    """
     values = {i: m.values() for i, m in clients.items() if m.targets}
     if not values:
         return {}
-    names = [headline(v) for v in values.values()]
-    name, more = max(names, key=names.count)  # a client that tells other metrics than most is left out
-    each = {i: v[name] for i, v in values.items() if name in v}
-    worst = (min if more else max)(each, key=lambda i: each[i])
+    headlines = [headline(v) for v in values.values()]
+    name, more_is_better = max(
+        headlines, key=headlines.count
+    )  # a client that tells other metrics than most is left out
+    by_client = {i: v[name] for i, v in values.items() if name in v}
+    worst_of = min if more_is_better else max
+    worst = worst_of(by_client, key=lambda i: by_client[i])
     return {
         "metric": name,
-        "mean": fmean(each.values()),
-        "worst": each[worst],
+        "mean": fmean(by_client.values()),
+        "worst": by_client[worst],
         "worst_client": worst,
-        "std": pstdev(each.values()),
-        "clients": len(each),
+        "std": pstdev(by_client.values()),
+        "clients": len(by_client),
     }

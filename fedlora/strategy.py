@@ -1,14 +1,21 @@
-"""What a federated algorithm is: pure functions on the server, and the two messages that reach the clients.
+"""The interface of a federated algorithm, and the catalogue in which a strategy is found by its name.
 
-A strategy never runs on a client: all that a client must do is data in a `Job`, all that it did is data in an `Update`.
+A strategy is pure functions on the server, and never runs on a client: all that a client must do is data in a `Job`,
+all that it did is data in an `Update`.
 """
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import getdoc, isabstract, signature
+from pkgutil import iter_modules
+from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
-from .errors import StrategyError
+from .errors import StrategyError, nearest
 from .jobs import HIGHEST_RANK as HIGHEST_RANK
 from .jobs import Client as Client
 from .jobs import Job as Job
@@ -16,19 +23,9 @@ from .jobs import Update as Update
 from .lora import LoRA
 from .sections import Training as Training
 
-if TYPE_CHECKING:
-    pass
-import sys
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from functools import cached_property
-from importlib import import_module
-from importlib.metadata import entry_points
-from inspect import getdoc, isabstract, signature
-from pkgutil import iter_modules
-from typing import get_type_hints
-
-from .errors import nearest
+GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
+BUILT_IN = "fedlora.strategies"  # the package whose files are the strategies that come with fedlora
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,6 @@ class Sender:
     examples: int  # by its own count
     loss: float | None = None  # mean over its training in this round; None where it may not be told
     metrics: Mapping[str, float] = field(default_factory=dict)  # its last held-out scores; empty where it told none
-
-
-State = TypeVar("State")
 
 
 class Strategy(ABC, Generic[State]):
@@ -55,8 +49,8 @@ class Strategy(ABC, Generic[State]):
     mixed_ranks: ClassVar[bool] = False  # may clients have different ranks?
     sums_only: ClassVar[bool] = False  # does `aggregate` need no more than weighted sums of the updates?
     needs_senders: ClassVar[bool] = False  # must `aggregate` know which client sent which update?
-    continues: ClassVar[bool] = False  # is a client alone followed factor by factor: no re-start, no change of basis?
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)  # the adapters it has a meaning for: of lora, dora, vera
+    continues: ClassVar[bool] = False  # does a client alone go on from the factors it ended with, in the same basis?
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)  # the kinds of adapters that it has a meaning for: lora, dora, vera
     up: ClassVar[str] = ""  # numbers a client sends a round and module, as `fedlora strategies` explains it
     down: ClassVar[str] = ""  # numbers it is sent, once it holds what stays the same
 
@@ -66,7 +60,7 @@ class Strategy(ABC, Generic[State]):
 
     @abstractmethod
     def client_init(self, state: State, client: Client) -> Job:
-        """What this client is to do this round.
+        """The work of this client in this round.
 
         The run fills in `privacy` and all fields below it, and refuses a job in which a strategy has set one. A client
         whose training differs from the run's settings is told so by `overrides` and `lr_factor`.
@@ -82,10 +76,10 @@ class Strategy(ABC, Generic[State]):
 
     @abstractmethod
     def adapter(self, state: State) -> LoRA:
-        """What the run delivers: all to add to the pretrained weights, as one adapter of any rank, and the head."""
+        """The adapter that the run delivers: all that is added to the pretrained weights, of any rank, and the head."""
 
     def notes(self, state: State) -> Mapping[str, float]:
-        """Figures of its own for the round's line in `rounds.jsonl`."""
+        """The strategy's own figures for the round's line in `rounds.jsonl`."""
         return {}
 
 
@@ -93,9 +87,16 @@ DECLARED = ("exact", "mixed_ranks", "sums_only", "needs_senders", "continues", "
 
 
 def declare(wrapper: Strategy[Any], inner: Strategy[Any], **other: Any) -> None:
-    """Let a strategy that wraps another declare what that one does, but for what is given: for its `__post_init__`."""
+    """Make `wrapper` declare what `inner` does, except for what is given; to be called in its `__post_init__`."""
     for name in DECLARED:
         object.__setattr__(wrapper, name, other.get(name, getattr(inner, name)))
+
+
+def innermost(strategy: Strategy[Any]) -> Strategy[Any]:
+    """The strategy without whatever is wrapped round it."""
+    while inner := getattr(strategy, "inner", None):
+        strategy = inner
+    return strategy
 
 
 def next_state(
@@ -131,31 +132,26 @@ def load(spec: str, **options: Any) -> Strategy[Any]:
     >>> load("fedavg")
     FedAvg()
     """
-    pass  # import gone
-
     return flower_strategy(spec, options) if spec.startswith("flwr:") else build(find(spec), options)
-
-
-GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
-BUILT_IN = "fedlora.strategies"  # the package whose files are the strategies that come with fedlora
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A line of the catalogue."""
+    """A strategy with the name by which it is found."""
 
     name: str  # what `--strategy` takes
     cls: type[Strategy[Any]]
 
     @property
     def doc(self) -> str:
-        """The paper: the docstring of the file the strategy lies in."""
+        """The docstring of the file in which the strategy lies, which describes its paper."""
         return sys.modules[self.cls.__module__].__doc__ or getdoc(self.cls) or ""
 
     @property
     def title(self) -> str:
-        """How the paper calls it: the docstring up to its first colon."""
-        return self.doc.split(":", 1)[0].strip() if ":" in self.doc.split("\n", 1)[0] else self.cls.__name__
+        """The paper's name for the strategy: its docstring up to the first colon."""
+        first_line = self.doc.split("\n", 1)[0]
+        return first_line.split(":", 1)[0].strip() if ":" in first_line else self.cls.__name__
 
     @property
     def paper(self) -> str:
@@ -187,10 +183,8 @@ class CatalogueEntry:
 
 
 def title(strategy: Strategy[Any]) -> str:
-    """How the paper of a strategy calls it, whatever is wrapped round it."""
-    while inner := getattr(strategy, "inner", None):
-        strategy = inner
-    return CatalogueEntry("", type(strategy)).title
+    """The paper's name for a strategy, whatever is wrapped round it."""
+    return CatalogueEntry("", type(innermost(strategy))).title
 
 
 def catalogue() -> Iterator[CatalogueEntry]:
@@ -200,6 +194,10 @@ def catalogue() -> Iterator[CatalogueEntry]:
             yield CatalogueEntry(module, cls)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         yield CatalogueEntry(point.name, point.load())
+
+
+def _is_strategy(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Strategy)
 
 
 def find(spec: str) -> type[Strategy[Any]]:
@@ -215,11 +213,12 @@ def find(spec: str) -> type[Strategy[Any]]:
             f'strategy "{spec}": no module named "{e.name}"; run from its folder, or add that folder to PYTHONPATH'
         ) from e
     except AttributeError as e:
-        there = [n for n, v in vars(sys.modules[module]).items() if isinstance(v, type)]
-        raise StrategyError(f'strategy "{spec}": {module} has no class "{name}"; {nearest(name, there)}') from e
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        classes = [n for n, v in vars(sys.modules[module]).items() if isinstance(v, type)]
+        raise StrategyError(f'strategy "{spec}": {module} has no class "{name}"; {nearest(name, classes)}') from e
+    if not _is_strategy(found):
         raise StrategyError(f'strategy "{spec}": {name} is not a subclass of fedlora.strategy.Strategy')
-    return found
+    chosen: type[Strategy[Any]] = found
+    return chosen
 
 
 def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]:
@@ -243,14 +242,14 @@ def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]
 
 
 def flower_strategy(spec: str, options: Mapping[str, Any]) -> Strategy[Any]:
-    """A strategy of Flower's own; where Flower is known is not for the core to import."""
+    """A strategy of Flower's own, made by the server, which alone knows Flower's strategies."""
     flower = import_module(f"{__package__}.server.flower_strategy")
     made: Strategy[Any] = flower.load(spec.removeprefix("flwr:"), options)
     return made
 
 
 def _typed(where: str, value: Any, kind: Any) -> Any:
-    """The value as the annotated type; a word from the command line may become a number."""
+    """The value in the annotated type; a word from the command line may become a number."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -260,17 +259,19 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
 
 
 def _by_name(name: str) -> type[Strategy[Any]]:
-    def plain(word: str) -> str:
-        return "".join(c for c in word.lower() if c.isalnum())
-
+    """The strategy of the catalogue with this name, class name or title, whatever its case and punctuation."""
     known: dict[str, CatalogueEntry] = {}
     for entry in catalogue():
         for alias in (entry.name, entry.cls.__name__, entry.title):
-            known.setdefault(plain(alias), entry)
-    if plain(name) in known:
-        return known[plain(name)].cls
+            known.setdefault(_letters(alias), entry)
+    if _letters(name) in known:
+        return known[_letters(name)].cls
     names = {e.name for e in known.values()}
     raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is package.module:Class')
+
+
+def _letters(word: str) -> str:
+    return "".join(c for c in word.lower() if c.isalnum())
 
 
 def _built_in() -> set[str]:
@@ -279,8 +280,11 @@ def _built_in() -> set[str]:
 
 
 def _strategies_in(module: str) -> Iterator[type[Strategy[Any]]]:
-    """The strategies a file defines; a wrapper, which has a field `inner`, is not one by itself."""
+    """The strategies that a file defines; a wrapper, which has a field `inner`, is not one by itself."""
     for cls in vars(import_module(module)).values():
-        ours = isinstance(cls, type) and issubclass(cls, Strategy) and cls.__module__ == module
-        if ours and "inner" not in getattr(cls, "__dataclass_fields__", {}):
+        if _is_strategy(cls) and cls.__module__ == module and not _is_wrapper(cls):
             yield cls
+
+
+def _is_wrapper(cls: type) -> bool:
+    return "inner" in getattr(cls, "__dataclass_fields__", {})

@@ -1,4 +1,4 @@
-"""Updates as they arrive: summed where a strategy needs no more than sums, kept where it needs each."""
+"""Collecting updates as they arrive: summed where the strategy needs sums alone, else kept one by one."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -22,9 +22,9 @@ Answers = Iterable[tuple[int, Update | Failure]]
 
 
 class WeightedSum:
-    """A weighted sum of adapters, as large as one of them however many there are.
+    """A weighted sum of adapters, which needs the memory of one of them however many are added.
 
-    It runs in float64, so that the order in which clients answer leaves no trace in the float32 mean.
+    The sum is in float64, so that the order in which clients answer leaves no trace in the float32 mean.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,14 @@ class WeightedSum:
         self._totals: dict[tuple[str, str], tuple[Tensor, torch.dtype]] = {}
 
     def add(self, lora: LoRA, weight: float) -> None:
-        """Take in one adapter; one of lower rank than others counts as if zeros stood where it has nothing."""
+        """Add an adapter; one of lower rank than the others is padded with zeros."""
         self.weight += weight
         for s, m, t in lora.matrices():
-            total, dtype = self._totals.get((s, m), (torch.zeros(t.shape, dtype=torch.float64), t.dtype))
+            zeros = torch.zeros(t.shape, dtype=torch.float64)
+            total, dtype = self._totals.get((s, m), (zeros, t.dtype))
             total = _grown(total, t.shape)
             total[tuple(map(slice, t.shape))].add_(t, alpha=weight)
-            self._totals[s, m] = total, torch.promote_types(dtype, t.dtype)  # whoever came first
+            self._totals[s, m] = total, torch.promote_types(dtype, t.dtype)  # in any order of clients
 
     def mean(self) -> LoRA:
         """The weighted mean, in float32 or wider."""
@@ -49,7 +50,7 @@ class WeightedSum:
 
 
 def _grown(total: Tensor, shape: torch.Size) -> Tensor:
-    """The sum with zeros up to this shape; itself where it is as large."""
+    """The sum padded with zeros to this shape; the sum itself where it is as large."""
     whole = tuple(map(max, total.shape, shape))
     if whole == tuple(total.shape):
         return total
@@ -118,7 +119,7 @@ class _Updates:
     senders: dict[int, Sender] = field(default_factory=dict)
 
     def add(self, client: int, job: Job, update: Update, weight: float) -> None:
-        """Take in a client's update; that of a sketch is put in its places first."""
+        """Take in a client's update; the update of a sketch is widened first."""
         lora = scatter_rows(job, update.lora)
         if self.instead:
             self.instead(job, lora)
@@ -130,12 +131,14 @@ class _Updates:
             self.senders[client] = Sender(client, update.examples, update.loss)
 
     def hand_over(self, got: Collected, order: Iterable[int]) -> None:
-        """Fill in the updates with their weights, in this order of the clients, or their one mean."""
-        got.each = {i: self.each[i] for i in order if i in self.each}
+        """Fill in the updates with their weights, in this order of the clients; or their mean alone."""
+        clients = [i for i in order if i in self.each]
+        got.each = {i: self.each[i] for i in clients}
         if not self.sums:
-            got.updates = [lora for lora, _ in got.each.values()]
-            got.weights = [weight for _, weight in got.each.values()]
-            got.senders = [self.senders[i] for i in got.each]
+            for lora, weight in got.each.values():
+                got.updates.append(lora)
+                got.weights.append(weight)
+            got.senders = [self.senders[i] for i in clients]
         elif got.answered and not self.instead:
             got.updates, got.weights = [self.total.mean()], [self.total.weight]
 
@@ -148,11 +151,11 @@ class _Losses:
         self._weights: list[float] = []
 
     def add(self, loss: float | None, weight: float) -> None:
-        """Take in a client's loss, if it tells it."""
+        """Take in a client's loss; None where the client may not tell it."""
         if loss is not None:
             self._weighted.append(weight * loss)
             self._weights.append(weight)
 
     def mean(self) -> float | None:
-        """The weighted mean; None where nobody tells."""
+        """The weighted mean; None where no client tells its loss."""
         return fsum(self._weighted) / fsum(self._weights) if self._weights else None

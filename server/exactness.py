@@ -1,4 +1,4 @@
-"""How far the model that a round broadcasts lies from the weighted mean of the models that its clients trained."""
+"""The exactness meter: how far the new model lies from the weighted mean of the models that its clients trained."""
 
 from collections.abc import Mapping
 
@@ -9,18 +9,24 @@ from fedlora.lora import LoRA, join, norm, normalised, scale
 def aggregation_error(
     adapter: LoRA, jobs: Mapping[int, Job], updates: Mapping[int, tuple[LoRA, float]], scales: Mapping[str, float]
 ) -> float | None:
-    """||broadcast - ideal|| / ||ideal||, both as what is added to the pretrained weights; never a dense matrix.
+    """The relative distance ||broadcast - ideal|| / ||ideal||, where ideal is the weighted mean of the clients' models.
 
-    None where it is not defined: clients that keep a factor for themselves have no common model. A head is not counted
-    (its mean is exact), and of a sketch the factors are, not the sketched forward pass.
+    Models are what is added to the pretrained weights, `scales` is the s of every module, and no dense matrix is made.
+    The result is None where clients keep a factor for themselves, because then they have no common model. A head is
+    left out (its mean is exact); of a sketch the factors are compared, not the sketched forward pass.
     """
-    if any(set(job.trains) - set(job.shares) - {"H"} for job in jobs.values()):
+    if any(_keeps_a_factor(job) for job in jobs.values()):
         return None
     p = normalised([weight for _, weight in updates.values()])
     models = [_model(jobs[i], lora) for i, (lora, _) in updates.items()]
     ideal = join(*[scale(model, w) for model, w in zip(models, p, strict=True)])
     size = norm(_scaled(ideal, scales))
-    return norm(_scaled(join(adapter, scale(ideal, -1)), scales)) / size if size else 0.0
+    error = norm(_scaled(join(adapter, scale(ideal, -1)), scales))
+    return error / size if size else 0.0
+
+
+def _keeps_a_factor(job: Job) -> bool:
+    return not set(job.trains) <= set(job.shares) | {"H"}
 
 
 def _model(job: Job, update: LoRA) -> LoRA:
@@ -29,4 +35,5 @@ def _model(job: Job, update: LoRA) -> LoRA:
 
 
 def _scaled(lora: LoRA, scales: Mapping[str, float]) -> LoRA:
+    """The adapter with every module's s in its B."""
     return LoRA(lora.A, {m: scales[m] * b for m, b in lora.B.items()})

@@ -34,7 +34,7 @@ WRAPS = "it goes round another strategy, which a name cannot say; take privacy f
 TREES = "it joins decision trees, and an adapter has none; take flwr:FedAvg"
 REFUSED = {
     "FedProx": "its proximal term is the clients' part; take flwr:FedAvg with train.prox",
-    "QFedAvg": "it weighs clients by their training loss, which a strategy here is not told; take flwr:FedAvg",
+    "QFedAvg": "it weighs clients by their loss before they train, which is not measured; take flwr:FedAvg",
     "FedXgbBagging": TREES,
     "FedXgbCyclic": TREES,
     "DifferentialPrivacyClientSideAdaptiveClipping": WRAPS,
@@ -108,9 +108,10 @@ class FlowerStrategy(Strategy[State]):
 
 
 def load(name: str, options: Mapping[str, Any]) -> FlowerStrategy:
-    """The strategy that Flower calls by this name.
+    """The strategy of Flower's with this name.
 
-    Raises `StrategyError` where it has none, it means nothing here, or it has no such option or value.
+    Raises `StrategyError` where Flower has none, where it has no meaning for adapters, and for an option or a value
+    that it does not take.
     """
     if name in REFUSED:
         raise StrategyError(f"flwr:{name} is not for adapters here: {REFUSED[name]}")
@@ -133,13 +134,13 @@ def load(name: str, options: Mapping[str, Any]) -> FlowerStrategy:
 
 
 def options_of(cls: type[FedAvg]) -> dict[str, type]:
-    """The numbers that its rule takes; who is asked, and how clients train, is set elsewhere."""
+    """The numbers that a strategy's rule takes, by name; who is asked and how clients train is set by the run."""
     own = signature(cls).parameters.keys() - signature(FedAvg).parameters.keys() - {"eta_l"}  # the clients' rate
     return {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in own and kind in (int, float)}
 
 
 def build(name: str, options: Mapping[str, int | float]) -> FedAvg:
-    """Flower's object; with a fraction of 0 `configure_train` notes where the round starts, and asks nobody."""
+    """Flower's object; with a fraction of 0 its `configure_train` notes where the round starts, and asks nobody."""
     return OFFERED[name](fraction_train=0.0, **cast(dict[str, Any], options))
 
 
@@ -163,7 +164,7 @@ def to_torch(value: Any) -> Any:
 
 
 def to_numpy(value: Any) -> Any:
-    """What `to_torch` was given, as copies."""
+    """The arrays, dicts and lists that `to_torch` was given, as copies."""
     if isinstance(value, dict):
         return {k: to_numpy(v) for k, v in value.items()}
     return [to_numpy(v) for v in value] if isinstance(value, list | tuple) else np.array(value)
@@ -177,7 +178,7 @@ def typed(lora: LoRA, like: LoRA) -> LoRA:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing of Flower's log of this thread: it tells of messages and nodes, and there are none."""
+    """Silence Flower's log for this thread, because it tells of messages and nodes, of which there are none here."""
     logger, here = logging.getLogger("flwr"), get_ident()
 
     def elsewhere(record: logging.LogRecord) -> bool:

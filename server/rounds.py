@@ -1,48 +1,33 @@
-"""The round loop, and the one seam between an algorithm and where clients run."""
+"""The round loop, between a strategy and a fleet: jobs go out, updates come back, the strategy makes the next state."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Protocol
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from fedlora.errors import Failure, PrivacyError, RoundFailed, StrategyError, nearest
+from fedlora.errors import Failure, PrivacyError, RoundFailed, StrategyError
 from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep, Update
-from fedlora.lora import LoRA, map_factors
+from fedlora.lora import LoRA
 from fedlora.messages.parts import PartTracker
 from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
-from fedlora.run.plan import Plan, ResumePoint, RoundResult
-from fedlora.sections import Training
+from fedlora.run.plan import Plan, ResumePoint, RoundResult, job_for
 from fedlora.server import secure_aggregation
 from fedlora.server.aggregation import Answers, Collected, collect
 from fedlora.server.exactness import aggregation_error
-from fedlora.strategy import Strategy, check_declarations, next_state
+from fedlora.strategy import Strategy, check_declarations, innermost, next_state
 
 log = logging.getLogger("fedlora")
-FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead
-    "training": "name in Job.overrides the settings in which a client differs, and in Job.lr_factor by how much",
-    "privacy": "leave it out; dp.epsilon or dp.noise turns it on",
-    "masking": "leave it out; secure.aggregation turns it on",
-    "metrics": "leave it out; dp.metrics sets it",
-    "upload": "leave it out; messages.up sets it",
-    "feedback": "leave it out; messages.feedback sets it",
-    "seed": "leave it out, and keep a seed of the strategy's own among its options",
-    "round": "leave it out, and count rounds in the state",
-    "rounds": "leave it out; rounds sets it",
-}
-SETTINGS = TypeAdapter(Training)
-ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate", "clip")  # training settings behind a private run's noise
 
 
 class Fleet(Protocol):
-    """Somewhere clients run: this process, Flower's simulation, or machines elsewhere."""
+    """The clients of a run, wherever they are: in this process, in Flower's simulation, or on machines elsewhere."""
 
     traffic: PartTracker
 
@@ -50,13 +35,13 @@ class Fleet(Protocol):
         """The clients that may be asked, known by their ids."""
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
-        """Run every job, handing over each answer as it comes; a client that failed has a `Failure`, or is missing."""
+        """Run every job; yield each answer as it comes. A client that failed has a `Failure`, or is missing."""
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
-        """A step of secure aggregation by each client, and what it says."""
+        """Have each client do its step of secure aggregation; the result is what each says."""
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
-        """The model of every job, with what its client keeps, on that client's held-out examples."""
+        """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
 
 
 def fit(
@@ -68,11 +53,7 @@ def fit(
     contradicts itself or the run.
     """
     check_declarations(strategy)
-    if strategy.needs_senders and (plan.secure or plan.client_level):
-        raise PrivacyError(
-            f"strategy {type(strategy).__name__} must know which client sent which update, and here the server gets "
-            "sums alone; leave out secure.aggregation and dp.level = client, or take a strategy that declares sums_only"
-        )
+    _check_senders_are_known(strategy, plan)
     run = _Run(strategy, fleet, lora, plan)
     past = past or ResumePoint(0, strategy.init(lora))
     answered = past.rounds > 0
@@ -86,9 +67,19 @@ def fit(
         raise RoundFailed(f"no client answered in any of {plan.rounds} rounds; see the reasons above")
 
 
+def _check_senders_are_known(strategy: Strategy[Any], plan: Plan) -> None:
+    """Raise `PrivacyError` for a strategy that must know who sent what, in a run that hides it."""
+    if strategy.needs_senders and (plan.secure or plan.client_level):
+        name = type(innermost(strategy)).__name__
+        raise PrivacyError(
+            f"strategy {name} must know which client sent which update, and here the server gets sums alone; leave out "
+            "secure.aggregation and dp.level = client, or take a strategy that declares sums_only"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """What a round made of the updates."""
+    """The state after a round, and what was measured on the way."""
 
     state: Any
     skipped: bool = False  # too few clients answered, and the state is as it was
@@ -98,7 +89,7 @@ class _Outcome:
 
 @dataclass(frozen=True, eq=False)
 class _Evaluation:
-    """What an evaluation found; None where there was none."""
+    """The result of an evaluation; None for what was not evaluated."""
 
     values: Mapping[str, float] | None = None  # of the global model
     clients: Mapping[int, Metrics] | None = None  # of each client's model on its own held-out examples
@@ -114,7 +105,7 @@ class _Run:
     plan: Plan
 
     def play(self, past: ResumePoint) -> tuple[RoundResult, ResumePoint]:
-        """The next round, and where the one after it takes up."""
+        """Play the next round; return its result, and what the round after it starts from."""
         client_level, traffic = self.plan.client_level, self.fleet.traffic
         began, up, down = time.monotonic(), traffic.up, traffic.down
         if client_level:
@@ -147,7 +138,7 @@ class _Run:
         return done, after
 
     def _jobs(self, past: ResumePoint) -> dict[int, Job]:
-        """The work of every client of the round."""
+        """The job of every client of the round."""
         clients = _cohort(self.fleet, self.plan, past.rounds, past.joined)
         return {c.id: self._job(past.state, c, past.rounds, past.spent.get(c.id)) for c in clients}
 
@@ -155,7 +146,11 @@ class _Run:
         return job_for(self.strategy, state, client, self.plan, t, spent)
 
     def _collect(self, jobs: Mapping[int, Job], bound: ClippedSum | None) -> Collected:
-        """Have the jobs done, and collect what came of them: by sums alone where the run says so."""
+        """Hand out the jobs and collect the updates: by sums alone where the run says so.
+
+        A job is narrowed to its sketch here, and an update is widened where it is collected; a masked one is not, as
+        only its client can see it.
+        """
         plan = self.plan
         uniform = plan.policy.weights == "uniform"
         if plan.secure:
@@ -167,7 +162,7 @@ class _Run:
     def _aggregate(
         self, past: ResumePoint, jobs: Mapping[int, Job], got: Collected, bound: ClippedSum | None
     ) -> _Outcome:
-        """The next state; the same one where too few clients answered, and the run is to go on."""
+        """Make the next state; where too few clients answered and the run goes on, the state stays the same."""
         plan, t = self.plan, past.rounds
         if not _is_enough(got, len(jobs), t, plan):
             return _Outcome(past.state, skipped=True)
@@ -182,10 +177,9 @@ class _Run:
         return _Outcome(state, release=release, exactness=exactness)
 
     def _evaluate(self, state: Any, t: int) -> _Evaluation:
-        """The global model, and each client's own, in the rounds that are evaluated."""
-        plan, every = self.plan, self.plan.policy.eval_every
-        is_due = t + 1 == plan.rounds or (every and (t + 1) % every == 0)
-        if not is_due:
+        """Measure the global model and each client's own, if the round is one that is evaluated."""
+        plan = self.plan
+        if not _is_evaluated(t, plan):
             return _Evaluation()
         values = plan.evaluate(self.strategy.adapter(state)).values() if plan.evaluate else None
         if not plan.evaluate_clients:
@@ -194,17 +188,31 @@ class _Run:
         return _Evaluation(values, answers_and_failures(jobs, self.fleet.evaluate(jobs))[0])
 
     def _after(self, past: ResumePoint, outcome: _Outcome, found: _Evaluation) -> ResumePoint:
-        """Where the next round takes up."""
-        losses = (*past.losses, found.values["loss"]) if found.values else past.losses
-        scores = past.scores
+        """What the next round starts from."""
+        after = replace(past, rounds=past.rounds + 1, state=outcome.state)
+        if outcome.release:
+            after = replace(after, clip=outcome.release.next_clip)
+        if found.values:
+            after = replace(after, losses=(*past.losses, found.values["loss"]))
         if self.strategy.needs_senders and found.clients:
-            scores = {**scores, **{i: metrics.values() for i, metrics in found.clients.items()}}
-        clip = outcome.release.next_clip if outcome.release else past.clip
-        return replace(past, rounds=past.rounds + 1, state=outcome.state, losses=losses, clip=clip, scores=scores)
+            after = replace(after, scores={**past.scores, **_scores(found.clients)})
+        return after
+
+
+def _is_evaluated(t: int, plan: Plan) -> bool:
+    """Is round t one after which the models are measured? The last one always is."""
+    every = plan.policy.eval_every
+    is_last = t + 1 == plan.rounds
+    return is_last or (every > 0 and (t + 1) % every == 0)
+
+
+def _scores(clients: Mapping[int, Metrics]) -> dict[int, dict[str, float]]:
+    """The metrics that each client told, without the clients that have no held-out examples."""
+    return {i: metrics.values() for i, metrics in clients.items() if metrics.targets}
 
 
 def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
-    """Did a quorum answer? Of a Poisson sample, which may be empty, that may be none."""
+    """Did a quorum answer? For a Poisson sample, which may be empty, no answer can be enough."""
     enough = got.answered >= max(int(not plan.client_level), plan.policy.quorum * asked)
     if not enough and plan.policy.below_quorum == "stop":
         raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
@@ -212,22 +220,28 @@ def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
 
 
 def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
-    """The clients of round t; a client that has joined as many rounds as its noise is for is not asked again."""
+    """The clients of round t, without those that have joined as many rounds as their noise is computed for."""
     clients = fleet.clients()
     if plan.client_level:
         return plan.client_level.sample(clients, t)
     if plan.record_level:
-        clients = [c for c in clients if joined.get(c.id, 0) < plan.record_level.max_participations]
-    if plan.record_level and not clients:
-        raise RoundFailed(
-            f"round {t + 1}: every client has joined dp.joins = {plan.record_level.max_participations} rounds, and has "
-            "no budget for more; the rounds before are kept"
-        )
+        clients = _with_budget(clients, plan.record_level.max_participations, t, joined)
     return sample(clients, plan.cohort, plan.seed, t)
 
 
+def _with_budget(clients: Sequence[Client], most: int, t: int, joined: Mapping[int, int]) -> list[Client]:
+    """The clients that have joined fewer rounds than the most that they may. Raises `RoundFailed` without one."""
+    left = [c for c in clients if joined.get(c.id, 0) < most]
+    if not left:
+        raise RoundFailed(
+            f"round {t + 1}: every client has joined dp.joins = {most} rounds, and has no budget for more; the rounds "
+            "before are kept"
+        )
+    return left
+
+
 def _start(strategy: Strategy[Any], state: Any) -> LoRA:
-    """The sides that all clients share, as this round's clients were given them: the highest rank has all of it."""
+    """The shared sides as this round's clients were given them, whole: a client of the highest rank has all of them."""
     job = strategy.client_init(state, HIGHEST_RANK)
     return job.start.only(job.shares)
 
@@ -259,7 +273,7 @@ def stalled(losses: Sequence[float], patience: int) -> bool:
 
 
 def validate_adapter(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
-    """The adapter of a state; refused where no client could load it, naming the matrix."""
+    """The adapter of a state. Raises `StrategyError`, naming the matrix, where no client could load the adapter."""
     adapter = strategy.adapter(state)
     for misfit in _misfits(adapter, like):
         raise StrategyError(f"round {t + 1}: strategy {type(strategy).__name__} returned {misfit}")
@@ -270,7 +284,15 @@ def validate_adapter(strategy: Strategy[Any], state: Any, like: LoRA, t: int) ->
 
 
 def _misfits(adapter: LoRA, like: LoRA) -> Iterator[str]:
-    """What of an adapter does not fit the modules of another, with what they take."""
+    """Yield every matrix of an adapter that does not fit the modules of `like`, and what fits them, in words."""
+    yield from _misfit_factors(adapter, like)
+    for m, h in like.H.items():
+        head = adapter.H.get(m)
+        if head is None or head.shape != h.shape:
+            yield f"{'nothing' if head is None else tuple(head.shape)} for {m}; it takes {tuple(h.shape)}"
+
+
+def _misfit_factors(adapter: LoRA, like: LoRA) -> Iterator[str]:
     for m in like.A:
         a, b = adapter.A.get(m), adapter.B.get(m)
         if a is None or b is None:
@@ -278,10 +300,6 @@ def _misfits(adapter: LoRA, like: LoRA) -> Iterator[str]:
         elif not _fits(a, b, like.A[m], like.B[m]):
             takes = _factors_of(a.dim(), d_in=like.A[m].shape[-1], d_out=like.B[m].shape[0])
             yield f"A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; it takes {takes}"
-    for m, h in like.H.items():
-        got = adapter.H.get(m)
-        if got is None or got.shape != h.shape:
-            yield f"{'nothing' if got is None else tuple(got.shape)} for {m}; it takes {tuple(h.shape)}"
 
 
 def _factors_of(dimensions: int, *, d_in: int, d_out: int) -> str:
@@ -301,86 +319,8 @@ def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
     return rank == rank_b and d_in == like_a.shape[1] and d_out == like_b.shape[0]
 
 
-def job_for(
-    strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: PrivacySpent | None = None
-) -> Job:
-    """A client's job of round t: what the strategy has it do, and what the run fills in.
-
-    Raises `StrategyError` for a job in which the strategy sets what the run fills in, and `PrivacyError` for one that
-    changes what a private run's noise was computed for.
-    """
-    job = strategy.client_init(state, client)
-    name = type(strategy).__name__
-    _check_left_to_the_run(name, job)
-    if plan.record_level:
-        _check_terms_are_kept(name, job, client)
-    filled = replace(
-        job,
-        training=_training(name, job, plan.training),
-        overrides={},
-        lr_factor=1.0,
-        seed=plan.seed,
-        round=t,
-        rounds=plan.rounds,
-        metrics=plan.metrics,
-        privacy=plan.record_level.for_client(client, known=spent.charges if spent else 0)
-        if plan.record_level
-        else None,
-    )
-    return with_encoding(filled, strategy, plan)
-
-
-def _check_left_to_the_run(strategy: str, job: Job) -> None:
-    """Raise `StrategyError` where a strategy has set what the run fills in, which would be lost."""
-    untouched = Job(job.start)
-    for name, remedy in FILLED_IN.items():
-        value, default = getattr(job, name), getattr(untouched, name)
-        if value != default or (name == "training" and value is not default):  # the run's may equal the default
-            raise StrategyError(f"strategy {strategy} sets {name} in a Job, which the run fills in: {remedy}")
-
-
-def _check_terms_are_kept(strategy: str, job: Job, client: Client) -> None:
-    """Raise `PrivacyError` where a client would draw other samples, or take other steps, than its noise is for."""
-    for name in ACCOUNTED:
-        if name in job.overrides:
-            raise PrivacyError(
-                f"strategy {strategy} overrides train.{name} for client {client.id}, and a private run (dp.level = "
-                "record) samples, steps and clips as its noise was computed for: leave it out of Job.overrides, or run "
-                "without dp.epsilon and dp.noise"
-            )
-
-
-def _training(strategy: str, job: Job, run: Training) -> Training:
-    """The run's training settings with what the job overrides. Raises `StrategyError` for what is no such setting."""
-    if not job.overrides and job.lr_factor == 1.0:
-        return run
-    values = asdict(run)
-    for name in job.overrides:
-        if name not in values:
-            raise StrategyError(f'strategy {strategy} overrides "{name}", no training setting; {nearest(name, values)}')
-    values |= job.overrides
-    values |= {name: job.lr_factor * values[name] for name in ("lr", "head_lr")}
-    try:
-        return SETTINGS.validate_python(values)
-    except ValidationError as e:
-        wrong = e.errors()[0]
-        where = f"train.{wrong['loc'][0]}" if wrong["loc"] else "training"
-        raise StrategyError(
-            f"strategy {strategy} makes {where} = {wrong['input']!r} by overrides and lr_factor: {wrong['msg']}"
-        ) from e
-
-
-def with_encoding(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
-    """The job with how its numbers travel; masks, and changes of a product, go as they are."""
-    if plan.messages.down == "bfloat16":
-        job = replace(job, start=map_factors(lambda t: t.bfloat16().to(t.dtype), job.start))
-    if plan.secure or job.resumes:
-        return job
-    stays = strategy.continues and not job.sketch  # what was left out is a change of the same factors as next time's
-    return replace(job, upload=plan.messages.up, feedback=plan.messages.feedback and stays)
-
-
 def _too_few(t: int, answered: int, failed: Mapping[int, Failure], plan: Plan) -> str:
+    """The sentence about a round without a quorum, with the first three reasons."""
     asked = answered + len(failed)
     why = "; ".join(f"client {i}: {failure.reason}" for i, failure in list(failed.items())[:3])
     more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""

@@ -26,11 +26,13 @@ class Serial:
         ranks: Sequence[int],
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
-        own: ClientPolicy = ClientPolicy(),  # noqa: B008
+        policy: ClientPolicy = ClientPolicy(),  # noqa: B008
     ) -> None:
         self.traffic = PartTracker()
         self._model, self._clients_data, self._ranks, self._answered = model, clients_data, ranks, answered
-        self._runners = [JobRunner(i, client_data, folder / str(i), own) for i, client_data in enumerate(clients_data)]
+        self._runners = [
+            JobRunner(i, client_data, folder / str(i), policy) for i, client_data in enumerate(clients_data)
+        ]
 
     def clients(self) -> Sequence[Client]:
         return [

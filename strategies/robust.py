@@ -62,23 +62,28 @@ class Robust(Strategy[Any]):
     def aggregate(
         self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
     ) -> Any:
-        n = len(updates)
         if self.rule == "norm_bound":
             x = self.inner.client_init(state, HIGHEST_RANK).start
             return next_state(self.inner, state, [bounded(u, x, self.bound) for u in updates], weights, senders)
         if self.rule in ("krum", "multi_krum"):
-            best = ranking(updates, self.byzantine)[: 1 if self.rule == "krum" else n - self.byzantine]
-            theirs = [senders[i] for i in best] if senders else []
-            return next_state(self.inner, state, [updates[i] for i in best], [1.0] * len(best), theirs)
-        middle = (n - 1) // 2
-        k = middle if self.rule == "median" else min(middle, ceil(self.trim * n - 1e-9))  # 0.07 * 100 is above 7
-        return self.inner.aggregate(state, [centre(updates, k)], [1.0])
+            likes = 1 if self.rule == "krum" else len(updates) - self.byzantine
+            best = ranking(updates, self.byzantine)[:likes]
+            whose = [senders[i] for i in best] if senders else []
+            return next_state(self.inner, state, [updates[i] for i in best], [1.0] * len(best), whose)
+        return self.inner.aggregate(state, [centre(updates, self._left_out(len(updates)))], [1.0])
 
     def adapter(self, state: Any) -> LoRA:
         return self.inner.adapter(state)
 
     def notes(self, state: Any) -> Mapping[str, float]:
         return self.inner.notes(state)
+
+    def _left_out(self, n: int) -> int:
+        """How many values the median and the trimmed mean leave out at either end."""
+        middle = (n - 1) // 2
+        if self.rule == "median":
+            return middle
+        return min(middle, ceil(self.trim * n - 1e-9))  # 0.07 * 100 is above 7
 
     def _refusal(self) -> str:
         if self.rule != "norm_bound" and self.inner.mixed_ranks:

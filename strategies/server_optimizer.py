@@ -15,7 +15,7 @@ Every update is shifted by step - D before the strategy sees it: their mean has 
 differ by (FedEx's residual) stays. With adam, yogi and adagrad a coordinate moves by about lr a round: 1e-3 to 1e-1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -68,11 +68,12 @@ class ServerOptimizer(Strategy[State]):
     ) -> State:
         x = self.inner.client_init(state.inner, HIGHEST_RANK).start
         D = map_factors(torch.sub, average(updates, weights), x)
-        m, v = self._moments(D, state.m.over(map_factors(torch.zeros_like, D)), state.v)
-        step = self._step(m, v)
-        shift = map_factors(torch.sub, step, D)
+        m = map_factors(self._first_moment, D, state.m.over(map_factors(torch.zeros_like, D)))
+        v = map_factors(self._second_moment, D, state.v.over(map_factors(lambda d: torch.full_like(d, self.tau**2), D)))
+        shift = map_factors(lambda d, m, v: self._step(m, v) - d, D, m, v)
         shifted = [map_factors(torch.add, u, shift) for u in updates]
-        return State(next_state(self.inner, state.inner, shifted, weights, senders), m.over(state.m), v.over(state.v))
+        kept = LoRA() if self.kind == "momentum" else v.over(state.v)
+        return State(next_state(self.inner, state.inner, shifted, weights, senders), m.over(state.m), kept)
 
     def adapter(self, state: State) -> LoRA:
         return self.inner.adapter(state.inner)
@@ -80,21 +81,15 @@ class ServerOptimizer(Strategy[State]):
     def notes(self, state: State) -> Mapping[str, float]:
         return self.inner.notes(state.inner)
 
-    def _step(self, m: LoRA, v: LoRA) -> LoRA:
-        """The server's step from the moments; momentum has no second ones."""
-        if not v:
-            return map_factors(lambda m: self.lr * m, m)
-        return map_factors(lambda m, v: self.lr * m / (v.sqrt() + self.tau), m, v)
+    def _first_moment(self, d: Tensor, m: Tensor) -> Tensor:
+        return self.beta1 * m + (d if self.kind == "momentum" else (1 - self.beta1) * d)
 
-    def _moments(self, D: LoRA, m: LoRA, v: LoRA) -> tuple[LoRA, LoRA]:
-        """The moments of the sides that D has, from those so far."""
-        b1, b2 = self.beta1, self.beta2
-        if self.kind == "momentum":
-            return map_factors(lambda d, m: b1 * m + d, D, m), LoRA()
-        v = v.over(map_factors(lambda d: torch.full_like(d, self.tau**2), D))
-        second: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "adagrad": lambda d, v: v + d**2,
-            "adam": lambda d, v: b2 * v + (1 - b2) * d**2,
-            "yogi": lambda d, v: v - (1 - b2) * d**2 * torch.sign(v - d**2),
-        }
-        return map_factors(lambda d, m: b1 * m + (1 - b1) * d, D, m), map_factors(second[self.kind], D, v)
+    def _second_moment(self, d: Tensor, v: Tensor) -> Tensor:
+        if self.kind == "adagrad":
+            return v + d**2
+        if self.kind == "yogi":
+            return v - (1 - self.beta2) * d**2 * torch.sign(v - d**2)
+        return self.beta2 * v + (1 - self.beta2) * d**2
+
+    def _step(self, m: Tensor, v: Tensor) -> Tensor:
+        return self.lr * m if self.kind == "momentum" else self.lr * m / (v.sqrt() + self.tau)

@@ -9,9 +9,9 @@ from typing import Any
 
 from fedlora.lora import LoRA, Side
 from fedlora.messages.sketch import select_rows
-from fedlora.run.plan import Plan, RoundResult
+from fedlora.run.plan import Plan, RoundResult, job_for
 from fedlora.sections import Training
-from fedlora.server.rounds import Fleet, fit, job_for
+from fedlora.server.rounds import Fleet, fit
 from fedlora.simulations.serial import Serial
 from fedlora.strategy import Job, Strategy, Update
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fedlora.lora import SIDES, LoRA, Side, delta, map_factors
-from fedlora.run.plan import Plan
+from fedlora.run.plan import Plan, job_for
 from fedlora.sections import Training
-from fedlora.server.rounds import job_for
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.anchored import Anchored

@@ -22,14 +22,12 @@ def select_rows(job: Job) -> Job:
     if not job.sketch:
         return job
     rows = {m: list(chosen) for m, chosen in job.sketch.items()}
-    start = LoRA(
-        A={m: a[rows[m]] if m in rows else a for m, a in job.start.A.items()},
-        B={m: b[:, rows[m]] if m in rows else b for m, b in job.start.B.items()},
-        H=job.start.H,
-        R=job.start.R,
+    cut = LoRA(
+        A={m: job.start.A[m][chosen] for m, chosen in rows.items()},
+        B={m: job.start.B[m][:, chosen] for m, chosen in rows.items()},
     )
     gain = {m: job.gain.get(m, 1.0) * job.start.A[m].shape[0] / len(chosen) for m, chosen in rows.items()}
-    return replace(job, start=start, sketch={}, gain={**job.gain, **gain})
+    return replace(job, start=cut.over(job.start), sketch={}, gain={**job.gain, **gain})
 
 
 def scatter_rows(job: Job, lora: LoRA) -> LoRA:

@@ -1,4 +1,4 @@
-"""The strategy that a config names, with all that goes round it, refused where the combination has no meaning."""
+"""The strategy that a config names in its wrappers, refused where the combination has no meaning."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from fedlora.config import Config
 from fedlora.errors import PrivacyError, StrategyError
 from fedlora.lora import LoRA
+from fedlora.sections import AggregateConfig
 from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.capped import Capped
 from fedlora.strategies.head import Head
@@ -22,22 +23,34 @@ KINDS = {
 
 
 def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[Any]:
-    """The strategy in its wrappers, from the inside out; `start` is the adapter as the model has it.
+    """The strategy in its wrappers; `start` is the adapter as PEFT made it, `ranks` has the rank of every client.
 
-    Raises `StrategyError` for an adapter kind, mixed ranks or a wrapper that the strategy has no meaning for.
+    Raises `StrategyError` for an adapter kind, mixed ranks or a wrapper that the strategy has no meaning for, and
+    `PrivacyError` for a strategy that needs single updates in a run that hides them.
     """
     strategy = load(config.strategy, **config.option)
     check_kind_and_ranks(strategy, config.lora.kind, ranks)
     if config.dp.by_client or config.secure.aggregation:
         needs_sums_alone(strategy, config)
+    strategy = _around_the_offset(strategy, config, start, ranks)
+    if start.H and config.model.head != "shared":
+        strategy = Head(strategy, config.model.head)
+    return _around_the_updates(strategy, config.aggregate)
+
+
+def _around_the_offset(strategy: Strategy[Any], config: Config, start: LoRA, ranks: Sequence[int]) -> Strategy[Any]:
+    """The strategy with the wrappers that change what is added to the pretrained weights."""
     if config.lora.kind != "vera" and _has_product(start):
         _check_ranks_are_alike(config, ranks)
         strategy = Anchored(strategy)
-    if config.lora.kind == "lora" and (cap := _offset_cap(config)):
+    cap = _offset_cap(config)
+    if cap and config.lora.kind == "lora":
         strategy = Capped(strategy, cap)
-    if start.H and config.model.head != "shared":
-        strategy = Head(strategy, config.model.head)
-    chosen = config.aggregate
+    return strategy
+
+
+def _around_the_updates(strategy: Strategy[Any], chosen: AggregateConfig) -> Strategy[Any]:
+    """The strategy with the wrappers that change the updates before it sees them."""
     if chosen.optimizer != "none":
         strategy = ServerOptimizer(
             strategy, chosen.optimizer, lr=chosen.lr, beta1=chosen.beta1, beta2=chosen.beta2, tau=chosen.tau

@@ -1,24 +1,41 @@
-"""What a run is to do, and what came of a round: values, whatever the strategy and the fleet."""
+"""The plan of a run, the jobs that follow from it, and the results of its rounds, for any strategy and any fleet."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from fedlora.errors import Failure
-from fedlora.jobs import Charge, PrivacySpent
-from fedlora.lora import LoRA
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora.errors import Failure, PrivacyError, StrategyError, nearest
+from fedlora.jobs import Charge, Client, Job, PrivacySpent
+from fedlora.lora import LoRA, map_factors
 from fedlora.metrics import Metrics
 from fedlora.privacy.client_level import ClientLevelDP, NoisedUpdate
 from fedlora.privacy.record_level import RecordLevelDP
 from fedlora.sections import MessageConfig, SecureConfig, Training
 from fedlora.sections import Policy as Policy
+from fedlora.strategy import Strategy, innermost
+
+FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead
+    "training": "name in Job.overrides the settings in which a client differs, and in Job.lr_factor by how much",
+    "privacy": "leave it out; dp.epsilon or dp.noise turns it on",
+    "masking": "leave it out; secure.aggregation turns it on",
+    "metrics": "leave it out; dp.metrics sets it",
+    "upload": "leave it out; messages.up sets it",
+    "feedback": "leave it out; messages.feedback sets it",
+    "seed": "leave it out, and keep a seed of the strategy's own among its options",
+    "round": "leave it out, and count rounds in the state",
+    "rounds": "leave it out; rounds sets it",
+}
+SETTINGS = TypeAdapter(Training)
+ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate", "clip")  # training settings behind a private run's noise
 
 
 @dataclass(frozen=True, eq=False)
 class ResumePoint:
-    """Where a resumed run takes up."""
+    """What the rounds so far have left, from which the next round or a resumed run goes on."""
 
     rounds: int  # finished
     state: Any
@@ -38,7 +55,7 @@ class ResumePoint:
 
 @dataclass(frozen=True, eq=False)
 class RoundResult:
-    """What came of a round."""
+    """The result of a round."""
 
     number: int  # from 1
     state: Any
@@ -78,6 +95,7 @@ class RoundResult:
         }
 
     def _privacy(self) -> dict[str, Any]:
+        """The keys that a private run has in that line besides."""
         if self.client_level:
             return self.client_level.record()
         if not self.spent:
@@ -89,7 +107,7 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `fit` is to do, whatever the strategy and the fleet."""
+    """What `fit` is to do, for any strategy and any fleet."""
 
     rounds: int
     cohort: int  # clients asked in a round
@@ -104,3 +122,82 @@ class Plan:
     client_level: ClientLevelDP | None = None  # the server hides clients
     secure: SecureConfig | None = None  # it sees sums alone
     messages: MessageConfig = field(default_factory=MessageConfig)
+
+
+def job_for(
+    strategy: Strategy[Any], state: Any, client: Client, plan: Plan, t: int, spent: PrivacySpent | None = None
+) -> Job:
+    """A client's job of round t: what the strategy has it do, and what the run fills in.
+
+    Raises `StrategyError` for a job in which the strategy sets what the run fills in, and `PrivacyError` for one that
+    changes what a private run's noise was computed for.
+    """
+    job = strategy.client_init(state, client)
+    name = type(innermost(strategy)).__name__
+    _check_left_to_the_run(name, job)
+    if plan.record_level:
+        _check_terms_are_kept(name, job, client)
+    filled = replace(
+        job,
+        training=_training(name, job, plan.training),
+        overrides={},
+        lr_factor=1.0,
+        seed=plan.seed,
+        round=t,
+        rounds=plan.rounds,
+        metrics=plan.metrics,
+        privacy=plan.record_level.for_client(client, known=spent.charges if spent else 0)
+        if plan.record_level
+        else None,
+    )
+    return with_encoding(filled, strategy, plan)
+
+
+def _check_left_to_the_run(strategy: str, job: Job) -> None:
+    """Raise `StrategyError` where a strategy has set what the run fills in, which would be lost."""
+    untouched = Job(job.start)
+    for name, remedy in FILLED_IN.items():
+        value, default = getattr(job, name), getattr(untouched, name)
+        if value != default or (name == "training" and value is not default):  # the run's may equal the default
+            raise StrategyError(f"strategy {strategy} sets {name} in a Job, which the run fills in: {remedy}")
+
+
+def _check_terms_are_kept(strategy: str, job: Job, client: Client) -> None:
+    """Raise `PrivacyError` where a client would draw other samples, or take other steps, than its noise is for."""
+    for name in ACCOUNTED:
+        if name in job.overrides:
+            raise PrivacyError(
+                f"strategy {strategy} overrides train.{name} for client {client.id}, and a private run (dp.level = "
+                "record) samples, steps and clips as its noise was computed for: leave it out of Job.overrides, or run "
+                "without dp.epsilon and dp.noise"
+            )
+
+
+def _training(strategy: str, job: Job, run: Training) -> Training:
+    """The run's training settings with what the job overrides. Raises `StrategyError` for what is no such setting."""
+    if not job.overrides and job.lr_factor == 1.0:
+        return run
+    values = asdict(run)
+    for name in job.overrides:
+        if name not in values:
+            raise StrategyError(f'strategy {strategy} overrides "{name}", no training setting; {nearest(name, values)}')
+    values |= job.overrides
+    values |= {name: job.lr_factor * values[name] for name in ("lr", "head_lr")}
+    try:
+        return SETTINGS.validate_python(values)
+    except ValidationError as e:
+        wrong = e.errors()[0]
+        where = f"train.{wrong['loc'][0]}" if wrong["loc"] else "training"
+        raise StrategyError(
+            f"strategy {strategy} makes {where} = {wrong['input']!r} by overrides and lr_factor: {wrong['msg']}"
+        ) from e
+
+
+def with_encoding(job: Job, strategy: Strategy[Any], plan: Plan) -> Job:
+    """The job with the encoding of its numbers; masked updates and changes of a product travel as they are."""
+    if plan.messages.down == "bfloat16":
+        job = replace(job, start=map_factors(lambda t: t.bfloat16().to(t.dtype), job.start))
+    if plan.secure or job.resumes:
+        return job
+    stays = strategy.continues and not job.sketch  # then a rounding error belongs to the factors of the next round too
+    return replace(job, upload=plan.messages.up, feedback=plan.messages.feedback and stays)

@@ -87,9 +87,9 @@ def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
 
 
 def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
-    own = runner(tmp_path)
-    first = own.run(SMALL.model, replace(job(), shares="A"))
+    same = runner(tmp_path)
+    first = same.run(SMALL.model, replace(job(), shares="A"))
     kept = SMALL.model.get_adapter()
     assert not first.lora.B and list(tmp_path.glob("kept-*"))
-    own.run(SMALL.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
+    same.run(SMALL.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
     assert_close(SMALL.model.get_adapter().B, kept.B)

@@ -18,9 +18,9 @@ from fedlora.lora import LoRA, scale
 from fedlora.privacy.record_level import RecordLevelDP
 from fedlora.run.compose import compose
 from fedlora.run.directory import RunDirectory
-from fedlora.run.plan import Plan
+from fedlora.run.plan import Plan, job_for
 from fedlora.sections import Encoding, PrivacyConfig, SecureConfig, Training
-from fedlora.server.rounds import fit, job_for
+from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.anchored import Anchored
 from fedlora.strategies.capped import Capped
@@ -205,7 +205,7 @@ TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, del
 )
 def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(StrategyError, match=f"strategy Sets sets {name} in a Job, which the run fills in"):
-        next(fit(Sets(((name, value),)), fleet(tmp_path), SMALL.start, PLAN))
+        next(fit(Head(Sets(((name, value),)), "local"), fleet(tmp_path), SMALL.start, PLAN))
 
 
 @pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
