@@ -20,9 +20,9 @@ def _answer(kind: str, content: RecordDict, context: Context) -> RecordDict | st
     """The answer to a message, or a failure as `Failure.dumps` writes it."""
     worker, identity = context.node_config.get("worker"), context.node_config.get("cold")
     if identity:
-        from fedlora.client.deployment.worker import cold  # slow, as was asked for: fedlora client --cold
+        from fedlora.client.deployment.worker import answer_once  # slow, as `fedlora client --cold` asks for
 
-        return cold(Path(str(identity)), kind, content)
+        return answer_once(Path(str(identity)), kind, content)
     if worker:
         deadline = float(context.run_config.get("deadline", 0)) or None
         return _ask_worker(f"unix:{worker}", kind, content, deadline)

@@ -55,7 +55,7 @@ class ClientOptions:
         return f"{'https' if self.credentials else 'http'}://{self.server}"
 
 
-def asked(
+def client_options(
     server: str, credentials: Path | None, state: Path, id: int | None, settings: Mapping[str, Any]
 ) -> ClientOptions:
     """The options of a client, by its folder of credentials if there is one, else by its number.

@@ -50,7 +50,7 @@ class ClientIdentity:
 class WarmWorker:
     """Answers a client's messages, and keeps the model and the data loaded between them."""
 
-    mine: ClientIdentity
+    identity: ClientIdentity
     _key: str = ""  # the settings by which the setup was made
     _setup: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
@@ -67,21 +67,21 @@ class WarmWorker:
         The question who this client is brings the run's settings, by which all later messages are answered.
         """
         if kind == "who":
-            return handlers.do(kind, content, lambda run: self._place(run, codec.read_hello(content).settings))
-        return handlers.do(kind, content, self._place)
+            return handlers.do(kind, content, lambda run: self._context(run, codec.read_hello(content).settings))
+        return handlers.do(kind, content, self._context)
 
-    def _place(self, run: str, told: Mapping[str, Any] | None = None) -> handlers.ClientContext:
-        """What a run's messages are answered with; `told` are the run's settings, if the message brought them."""
+    def _context(self, run: str, brought: Mapping[str, Any] | None = None) -> handlers.ClientContext:
+        """What answers a run's messages; `brought` are the run's settings, if they came with this message."""
         if not run:
             raise WireError("a message names no run, and this client keeps its state by it")
-        mine = self.mine
-        folder = mine.state / run / str(mine.id)
-        setup = self._setup_for(told or _settings(folder))
-        if told:
-            write_durably(folder / SETTINGS, json.dumps(dict(told)).encode())
-        policy = client_policy(mine.settings, mine.state / "ledgers")
-        runner = JobRunner(mine.id, setup.client_data, folder, policy, once=True)
-        journal = EventLog(mine.state / "audit.jsonl", side="client", client=mine.id, run=run)
+        identity = self.identity
+        folder = identity.state / run / str(identity.id)
+        setup = self._setup_for(brought or _settings(folder))
+        if brought:
+            write_durably(folder / SETTINGS, json.dumps(dict(brought)).encode())
+        policy = client_policy(identity.settings, identity.state / "ledgers")
+        runner = JobRunner(identity.id, setup.client_data, folder, policy, once=True)
+        journal = EventLog(identity.state / "audit.jsonl", side="client", client=identity.id, run=run)
         return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, journal, told=True)
 
     def _setup_for(self, settings: Mapping[str, Any]) -> ClientSetup:
@@ -89,7 +89,7 @@ class WarmWorker:
         key = repr(sorted(settings.items()))
         if self._setup is None or key != self._key:
             self._setup = None  # free the memory first: there may be no room for two models
-            self._setup, self._key = for_client(settings, self.mine.settings, self.mine.id), key
+            self._setup, self._key = for_client(settings, self.identity.settings, self.identity.id), key
         return self._setup
 
 
@@ -102,20 +102,21 @@ def _settings(folder: Path) -> Mapping[str, Any]:
     return settings
 
 
-def cold(told: Path, kind: str, content: RecordDict) -> RecordDict | str:
-    """The answer to a message in this process, which loads the model for it; `told` is a file with the identity."""
-    mine = json.loads(told.read_text())
-    return WarmWorker(ClientIdentity(int(mine["id"]), Path(mine["state"]), mine["settings"])).answer(kind, content)
+def answer_once(file: Path, kind: str, content: RecordDict) -> RecordDict | str:
+    """The answer to a message in this process, which loads the model for it; the file holds the client's identity."""
+    values = json.loads(file.read_text())
+    identity = ClientIdentity(int(values["id"]), Path(values["state"]), values["settings"])
+    return WarmWorker(identity).answer(kind, content)
 
 
-def serve(socket: Path, mine: ClientIdentity) -> None:
+def serve(socket: Path, identity: ClientIdentity) -> None:
     """Serve at a socket that only its owner can open, until SIGTERM or SIGINT."""
     ended = Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
-    _log_to_screen(mine.state / "logs" / "screen.log")
-    server, state = start(socket, WarmWorker(mine).do)
-    log.info("worker of client %d is ready", mine.id)
+    _log_to_screen(identity.state / "logs" / "screen.log")
+    server, state = start(socket, WarmWorker(identity).do)
+    log.info("worker of client %d is ready", identity.id)
     ended.wait()
     state.enter_graceful_shutdown()
     server.stop(grace=1).wait()

@@ -35,10 +35,10 @@ def client(
 ) -> None:
     """Take part in runs of a server; a client's settings are where its data are, and what it insists on."""
     check_credentials(credentials, insecure, "client")
-    from fedlora.client.deployment.supervisor import asked, serve
+    from fedlora.client.deployment.supervisor import client_options, serve
 
-    who = asked(server, credentials, state, id, own_settings(config, given))
-    serve(replace(who, worker=worker, cold=cold))
+    options = client_options(server, credentials, state, id, own_settings(config, given))
+    serve(replace(options, worker=worker, cold=cold))
 
 
 @takes_settings("data", "model", data="file or folder of its own data", model=MODEL)

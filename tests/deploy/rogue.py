@@ -90,10 +90,10 @@ def huge(honest: RecordDict, same: bool) -> Iterator[AnswerPiece]:
         yield AnswerPiece(chunk=bytes(relay.CHUNK) if same else os.urandom(relay.CHUNK))
 
 
-def handle(bench: worker.WarmWorker, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+def handle(honest_worker: worker.WarmWorker, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
     """Answer a task: who it is honestly, a round's work as the words say."""
     task, data = next(pieces).task, b"".join(piece.chunk for piece in pieces)
-    honest = bench.do(task, data)
+    honest = honest_worker.do(task, data)
     if isinstance(honest, str):
         yield AnswerPiece(failed=Failed(reason=honest))
         return
@@ -117,11 +117,11 @@ def main() -> None:
     for name in ("socket", "state", "id", "sends"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
-    bench = worker.WarmWorker(worker.ClientIdentity(int(options.id), Path(options.state), {}))
+    honest_worker = worker.WarmWorker(worker.ClientIdentity(int(options.id), Path(options.state), {}))
     server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
     words = options.sends.split(",")
     method = grpc.stream_stream_rpc_method_handler(
-        lambda pieces, _: handle(bench, words, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
+        lambda pieces, _: handle(honest_worker, words, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Do": method}),))
     state = health.HealthServicer()
