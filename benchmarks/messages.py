@@ -37,7 +37,9 @@ from fedlora.config import EMBEDDED
 from fedlora.errors import Failure
 from fedlora.jobs import SecAggStep
 from fedlora.lora import LoRA, difference, euclidean_norm
+from fedlora.messages.codec import pack_update
 from fedlora.messages.compression import compress, compress_with_error_feedback, decompress
+from fedlora.messages.envelope import unpack
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
 from fedlora.run.compose import compose
@@ -49,7 +51,7 @@ from fedlora.server.aggregation import Answers, WeightedSum
 from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
 from fedlora.storage.client_state import ClientState
-from fedlora.strategy import Client, Job
+from fedlora.strategy import Client, Job, Update
 
 SST2 = Path(simulations.__file__ or "").parent / "sst2.toml"
 STRATEGIES = "fedavg", "ffa_lora", "fedsa_lora"
@@ -81,7 +83,7 @@ class Uploads:
 
     meant: WeightedSum = field(default_factory=WeightedSum)
     missed: WeightedSum = field(default_factory=WeightedSum)
-    manifest: int = 0  # bytes of one
+    header: int = 0  # bytes of one
     count: int = 0
 
     def take(self, start: LoRA, lora: LoRA, received: LoRA, share: float) -> None:
@@ -120,7 +122,8 @@ class Compressing:
         left = self._left.get(client, LoRA()) if self._form.feedback else LoRA()
         packed, received, self._left[client] = compress_with_error_feedback(job.start, lora, left, self._form.encoding)
         self.traffic.up += packed.nbytes
-        self.uploads.manifest = len(packed.manifest)
+        message = unpack(pack_update(Update(received, 1, None, packed=packed), 0))
+        self.uploads.header = len(message.numbers or b"") - packed.nbytes
         return lora if self._form.encoding == "float32" else received  # float32 travels as it is
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
@@ -167,7 +170,7 @@ def measured(s: RunSetup, strategy_name: str, form: Form) -> dict[str, Any]:
     values = metrics.values()
     return {
         "bytes": fleet.traffic.up / fleet.uploads.count,
-        "manifest": fleet.uploads.manifest,
+        "header": fleet.uploads.header,
         "loss": values["loss"],
         "accuracy": values.get("accuracy", values.get("token_accuracy")),
         "off": fleet.uploads.off(),

@@ -11,7 +11,8 @@ from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
 from fedlora.errors import Failure, FedloraError
 from fedlora.jobs import Job
-from fedlora.messages import codec
+from fedlora.messages import codec, envelope
+from fedlora.messages.envelope import RawMessage, unpack
 from fedlora.messages.parts import payload
 from fedlora.models.model import Model
 from fedlora.storage.client_state import ClientState
@@ -22,63 +23,69 @@ log = logging.getLogger("fedlora")
 
 @dataclass(frozen=True, eq=False)
 class ClientContext:
-    """One client's place at this process's model."""
+    """One client with its runner, its files and the model of this process."""
 
     model: Model
     runner: JobRunner
     parts: PartStore  # what it need not be sent again
     rank: int
-    journal: EventLog = EventLog(None)  # noqa: RUF009  of none, it writes nothing
-    told: bool = False  # is there a person to see each round's end?
+    journal: EventLog = EventLog(None)  # noqa: RUF009  of no file, it writes nothing
+    shows_rounds: bool = False  # is there a person to see each round's end?
 
-    def job(self, content: RecordDict) -> Job | codec.MissingParts:
-        """The job of a message, or what is lacking for it."""
-        order = codec.read_order(content)
-        nbytes = sum(flat.nbytes for flat in order.sent.values())
-        self.journal.write("entered", what="job", round=order.head.round + 1, bytes=nbytes, parts=list(order.sent))
-        parts, lacks = self.parts.take(order)
-        return codec.MissingParts(lacks) if lacks else order.job(parts)
+    def read_job(self, message: RawMessage) -> codec.IncomingJob:
+        """The job in a message, with a line in the event log about what came in."""
+        incoming = codec.read_job(message)
+        nbytes = sum(part.nbytes for part in incoming.sent.values())
+        told = {"what": "job", "round": incoming.head.round + 1, "bytes": nbytes, "parts": list(incoming.sent)}
+        self.journal.write("entered", **told)
+        return incoming
 
-
-def describe(place: ClientContext, content: RecordDict) -> RecordDict:
-    """Who this client is."""
-    runner = place.runner
-    place.journal.write("left", what="who", client=runner.id)
-    return codec.pack_client(runner.client_data.client(runner.id, place.rank), place.model.fingerprint)
+    def assemble(self, incoming: codec.IncomingJob) -> Job | codec.MissingParts:
+        """The job with all of its parts, or the names of those that neither came nor lie here."""
+        parts, missing = self.parts.take(incoming)
+        return codec.MissingParts(missing) if missing else incoming.job(parts)
 
 
-def take_step(place: ClientContext, content: RecordDict) -> RecordDict:
-    """A step of secure aggregation."""
-    ask = codec.read_ask(content)
-    place.journal.write("left", what=f"secure {ask.step}", context=ask.context)
-    return codec.pack_said(place.runner.reply(ask))
+def describe(client: ClientContext, message: RawMessage) -> RecordDict:
+    """Answer who this client is."""
+    runner = client.runner
+    client.journal.write("left", what="who", client=runner.id)
+    return codec.pack_client(runner.client_data.client(runner.id, client.rank), client.model.fingerprint)
 
 
-def train(place: ClientContext, content: RecordDict) -> RecordDict:
-    """One round's work."""
-    job = place.job(content)
+def take_step(client: ClientContext, message: RawMessage) -> RecordDict:
+    """Take a step of secure aggregation, and answer what the step asks for."""
+    step = codec.read_ask(message)
+    client.journal.write("left", what=f"secure {step.step}", context=step.context)
+    return codec.pack_said(client.runner.reply(step))
+
+
+def train(client: ClientContext, message: RawMessage) -> RecordDict:
+    """Do a round's work, and answer with the update, or with the names of the parts that are missing for it."""
+    incoming = client.read_job(message)
+    job = client.assemble(incoming)
     if isinstance(job, codec.MissingParts):
-        return codec.pack_lacks(job)
-    update = place.runner.run(place.model, job)
+        return codec.pack_missing_parts(job)
+    update = client.runner.run(client.model, job, incoming.digest(job))
     tensors, nbytes = payload(update)
-    place.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
-    if place.told:
+    client.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
+    if client.shows_rounds:
         words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
         log.info("round %d of %d: %s", job.round + 1, job.rounds, words)
     return codec.pack_update(update, job.round)
 
 
-def evaluate(place: ClientContext, content: RecordDict) -> RecordDict:
-    """The model that this client would use, on its held-out examples."""
-    job = place.job(content)
+def evaluate(client: ClientContext, message: RawMessage) -> RecordDict:
+    """Evaluate the model that this client would use on its held-out examples, and answer with the metrics."""
+    job = client.assemble(client.read_job(message))
     if isinstance(job, codec.MissingParts):
-        return codec.pack_lacks(job)
-    kept = ClientState(place.runner.folder).before(job.round + 1)
-    place.journal.write("left", what="metrics", round=job.round + 1)
-    return codec.pack_metrics(training.evaluate(place.model, job, place.runner.client_data.heldout, kept))
+        return codec.pack_missing_parts(job)
+    kept = ClientState(client.runner.folder).before(job.round + 1)
+    client.journal.write("left", what="metrics", round=job.round + 1)
+    return codec.pack_metrics(training.evaluate(client.model, job, client.runner.client_data.heldout, kept))
 
 
-WORKS: Mapping[str, Callable[[ClientContext, RecordDict], RecordDict]] = {
+HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], RecordDict]] = {
     "who": describe,
     "secure": take_step,
     "train": train,
@@ -87,11 +94,11 @@ WORKS: Mapping[str, Callable[[ClientContext, RecordDict], RecordDict]] = {
 CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "training", "evaluate": "evaluating"}
 
 
-def do(kind: str, records: RecordDict, place: Callable[[str], ClientContext]) -> RecordDict | str:
-    """Do the work at the place that a run has here; what goes wrong is a failure's kind and one sentence about it."""
+def do(kind: str, records: RecordDict, client_for: Callable[[RawMessage], ClientContext]) -> RecordDict | str:
+    """Answer a message by the handler of its kind; of what goes wrong, answer the failure's kind and one sentence."""
     try:
-        run = codec.run_of(records)
-        return codec.stamp(WORKS[kind](place(run), records), run)
+        message = unpack(records)
+        return envelope.stamp(HANDLERS[kind](client_for(message), message), message.run)
     except FedloraError as e:
         log.warning("%s failed: %s", CALLED.get(kind, kind), e)
         return Failure.because_of(e).dumps()

@@ -13,6 +13,7 @@ from fedlora.client.policy import policy_of
 from fedlora.client.runner import JobRunner
 from fedlora.config import Config
 from fedlora.errors import ClientFailed
+from fedlora.messages.envelope import RawMessage
 from fedlora.run.setup import RunSetup, prepare
 
 _ready: dict[str, RunSetup] = {}  # by config: a process loads the model once, and serves any client with it
@@ -26,21 +27,31 @@ def build(config: Config, folder: Path) -> ClientApp:
 def do(
     kind: str, content: RecordDict, context: Context, config: Config | None = None, folder: Path | None = None
 ) -> RecordDict | str:
-    """A message's work. Without a config it is Flower's run config; without a folder, the node's `state-dir`."""
-    return handlers.do(kind, content, lambda run: _place(config, folder, context, run))
+    """The answer to a message. Without a config it is Flower's run config; without a folder, the node's `state-dir`."""
+
+    def client_for(message: RawMessage) -> handlers.ClientContext:
+        setup = _setup(config or configuration.build(dict(context.run_config)))
+        return _client(setup, folder or _state(context, message.run), context)
+
+    return handlers.do(kind, content, client_for)
 
 
-def _place(config: Config | None, folder: Path | None, context: Context, run: str) -> handlers.ClientContext:
-    if config is None:
-        config = configuration.build(dict(context.run_config))
-    if folder is None:
-        state = Path(str(context.node_config.get("state-dir", "runs/clients")))
-        folder = state / (run or str(context.run_id))
+def _setup(config: Config) -> RunSetup:
+    """The run's model and data, of this process's last message where that had the same config."""
     key = repr(config)
     if key not in _ready:
         _ready.clear()
         _ready[key] = prepare(config)
-    setup = _ready[key]
+    return _ready[key]
+
+
+def _state(context: Context, run: str) -> Path:
+    """The folder in which the node keeps the files of this run's clients."""
+    return Path(str(context.node_config.get("state-dir", "runs/clients"))) / (run or str(context.run_id))
+
+
+def _client(setup: RunSetup, folder: Path, context: Context) -> handlers.ClientContext:
+    """The client that this node is. Raises `ClientFailed` where the data has no such client."""
     id = int(context.node_config.get("partition-id", -1))
     if not 0 <= id < len(setup.clients_data):
         raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.clients_data) - 1}")

@@ -76,6 +76,10 @@ class Ledger:
         charges = self.charges()
         return PrivacySpent(epsilon=epsilon(charges, delta=delta), charges=len(charges))
 
+    def charged(self, round: int) -> set[str]:
+        """Return the hashes of the jobs that were charged as this round (from 0) of any run."""
+        return {e["job"] for e in self._entries() if e["kind"] == "charge" and e["round"] == round + 1}
+
     def charges(self) -> list[Charge]:
         """Return every charge, in order. Raises `LedgerError` for a ledger that is not what was written."""
         return charges_of(self._entries())

@@ -12,12 +12,12 @@ from fedlora.data.client_data import ClientData
 from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.messages.compression import compress_with_error_feedback
-from fedlora.messages.parts import job_hash
+from fedlora.messages.parts import job_name
 from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
-from fedlora.storage.client_state import CachedReply, ClientState
+from fedlora.storage.client_state import CachedReply, ClientState, earlier_digest
 
 log = logging.getLogger("fedlora")
 
@@ -33,24 +33,26 @@ class JobRunner:
     mechanism: Mechanism = STANDARD  # of private jobs; another only for an audit
     once: bool = False  # keep the last answer, so that a job which comes again is not done twice; private ones always
 
-    def run(self, model: Model, job: Job) -> Update:
+    def run(self, model: Model, job: Job, digest: str = "") -> Update:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
 
+        `digest` is the job's name; without one, as of a job that no message brought, the parts are hashed here.
         Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained;
         `SecureError` for a job that is to be masked and may not be.
         """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
+        digest = digest or job_name(job)
         if job.masking:
-            return self._masked(model, job)
-        return self._small(job, self._trained(model, job))
+            return self._masked(model, job, digest)
+        return self._small(job, self._trained(model, job, digest))
 
-    def _masked(self, model: Model, job: Job) -> Update:
+    def _masked(self, model: Model, job: Job, digest: str) -> Update:
         """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update."""
-        update = self._trained(model, select_rows(job))
+        update = self._trained(model, select_rows(job), digest)
         return self.secagg.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 
-    def _trained(self, model: Model, job: Job) -> Update:
-        return self._private(model, job, job.privacy) if job.privacy else self._plain(model, job)
+    def _trained(self, model: Model, job: Job, digest: str) -> Update:
+        return self._private(model, job, job.privacy, digest) if job.privacy else self._plain(model, job, digest)
 
     def _small(self, job: Job, update: Update) -> Update:
         """The update encoded as the job asks, and with the numbers that the server will decode from it."""
@@ -63,30 +65,32 @@ class JobRunner:
             store.keep(job.round, left)
         return replace(update, lora=received, packed=packed)
 
-    def _plain(self, model: Model, job: Job) -> Update:
+    def _plain(self, model: Model, job: Job, digest: str) -> Update:
         """The update of a job without DP-SGD; with `once`, the kept one if this job was done already."""
         store, last = ClientState(self.folder), CachedReply(self.folder)
-        name = job_hash(job) if self.once else ""
-        if self.once and (done := last.to(name)):
+        if self.once and (done := last.to(digest)):
             return done
         update, kept = training.train(model, job, self.id, self.client_data.train, store.before(job.round))
         log.debug("trained round %d", job.round + 1)
         store.keep(job.round, kept)
         if self.once:
-            last.keep(name, update)
+            last.keep(digest, update)
         return update
 
-    def _private(self, model: Model, job: Job, privacy: PrivacyTerms) -> Update:
+    def _private(self, model: Model, job: Job, privacy: PrivacyTerms, digest: str) -> Update:
         """The update of a job with DP-SGD, charged once however often the job comes."""
         preflight.check_once(model, job)
-        store, ledger, name = ClientState(self.folder), self.ledger, job_hash(job)
-        ledger.charge(name, privacy, round=job.round, budget=self.policy.budget)
-        answer = ledger.answer(name)
+        store, ledger = ClientState(self.folder), self.ledger
+        charged = ledger.charged(job.round)
+        if charged and digest not in charged and (earlier := earlier_digest(job)) in charged:
+            digest = earlier  # an older version charged this very job
+        ledger.charge(digest, privacy, round=job.round, budget=self.policy.budget)
+        answer = ledger.answer(digest)
         if answer is None:
             records, before = self.client_data.records, store.before(job.round)
             answer, kept = training.train_privately(model, job, self.id, records, before, self.mechanism)
             store.keep(job.round, kept)
-            ledger.keep(name, answer)
+            ledger.keep(digest, answer)
         return replace(answer, spent=ledger.spent(privacy.delta))
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from hashlib import sha256
 from typing import Literal
 
 from torch import Tensor
 
 from .lora import LoRA
 from .sections import Encoding, Training
-from .vectors import content_hash
 
 TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
 
@@ -28,20 +26,13 @@ class CompressedUpdate:
     """A change of factors in the encoding in which it travels."""
 
     encoding: Encoding
-    numbers: Tensor  # (n,) of that type, in the manifest's order
-    scales: Tensor  # (rows,) float32, matrix after matrix in that order; empty except with int8
-    manifest: str  # as in `vectors.FlatAdapter`
+    numbers: LoRA  # the matrices, of that type
+    scales: LoRA  # by the same names, a scale a row: (rows,) float32; empty except with int8
 
     @property
     def nbytes(self) -> int:
-        """Bytes of numbers and scales; the manifest's are apart, as they are of a `Flat`."""
-        return sum(t.numel() * t.element_size() for t in (self.numbers, self.scales))
-
-    @property
-    def name(self) -> str:
-        """A hash of all that is in it."""
-        both = content_hash(self.numbers, self.manifest) + content_hash(self.scales, self.encoding)
-        return sha256(both.encode()).hexdigest()
+        """Bytes of numbers and scales; those of the header that names them are not counted."""
+        return sum(t.numel() * t.element_size() for part in (self.numbers, self.scales) for _, _, t in part.matrices())
 
 
 @dataclass(frozen=True)

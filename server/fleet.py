@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 from threading import Event
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.errors import Failure, FailureKind, RoundFailed, WireError
 from fedlora.jobs import Client, Job, SecAggStep, Update
-from fedlora.messages import codec
+from fedlora.messages import codec, envelope
+from fedlora.messages.envelope import RawMessage, unpack
 from fedlora.messages.parts import Parts, PartTracker, payload
 from fedlora.metrics import Metrics
 from fedlora.server import upload_checks
@@ -29,7 +30,8 @@ AGAIN = 60.0  # seconds after which it is asked again all the same: its owner ma
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
 X = TypeVar("X")
-Read = Callable[[RecordDict, Job], T | codec.MissingParts]
+P = ParamSpec("P")
+Read = Callable[[RawMessage, Job], T | codec.MissingParts]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class FleetRules:
 
 
 class FlowerFleet:
+    """The clients of a run on the nodes of Flower's Grid."""
+
     def __init__(
         self,
         grid: Grid,
@@ -68,34 +72,30 @@ class FlowerFleet:
         self.online: Callable[[int], None] = lambda _: None  # told how many are connected, at every look
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
         self._stop, self._inbox = stop or Event(), ReplyInbox(grid)
+        self._registry = NodeRegistry(grid, rules, self._inbox, self._note_joined)
         self._begun = False
-        self._clients: dict[int, Client] = {}
-        self._nodes: dict[int, int] = {}  # client -> node
-        self._asked: dict[str, int] = {}  # message -> the node that was asked who it is
-        self._tries: Counter[int] = Counter()
-        self._tried: dict[int, float] = {}  # node -> when it was asked last
-        self._wrong: dict[int, str] = {}  # node -> why it could not say
 
     def clients(self) -> Sequence[Client]:
         """All clients known, once there are enough to begin; those that joined meanwhile too.
 
         Raises `RoundFailed` where nodes that cannot say who they are leave too few.
         """
-        pause, began, since = Pause(self._stop), time.monotonic(), inf
+        pause, began, enough_since = Pause(self._stop), time.monotonic(), inf
         least = max(1, ceil(self._rules.quorum * self._rules.clients))
         while True:
             online = set(self._grid.get_node_ids())
             self.online(len(online))
-            some = self._meet(online)
-            since = min(since, time.monotonic()) if len(self._clients) >= least else inf
-            late = time.monotonic() - since >= self._rules.wait
-            if self._begun or len(self._clients) >= self._rules.clients or late:
+            has_news = self._registry.meet(online)
+            known = self._registry.clients
+            enough_since = min(enough_since, time.monotonic()) if len(known) >= least else inf
+            waited_enough = time.monotonic() - enough_since >= self._rules.wait
+            if self._begun or waited_enough or len(known) >= self._rules.clients:
                 self._begun = True
-                return [self._clients[i] for i in sorted(self._clients)]
+                return [known[i] for i in sorted(known)]
             if not self._rules.patient:
-                self._give_up_if_too_few(online, least)
-            self._waiting(dict.fromkeys(self._missing(), time.monotonic() - began))
-            pause(some)
+                self._registry.give_up_if_too_few(online, least)
+            self._waiting(dict.fromkeys(self._registry.missing(), time.monotonic() - began))
+            pause(has_news)
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job on its client's node, handing over each answer as it arrives.
@@ -122,7 +122,7 @@ class FlowerFleet:
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(waiting, 0):
-            said[i] = self._open(reply, upload_checks.read_said)
+            said[i] = read_reply(reply, self._rules.run, upload_checks.read_said)
         return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
@@ -134,67 +134,63 @@ class FlowerFleet:
 
         A client that lost its parts is sent its job again, once, in full.
         """
-        parts, packer, again = Parts(), codec.JobEncoder(), set[int]()
-
-        def letter(i: int) -> RecordDict:
-            whole = parts.of(jobs[i])
-            missing = self.traffic.send(i, whole)
-            nbytes = sum(flat.nbytes for flat in missing.values())
-            self.journal.write("sent", what=kind, client=i, round=jobs[i].round + 1, bytes=nbytes, parts=list(missing))
-            return packer.job(jobs[i], whole, missing)
-
-        def at(job: Job) -> Callable[[RecordDict], T | codec.MissingParts]:
-            return lambda content: read(content, job)
-
-        done = set[int]()
-        waiting = self._push(kind, jobs, letter)
-        offline = set(jobs) - set(waiting.values())
+        letters = JobLetters(kind, jobs, self.traffic, self.journal)
+        waiting = self._push(kind, jobs, letters.write)
+        silent = {i: self._silence(i in waiting.values()) for i in jobs}
         for i, reply in self._replies(waiting, most):
-            answer = self._open(reply, at(jobs[i]))
-            if isinstance(answer, codec.MissingParts) and i not in again:
-                again.add(i)
-                self.traffic.held.pop(i, None)
-                waiting |= self._push(kind, [i], letter)
+            answer = read_reply(reply, self._rules.run, read, jobs[i])
+            if isinstance(answer, codec.MissingParts) and letters.may_repeat(i):
+                waiting |= self._push(kind, [i], letters.write)
                 continue
-            if isinstance(answer, codec.MissingParts):
-                answer = Failure(
-                    f"it still lacks {len(answer.lacks)} parts of a job that was sent in full", FailureKind.REFUSED
-                )
-            done.add(i)
-            if isinstance(answer, Update):
-                self.traffic.receive(answer)
-            self._note(kind, i, jobs[i], answer)
-            if kind == MessageType.TRAIN and not _is_offline(answer):
-                self._answered(i)
-            yield i, answer
-        late = Failure(f"no answer after {self._rules.deadline:g} s", FailureKind.LATE)
-        gone = Failure("offline: its node is not there", FailureKind.OFFLINE)
-        for i in (i for i in jobs if i not in done):
+            del silent[i]
+            yield i, self._taken(kind, i, jobs[i], answer)
+        for i, failure in silent.items():
             self.traffic.held.pop(i, None)  # whether it has what was sent, nobody knows
-            self._note(kind, i, jobs[i], gone if i in offline else late)
-            yield i, gone if i in offline else late
+            self._note(kind, i, jobs[i], failure)
+            yield i, failure
+
+    def _silence(self, was_sent: bool) -> Failure:
+        """The failure of a client that gives no answer."""
+        if was_sent:
+            return Failure(f"no answer after {self._rules.deadline:g} s", FailureKind.LATE)
+        return Failure("offline: its node is not there", FailureKind.OFFLINE)
+
+    def _taken(self, kind: str, i: int, job: Job, answer: T | codec.MissingParts | Failure) -> T | Failure:
+        """The last answer to a job, counted, in the log and on the screen."""
+        if isinstance(answer, codec.MissingParts):
+            reason = f"it still lacks {len(answer.lacks)} parts of a job that was sent in full"
+            answer = Failure(reason, FailureKind.REFUSED)
+        if isinstance(answer, Update):
+            self.traffic.receive(answer)
+        self._note(kind, i, job, answer)
+        if kind == MessageType.TRAIN and not _is_offline(answer):
+            self._answered(i)
+        return answer
 
     def _are_back(self, away: Mapping[int, Failure], short: int, began: float) -> bool:
         """Wait until there are as many of them as a round is short of; false where it is not, or they are too few."""
-        pause, since, enough = Pause(self._stop), time.monotonic(), inf
+        pause, since, enough_since = Pause(self._stop), time.monotonic(), inf
         while 0 < short <= len(away) and not self._is_late(began):
-            online, now = set(self._grid.get_node_ids()), time.monotonic()
-            gone = [i for i in sorted(away) if self._nodes[i] not in online]
-            enough = min(enough, now) if len(away) - len(gone) >= short else inf
-            if not gone or now - enough > GRACE:
+            gone, now = self._offline(away), time.monotonic()
+            enough_since = min(enough_since, now) if len(away) - len(gone) >= short else inf
+            if not gone or now - enough_since > GRACE:
                 return True
             self._waiting(dict.fromkeys(gone, now - since))
             pause(False)
         return False
 
+    def _offline(self, clients: Iterable[int]) -> list[int]:
+        online = set(self._grid.get_node_ids())
+        return [i for i in sorted(clients) if self._registry.nodes[i] not in online]
+
     def _is_late(self, began: float) -> bool:
         return bool(self._rules.deadline) and time.monotonic() - began > self._rules.deadline
 
-    def _read_update(self, content: RecordDict, job: Job) -> Update | codec.MissingParts:
-        return upload_checks.validated_update(content, job, self._rules.largest_step)
+    def _read_update(self, message: RawMessage, job: Job) -> Update | codec.MissingParts:
+        return upload_checks.validated_update(message, job, self._rules.largest_step)
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
-        """The server's log of what came in, or did not."""
+        """Write in the server's log what came in, or did not."""
         told: dict[str, Any] = {"what": kind, "client": i, "round": job.round + 1}
         if isinstance(answer, Failure):
             event = "refused" if answer.kind == FailureKind.REFUSED else "failed"
@@ -205,14 +201,17 @@ class FlowerFleet:
         else:
             self.journal.write("received", **told)
 
+    def _note_joined(self, client: Client) -> None:
+        self.journal.write("joined", client=client.id, examples=client.examples, rank=client.rank)
+
     def _push(self, kind: str, clients: Iterable[int], letter: Callable[[int], RecordDict]) -> dict[str, int]:
         """Write to whoever of them is online; which message went to which client."""
+        online, nodes = set(self._grid.get_node_ids()), self._registry.nodes
+        letters = {nodes[i]: letter(i) for i in clients if nodes[i] in online}
         ttl = self._rules.deadline or None  # what nobody waits for any more is not begun
-        online = set(self._grid.get_node_ids())
-        there = [i for i in clients if self._nodes[i] in online]
-        messages = {i: Message(codec.stamp(letter(i), self._rules.run), self._nodes[i], kind, ttl=ttl) for i in there}
-        sent = set(self._grid.push_messages(list(messages.values())))
-        return {m.metadata.message_id: i for i, m in messages.items() if m.metadata.message_id in sent}
+        client_on = {node: i for i, node in nodes.items()}
+        sent = push(self._grid, self._rules.run, kind, letters, ttl)
+        return {id: client_on[node] for id, node in sent.items()}
 
     def _replies(self, waiting: dict[str, int], most: int) -> Iterator[tuple[int, Message | Failure]]:
         """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
@@ -226,82 +225,139 @@ class FlowerFleet:
                 pause(bool(replies))
         self._inbox.forget(waiting)
 
-    def _open(self, reply: Message | Failure, read: Callable[[RecordDict], X]) -> X | Failure:
-        """What a reply says, if it is one, of this run, and passes the checks."""
-        if isinstance(reply, Failure):
-            return reply
-        if reply.has_error():
-            return read_error(reply.error)
-        try:
-            if (run := codec.run_of(reply.content)) != self._rules.run:
-                raise WireError(f"an answer is of run {run!r}; this is {self._rules.run!r}")
-            return read(reply.content)
-        except WireError as e:
-            return Failure(str(e), FailureKind.REFUSED)
 
-    def _meet(self, online: set[int]) -> bool:
-        """Ask nodes that are new who they are, and take down what those say that were asked; did any?"""
+class JobLetters:
+    """The messages that bring clients their jobs, each with the parts that its client does not hold."""
+
+    def __init__(self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, journal: EventLog) -> None:
+        self._kind, self._jobs, self._traffic, self._journal = kind, jobs, traffic, journal
+        self._parts, self._encoder = Parts(), codec.JobEncoder()
+        self._repeated = set[int]()
+
+    def write(self, client: int) -> RecordDict:
+        """The message for this client; its parts count as sent from then on."""
+        job = self._jobs[client]
+        parts = self._parts.of(job)
+        missing = self._traffic.send(client, parts)
+        nbytes = sum(part.nbytes for part in missing.values())
+        told: dict[str, Any] = {"what": self._kind, "client": client, "round": job.round + 1}
+        self._journal.write("sent", **told, bytes=nbytes, parts=list(missing))
+        return self._encoder.job(job, parts, missing)
+
+    def may_repeat(self, client: int) -> bool:
+        """May the client be sent its job in full? Once it may: from then on it counts as holding nothing."""
+        if client in self._repeated:
+            return False
+        self._repeated.add(client)
+        self._traffic.held.pop(client, None)
+        return True
+
+
+class NodeRegistry:
+    """Which node is which client: every new node is asked, and believed as far as the rules allow."""
+
+    def __init__(self, grid: Grid, rules: FleetRules, inbox: ReplyInbox, joined: Callable[[Client], None]) -> None:
+        self.clients: dict[int, Client] = {}
+        self.nodes: dict[int, int] = {}  # client -> node
+        self._grid, self._rules, self._inbox, self._joined = grid, rules, inbox, joined
+        self._asked: dict[str, int] = {}  # message -> the node that was asked who it is
+        self._tries: Counter[int] = Counter()
+        self._tried: dict[int, float] = {}  # node -> when it was asked last
+        self._wrong: dict[int, str] = {}  # node -> why it could not say
+
+    def meet(self, online: set[int]) -> bool:
+        """Ask nodes that are new who they are, and take down the answers to earlier questions; was there any?"""
         self._asked = {id: n for id, n in self._asked.items() if n in online}  # who left is asked anew when it is back
-        self._ask(online - set(self._nodes.values()) - set(self._asked.values()))
+        self._ask(online - set(self.nodes.values()) - set(self._asked.values()))
         replies = self._inbox.look_at(self._asked, most=0)
         for id, reply in replies:
-            self._know(self._asked.pop(id), reply)
+            self._take_down(self._asked.pop(id), reply)
         return bool(replies)
 
-    def _missing(self) -> list[int]:
+    def missing(self) -> list[int]:
+        """The clients that have not joined."""
         ids = self._rules.nodes.values() if self._rules.nodes else range(self._rules.clients)
-        return sorted(set(ids) - set(self._clients))
+        return sorted(set(ids) - set(self.clients))
 
-    def _give_up_if_too_few(self, online: set[int], least: int) -> None:
-        lost = {n: why for n, why in self._wrong.items() if self._tries[n] >= TRIES and n in online}
-        if lost and len(online) - len(lost) < least:
-            why = "; ".join(sorted(set(lost.values())))
-            raise RoundFailed(f"{len(lost)} of {len(online)} clients cannot say who they are: {why}")
+    def give_up_if_too_few(self, online: set[int], least: int) -> None:
+        """Raise `RoundFailed` where the nodes that could not say who they are leave fewer than `least`."""
+        lost = {why for n, why in self._wrong.items() if self._is_lost(n, online)}
+        count = sum(self._is_lost(n, online) for n in self._wrong)
+        if count and len(online) - count < least:
+            raise RoundFailed(f"{count} of {len(online)} clients cannot say who they are: {'; '.join(sorted(lost))}")
+
+    def _is_lost(self, node: int, online: set[int]) -> bool:
+        return self._tries[node] >= TRIES and node in online
 
     def _ask(self, nodes: set[int]) -> None:
         """Ask nodes who they are."""
         now = time.monotonic()
-        some = [n for n in sorted(nodes) if self._tries[n] < TRIES or now - self._tried.get(n, 0.0) > AGAIN]
-        if some:
-            self._tried |= dict.fromkeys(some, now)
-            hello = codec.pack_hello(self._rules.told)
-            messages = [Message(codec.stamp(hello, self._rules.run), n, MessageType.QUERY) for n in some]
-            sent = set(self._grid.push_messages(messages))
-            asked = {m.metadata.message_id: n for m, n in zip(messages, some, strict=True)}
-            self._asked |= {id: n for id, n in asked.items() if id in sent}
+        due = [n for n in sorted(nodes) if self._tries[n] < TRIES or now - self._tried.get(n, 0.0) > AGAIN]
+        self._tried |= dict.fromkeys(due, now)
+        hellos = {node: codec.pack_hello(self._rules.told) for node in due}
+        self._asked |= push(self._grid, self._rules.run, MessageType.QUERY, hellos)
 
-    def _know(self, node: int, reply: Message | Failure) -> None:
+    def _take_down(self, node: int, reply: Message | Failure) -> None:
         """Take down who a node is, or why it cannot say."""
-        said = self._open(reply, upload_checks.read_client)
-        why = said.reason if isinstance(said, Failure) else self._wrong_about(node, *said)
+        said = read_reply(reply, self._rules.run, upload_checks.read_client)
+        why = said.reason if isinstance(said, Failure) else _wrong_about(self._rules, node, *said)
         if why or isinstance(said, Failure):
             self._tries[node] += 1
             self._wrong[node] = why
             log.warning("a client could not say who it is: %s", why)
-            return
-        client = said[0]
-        other = self._nodes.get(client.id)
-        if other not in (None, node) and other in set(self._grid.get_node_ids()):
+        elif self._is_elsewhere(said[0], node):
             self._tries[node] = TRIES
-            self._wrong[node] = f"two nodes have partition-id {client.id}"
-            log.warning("client %d is on another node already; its second one is left out", client.id)
-            return
-        self._clients[client.id], self._nodes[client.id] = client, node
-        self.journal.write("joined", client=client.id, examples=client.examples, rank=client.rank)
+            self._wrong[node] = f"two nodes have partition-id {said[0].id}"
+            log.warning("client %d is on another node already; its second one is left out", said[0].id)
+        else:
+            self.clients[said[0].id], self.nodes[said[0].id] = said[0], node
+            self._joined(said[0])
 
-    def _wrong_about(self, node: int, client: Client, base: str) -> str:
-        """What a client may not say of itself; empty where all is well."""
-        rules = self._rules
-        if rules.nodes is not None and rules.nodes.get(node) != client.id:
-            return f"the node with the key of client {rules.nodes.get(node, 'nobody')} says that it is {client.id}"
-        if rules.ranks and not (client.id < len(rules.ranks) and client.rank == rules.ranks[client.id]):
-            return f"client {client.id} says its rank is {client.rank}; the run has {len(rules.ranks)} clients' ranks"
-        if rules.base and base and base != rules.base:
-            return (
-                f"client {client.id} has another base model ({base[:12]}, the server's is {rules.base[:12]}); give it "
-                "the same files"
-            )
-        return ""
+    def _is_elsewhere(self, client: Client, node: int) -> bool:
+        """Is the client on another node that is online?"""
+        other = self.nodes.get(client.id)
+        return other not in (None, node) and other in set(self._grid.get_node_ids())
+
+
+def push(
+    grid: Grid, run: str, kind: str, letters: Mapping[int, RecordDict], ttl: float | None = None
+) -> dict[str, int]:
+    """Send each node its message; return which message went to which node."""
+    messages = [Message(envelope.stamp(letter, run), node, kind, ttl=ttl) for node, letter in letters.items()]
+    sent = set(grid.push_messages(messages)) if messages else set()
+    nodes = {m.metadata.message_id: node for m, node in zip(messages, letters, strict=True)}
+    return {id: node for id, node in nodes.items() if id in sent}
+
+
+def read_reply(
+    reply: Message | Failure, run: str, read: Callable[Concatenate[RawMessage, P], X], *args: P.args, **kwargs: P.kwargs
+) -> X | Failure:
+    """What a reply says, if it is one, of this run, and passes the checks of `read`."""
+    if isinstance(reply, Failure):
+        return reply
+    if reply.has_error():
+        return read_error(reply.error)
+    try:
+        message = unpack(reply.content)
+        if message.run != run:
+            raise WireError(f"an answer is of run {message.run!r}; this is {run!r}")
+        return read(message, *args, **kwargs)
+    except WireError as e:
+        return Failure(str(e), FailureKind.REFUSED)
+
+
+def _wrong_about(rules: FleetRules, node: int, client: Client, base: str) -> str:
+    """What a client may not say of itself; empty where all is well."""
+    if rules.nodes is not None and rules.nodes.get(node) != client.id:
+        return f"the node with the key of client {rules.nodes.get(node, 'nobody')} says that it is {client.id}"
+    if rules.ranks and [*rules.ranks[client.id : client.id + 1]] != [client.rank]:
+        return f"client {client.id} says its rank is {client.rank}; the run has {len(rules.ranks)} clients' ranks"
+    if base and base != (rules.base or base):
+        return (
+            f"client {client.id} has another base model ({base[:12]}, the server's is {rules.base[:12]}); give it "
+            "the same files"
+        )
+    return ""
 
 
 def _is_offline(answer: object) -> TypeGuard[Failure]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from operator import itemgetter
 from threading import get_ident
 from typing import Any, NamedTuple, cast, get_type_hints
 
@@ -27,8 +28,9 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.errors import StrategyError, nearest
 from fedlora.jobs import Client, Job
 from fedlora.lora import LoRA, map_factors
+from fedlora.messages.parts import content_hash
 from fedlora.strategy import Strategy
-from fedlora.vectors import flatten, unflatten
+from fedlora.vectors import from_vector, to_vector
 
 WRAPS = "it goes round another strategy, which a name cannot say; take privacy from this program's own settings"
 TREES = "it joins decision trees, and an adapter has none; take flwr:FedAvg"
@@ -84,16 +86,17 @@ class FlowerStrategy(Strategy[State]):
         return Job(start=state.lora)
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        start = flatten(state.lora, torch.float64)
-        flats = [flatten(u.over(state.lora), torch.float64) for u in updates]  # `over`: in the order of the start
+        start = to_vector(state.lora, torch.float64)
+        vectors = [to_vector(u.over(state.lora), torch.float64) for u in updates]  # `over`: in the order of the start
         # Flower breaks Krum's ties by order; ordered by content, no order of clients changes what comes out
-        each = sorted(zip(flats, weights, strict=True), key=lambda pair: (pair[0].name, pair[1]))
+        named = [(content_hash(x.numpy().tobytes()), w, x) for x, w in zip(vectors, weights, strict=True)]
+        answers = [reply(x, w) for _, w, x in sorted(named, key=itemgetter(0, 1))]
         with quiet():
             flower = build(self.name, dict(self.options))
-            flower.configure_train(state.round + 1, arrays(start.vector), ConfigRecord(), cast(Grid, None))
+            flower.configure_train(state.round + 1, arrays(start), ConfigRecord(), cast(Grid, None))
             for attribute, value in state.memory.items():
                 setattr(flower, attribute, to_numpy(value))
-            result, _ = flower.aggregate_train(state.round + 1, [reply(f.vector, w) for f, w in each])
+            result, _ = flower.aggregate_train(state.round + 1, answers)
         if result is None:
             raise StrategyError(
                 f"round {state.round + 1}: flwr:{self.name} made nothing of the updates of {len(updates)} clients: "
@@ -101,7 +104,7 @@ class FlowerStrategy(Strategy[State]):
             )
         vector = torch.tensor(next(iter(result.values())).numpy())
         memory = {a: to_torch(vars(flower)[a]) for a in MEMORY if vars(flower).get(a) is not None}
-        return State(typed(unflatten(vector, start.manifest), state.lora), state.round + 1, memory)
+        return State(typed(from_vector(vector, state.lora), state.lora), state.round + 1, memory)
 
     def adapter(self, state: State) -> LoRA:
         return state.lora

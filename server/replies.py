@@ -57,17 +57,11 @@ class ReplyInbox:
             self._coming[id] = coming
             return None
         try:
-            replies = coming.result()
+            return _reply_to(id, coming.result())
         except WireError as e:
             return Failure(str(e), FailureKind.REFUSED)
         except POISON as e:
             return Failure(f"an answer could not be unpacked: {type(e).__name__}", FailureKind.REFUSED)
-        for reply in replies:  # the SuperLink's own error replies name no node, but the message they answer
-            if reply.metadata.reply_to_message_id == id:
-                return reply
-        if replies:
-            return Failure("an answer says that it is to another message", FailureKind.REFUSED)
-        return None
 
     def look_at(self, ids: Iterable[str], most: float) -> list[tuple[str, Message | Failure]]:
         """Those replies that are there, by the messages that they answer."""
@@ -94,6 +88,16 @@ class ReplyInbox:
         return coming
 
 
+def _reply_to(id: str, replies: list[Message]) -> Message | Failure | None:
+    """The reply to this message; the SuperLink's own error replies name no node, but the message they answer."""
+    for reply in replies:
+        if reply.metadata.reply_to_message_id == id:
+            return reply
+    if replies:
+        return Failure("an answer says that it is to another message", FailureKind.REFUSED)
+    return None
+
+
 def read_error(error: Error) -> Failure:
     """The failure that an error reply tells of, from Flower's code where that says what failed, else from the text."""
     line = _one_line(error)
@@ -107,6 +111,9 @@ def _one_line(error: Error) -> str:
     text = printable(error.reason or f"Flower's error {error.code}", "\n")
     if wrapped := re.fullmatch(r"<class '(?:.*\.)?(\w+)[^']*'>:<'(.*)'>", text, re.DOTALL):
         text = f"{wrapped[1]}: {wrapped[2]}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    has_traceback = any("Traceback" in line or line.startswith(("ray::", "File ")) for line in lines)
-    return lines[-1] if has_traceback else lines[0]
+    lines = list(filter(None, map(str.strip, text.splitlines())))
+    return lines[-1] if any(map(_is_of_a_traceback, lines)) else lines[0]
+
+
+def _is_of_a_traceback(line: str) -> bool:
+    return "Traceback" in line or line.startswith(("ray::", "File "))

@@ -4,94 +4,95 @@ Checked are size, head, hash, names, shapes, type, finiteness, the norm of what 
 not hold raises `WireError`, in words that name what came and what was asked for. Nothing is unpickled.
 """
 
-import json
-from collections.abc import Mapping
-from math import hypot, inf, isfinite, isnan, prod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import hypot, inf, isfinite, isnan
 
 import torch
-from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedlora.errors import WireError
-from fedlora.jobs import Client, CompressedUpdate, Job, Update
-from fedlora.lora import SIDES, LoRA, difference, euclidean_norm, norm
-from fedlora.messages.codec import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
+from fedlora.jobs import Client, CompressedUpdate, Job, PrivacySpent, Update
+from fedlora.lora import SIDES, LoRA, difference, euclidean_norm, map_factors, norm
+from fedlora.messages.codec import (
+    CONFUSION,
+    MASKED,
+    SCALES,
+    ClientInfo,
+    MetricsHead,
+    MissingParts,
+    SecAggReply,
+    UpdateHead,
+)
 from fedlora.messages.compression import restore
-from fedlora.messages.envelope import read_head, read_vector, reading, text
+from fedlora.messages.envelope import RawMessage, read_either, read_head, reading
+from fedlora.messages.parts import content_hash
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
-from fedlora.vectors import content_hash, unflatten
+from fedlora.tensors import from_bytes, to_adapter
 
-MOST_HEAD = 8 * 2**20  # characters of a head
-PLAIN_HEAD = 2**16  # of one without a manifest
+MOST_HEAD = 2**16  # characters of a head, but for names of parts
+MOST_SAID = 8 * 2**20  # of one that has other members' shares in it
 MOST_COMMAS = 2**17  # in a head: each may part values that are all wrong, at 200 bytes and 10 us an error
 MOST_METRICS = 64 * 2**20  # bytes of counts: 2896 classes by as many
 MOST_EXAMPLES = 10**12
 MOST_RANK = 2**20
-NPY = 1024  # bytes of numpy's own header, generously
-KEYS = {"json", "run"}  # of the record that is a head
-FLOATS = ("float32", "float64", "bfloat16", "float16")
+FLOATS = "float32", "float64", "bfloat16", "float16"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @reading("an update")
-def validated_update(records: RecordDict, job: Job, largest_step: float = inf) -> Update | MissingParts:
+def validated_update(message: RawMessage, job: Job, largest_step: float = inf) -> Update | MissingParts:
     """The answer to a job: an update of the shapes that the job asked for, or that parts are lacking.
 
     `largest_step`: norm of what the client changed, over all that it sends, above which it is refused.
     """
-    _bounded(records, most_bytes(job), _most_characters(job))
-    if _is_lacking(records):
-        return _read_lacks(records)
-    head = read_head(records, UpdateHead)
-    _plausible(head, job)
-    vector = read_vector(records, head.dtype)
-    if content_hash(vector, head.manifest) != head.name:
+    _check_size(message, most_bytes(job), _most_characters(job))
+    head = read_either(message, UpdateHead, MissingParts)
+    if isinstance(head, MissingParts):
+        return _checked_missing(head, message)
+    _check_head(head, job)
+    content = message.numbers or b""
+    if content_hash(content) != head.name:
         raise WireError(f"an update is not what its hash {head.name[:12]!r} says: it was damaged on its way")
-    if job.masking or not head.manifest:
-        return _read_masked(head, vector, job)
-    lora, packed = _small(head, vector, job) if job.upload != "float32" else (_plain(head, vector), None)
-    _of_the_shapes(lora, job)
-    _finite(lora)
-    step = update_norm(lora, job)
-    if not step <= largest_step:
-        raise WireError(f"an update's change has norm {step:.4g}; server.largest_step = {largest_step:g}")
+    tensors = from_bytes(content, _most_header(job))
+    if job.masking:
+        return Update(LoRA(), head.examples, None, head.spent, masked=_masked(tensors, job))
+    lora, packed = _plain(tensors, job) if job.upload == "float32" else _small(tensors, job)
+    _check_finite(lora)
+    _check_norm(update_norm(lora, job), largest_step)
     return Update(lora, head.examples, head.loss, head.spent, packed)
 
 
 @reading("metrics")
-def read_metrics(records: RecordDict, job: Job | None = None) -> Metrics | MissingParts:
-    """The answer to a job that asked for an evaluation."""
-    _bounded(records, MOST_METRICS, _most_characters(job) if job else MOST_HEAD)
-    if _is_lacking(records):
-        return _read_lacks(records)
-    head = read_head(records, MetricsHead)
-    counts = head.examples, head.targets, head.correct, head.classes
-    if not (not isnan(head.loss) and all(0 <= n <= MOST_EXAMPLES for n in counts) and head.correct <= head.targets):
+def read_metrics(message: RawMessage, job: Job | None = None) -> Metrics | MissingParts:
+    """The answer to a job that asked for an evaluation: metrics, or that parts are lacking."""
+    _check_size(message, MOST_METRICS, _most_characters(job) if job else MOST_HEAD)
+    head = read_either(message, MetricsHead, MissingParts)
+    if isinstance(head, MissingParts):
+        return _checked_missing(head, message)
+    if isnan(head.loss) or not _are_counts(head.examples, head.targets, head.correct) or head.correct > head.targets:
         raise WireError(f"metrics are not possible: loss {head.loss}, {head.correct} of {head.targets} right")
-    vector = read_vector(records, head.dtype)
-    if vector.dtype != torch.int64 or vector.numel() != head.classes**2 or bool((vector < 0).any()):
-        raise WireError(f"metrics over {head.classes} classes came with {vector.numel()} counts")
-    table = vector.view(head.classes, head.classes) if head.classes else None
+    table = None if message.numbers is None else _confusion(message.numbers)
     return Metrics(head.examples, head.targets, head.loss, head.correct, table)
 
 
 @reading("an introduction")
-def read_client(records: RecordDict) -> tuple[Client, str]:
+def read_client(message: RawMessage) -> tuple[Client, str]:
     """What a client says of itself, and the fingerprint of its base model."""
-    _bounded(records, None, PLAIN_HEAD)
-    said = read_head(records, ClientInfo)
-    client, counts = said.client, (said.client.examples, said.client.records)
-    if not (0 <= client.id < 2**31 and 1 <= client.rank <= MOST_RANK and all(0 <= n <= MOST_EXAMPLES for n in counts)):
+    _check_size(message, 0, MOST_HEAD)
+    said = read_head(message, ClientInfo)
+    client = said.client
+    is_in_range = 0 <= client.id < 2**31 and 1 <= client.rank <= MOST_RANK
+    if not (is_in_range and _are_counts(client.examples, client.records)):
         raise WireError(f"a client says what cannot be: {client}")
     return client, said.base[:64]
 
 
 @reading("an answer")
-def read_said(records: RecordDict) -> Mapping[str, str]:
+def read_said(message: RawMessage) -> Mapping[str, str]:
     """The answer to a step of secure aggregation."""
-    _bounded(records, None)
-    return read_head(records, SecAggReply).said
+    _check_size(message, 0, MOST_SAID)
+    return read_head(message, SecAggReply).said
 
 
 def update_norm(lora: LoRA, job: Job) -> float:
@@ -101,134 +102,167 @@ def update_norm(lora: LoRA, job: Job) -> float:
     return hypot(norm(lora.only("AB")), euclidean_norm(difference(lora.only("HRD"), job.start)))
 
 
-def _bounded(records: RecordDict, most: int | None, characters: int = MOST_HEAD) -> None:
-    """Refuse what is too large or was not asked for, before any of it is decoded; `most` None: no array."""
-    head = text(records)
-    known = {"head", "array"} if most is not None else {"head"}
-    arrays = {name: r for name, r in records.items() if isinstance(r, ArrayRecord)}
-    more = [*({*records} - known), *({*records} - {"head", *arrays}), *({*records.config_records["head"]} - KEYS)]
-    if more:
-        raise WireError(f"a message has more than was asked for: {', '.join(sorted(more))}")
-    nbytes = sum(len(a.data) for record in arrays.values() for a in record.values())
-    if nbytes > (most or 0) + NPY:
-        raise WireError(f"a message brings {nbytes} bytes of numbers; at most {most} were asked for")
-    if len(head) > characters or head.count(",") > MOST_COMMAS:
-        found, most_of = (len(head), head.count(",")), (characters, MOST_COMMAS)
-        raise WireError(f"a message's head has {found} characters and commas; {most_of} are the most")
-
-
 def most_bytes(job: Job) -> int:
     """The largest answer that a job can have, in float64; one that resumes sends up to twice the rank."""
     numbers = job.start.only(job.shares).numel()
-    return 4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1)
+    return _most_header(job) + (4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1))
+
+
+def _most_header(job: Job) -> int:
+    """The longest header of an answer's numbers: a tensor, and one for its scales, with their names in escapes."""
+    return 2**16 + 2 * sum(8 * len(m) + 200 for _, m, _ in job.start.only(job.shares).matrices())
 
 
 def _most_characters(job: Job) -> int:
-    """The longest head of an answer: a manifest within JSON, each name in escapes, or the names of all parts."""
-    names = sum(8 * len(m) + 200 for s in job.shares for m in job.start.side(s))
-    return min(MOST_HEAD, PLAIN_HEAD + names + 100 * len(job.offset))
+    """The longest head of an answer: one that names every part of the job."""
+    return MOST_HEAD + 100 * (len(SIDES) + len(job.offset))
 
 
-def _plausible(head: UpdateHead, job: Job) -> None:
+def _check_size(message: RawMessage, most: int, characters: int) -> None:
+    """Refuse a message that is too large, before any of it is parsed; `most` 0: it is to have no array."""
+    if message.numbers is not None and (not most or len(message.numbers) > most):
+        raise WireError(f"a message brings {len(message.numbers)} bytes of numbers; at most {most} were asked for")
+    found = len(message.head), message.head.count(",")
+    allowed = characters, MOST_COMMAS
+    if found[0] > characters or found[1] > MOST_COMMAS:
+        raise WireError(f"a message's head has {found} characters and commas; {allowed} are the most")
+
+
+def _check_head(head: UpdateHead, job: Job) -> None:
+    """Refuse what a client says of its update that cannot be, or does not belong to the job."""
     if head.round != job.round:
-        which = head.round + 1 if 0 <= head.round <= MOST_EXAMPLES else "no number"  # Python writes 4300 digits at most
+        which = head.round + 1 if _are_counts(head.round) else "no number"  # Python writes 4300 digits at most
         raise WireError(f"an update is of round {which}; the job was of round {job.round + 1}")
-    if not 0 <= head.examples <= MOST_EXAMPLES:
+    if not _are_counts(head.examples):
         raise WireError(f"an update is from {head.examples} examples; 0 to {MOST_EXAMPLES} are possible")
     if head.loss is not None and not isfinite(head.loss):
         raise WireError(f"an update's loss is {head.loss}")
-    if head.spent and not job.privacy:
+    if head.spent:
+        _check_spending(head.spent, job)
+
+
+def _check_spending(spent: PrivacySpent, job: Job) -> None:
+    if not job.privacy:
         raise WireError("an update says what it spent; the job was not a private one")
-    if head.spent and not (head.spent.epsilon >= 0 and 0 <= head.spent.charges <= MOST_EXAMPLES):
-        raise WireError(f"an update's spending is not possible: {head.spent}")
+    if not (spent.epsilon >= 0 and _are_counts(spent.charges)):
+        raise WireError(f"an update's spending is not possible: {spent}")
 
 
-def _plain(head: UpdateHead, vector: Tensor) -> LoRA:
-    if head.dtype not in FLOATS or head.scales:
-        raise WireError(f"an update is of {head.dtype}; it takes one of {', '.join(FLOATS)}")
-    return unflatten(vector, _manifest(head.manifest, vector.numel()))
+def _are_counts(*numbers: int) -> bool:
+    """Can all of these be counts of examples, charges or rounds?"""
+    return all(0 <= n <= MOST_EXAMPLES for n in numbers)
 
 
-def _small(head: UpdateHead, vector: Tensor, job: Job) -> tuple[LoRA, CompressedUpdate]:
+def _masked(tensors: Mapping[str, Tensor], job: Job) -> Tensor:
+    """The one vector of a masked update: (n,) int32."""
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    if found != {MASKED: (torch.int32, (size(job),))}:
+        raise WireError(f"an update is {_words(tensors)}; the job asked for a masked vector of {size(job)} numbers")
+    return tensors[MASKED]
+
+
+def _plain(tensors: Mapping[str, Tensor], job: Job) -> tuple[LoRA, None]:
+    """The matrices of an update, in the job's order."""
+    _check_types(tensors, FLOATS)
+    return _of_the_shapes(to_adapter(tensors), job), None
+
+
+def _small(tensors: Mapping[str, Tensor], job: Job) -> tuple[LoRA, CompressedUpdate]:
     """A change in few bytes, and what it makes of where the job started."""
-    n = vector.numel() - 4 * head.scales
-    if head.dtype != job.upload or head.scales < 0 or n < 0 or (head.scales and job.upload != "int8"):
-        raise WireError(f"an update is of {head.dtype} with {head.scales} scales; the job asked for {job.upload}")
-    scales = vector[n:].clone().view(torch.float32) if head.scales else torch.empty(0)
-    packed = CompressedUpdate(job.upload, vector[:n], scales, _manifest(head.manifest, n))
+    scales = {name: t for name, t in tensors.items() if name.startswith(SCALES)}
+    numbers = {name: t for name, t in tensors.items() if name not in scales}
+    _check_types(numbers, (job.upload,))
+    matrices = _of_the_shapes(to_adapter(numbers), job)
+    of_rows = to_adapter({name.removeprefix(SCALES): t for name, t in scales.items()})
+    packed = CompressedUpdate(job.upload, matrices, of_rows)
     return restore(job.start, packed), packed
 
 
-def _manifest(manifest: str, numbers: int) -> str:
-    """The manifest, if it is one, and of so many numbers."""
-    try:
-        entries: Any = json.loads(manifest)
-        good = isinstance(entries, list) and all(_entry(*e) for e in entries)
-        places = {(side, module) for side, module, _ in entries} if good else set()
-    except (ValueError, TypeError, RecursionError):
-        good = False
-    if not good or len(places) != len(entries):
-        raise WireError(f"an update's manifest is none: {manifest[:80]!r}")
-    total = sum(prod(shape) for _, _, shape in entries)  # torch's own count of them wraps at 2**64
-    if total != numbers:
-        raise WireError(f"an update's manifest names {total} numbers; {numbers} came")
-    return manifest
+def _check_types(tensors: Mapping[str, Tensor], allowed: Sequence[str]) -> None:
+    for name, t in tensors.items():
+        if _dtype(t) not in allowed:
+            raise WireError(f"an update is of {_dtype(t)} in {name}; the job asked for {' or '.join(allowed)}")
 
 
-def _entry(side: Any, module: Any, shape: Any) -> bool:
-    """Is this an entry of a manifest?"""
-    whole = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
-    return whole and isinstance(module, str) and side in tuple(SIDES)
+def _of_the_shapes(lora: LoRA, job: Job) -> LoRA:
+    """The matrices in the job's order, if there are those that the job asked for, in its shapes.
 
-
-def _of_the_shapes(lora: LoRA, job: Job) -> None:
-    """Refuse other names and shapes than the job's; only the rank is free, where a client sends a change of product."""
+    Only the rank is free, where a client sends a change of the product: up to twice the job's.
+    """
     free = {"A": 0, "B": 1} if job.resumes else {}
+    asked = job.start.only(job.shares)
     for s in SIDES:
-        asked = _shapes(job.start.side(s) if s in job.shares else {}, free.get(s))
-        got = _shapes(lora.side(s), free.get(s))
-        if got != asked:
-            other = {m: shape for m, shape in got.items() if asked.get(m) != shape}
-            lacking = {m: shape for m, shape in asked.items() if got.get(m) != shape}
-            raise WireError(f"an update's {s} is {_words(other)}; the job asked for {_words(lacking)}")
-    for m, a in lora.A.items() if job.resumes else ():
-        rank = len(a)
-        if m not in lora.B or lora.B[m].shape[1] != rank or rank > 2 * len(job.start.A[m]):
+        _check_shapes(s, _shapes(lora.side(s), free.get(s)), _shapes(asked.side(s), free.get(s)))
+    if job.resumes:
+        _check_ranks(lora, job)
+    return map_factors(lambda _, sent: sent, asked, lora)
+
+
+def _check_shapes(side: str, found: Shapes, asked: Shapes) -> None:
+    if found != asked:
+        other, missing = _listed(_without(found, asked)), _listed(_without(asked, found))
+        raise WireError(f"an update's {side} is {other}; the job asked for {missing}")
+
+
+def _without(shapes: Shapes, others: Shapes) -> Shapes:
+    """The shapes that are not among the others."""
+    return {m: shape for m, shape in shapes.items() if others.get(m) != shape}
+
+
+def _check_ranks(lora: LoRA, job: Job) -> None:
+    """Refuse factors of a product that do not go together."""
+    for m, a in lora.A.items():
+        if m not in lora.B or lora.B[m].shape[1] != len(a) or len(a) > 2 * len(job.start.A[m]):
             raise WireError(f"an update's A and B of {m} do not go together, or are of more than twice the job's rank")
 
 
-def _finite(lora: LoRA) -> None:
+def _check_finite(lora: LoRA) -> None:
     for s, m, t in lora.matrices():
         if not bool(torch.isfinite(t).all()):
             raise WireError(f"an update's {s} of {m} has a number that is not finite")
 
 
-def _read_masked(head: UpdateHead, vector: Tensor, job: Job) -> Update:
-    if not job.masking or head.manifest or head.dtype != "int32" or head.scales or vector.numel() != size(job):
-        asked = f"a masked vector of {size(job)} numbers" if job.masking else "an update that is not masked"
-        raise WireError(f"an update is {vector.numel()} numbers of {head.dtype}; the job asked for {asked}")
-    return Update(LoRA(), head.examples, None, head.spent, masked=vector)
+def _check_norm(step: float, largest: float) -> None:
+    if not step <= largest:  # nor where it is no number
+        raise WireError(f"an update's change has norm {step:.4g}; server.largest_step = {largest:g}")
 
 
-def _read_lacks(records: RecordDict) -> MissingParts:
-    lacks = read_head(records, MissingParts)
-    if records.array_records:
+def _confusion(content: bytes) -> Tensor:
+    """The confusion of a classifier: (classes, classes) counts."""
+    tensors = from_bytes(content, MOST_HEAD)
+    if {name: (t.dtype, t.dim()) for name, t in tensors.items()} != {CONFUSION: (torch.int64, 2)}:
+        raise WireError(f"metrics came with {_words(tensors)}; they take counts in int64, called {CONFUSION}")
+    table = tensors[CONFUSION]
+    if table.shape[0] != table.shape[1]:
+        raise WireError(f"metrics came with counts of shape {tuple(table.shape)}; they take a row and a column a class")
+    if bool((table < 0).any()):
+        raise WireError("metrics came with a count below zero")
+    return table
+
+
+def _checked_missing(head: MissingParts, message: RawMessage) -> MissingParts:
+    if message.numbers is not None:
         raise WireError("a message that parts are lacking has numbers; it takes their names alone")
-    if not lacks.lacks or len(lacks.lacks) > 10**5:
-        raise WireError(f"a client lacks {len(lacks.lacks)} parts; it takes one or more")
-    return lacks
+    if not head.lacks:
+        raise WireError("a client lacks 0 parts; it takes one or more")
+    return head
 
 
-def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> dict[str, tuple[int, ...]]:
+def _shapes(side: Mapping[str, Tensor], free: int | None = None) -> Shapes:
     """The shapes by module, without the dimension that is free."""
     return {m: tuple(n for i, n in enumerate(t.shape) if i != free) for m, t in side.items()}
 
 
-def _words(shapes: Mapping[str, tuple[int, ...]], most: int = 3) -> str:
-    some = [f"{m} {shape}" for m, shape in sorted(shapes.items())]
-    more = f" and {len(some) - most} more" if len(some) > most else ""
-    return ", ".join(some[:most]) + more or "nothing"
+def _listed(shapes: Shapes, most: int = 3) -> str:
+    """The first of these shapes, in words."""
+    shown = [f"{m} {shape}" for m, shape in sorted(shapes.items())]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more or "nothing"
 
 
-def _is_lacking(records: RecordDict) -> bool:
-    return text(records).startswith('{"lacks"')
+def _words(tensors: Mapping[str, Tensor]) -> str:
+    return _listed({f"{_dtype(t)} {name}": tuple(t.shape) for name, t in tensors.items()})
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

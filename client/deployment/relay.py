@@ -60,8 +60,7 @@ def records(head: str, run: str, numbers: Numbers | None, data: bytes) -> Record
     """The message that a head, its run and its numbers are."""
     content = RecordDict({"head": ConfigRecord({"json": head, "run": run})})
     if numbers is not None:
-        shape = tuple(numbers.shape)
-        content["array"] = ArrayRecord({"vector": Array(numbers.dtype, shape, "numpy.ndarray", data)})
+        content["array"] = ArrayRecord({"numbers": Array(numbers.dtype, tuple(numbers.shape), "safetensors", data)})
     return content
 
 

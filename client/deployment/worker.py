@@ -67,8 +67,8 @@ class WarmWorker:
         The question who this client is brings the run's settings, by which all later messages are answered.
         """
         if kind == "who":
-            return handlers.do(kind, content, lambda run: self._context(run, codec.read_hello(content).settings))
-        return handlers.do(kind, content, self._context)
+            return handlers.do(kind, content, lambda m: self._context(m.run, codec.read_hello(m).settings))
+        return handlers.do(kind, content, lambda m: self._context(m.run))
 
     def _context(self, run: str, brought: Mapping[str, Any] | None = None) -> handlers.ClientContext:
         """What answers a run's messages; `brought` are the run's settings, if they came with this message."""
@@ -82,7 +82,7 @@ class WarmWorker:
         policy = client_policy(identity.settings, identity.state / "ledgers")
         runner = JobRunner(identity.id, setup.client_data, folder, policy, once=True)
         journal = EventLog(identity.state / "audit.jsonl", side="client", client=identity.id, run=run)
-        return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, journal, told=True)
+        return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, journal, shows_rounds=True)
 
     def _setup_for(self, settings: Mapping[str, Any]) -> ClientSetup:
         """The model and the data by a run's settings: those that are loaded, if they are the same."""

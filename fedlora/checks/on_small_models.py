@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlora.lora import SIDES, LoRA, Side, delta
 from fedlora.messages import codec
+from fedlora.messages.envelope import unpack
 from fedlora.messages.sketch import scatter_rows
 from fedlora.models import peft_files
 from fedlora.models.peft_files import save_peft
@@ -64,7 +65,7 @@ def check_messages_hold_what_is_shared_alone(strategy: AnyStrategy, fleets: Flee
             sent = [s for s in SIDES if update.lora.side(s)]
             claim = f"{strategy}: round {t} shares {job.shares}"
             require(set(sent) == set(job.shares), f"{claim}, and {''.join(sent)} was sent")
-            arrived = upload_checks.validated_update(codec.pack_update(update, job.round), job)
+            arrived = upload_checks.validated_update(unpack(codec.pack_update(update, job.round)), job)
             same = isinstance(arrived, Update) and identical(arrived.lora, update.lora)
             require(same, f"{claim}, and its message holds another update than was made")
 

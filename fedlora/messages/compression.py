@@ -20,7 +20,6 @@ after AdamW takes a fifth off the error (MiniLM, three steps: 0.27 % for 0.33 %)
 SGD's A, 4 %, where few inputs have nearly all of the gradient. Sides H, R and D go by rows; a vector has one scale.
 """
 
-import json
 from collections.abc import Callable
 
 import torch
@@ -30,7 +29,7 @@ from fedlora.errors import TrainingDiverged
 from fedlora.jobs import CompressedUpdate
 from fedlora.lora import LoRA, from_matrices, map_factors
 from fedlora.sections import Encoding
-from fedlora.vectors import flatten, unflatten
+from fedlora.tensors import by_name
 
 DTYPES: dict[Encoding, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 LARGEST = 127  # of an int8, on both sides of zero
@@ -39,20 +38,13 @@ SMALLEST = 2.0**-126  # of a scale; a row below 127 times this, 1.5e-36, is take
 
 def compress(delta: LoRA, encoding: Encoding) -> CompressedUpdate:
     """The change rounded to nearest, ties to even. Raises `TrainingDiverged` for a matrix not finite in float32."""
-    for s, m, t in delta.matrices():
-        if not bool(torch.isfinite(t.float()).all()):
-            raise TrainingDiverged(
-                f"the change of {s} of {m} is not finite, and would spoil what is sent after it; "
-                "a lower train.lr may help"
-            )
-    flat = flatten(delta)
-    none = torch.empty(0)
+    delta = _each(delta, lambda s, m, t: _finite(s, m, t.float()).contiguous())
     if encoding == "int8":
-        pairs = [_quantise(s, t) for s, _, t in delta.matrices()]
-        numbers = torch.cat([q for q, _ in pairs]) if pairs else torch.empty(0, dtype=torch.int8)
-        return CompressedUpdate(encoding, numbers, torch.cat([none, *(scale for _, scale in pairs)]), flat.manifest)
-    most = torch.finfo(DTYPES[encoding]).max  # float32's largest numbers would round to bfloat16's infinity
-    return CompressedUpdate(encoding, flat.vector.clamp(-most, most).to(DTYPES[encoding]), none, flat.manifest)
+        scales = _each(delta, lambda s, m, t: _scales(_rows(s, t)))
+        return CompressedUpdate(encoding, _each(delta, lambda s, m, t: _quantised(s, t, scales.side(s)[m])), scales)
+    dtype = DTYPES[encoding]
+    most = torch.finfo(dtype).max  # float32's largest numbers would round to bfloat16's infinity
+    return CompressedUpdate(encoding, map_factors(lambda t: t.clamp(-most, most).to(dtype), delta), LoRA())
 
 
 def decompress(packed: CompressedUpdate) -> LoRA:
@@ -60,20 +52,11 @@ def decompress(packed: CompressedUpdate) -> LoRA:
 
     Raises `ValueError` where types, counts and scales are none that `compress` could have made.
     """
-    if packed.numbers.dtype != DTYPES[packed.encoding] or packed.scales.dtype != torch.float32:
-        raise ValueError(f"{packed.encoding} came as {packed.numbers.dtype}, with scales of {packed.scales.dtype}")
-    entries = json.loads(packed.manifest)
-    counts = [_rows(s, torch.empty(shape, device="meta")).shape[0] for s, _, shape in entries]
-    wanted = sum(counts) if packed.encoding == "int8" else 0
-    if packed.scales.numel() != wanted:
-        raise ValueError(f"the manifest names {wanted} scales in {packed.encoding}, {packed.scales.numel()} came")
-    if not bool(((packed.scales >= 0) & (packed.scales < torch.inf)).all()):
-        raise ValueError("a scale is negative, infinite or no number")
-    lora = unflatten(packed.numbers.float(), packed.manifest)
-    if packed.encoding == "int8":
-        for (s, m, _), scale in zip(entries, torch.split(packed.scales, counts), strict=True):
-            _rows(s, lora.side(s)[m]).mul_(scale[:, None])
-    return lora
+    _check_types(packed)
+    _check_scales(packed)
+    if packed.encoding != "int8":
+        return map_factors(torch.Tensor.float, packed.numbers)
+    return _each(packed.numbers, lambda s, m, t: _scaled(s, t, packed.scales.side(s)[m]))
 
 
 def restore(start: LoRA, packed: CompressedUpdate) -> LoRA:
@@ -94,20 +77,66 @@ def compress_with_error_feedback(
     return packed, restore(start, packed), map_factors(torch.sub, meant, sent)
 
 
-def _quantise(side: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 in the matrix's own order, and a scale a row: x is about q times its row's scale.
+def _finite(side: str, module: str, matrix: Tensor) -> Tensor:
+    """The matrix, where all of its numbers are finite. Raises `TrainingDiverged`."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise TrainingDiverged(
+            f"the change of {side} of {module} is not finite, and would spoil what is sent after it; "
+            "a lower train.lr may help"
+        )
+    return matrix
+
+
+def _check_types(packed: CompressedUpdate) -> None:
+    """Raise `ValueError` for numbers that are not of the encoding's type, or scales that are not float32."""
+    for part, dtype in ((packed.numbers, DTYPES[packed.encoding]), (packed.scales, torch.float32)):
+        for name, t in by_name(part).items():
+            if t.dtype != dtype:
+                raise ValueError(f"{packed.encoding} came as {t.dtype} in {name}; it takes {dtype}")
+
+
+def _check_scales(packed: CompressedUpdate) -> None:
+    """Raise `ValueError` where there is not one finite scale, 0 or more, for every row of the numbers."""
+    wanted = _row_counts(packed.numbers) if packed.encoding == "int8" else {}
+    found = {name: tuple(t.shape) for name, t in by_name(packed.scales).items()}
+    if found != wanted:
+        total = sum(n for (n,) in wanted.values())
+        raise ValueError(
+            f"these numbers take {total} scales in {packed.encoding}, {packed.scales.numel()} came, or for other rows"
+        )
+    for _, _, t in packed.scales.matrices():
+        if not bool(((t >= 0) & (t < torch.inf)).all()):
+            raise ValueError("a scale is negative, infinite or no number")
+
+
+def _row_counts(numbers: LoRA) -> dict[str, tuple[int]]:
+    """The shape of every matrix's scales, by the name of the matrix."""
+    return {f"{s} {m}": (len(_rows(s, t.contiguous())),) for s, m, t in numbers.matrices()}
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """The scale of every row of (rows, n): its largest number is 127 of them.
 
     A scale keeps 16 of its 24 bits, rounded down: then every q times it is exact, and the largest is still 127.
     """
-    t = matrix.detach().to("cpu", torch.float32).contiguous()
-    rows = _rows(side, t)
-    most = rows.abs().amax(1) if t.numel() else torch.empty(0)
-    scales = ((most / LARGEST).view(torch.int32) & ~0xFF).view(torch.float32)
-    scales = torch.where(scales < SMALLEST, 0.0, scales)
-    q = torch.where(scales[:, None] > 0, rows.double() / scales[:, None].double(), 0.0).round()
-    numbers = torch.empty(t.shape, dtype=torch.int8)
-    _rows(side, numbers).copy_(q)
-    return numbers.reshape(-1), scales
+    largest = rows.abs().amax(1) if rows.numel() else torch.zeros(len(rows))
+    scales = ((largest / LARGEST).view(torch.int32) & ~0xFF).view(torch.float32)
+    return torch.where(scales < SMALLEST, 0.0, scales)
+
+
+def _quantised(side: str, matrix: Tensor, scales: Tensor) -> Tensor:
+    """The matrix in int8: x is about q times the scale of its row."""
+    rows, column = _rows(side, matrix).double(), scales[:, None].double()
+    numbers = torch.empty(matrix.shape, dtype=torch.int8)
+    _rows(side, numbers).copy_(torch.where(column > 0, rows / column, 0.0).round())
+    return numbers
+
+
+def _scaled(side: str, numbers: Tensor, scales: Tensor) -> Tensor:
+    """The matrix in float32, every row of int8 times its scale."""
+    matrix = numbers.float().contiguous()
+    _rows(side, matrix).mul_(scales[:, None])
+    return matrix
 
 
 def _rows(side: str, t: Tensor) -> Tensor:

@@ -1,98 +1,77 @@
-"""A message as Flower carries it: a head of plain values as JSON, and at most one array. Nothing is pickled."""
+"""A message as Flower carries it: a head of plain values as JSON, and at most one array of bytes. No pickle."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fedlora.errors import WireError
 
-CARRIED = {torch.bfloat16: torch.int16}  # numpy has no bfloat16: its bits travel
-VECTOR = re.compile(  # numpy's format of a vector, as it writes it
-    rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': '(?P<type><[fi][248]|\|i1)', 'fortran_order': False, "
-    rb"'shape': \((?P<n>\d{1,15}),\), \} *\n",
-    re.DOTALL,
-)
+FORM = "safetensors"  # of an array's bytes
+RUN = "[a-z0-9-]{0,40}"
+RECORDS = {"head", "array"}
+KEYS = {"json", "run"}  # of the record that is the head
 MOST_WORDS = 500  # characters of a refusal: what came may stand in it
 MOST_ERRORS = 100  # that are looked into: pydantic has no way to ask for the first alone
 T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, eq=False)
+class RawMessage:
+    """A message taken apart, nothing of it parsed."""
+
+    head: str  # JSON
+    run: str  # that it belongs to; empty where it says none
+    numbers: bytes | None  # in the safetensors format (see `tensors`); None where there is no array
 
 
 def pack(head: Any, array: ArrayRecord | None = None) -> RecordDict:
-    """A message."""
-    records = RecordDict({"head": ConfigRecord({"json": TypeAdapter(type(head)).dump_json(head).decode()})})
+    """A message of a head and, where it has numbers, their array."""
+    kind: Any = type(head)
+    records = RecordDict({"head": ConfigRecord({"json": _adapter(kind).dump_json(head).decode()})})
     if array is not None:
         records["array"] = array
     return records
 
 
-def read_head(records: RecordDict, kind: type[T]) -> T:
-    """A message's head, checked. Raises `WireError` where it is of another kind."""
-    try:
-        return TypeAdapter(kind).validate_json(text(records), strict=True)
-    except ValidationError as e:
-        if e.error_count() > MOST_ERRORS:
-            raise WireError(f"a message is no {kind.__name__}: {e.error_count()} things are wrong in it") from None
-        first = e.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "head"
-        raise WireError(printable(f"a message is no {kind.__name__}: {place}: {first['msg']}")) from e
+def as_array(content: bytes) -> ArrayRecord:
+    """Bytes in the safetensors format as a message carries them."""
+    return ArrayRecord({"numbers": Array("uint8", (len(content),), FORM, content)})
 
 
-def text(records: RecordDict) -> str:
-    """A message's head as it came. Raises `WireError` where there is none."""
+def stamp(records: RecordDict, run: str) -> RecordDict:
+    """The message, marked with the run it belongs to: a client keeps its own state by it."""
+    records.config_records["head"]["run"] = run
+    return records
+
+
+def unpack(records: RecordDict) -> RawMessage:
+    """The message's head, run and numbers. Raises `WireError` where there is no head, or more than a message has."""
     head = records.config_records.get("head")
-    found = head.get("json") if head is not None else None
-    if not isinstance(found, str):
+    text = head.get("json") if head is not None else None
+    if head is None or not isinstance(text, str):
         raise WireError(printable(f"a message has no head; it has {', '.join(records) or 'nothing'}"))
-    return found
+    if more := sorted([*({*records} - RECORDS), *({*head} - KEYS)]):
+        raise WireError(printable(f"a message has more than was asked for: {', '.join(more)}"))
+    return RawMessage(text, _run(head), _numbers(records))
 
 
-def as_array(vector: Tensor) -> ArrayRecord:
-    """A vector, as a message carries it."""
-    bits = vector.view(CARRIED.get(vector.dtype, vector.dtype))
-    return ArrayRecord({"vector": Array(bits.numpy())})  # in numpy's own format
+def read_head(message: RawMessage, kind: type[T]) -> T:
+    """The message's head as a value of this type. Raises `WireError` where it is of another kind."""
+    head: T = _validated(message, kind, kind.__name__)
+    return head
 
 
-def read_vector(records: RecordDict, dtype: str) -> Tensor:
-    """The one array of a message in the type its head names; of no length where there is none."""
-    arrays = [a for record in records.array_records.values() for a in record.values()]
-    kind: torch.dtype = getattr(torch, dtype)
-    if not arrays:
-        return torch.empty(0, dtype=kind)
-    if len(arrays) > 1:
-        raise WireError(f"a message has {len(arrays)} arrays; it may have one")
-    bits = _numbers(arrays[0])
-    if bits.dtype != CARRIED.get(kind, kind):
-        raise WireError(f"an array is {bits.dtype} of shape {tuple(bits.shape)}; its head says a vector of {dtype}")
-    return bits.view(kind) if len(bits) else torch.empty(0, dtype=kind)  # numpy's empty vector has no stride
-
-
-def _numbers(array: Array) -> Tensor:
-    """The vector that an array's bytes are. Raises `WireError` where they are anything else.
-
-    numpy's own reader has Python evaluate the header: deep ones upset its parser, in Python 3.11 for other threads too
-    (https://github.com/python/cpython/issues/106905), so that an honest upload beside them could be refused.
-    """
-    found = VECTOR.match(array.data)
-    if array.stype != "numpy.ndarray" or not found or found.end() != 10 + int.from_bytes(found["length"], "little"):
-        raise WireError("an array could not be read: it is no vector of numbers in numpy's format")
-    kind, n = np.dtype(found["type"].decode()), int(found["n"])
-    told, here = (array.dtype, tuple(array.shape), len(array.data) - found.end()), (kind.name, (n,), n * kind.itemsize)
-    if told != here:
-        said, are = ("{} of shape {} in {} bytes".format(*what) for what in (told, here))
-        raise WireError(printable(f"an array says it is {said}; its numbers are {are}"))
-    return torch.from_numpy(np.frombuffer(array.data, kind, n, found.end()).copy())
-
-
-def dtype_name(vector: Tensor) -> Any:
-    """The type of a vector, as a head names it."""
-    return str(vector.dtype).removeprefix("torch.")
+def read_either(message: RawMessage, kind: type[T], other: type[U]) -> T | U:
+    """The message's head as a value of one of two types, which their field `kind` tells apart. Raises `WireError`."""
+    head: T | U = _validated(message, Annotated[kind | other, Field(discriminator="kind")], kind.__name__)
+    return head
 
 
 def printable(words: str, also: str = "") -> str:
@@ -113,3 +92,47 @@ def reading(what: str) -> Iterator[None]:
         raise WireError(printable(str(e))) from e
     except Exception as e:
         raise WireError(printable(f"{what} could not be read: {type(e).__name__}: {e}")) from e
+
+
+def _validated(message: RawMessage, kind: Any, name: str) -> Any:
+    try:
+        return _adapter(kind).validate_json(message.head, strict=True)
+    except ValidationError as e:
+        if e.error_count() > MOST_ERRORS:
+            raise WireError(f"a message is no {name}: {e.error_count()} things are wrong in it") from None
+        first = e.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "head"
+        raise WireError(printable(f"a message is no {name}: {place}: {first['msg']}")) from e
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _run(head: ConfigRecord) -> str:
+    """The run that the message says it belongs to. Raises `WireError` for what cannot be a folder's name."""
+    run = head.get("run", "")
+    if not isinstance(run, str) or not re.fullmatch(RUN, run):
+        said = repr(run[:40]) if isinstance(run, str) else f"a {type(run).__name__}"
+        raise WireError(f"a message is of run {said}; a run's name has up to 40 of a-z, 0-9 and -")
+    return run
+
+
+def _numbers(records: RecordDict) -> bytes | None:
+    """The bytes of the message's one array. Raises `WireError` for an array that says it is something else."""
+    if "array" not in records:
+        return None
+    arrays = list(records.array_records.get("array", ArrayRecord()).values())
+    if len(arrays) != 1:
+        raise WireError(f"a message has {len(arrays)} arrays; it may have one")
+    array = arrays[0]
+    n = len(array.data)
+    if (array.dtype, tuple(array.shape), array.stype) != ("uint8", (n,), FORM):
+        raise WireError(
+            printable(
+                f"an array says it is {array.dtype} of shape {tuple(array.shape)} in the form {array.stype!r}; "
+                f"{n} bytes came, and numbers travel as uint8 of shape ({n},) in the form {FORM!r}"
+            )
+        )
+    return bytes(array.data)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.errors import PrivacyError, SecureError
 from fedlora.jobs import Job, MaskingTerms, SecAggStep, Update
-from fedlora.lora import difference
+from fedlora.lora import SIDES, difference
 
 from .secure_aggregation import Keys, Ring, Roster
 
@@ -29,8 +29,12 @@ def roster_of(ask: SecAggStep) -> Roster:
 
 
 def layout(job: Job) -> list[Place]:
-    """Return side, module and shape of every matrix in the vector of a masked update, in their order there."""
-    return [(s, m, t.shape) for s, m, t in job.start.only(job.shares).matrices()]
+    """Return side, module and shape of every matrix in the vector of a masked update, in their order there.
+
+    Modules are sorted, so that the order does not depend on how the job came to whoever asks.
+    """
+    shared = job.start.only(job.shares)
+    return [(s, m, shared.side(s)[m].shape) for s in SIDES for m in sorted(shared.side(s))]
 
 
 def size(job: Job) -> int:

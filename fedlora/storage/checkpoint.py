@@ -4,16 +4,14 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from fedlora.errors import CheckpointError
+from fedlora.tensors import file_bytes, read_file
 
 from .files import write_durably
 
@@ -35,9 +33,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     scores = {"scores": checkpoint.scores} if checkpoint.scores else {}
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record, **scores}, tensors)
-    metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree), "sha256": _digest(tensors)}
+    metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree)}
     try:
-        write_durably(folder / f"round-{checkpoint.round:06d}{SUFFIX}", to_bytes(tensors, metadata=metadata))
+        write_durably(folder / f"round-{checkpoint.round:06d}{SUFFIX}", file_bytes(tensors, metadata))
     except CheckpointError as e:
         raise CheckpointError(f"{e}, then {resume_hint(folder.parent)}") from e
     for old in list(_rounds(folder))[:-2]:
@@ -52,11 +50,9 @@ def resume_hint(run: Path) -> str:
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or none."""
     for path in reversed(list(_rounds(folder))):
-        try:
-            return _read(path)
-        except (SafetensorError, OSError, ValueError, KeyError):
-            continue  # cut short by a crash of the disk: the one before it is whole
-    return None
+        if found := _read(path):
+            return found
+    return None  # one that was cut short by a crash of the disk is passed over: the one before it is whole
 
 
 def pack(value: Any) -> tuple[dict[str, Tensor], str]:
@@ -69,23 +65,17 @@ def _rounds(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob(f"round-*{SUFFIX}"))
 
 
-def _read(path: Path) -> Checkpoint:
-    with safe_open(path, framework="pt") as f:
-        metadata = f.metadata()
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    if metadata.get("sha256", "") not in ("", _digest(tensors)):  # older versions wrote none
-        raise ValueError(f"{path}: its numbers are not those that were written")
-    tree = _unpack(json.loads(metadata["tree"]), tensors)
-    return Checkpoint(int(metadata["round"]), tree["state"], tree["record"], tree.get("scores", {}))
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach().contiguous()
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.view(-1).view(torch.uint8).numpy().data if t.numel() else b"")
-    return digest.hexdigest()
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint in a file; none where the file is damaged."""
+    try:
+        tensors, metadata = read_file(path)
+    except CheckpointError:
+        return None
+    try:
+        tree = _unpack(json.loads(metadata["tree"]), tensors)
+        return Checkpoint(int(metadata["round"]), tree["state"], tree["record"], tree.get("scores", {}))
+    except (ValueError, KeyError):
+        return None
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -94,38 +84,48 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
-        tensors[name] = value.detach().contiguous().clone()  # clone: safetensors refuses tensors that share memory
+        tensors[name] = value.detach()
         return ["tensor", name]
     if isinstance(value, Mapping):
         return ["dict", [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]]
-    kind = f"{type(value).__module__}:{type(value).__qualname__}"
-    if is_dataclass(value) and not isinstance(value, type):
-        return ["dataclass", kind, {f.name: _pack(getattr(value, f.name), tensors) for f in fields(value)}]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return ["namedtuple", kind, [_pack(v, tensors) for v in value]]
     if isinstance(value, tuple | list):
-        return [type(value).__name__, [_pack(v, tensors) for v in value]]
-    raise CheckpointError(
-        f"a strategy's state holds a {kind}; it may hold LoRA, tensors, plain values, tuples of these"
-    )
+        kind = ["namedtuple", _kind(value)] if hasattr(value, "_fields") else [type(value).__name__]
+        return [*kind, [_pack(v, tensors) for v in value]]
+    return _pack_fields(value, tensors)
+
+
+def _pack_fields(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a dataclass. Raises `CheckpointError` for anything else."""
+    if not is_dataclass(value) or isinstance(value, type):
+        raise CheckpointError(
+            f"a strategy's state holds a {_kind(value)}; it may hold LoRA, tensors, plain values, tuples of these"
+        )
+    return ["dataclass", _kind(value), {f.name: _pack(getattr(value, f.name), tensors) for f in fields(value)}]
+
+
+def _kind(value: Any) -> str:
+    """The module and the name of a value's type."""
+    return f"{type(value).__module__}:{type(value).__qualname__}"
 
 
 def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `_pack` made this JSON of. Raises `ValueError` or `KeyError` for another."""
     if not isinstance(tree, list):
         return tree
+    unpack = partial(_unpack, tensors=tensors)
     match tree:
         case ["tensor", name]:
             return tensors[name]
         case ["dict", items]:
-            return {_unpack(k, tensors): _unpack(v, tensors) for k, v in items}
+            return {unpack(k): unpack(v) for k, v in items}
         case ["tuple", items]:
-            return tuple(_unpack(v, tensors) for v in items)
+            return tuple(map(unpack, items))
         case ["list", items]:
-            return [_unpack(v, tensors) for v in items]
+            return list(map(unpack, items))
         case ["dataclass", kind, values]:
-            return _type(kind)(**{k: _unpack(v, tensors) for k, v in values.items()})
+            return _type(kind)(**{k: unpack(v) for k, v in values.items()})
         case ["namedtuple", kind, items]:
-            return _type(kind)(*(_unpack(v, tensors) for v in items))
+            return _type(kind)(*map(unpack, items))
     raise ValueError(f"a checkpoint holds {tree[0]!r}, which this version does not know")
 
 

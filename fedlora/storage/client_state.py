@@ -1,23 +1,31 @@
 """What a client keeps on its own disk: the sides it trains and does not share, by round, and its last answer.
 
-Every file is written whole or not at all, and holds a hash of its numbers: one that was cut short or altered is seen,
-told, and the one before it is used.
+Every file is written whole or not at all, and holds a checksum of its numbers: one that was cut short or altered is
+noticed and logged, and the one before it is used.
 """
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch
+from torch import Tensor
 
-from fedlora.jobs import PrivacySpent, Update
-from fedlora.lora import LoRA
-from fedlora.vectors import content_hash, flatten, unflatten
+from fedlora.errors import CheckpointError, WireError
+from fedlora.jobs import Job, PrivacySpent, Update
+from fedlora.lora import SIDES, LoRA
+from fedlora.tensors import by_name, file_bytes, read_file, to_adapter
 
 from .files import write_durably
 
-DAMAGE = SafetensorError, OSError, ValueError, LookupError, TypeError
+DAMAGE = CheckpointError, WireError, ValueError, LookupError, TypeError
+EARLIER = (  # fields of a Job that were in its name in version 0.1, each as it is
+    *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "metrics", "upload", "feedback", "training"),
+    *("seed", "round", "rounds"),
+)
 log = logging.getLogger("fedlora")
 
 
@@ -55,11 +63,8 @@ class CachedReply:
     def keep(self, job: str, update: Update) -> None:
         """Write the answer to the job of this digest; from then on it may be sent."""
         spent = [update.spent.epsilon, update.spent.charges] if update.spent else None
-        write(
-            self.path,
-            update.lora,
-            {"job": job, "examples": str(update.examples), "loss": json.dumps(update.loss), "spent": json.dumps(spent)},
-        )
+        loss, examples = json.dumps(update.loss), str(update.examples)
+        write(self.path, update.lora, {"job": job, "examples": examples, "loss": loss, "spent": json.dumps(spent)})
 
     def to(self, job: str) -> Update | None:
         """The answer to this job, if it was worked out already, and is whole."""
@@ -78,18 +83,48 @@ class CachedReply:
             return None
 
 
-def write(path: Path, lora: LoRA, told: dict[str, str]) -> None:
-    """An adapter as a file, with a hash of its numbers and whatever else is to be told beside them."""
-    flat = flatten(lora)
-    content = save({"numbers": flat.vector}, metadata={"manifest": flat.manifest, "name": flat.name, **told})
-    write_durably(path, content)
+def write(path: Path, lora: LoRA, metadata: Mapping[str, str]) -> None:
+    """Write an adapter as a file, with a checksum of its numbers and the metadata. Raises `CheckpointError`."""
+    write_durably(path, file_bytes(by_name(lora), metadata))
 
 
 def read(path: Path) -> tuple[LoRA, dict[str, str]]:
-    """The adapter of a file, and what is told beside it. Raises one of `DAMAGE` for a file that is not as written."""
-    with safe_open(path, framework="pt") as f:
-        told = f.metadata()
-        vector = f.get_tensor(f.keys()[0])
-    if "name" in told and content_hash(vector, told["manifest"]) != told["name"]:  # earlier versions wrote none
+    """The adapter and the metadata of a file. Raises one of `DAMAGE` for a file that is not as it was written."""
+    tensors, metadata = read_file(path)
+    if "manifest" in metadata:
+        tensors = _of_one_vector(tensors["numbers"], metadata)
+    return to_adapter(tensors), metadata
+
+
+def earlier_digest(job: Job) -> str:
+    """The name that version 0.1 gave to the job; a ledger may hold it as charged, with the answer still to be sent."""
+    plain = sorted(((name, getattr(job, name)) for name in EARLIER), key=str)
+    terms = replace(job.privacy, known=0) if job.privacy else None
+    privacy = f"Privacy({repr(terms).partition('(')[2]}" if terms else None  # the name of its class was in the hash
+    adapters = {s: job.start.only(s) for s in SIDES} | {f"offset {i}": part for i, part in enumerate(job.offset)}
+    parts = {where: _vector_name(*_one_vector(part)) for where, part in adapters.items() if part.numel()}
+    return sha256(f"({plain!r}, {privacy}, {parts!r})".encode()).hexdigest()
+
+
+def _one_vector(lora: LoRA) -> tuple[Tensor, str]:
+    """The adapter as version 0.1 wrote it: its matrices in one vector, and [[side, module, shape], ...] as JSON."""
+    matrices = list(lora.matrices())
+    vector = torch.cat([t.detach().reshape(-1).to("cpu", torch.float32) for _, _, t in matrices])
+    return vector, json.dumps([[s, m, list(t.shape)] for s, m, t in matrices])
+
+
+def _of_one_vector(vector: Tensor, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The matrices in a file of version 0.1. Raises `ValueError` for numbers that are not those it names."""
+    manifest = metadata["manifest"]
+    name = _vector_name(vector, manifest)
+    if metadata.get("name", name) != name:  # the first files had none
         raise ValueError("its numbers are not those that were written")
-    return unflatten(vector, told["manifest"]), told
+    entries = json.loads(manifest)
+    pieces = torch.split(vector, [torch.Size(shape).numel() for *_, shape in entries])
+    return {f"{side} {m}": piece.view(shape) for (side, m, shape), piece in zip(entries, pieces, strict=True)}
+
+
+def _vector_name(vector: Tensor, manifest: str) -> str:
+    """The hash by which version 0.1 knew a vector and its manifest."""
+    numbers = vector.contiguous().view(torch.uint8).numpy().tobytes()
+    return sha256(f"{vector.dtype}{manifest}".encode() + numbers).hexdigest()

@@ -17,14 +17,15 @@ from typing import Any
 
 import grpc
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.client.deployment import relay, worker
 from fedlora.client.deployment.health import SERVICE
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Numbers, TaskPiece
-from fedlora.messages.envelope import as_array, read_vector, text
-from fedlora.vectors import content_hash
+from fedlora.messages.envelope import as_array, unpack
+from fedlora.messages.parts import content_hash
+from fedlora.tensors import from_bytes, to_bytes
 
 HUGE = 2 * 2**30  # bytes
 PIECES = HUGE // relay.CHUNK
@@ -35,39 +36,37 @@ class Upload:
     """An answer that is being forged: what it says, and its numbers."""
 
     head: dict[str, Any]
-    vector: torch.Tensor
+    tensors: dict[str, torch.Tensor]
 
     def signed(self) -> RecordDict:
         """With the hash that belongs to these numbers, so that no hash gives it away."""
-        head = self.head | {"name": content_hash(self.vector, self.head["manifest"])}
-        return RecordDict({"head": ConfigRecord({"json": json.dumps(head)}), "array": as_array(self.vector)})
+        content = to_bytes(self.tensors)
+        head = self.head | {"name": content_hash(content)}
+        return RecordDict({"head": ConfigRecord({"json": json.dumps(head)}), "array": as_array(content)})
 
 
 def nan(honest: Upload) -> RecordDict:
     """One number of many is none."""
-    vector = honest.vector.clone()
-    vector[len(vector) // 2] = torch.nan
-    return Upload(honest.head, vector).signed()
+    name, t = next(iter(honest.tensors.items()))
+    t.view(-1)[t.numel() // 2] = torch.nan
+    return Upload(honest.head, honest.tensors | {name: t}).signed()
 
 
 def shape(honest: Upload) -> RecordDict:
     """As many numbers as were asked for, the first matrix turned on its side."""
-    manifest = json.loads(honest.head["manifest"])
-    manifest[0][2].reverse()
-    return Upload(honest.head | {"manifest": json.dumps(manifest)}, honest.vector).signed()
+    name, t = next(iter(honest.tensors.items()))
+    return Upload(honest.head, honest.tensors | {name: t.view(*reversed(t.shape))}).signed()
 
 
 def round(honest: Upload) -> RecordDict:
     """A round that is to come."""
-    return Upload(honest.head | {"round": honest.head["round"] + 7}, honest.vector).signed()
+    return Upload(honest.head | {"round": honest.head["round"] + 7}, honest.tensors).signed()
 
 
 def random(honest: Upload) -> RecordDict:
     """A head as it should be; bytes of no format where the numbers should be."""
-    array = Array("float32", tuple(honest.vector.shape), "numpy.ndarray", os.urandom(4 * len(honest.vector)))
-    return RecordDict(
-        {"head": ConfigRecord({"json": json.dumps(honest.head)}), "array": ArrayRecord({"vector": array})}
-    )
+    noise = os.urandom(len(to_bytes(honest.tensors)))
+    return RecordDict({"head": ConfigRecord({"json": json.dumps(honest.head)}), "array": as_array(noise)})
 
 
 FORGED: dict[str, Callable[[Upload], RecordDict]] = {"nan": nan, "shape": shape, "round": round, "random": random}
@@ -75,16 +74,16 @@ FORGED: dict[str, Callable[[Upload], RecordDict]] = {"nan": nan, "shape": shape,
 
 def forge(honest: RecordDict, word: str) -> RecordDict:
     """An honest answer made a false one."""
-    head = json.loads(text(honest))
-    false = FORGED[word](Upload(head, read_vector(honest, head["dtype"])))
-    false.config_records["head"]["run"] = relay.split(honest)[1]
+    message = unpack(honest)
+    false = FORGED[word](Upload(json.loads(message.head), from_bytes(message.numbers or b"")))
+    false.config_records["head"]["run"] = message.run
     return false
 
 
 def huge(honest: RecordDict, same: bool) -> Iterator[AnswerPiece]:
     """2 GB, made as they are sent; where they are the same over and over, Flower carries them once."""
     head, run, _ = relay.split(honest)
-    told = Numbers(dtype="float32", shape=[HUGE // 4], bytes=HUGE)
+    told = Numbers(dtype="uint8", shape=[HUGE], bytes=HUGE)
     yield AnswerPiece(answer=Answer(run=run, head=head, numbers=told))
     for _ in range(PIECES):
         yield AnswerPiece(chunk=bytes(relay.CHUNK) if same else os.urandom(relay.CHUNK))
@@ -97,7 +96,7 @@ def handle(honest_worker: worker.WarmWorker, words: list[str], pieces: Iterator[
     if isinstance(honest, str):
         yield AnswerPiece(failed=Failed(reason=honest))
         return
-    if task.kind == Kind.TRAIN and not text(honest).startswith('{"lacks"'):
+    if task.kind == Kind.TRAIN and json.loads(unpack(honest).head)["kind"] != "lacks":
         word = words[min(json.loads(task.head)["round"], len(words) - 1)]
         if word == "nothing":
             yield AnswerPiece(failed=Failed(reason="it sends nothing"))

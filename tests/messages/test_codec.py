@@ -1,9 +1,9 @@
 """Messages come back as they were, carry only what is lacking, and are refused where they are not what they say."""
 
+import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from fedlora.errors import WireError
 from fedlora.lora import SIDES, LoRA
 from fedlora.messages import codec
-from fedlora.messages.compression import compress_with_error_feedback
-from fedlora.messages.parts import Parts, PartTracker
+from fedlora.messages.compression import compress, compress_with_error_feedback
+from fedlora.messages.envelope import as_array, unpack
+from fedlora.messages.parts import Parts, PartTracker, content_hash, unflatten
 from fedlora.metrics import Metrics
 from fedlora.sections import Encoding, Training
 from fedlora.server import upload_checks
 from fedlora.strategy import Client, Job, Update
-from fedlora.vectors import unflatten
+from fedlora.tensors import number_bytes, to_bytes
 from tests.support.adapters import factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,9 +28,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def equal(x: LoRA, y: LoRA) -> bool:
     return all(
-        list(x.side(s)) == list(y.side(s)) and all(torch.equal(t, y.side(s)[m]) for m, t in x.side(s).items())
+        x.side(s).keys() == y.side(s).keys()
+        and all(t.dtype == y.side(s)[m].dtype and torch.equal(t, y.side(s)[m]) for m, t in x.side(s).items())
         for s in SIDES
     )
+
+
+def order(x: LoRA) -> list[list[str]]:
+    return [list(x.side(s)) for s in SIDES]
 
 
 def send(job: Job, traffic: PartTracker | None = None, dtype: torch.dtype = torch.float32) -> RecordDict:
@@ -39,7 +45,7 @@ def send(job: Job, traffic: PartTracker | None = None, dtype: torch.dtype = torc
 
 def receive(order: codec.IncomingJob) -> Job:
     """The job where all its parts came with it."""
-    return order.job({n: unflatten(f.vector, f.manifest) for n, f in order.sent.items()})
+    return order.job({name: unflatten(flat.content) for name, flat in order.sent.items()})
 
 
 def arrays(records: RecordDict) -> list[Array]:
@@ -64,7 +70,7 @@ def test_a_job_comes_back_as_it_was(
     start = factors(1, rank, dtype).only(sides)
     job = Job(start, offset=offset, training=training, seed=seed, round=round, rounds=rounds, **plain)  # type: ignore[arg-type]
     records = send(job, dtype=dtype)
-    back = receive(codec.read_order(records))
+    back = receive(codec.read_job(unpack(records)))
     assert equal(back.start, job.start)
     assert len(back.offset) == offsets and all(map(equal, back.offset, offset))
     assert replace(back, start=job.start, offset=job.offset).__dict__ == job.__dict__
@@ -76,16 +82,20 @@ def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
     job = Job(factors(1, dtype=dtype), shares="AH")
     update = Update(factors(2, dtype=dtype).only("AH"), 17, 0.1)
     records = codec.pack_update(update, 0)
-    back = upload_checks.validated_update(records, job)
+    back = upload_checks.validated_update(unpack(records), job)
     assert isinstance(back, Update)
-    assert equal(back.lora, update.lora) and (back.examples, back.loss) == (17, 0.1)
+    assert (
+        equal(back.lora, update.lora)
+        and order(back.lora) == order(job.start.only("AH"))
+        and (back.examples, back.loss) == (17, 0.1)
+    )
     assert len(arrays(records)) == 1
 
 
 @pytest.mark.parametrize("loss", [1.5, math.inf])
 @pytest.mark.parametrize("table", [None, torch.arange(9).view(3, 3)], ids=["lm", "classify"])
 def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
-    back = upload_checks.read_metrics(codec.pack_metrics(Metrics(4, 9, loss, 3, table)))
+    back = upload_checks.read_metrics(unpack(codec.pack_metrics(Metrics(4, 9, loss, 3, table))))
     assert isinstance(back, Metrics)
     assert (back.examples, back.targets, back.loss, back.correct) == (4, 9, loss, 3)
     assert (back.confusion is None) == (table is None)
@@ -93,16 +103,13 @@ def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
 
 
 def test_a_client_comes_back() -> None:
-    assert upload_checks.read_client(codec.pack_client(Client(3, 99, 8), "ab")) == (Client(3, 99, 8), "ab")
+    assert upload_checks.read_client(unpack(codec.pack_client(Client(3, 99, 8), "ab"))) == (Client(3, 99, 8), "ab")
 
 
 def test_what_a_client_lacks_comes_back() -> None:
-    records = codec.pack_lacks(codec.MissingParts(("ab", "cd")))
-    assert (
-        upload_checks.validated_update(records, Job(factors(1)))
-        == upload_checks.read_metrics(records)
-        == codec.MissingParts(("ab", "cd"))
-    )
+    lacks = codec.MissingParts(("ab", "cd"))
+    message = unpack(codec.pack_missing_parts(lacks))
+    assert upload_checks.validated_update(message, Job(factors(1))) == upload_checks.read_metrics(message) == lacks
 
 
 def test_only_parts_that_the_client_lacks_travel() -> None:
@@ -111,19 +118,20 @@ def test_only_parts_that_the_client_lacks_travel() -> None:
     first = Job(factors(1), offset=(old,))
     second = Job(LoRA(first.start.A, factors(2).B, first.start.H), offset=(old, new))
     traffic = PartTracker()
-    assert len(codec.read_order(send(first, traffic)).sent) == 4
+    assert len(codec.read_job(unpack(send(first, traffic))).sent) == 4
     before = traffic.down
     records = send(second, traffic)
-    order = codec.read_order(records)
-    sent = [unflatten(f.vector, f.manifest) for f in order.sent.values()]
+    order = codec.read_job(unpack(records))
+    sent = [unflatten(flat.content) for flat in order.sent.values()]
     assert [(list(x.A) != [], list(x.B) != []) for x in sent] == [(False, True), (True, True)]  # B, and `new`
-    assert arrays(records)[0].numpy().nbytes == traffic.down - before
+    assert sum(number_bytes(flat.content) for flat in order.sent.values()) == traffic.down - before
+    assert len(arrays(records)[0].data) == sum(len(flat.content) for flat in order.sent.values())
     assert len(order.names) == 5
 
 
 def test_a_part_that_is_there_twice_travels_once() -> None:
     part = factors(5).only("AB")
-    order = codec.read_order(send(Job(factors(1), offset=(part, part))))
+    order = codec.read_job(unpack(send(Job(factors(1), offset=(part, part)))))
     assert len(order.sent) == 4 and len(receive(order).offset) == 2
 
 
@@ -135,14 +143,14 @@ def test_clients_that_lack_the_same_share_one_array() -> None:
 
 
 def test_no_array_is_pickled() -> None:
-    """Every array is in numpy's own format, which Flower reads with `allow_pickle=False`."""
+    """Every array is in the safetensors format, which opens with the length of a JSON header."""
     for records in (send(Job(factors(1))), codec.pack_update(Update(factors(1, dtype=torch.bfloat16), 1, 0.0), 0)):
-        assert all(a.stype == "numpy.ndarray" and a.data.startswith(b"\x93NUMPY") for a in arrays(records))
+        assert all(a.stype == "safetensors" and a.data[8:10] == b'{"' for a in arrays(records))
 
 
-def with_array(records: RecordDict, array: np.ndarray | Array) -> RecordDict:
-    made = array if isinstance(array, Array) else Array(array)
-    return RecordDict({"head": records["head"], "array": ArrayRecord({"vector": made})})
+def with_array(records: RecordDict, array: ArrayRecord | Array) -> RecordDict:
+    made = ArrayRecord({"numbers": array}) if isinstance(array, Array) else array
+    return RecordDict({"head": records["head"], "array": made})
 
 
 def with_head(records: RecordDict, old: str, new: str) -> RecordDict:
@@ -151,15 +159,25 @@ def with_head(records: RecordDict, old: str, new: str) -> RecordDict:
     return RecordDict({**dict(records.items()), "head": ConfigRecord({"json": text.replace(old, new, 1)})})
 
 
-def damaged(vector: np.ndarray) -> np.ndarray:
-    vector = vector.copy()
-    vector[3] += 1
-    return vector
+def with_part(content: bytes) -> RecordDict:
+    """The job with another first part, of the size and the hash that the head gives."""
+    first, *others = (part.content for part in PARTS.values())
+    name, size = content_hash(first), len(first)
+    records = with_head(SENT, f'["{name}",{size}]', f'["{content_hash(content)}",{len(content)}]')
+    records = with_head(records, f'"start":["{name}"', f'"start":["{content_hash(content)}"')
+    return with_array(records, as_array(b"".join([content, *others])))
+
+
+def damaged(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 JOB = Job(factors(1))
 SENT = send(JOB)
-VECTOR = arrays(SENT)[0].numpy()
+PARTS = Parts(torch.float32).of(JOB)
+PART = next(iter(PARTS.values())).content
+CONTENT = arrays(SENT)[0].data
+LENGTH = len(PART)
 PICKLE = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"\x80\x04K\x01.")
 OTHER = Array(dtype="float32", shape=(1,), stype="pickle", data=b"\x80\x04K\x01.")
 
@@ -173,25 +191,30 @@ OTHER = Array(dtype="float32", shape=(1,), stype="pickle", data=b"\x80\x04K\x01.
         (with_head(SENT, '"trains":"ABH"', '"trains":7'), "trains"),
         (with_head(SENT, '"trains"', '"run":"rm","trains"'), "run"),
         (with_head(SENT, '"batch_size":16', '"batch_size":0'), "batch_size"),
-        (with_head(SENT, '"dtype":"float32"', '"dtype":"object"'), "dtype"),
-        (with_head(SENT, '"dtype":"float32"', '"dtype":"bfloat16"'), "head says a vector of bfloat16"),
-        (with_head(SENT, "[4, 6]", "[4, 7]"), "numbers by their manifests"),
-        (with_head(SENT, "[4, 6]", "[6, 4]"), "hash"),
-        (with_head(SENT, "[4, 6]", '[4, \\"x\\"]'), "could not be read"),
-        (with_array(SENT, VECTOR[:-1]), f"{len(VECTOR) - 1} came"),
-        (with_array(SENT, damaged(VECTOR)), "damaged"),
-        (with_array(SENT, VECTOR[None]), "no vector"),
-        (with_array(SENT, VECTOR.astype(np.float64)), "float64"),
-        (with_array(SENT, VECTOR.astype(">f4")), "could not be read"),
-        (with_array(SENT, PICKLE), "could not be read"),
-        (with_array(SENT, OTHER), "could not be read"),
+        (with_head(SENT, f",{LENGTH}]", ',"x"]'), "sent.0.1"),
+        (with_head(SENT, f",{LENGTH}]", f",{LENGTH + 8}]"), f"parts are {len(CONTENT) + 8} bytes"),
+        (with_head(SENT, f",{LENGTH}]", f",{-LENGTH}]"), "by its head"),
+        (with_head(SENT, '"sent":[["', '"sent":[["f'), "hash"),
+        (with_array(SENT, as_array(CONTENT[:-1])), f"{len(CONTENT) - 1} came"),
+        (with_array(SENT, as_array(damaged(CONTENT, LENGTH - 1))), "damaged"),
+        (with_array(SENT, as_array(damaged(CONTENT, 20))), "damaged"),
+        (with_array(SENT, Array("uint8", (1, len(CONTENT)), "safetensors", CONTENT)), "says it is"),
+        (with_array(SENT, Array("float64", (len(CONTENT),), "safetensors", CONTENT)), "float64"),
+        (with_array(SENT, PICKLE), "says it is float32"),
+        (with_array(SENT, OTHER), "in the form 'pickle'"),
+        (with_part(to_bytes({"X q": torch.ones(2)})), "called 'X q'"),
+        (with_part(to_bytes({"A q": torch.ones(2, dtype=torch.uint8)})), "is of U8"),
+        (with_part(PART[:-4]), "not in the safetensors format"),
+        (with_part(b"\xff" * 80), "the header of these numbers has"),
+        (with_part(PART.replace(b'"shape":[4,6]', b'"shape":[4,7]', 1)), "not in the safetensors format"),
         (RecordDict({"head": SENT["head"]}), "0 came"),
-        (RecordDict({**dict(SENT.items()), "more": SENT["array"]}), "2 arrays"),
+        (RecordDict({**dict(SENT.items()), "more": SENT["array"]}), "more than was asked for: more"),
+        (RecordDict({**dict(SENT.items()), "array": ArrayRecord({"a": PICKLE, "b": PICKLE})}), "2 arrays"),
     ],
 )
 def test_a_malformed_job_is_refused_with_what_is_wrong(records: RecordDict, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        codec.read_order(records)
+        receive(codec.read_job(unpack(records)))
 
 
 @pytest.mark.parametrize(
@@ -204,27 +227,27 @@ def test_a_malformed_job_is_refused_with_what_is_wrong(records: RecordDict, said
 )
 def test_an_update_of_other_shapes_than_the_job_s_is_refused(lora: LoRA, said: str) -> None:
     with pytest.raises(WireError, match=said):
-        upload_checks.validated_update(codec.pack_update(Update(lora, 1, 0.0), 0), JOB)
+        upload_checks.validated_update(unpack(codec.pack_update(Update(lora, 1, 0.0), 0)), JOB)
 
 
 def test_an_update_may_not_share_more_than_was_asked() -> None:
     with pytest.raises(WireError, match=r"H is .* asked for nothing"):
-        upload_checks.validated_update(codec.pack_update(Update(factors(1), 1, 0.0), 0), Job(factors(1), shares="AB"))
+        upload_checks.validated_update(
+            unpack(codec.pack_update(Update(factors(1), 1, 0.0), 0)), Job(factors(1), shares="AB")
+        )
 
 
 @settings(max_examples=300)
-@given(at=st.integers(0, 127) | st.integers(0, 10**6), byte=st.integers(0, 255))  # numpy's header has 128 bytes
+@given(at=st.integers(0, LENGTH) | st.integers(0, 10**6), byte=st.integers(0, 255))  # header and numbers of a part
 def test_no_byte_can_be_changed_unseen(at: int, byte: int) -> None:
     """Whatever one byte becomes, the job is refused, or it is the job that was sent."""
-    array = arrays(SENT)[0]
-    data = bytearray(array.data)
+    data = bytearray(CONTENT)
     data[at % len(data)] = byte
-    made = with_array(SENT, Array(array.dtype, array.shape, array.stype, bytes(data)))
     try:
-        back = receive(codec.read_order(made))
+        back = receive(codec.read_job(unpack(with_array(SENT, as_array(bytes(data))))))
     except WireError:
         return
-    assert equal(back.start, receive(codec.read_order(SENT)).start)
+    assert equal(back.start, receive(codec.read_job(unpack(SENT))).start)
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
@@ -233,7 +256,7 @@ def test_a_small_update_arrives_as_its_client_reckons_with_it(encoding: Encoding
     start, trained = factors(1, dtype=torch.float32), factors(2, dtype=torch.float32)
     packed, received, _ = compress_with_error_feedback(start, trained, LoRA(), encoding)
     records = codec.pack_update(Update(received, 1, 0.5, packed=packed), 0)
-    back = upload_checks.validated_update(records, Job(start, upload=encoding))
+    back = upload_checks.validated_update(unpack(records), Job(start, upload=encoding))
     assert isinstance(back, Update) and back.packed is not None and back.packed.nbytes == packed.nbytes
     assert all(torch.equal(t, back.lora.side(s)[m]) for s in "ABH" for m, t in received.side(s).items())
 
@@ -244,4 +267,17 @@ def test_an_update_in_another_encoding_than_asked_for_is_refused() -> None:
     records = codec.pack_update(Update(received, 1, 0.5, packed=packed), 0)
     for asked in ("float32", "bfloat16"):
         with pytest.raises(WireError, match="an update is of int8"):
-            upload_checks.validated_update(records, Job(start, upload=asked))
+            upload_checks.validated_update(unpack(records), Job(start, upload=asked))
+
+
+def test_the_hash_of_a_small_update_is_of_numbers_scales_and_names() -> None:
+    start, change = factors(1, dtype=torch.float32), compress(factors(2, dtype=torch.float32), "int8")
+    numbers, scales = change.numbers, change.scales
+    others = [
+        replace(change, numbers=LoRA({m: t + 1 for m, t in numbers.A.items()}, numbers.B, numbers.H)),
+        replace(change, scales=LoRA({m: t * 2 for m, t in scales.A.items()}, scales.B, scales.H)),
+        replace(change, numbers=LoRA({f"{m}2": t for m, t in numbers.A.items()}, numbers.B, numbers.H)),
+    ]
+    records = [codec.pack_update(Update(start, 1, 0.5, packed=packed), 0) for packed in (change, change, *others)]
+    names = [json.loads(unpack(r).head)["name"] for r in records]
+    assert names[0] == names[1] and len(set(names)) == 4

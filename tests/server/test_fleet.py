@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora.client.part_cache import PartStore
 from fedlora.errors import Failure, FailureKind, RoundFailed
 from fedlora.messages import codec
+from fedlora.messages.envelope import unpack
 from fedlora.server.fleet import FleetRules, FlowerFleet
 from fedlora.server.replies import KIND_OF_CODE, read_error
 from fedlora.strategy import Client, Job, Update
@@ -66,10 +67,10 @@ def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | N
     @app.train()
     def train(message: Message, context: Context) -> Message:
         before(int(context.node_config["partition-id"]))
-        order = codec.read_order(message.content)
+        order = codec.read_job(unpack(message.content))
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
-            return Message(codec.pack_lacks(codec.MissingParts(lacks)), reply_to=message)
+            return Message(codec.pack_missing_parts(codec.MissingParts(lacks)), reply_to=message)
         return Message(codec.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
 
     return app
@@ -199,8 +200,8 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        asked.append(len(codec.read_order(message.content).sent))
-        return Message(codec.pack_lacks(codec.MissingParts(("x",))), reply_to=message)
+        asked.append(len(codec.read_job(unpack(message.content)).sent))
+        return Message(codec.pack_missing_parts(codec.MissingParts(("x",))), reply_to=message)
 
     fleet = FlowerFleet(Threads(app), FleetRules(1))
     fleet.clients()

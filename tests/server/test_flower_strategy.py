@@ -18,7 +18,7 @@ from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategy import Client, title
-from fedlora.vectors import flatten
+from fedlora.vectors import to_vector
 from tests.support.adapters import factors, fresh
 
 OPTIONS: dict[str, dict[str, Any]] = {  # such that every rule does something
@@ -61,10 +61,10 @@ def flower(request: pytest.FixtureRequest) -> FlowerStrategy:
 def kept_alive(flower: FlowerStrategy, rounds: int) -> torch.Tensor:
     """The vector that one object of Flower's comes to, driven as Flower drives it but for the network."""
     own = OFFERED[flower.name](fraction_train=0.0, **cast(dict[str, Any], dict(flower.options)))
-    record = arrays(flatten(fresh(), torch.float64).vector)
+    record = arrays(to_vector(fresh(), torch.float64))
     for t in range(rounds):
         own.configure_train(t + 1, record, ConfigRecord(), cast(Grid, None))
-        replies = [reply(flatten(u, torch.float64).vector, w) for u, w in zip(updates(t), WEIGHTS, strict=True)]
+        replies = [reply(to_vector(u, torch.float64), w) for u, w in zip(updates(t), WEIGHTS, strict=True)]
         result, _ = own.aggregate_train(t + 1, replies)
         assert result is not None
         record = result
@@ -72,7 +72,7 @@ def kept_alive(flower: FlowerStrategy, rounds: int) -> torch.Tensor:
 
 
 def test_three_rounds_are_those_of_flowers_own_object_kept_alive(flower: FlowerStrategy) -> None:
-    got = flatten(flower.adapter(run(flower, 3)), torch.float64).vector
+    got = to_vector(flower.adapter(run(flower, 3)), torch.float64)
     assert_close(got, kept_alive(flower, 3))
 
 

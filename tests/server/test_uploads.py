@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -21,8 +20,10 @@ from hypothesis import strategies as st
 from fedlora.errors import Failure, FailureKind, WireError
 from fedlora.jobs import MaskingTerms
 from fedlora.lora import SIDES, LoRA
-from fedlora.messages import codec
+from fedlora.messages import codec, envelope
 from fedlora.messages.compression import compress, restore
+from fedlora.messages.envelope import unpack
+from fedlora.messages.parts import unflatten
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
 from fedlora.run.plan import Plan, RoundResult
@@ -31,7 +32,6 @@ from fedlora.server import upload_checks
 from fedlora.server.fleet import FleetRules, FlowerFleet
 from fedlora.server.rounds import fit
 from fedlora.strategy import Client, Job, Update, load
-from fedlora.vectors import unflatten
 from tests.server.test_fleet import Threads
 from tests.support import malform
 from tests.support.adapters import factors
@@ -54,17 +54,14 @@ UPDATE: dict[tuple[str, ...], Any] = {
     ("examples",): NO_COUNT,
     ("loss",): [*NOT_FLOAT, INF, -INF, 10**4000],
     ("spent",): [*SPENT, "x", 1, [], True, {"epsilon": 1, "charges": 1, "x": 1}, {"epsilon": "1", "charges": 1}],
-    ("manifest",): [*NOT_TEXT, "x", "null", "{}", "[[]]", '["ABC"]', "[" * 10**4],
-    ("dtype",): [*NOT_TEXT, "", "object", "complex64", "float", "uint8", "Float32", "x" * 10**4],
+    ("kind",): [*NOT_TEXT, "", "metrics", "lacks", "Update", "x" * 10**4],
     ("name",): [*NOT_TEXT, "", "0" * 64, "x" * 10**4, "\n\x1b[2J"],
     ("round",): [*NO_COUNT, 0, 2, 10**4300 - 2],
-    ("scales",): [*NO_COUNT, 1, 10**6],
 }
-METRICS = {(k,): NO_COUNT for k in ("examples", "targets", "correct", "classes")}
+METRICS = {(k,): NO_COUNT for k in ("examples", "targets", "correct")}
 METRICS |= {
     ("loss",): [*NOT_FLOAT, None],
-    ("dtype",): [*NOT_TEXT, "", "float32", "int32"],
-    ("classes",): [0, 1, 4, 10**6],
+    ("kind",): [*NOT_TEXT, "", "update", "lacks", "x" * 10**4],
 }
 CLIENT = {("client", k): NO_COUNT for k in ("id", "examples", "rank", "records")}
 CLIENT |= {("client",): [*NOT_TEXT, {"id": 1}], ("base",): NOT_TEXT}
@@ -86,8 +83,10 @@ def update_kind(job: Job, update: Update) -> Kind:
         hidden = update.masked is None or torch.equal(got.masked, update.masked)
         return hidden and equal(got.lora, update.lora) and 0 <= got.examples <= upload_checks.MOST_EXAMPLES
 
-    read = partial(upload_checks.validated_update, job=job, largest_step=STEP)
-    return Kind(codec.pack_update(update, job.round), read, same, UPDATE, optional=("scales",))
+    def read(records: RecordDict) -> Any:
+        return upload_checks.validated_update(unpack(records), job, STEP)
+
+    return Kind(codec.pack_update(update, job.round), read, same, UPDATE)
 
 
 def possible(got: Any) -> bool:
@@ -116,22 +115,28 @@ def kinds() -> dict[str, Kind]:
         "small": update_kind(Job(start, upload="int8", round=1), small(start, trained)),
         "masked": update_kind(masked, Update(LoRA(), 17, None, masked=numbers)),
         "metrics": Kind(
-            codec.pack_metrics(Metrics(4, 9, 0.5, 3, table)), upload_checks.read_metrics, possible, METRICS, ("dtype",)
+            codec.pack_metrics(Metrics(4, 9, 0.5, 3, table)),
+            lambda records: upload_checks.read_metrics(unpack(records)),
+            possible,
+            METRICS,
         ),
         "introduction": Kind(
-            codec.pack_client(introduced, "ab"), upload_checks.read_client, lambda got: got[0].rank > 0, CLIENT
+            codec.pack_client(introduced, "ab"),
+            lambda records: upload_checks.read_client(unpack(records)),
+            lambda got: got[0].rank > 0,
+            CLIENT,
         ),
         "said": Kind(
             codec.pack_said({"1": "ab", "2": "cd"}),
-            upload_checks.read_said,
+            lambda records: upload_checks.read_said(unpack(records)),
             lambda got: all(isinstance(x, str) for pair in got.items() for x in pair),
             {("said",): NOT_TEXT[:-3], ("said", "1"): NOT_TEXT},
         ),
         "lacks": Kind(
-            codec.pack_lacks(lacks),
-            partial(upload_checks.validated_update, job=Job(start)),
+            codec.pack_missing_parts(lacks),
+            lambda records: upload_checks.validated_update(unpack(records), Job(start)),
             lambda got: bool(got.lacks) and all(isinstance(x, str) for x in got.lacks),
-            {("lacks",): [*NOT_TEXT[:6], "x", [1], [None], [["x"]], ["x", 1], {"x": "y"}]},
+            {("lacks",): [*NOT_TEXT[:6], "x", [1], [None], [["x"]], ["x", 1], {"x": "y"}], ("kind",): NOT_TEXT},
         ),
     }
     return made
@@ -210,8 +215,8 @@ class Held:
         self._parts: dict[str, LoRA] = {}
 
     def job(self, message: Message) -> Job:
-        order = codec.read_order(message.content)
-        self._parts |= {n: unflatten(f.vector, f.manifest) for n, f in order.sent.items()}
+        order = codec.read_job(unpack(message.content))
+        self._parts |= {name: unflatten(flat.content) for name, flat in order.sent.items()}
         return order.job(self._parts)
 
 
@@ -241,7 +246,7 @@ def honest(i: int) -> ClientApp:
 
 def reply(message: Message, records: RecordDict) -> Message:
     if isinstance(records.get("head"), ConfigRecord):
-        codec.stamp(records, codec.run_of(message.content))
+        envelope.stamp(records, unpack(message.content).run)
     return Message(records, reply_to=message)
 
 
@@ -256,7 +261,7 @@ def liar(i: int) -> ClientApp:
         answer = reply(message, random.choice(kind.ways)(kind, random))
         if random.random() < 0.1:
             answer = reply(message, kind.records)
-            codec.stamp(answer.content, random.choice(["another-run", "", "../x", "x" * 10**5]))
+            envelope.stamp(answer.content, random.choice(["another-run", "", "../x", "x" * 10**5]))
         return answer
 
     @lies.evaluate()

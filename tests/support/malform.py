@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto  # type: ignore[attr-defined]
 
-from fedlora.vectors import content_hash
+from fedlora.messages.parts import content_hash
+from fedlora.tensors import from_bytes, to_bytes
 
 INF, NAN = float("inf"), float("nan")
 NOT_TEXT: list[Any] = [1, 1.5, True, None, [], {}, ["x"], [[[]]]]
@@ -45,14 +45,18 @@ class Kind:
         return head
 
     @property
-    def vector(self) -> np.ndarray:
-        return self.records.array_records["array"]["vector"].numpy()
+    def array(self) -> Array:
+        return self.records.array_records["array"]["numbers"]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return from_bytes(self.array.data)
 
     @property
     def ways(self) -> list["Way"]:
         """What can be done to it, each so that it must be refused."""
         arrays = ARRAYS if "array" in self.records else [unasked]
-        return [*HEADS, *HEADS, *RECORDS, *arrays, *arrays, *(SEALED if "manifest" in self.head else [])]
+        return [*HEADS, *HEADS, *RECORDS, *arrays, *arrays, *(SEALED if "name" in self.head else [])]
 
     def with_head(self, head: Any) -> RecordDict:
         """Itself with another head: JSON, or what is to be it."""
@@ -60,15 +64,16 @@ class Kind:
         return RecordDict({**dict(self.records.items()), "head": ConfigRecord({"json": said})})
 
     def with_array(self, array: Array) -> RecordDict:
-        return RecordDict({**dict(self.records.items()), "array": ArrayRecord({"vector": array})})
+        return RecordDict({**dict(self.records.items()), "array": ArrayRecord({"numbers": array})})
 
-    def sealed(self, vector: np.ndarray, **head: Any) -> RecordDict:
-        """Itself with other numbers and fields, and the hash that goes with them: a liar can do that."""
-        new = {**self.head, **head}
-        bits = torch.from_numpy(vector)
-        kind = getattr(torch, new["dtype"])
-        name = content_hash(bits if bits.dtype == kind else bits.view(kind), new["manifest"])
-        return replace(self, records=self.with_array(Array(vector))).with_head({**new, "name": name})
+    def with_bytes(self, content: bytes) -> RecordDict:
+        """Itself with other bytes, in an array that says nothing false of itself."""
+        return self.with_array(Array("uint8", (len(content),), "safetensors", content))
+
+    def sealed(self, content: bytes) -> RecordDict:
+        """Itself with other bytes, and the hash that goes with them: a liar can do that."""
+        head = {**self.head, "name": content_hash(content)}
+        return replace(self, records=self.with_bytes(content)).with_head(head)
 
 
 Way = Callable[[Kind, Random], RecordDict]
@@ -116,107 +121,150 @@ def no_text(kind: Kind, random: Random) -> RecordDict:
     return RecordDict({**dict(kind.records.items()), "head": ConfigRecord({"json": value})})
 
 
-def lying_manifest(kind: Kind, random: Random) -> RecordDict:
-    """Hash and all, so that the manifest itself must be looked at."""
-    entries = json.loads(kind.head["manifest"] or '[["A", "q", [4, 6]]]')
-    i = random.randrange(len(entries))
-    side, module, shape = entries[i]
+def lying_header(kind: Kind, random: Random) -> RecordDict:
+    """Hash and all, so that the header of the numbers itself must be looked at."""
+    header, body = parted(kind.array.data)
+    name = random.choice(list(header))
+    entry = header[name]
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
     n = int(np.prod(shape))
+    shapes: list[Any] = [
+        *([*shape[::-1], 1], [n, 1, 1], [-d for d in shape], [n + 1], [2**32, 2**32, *shape], [0, 2**39, 2**39]),
+        *([2**39, 2**39, 0], [2**63], [2**64], [10**4000], [float(d) for d in shape], [str(d) for d in shape]),
+        *([[d] for d in shape], [NAN], [None], [True] * 9, n, None, "x", {}, [1] * 60 + [n], [n] * 3, []),
+    ]
+    types: list[Any] = [
+        *["F33", "F4", "BOOL", "U8", "I16", "U32", "C64", "F8_E4M3", "f32", "float32"],
+        "",
+        7,
+        None,
+        ["F32"],
+    ]
+    offsets: list[Any] = [
+        *([begin, end + 1], [begin + 1, end], [begin + 1, end + 1], [end, begin], [begin, 2**64], [-1, end]),
+        *([begin, float(end)], [begin, str(end)], [begin], [begin, end, end], [], None, "x", end, [2**63, 2**63 + end]),
+    ]
     lies: list[Any] = [
-        *([side, word(random) + "+", shape], [s, module, shape] if (s := random.choice(["", "AB", "X", "a"])) else []),
-        *([side, module, [*shape[::-1], 1]], [side, module, [n, 1, 1]], [side, module, [-d for d in shape]]),
-        *([side, module, [2**32, 2**32, *shape]], [side, module, [0, 2**39, 2**39]], [side, module, [2**63]]),
-        *([side, module, [float(d) for d in shape]], [side, module, [str(d) for d in shape]], [side, module, n]),
-        *([side, module, [[d] for d in shape]], [side, module, [10**4000]], [side, module, [NAN]], [side, module]),
-        *([side, module, shape, 1], [None, module, shape], [side, None, shape], [side, [module], shape], "ABC", {}, 3),
-        *([side, module, None], [side, module, [True] * 9], [[side], module, shape], {"A": 1, "B": 2, "C": 3}, None),
+        *({**entry, "shape": lie} for lie in random.sample(shapes, 4)),
+        *({**entry, "dtype": random.choice(types)}, {**entry, "data_offsets": random.choice(offsets)}),
+        *(without(entry, random.choice(list(entry))), None, 3, [], "x", [entry]),
     ]
-    one = [*entries[:i], random.choice(lies), *entries[i + 1 :]]
-    whole: list[Any] = [
-        [*entries, entries[i]],
-        entries[:i] + entries[i + 1 :],
-        [*entries, *(["A", "x", [0]] for _ in SIZES)],
+    changed = {**header, name: random.choice(lies)}
+    return kind.sealed(joined(random.choice([changed, changed, changed, names(header, name, random)]), body))
+
+
+def names(header: dict[str, Any], name: str, random: Random) -> dict[str, Any]:
+    """The header with a tensor called otherwise, missing, there twice in the bytes, or with more of them."""
+    rest = without(header, name)
+    module, entry = name.rpartition(" ")[2], header[name]
+    sides = (f"{side} {module}" for side in ("AB", "X", "a", ""))
+    other = random.choice([f"{name}+", module + "+", "", " ", *sides])
+    end = max(e["data_offsets"][1] for e in header.values())
+    many = 10**5 if random.random() < 0.01 else random.choice((1, 10, 500))
+    empty = {"dtype": entry["dtype"], "shape": [0], "data_offsets": [end, end]}
+    wrong: list[dict[str, Any]] = [
+        *(rest, {}, {**rest, other: entry}, {**rest, word(random) + "+": entry}, {**header, f"{name}+": entry}),
+        {**header, **{f"A {j}+": empty for j in range(many)}},
+        {**rest, "__metadata__": entry},
+        {**header, "__metadata__": random.choice([3, "x", [], {"x": 1}, {"x": None}, {"x": {}}])},
     ]
-    many = [["A", str(j), [0]] for j in range(10**5 if random.random() < 0.01 else random.choice((10, 500)))]
-    told = random.choice([one, one, one, one, *whole, many, {}, 3, "[]"])
-    text = json.dumps(told)
-    text = random.choice([text, text, text, text + ",", "[" * 5000])
-    return kind.sealed(kind.vector, manifest=text)
+    return random.choice(wrong)
+
+
+def without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k != name}
+
+
+def no_header(kind: Kind, random: Random) -> RecordDict:
+    """Hash and all: where the header should be there is none, or one that cannot be read, or is not that long."""
+    header, body = parted(kind.array.data)
+    text = json.dumps(header)
+    deep = random.choice(["[", '{"a":', "[[],"]) * random.choice((10, 300, 10_000))
+    cut = text[: random.randrange(len(text))]
+    texts = [cut, deep, "", "null", "[]", "3", text + "x", word(random) + "x", "\0" + text]
+    n = random.choice([0, 1, 7, len(text) - 1, len(text) + 1, 2**31, 2**40, 2**62, 2**63, 2**64 - 9, 2**64 - 1])
+    whole = kind.array.data
+    wrong = [
+        *(joined(random.choice(texts), body), joined(random.choice(texts), body), joined(header, body, n)),
+        *(joined(b"\xff" + text.encode(), body), joined(header, body[:-1]), joined(header, body + b"\0")),
+        *(whole[: random.randrange(len(whole))], whole[1:], whole + whole, random.randbytes(random.choice(SIZES))),
+        joined(text + " " * random.choice((10**5, 10**6)), body),
+    ]
+    return kind.sealed(random.choice(wrong))
+
+
+def retyped(tensors: Mapping[str, torch.Tensor], random: Random, types: Sequence[torch.dtype]) -> bytes:
+    """The tensors in one of these types that none of them has."""
+    to = random.choice([t for t in types if all(x.dtype != t for x in tensors.values())])
+    return to_bytes({name: t.to(to) for name, t in tensors.items()})
 
 
 def other_type(kind: Kind, random: Random) -> RecordDict:
-    v = kind.vector
-    types = ["i1", "i2", "i4", "i8", "u1", "u2", "f2", "f4", "f8", "c8", "?", ">f4", ">i8", "U4", "S3", "V4", "M8[s]"]
-    to = random.choice([t for t in types if np.dtype(t) != v.dtype])
-    two = np.zeros(len(v), [("x", v.dtype), ("y", v.dtype)])
-    with np.errstate(all="ignore"):
-        one = np.zeros(len(v), to) if to[0] in "USVM" else v.astype(to, casting="unsafe")
-    return kind.with_array(Array(two if random.random() < 0.2 else one))
+    more = torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64, torch.bool, torch.bfloat16
+    return kind.with_bytes(retyped(kind.tensors, random, more))
 
 
 def other_shape(kind: Kind, random: Random) -> RecordDict:
-    v = kind.vector
-    n = random.randrange(len(v))
-    shapes = [v[None], v[:, None], v[:n], np.concatenate([v, v[: n + 1]]), v[n], np.asfortranarray(v.reshape(1, -1, 1))]
-    return kind.with_array(Array(np.asarray(random.choice(shapes))))
+    tensors = kind.tensors
+    name = random.choice(list(tensors))
+    t = tensors[name]
+    n = random.randrange(len(t))
+    shapes = [t[None], t[..., None], t[:n], torch.cat([t, t[: n + 1]]), t[n], t.reshape(1, -1, 1)]
+    return kind.with_bytes(to_bytes({**tensors, name: random.choice(shapes)}))
 
 
 def other_fields(kind: Kind, random: Random) -> RecordDict:
-    a = kind.records.array_records["array"]["vector"]
+    a = kind.array
     shape = random.choice([(), (1,), (0,), (-1,), (*a.shape, 1), (a.shape[0] + 1,), (2**62, 2**62)])
-    dtype = random.choice(["", "object", "float", "uint8", word(random)])
-    stype = random.choice(["", "pickle", "torch", "npy"])
+    dtype = random.choice(["", "object", "float", "int8", word(random)])
+    stype = random.choice(["", "pickle", "torch", "npy", "numpy.ndarray"])
     told = [(dtype, a.shape, a.stype), (a.dtype, shape, a.stype), (a.dtype, a.shape, stype)]
     return kind.with_array(Array(*random.choice(told), a.data))
 
 
 def other_bytes(kind: Kind, random: Random) -> RecordDict:
-    """An array whose bytes are no vector in numpy's format, or more than one."""
-    a = kind.records.array_records["array"]["vector"]
-    rest = random.randbytes(random.choice(SIZES[1:]))
-    many = [a.data[: random.randrange(len(a.data))], a.data + rest, rest, rest + a.data, header(random), zipped(random)]
-    return kind.with_array(Array(a.dtype, a.shape, a.stype, random.choice([*many, b"\x93NUMPY" + rest, a.data * 2])))
+    """Bytes that are no safetensors file, or more than one."""
+    data, rest = kind.array.data, random.randbytes(random.choice(SIZES[1:]))
+    many = [data[: random.randrange(len(data))], data + rest, rest, rest + data, data * 2, zipped(random), npy(rest)]
+    return kind.with_bytes(random.choice(many))
 
 
 def pickled(kind: Kind, random: Random) -> RecordDict:
     """An array of objects; who unpickles it makes a file."""
     code = b"cbuiltins\nopen\n(S'" + str(PICKLED).encode() + b"'\nS'w'\ntR."
-    a = kind.records.array_records["array"]["vector"]
-    dtype = random.choice(["'|O'", "[('x', '|O')]", "object", "'<f4'"])
-    data = random.choice([code, npy(f"{{'descr': {dtype}, 'fortran_order': False, 'shape': (1,), }}".encode(), code)])
-    return kind.with_array(Array(a.dtype, a.shape, random.choice(["numpy.ndarray", "pickle"]), data))
+    data = random.choice([code, npy(code, "|O"), npy(code, "<f4")])
+    stype = random.choice(["numpy.ndarray", "pickle", "safetensors"])
+    return kind.with_array(Array("uint8", (len(data),), stype, data))
 
 
 def changed_number(kind: Kind, random: Random) -> RecordDict:
     """Another number, and the hash as it was; where there is no hash, one that cannot be counted."""
-    v = kind.vector.copy()
-    i = random.randrange(len(v))
-    v[i : i + 1] = v[i : i + 1] + 1 if "name" in kind.head else -1
-    return kind.with_array(Array(v))
+    tensors = kind.tensors
+    numbers = tensors[random.choice(list(tensors))].view(-1)
+    i = random.randrange(len(numbers))
+    numbers[i] = numbers[i] + 1 if "name" in kind.head else -1
+    return kind.with_bytes(to_bytes(tensors))
 
 
 def no_number(kind: Kind, random: Random) -> RecordDict:
     """One that is not finite, or too large, and the hash that goes with it; of masked numbers another count."""
-    v, value = kind.vector.copy(), random.choice([NAN, INF, -INF, 1e9, -1e9, 1e30])
-    if v.dtype == np.int32:
-        return kind.sealed(v[: random.randrange(len(v))])
-    if v.dtype == np.int8:
-        scale = len(v) - 4 * random.randint(1, kind.head["scales"])
-        v[scale : scale + 4] = np.array([value], np.float32).view(np.int8)
-        return kind.sealed(v)
-    with np.errstate(over="ignore"):
-        v[random.randrange(len(v))] = value
-    return kind.sealed(v)
+    tensors, value = kind.tensors, random.choice([NAN, INF, -INF, 1e9, -1e9, 1e30])
+    if "masked" in tensors:
+        return kind.sealed(to_bytes({"masked": tensors["masked"][: random.randrange(len(tensors["masked"]))]}))
+    numbers = random.choice([t for t in tensors.values() if t.is_floating_point()]).view(-1)  # of int8, the scales
+    numbers[random.randrange(len(numbers))] = value
+    return kind.sealed(to_bytes(tensors))
 
 
 def as_another_type(kind: Kind, random: Random) -> RecordDict:
-    """Numbers of a type that was not asked for, in array, head and hash alike."""
-    to = random.choice([t for t in ("int8", "int32", "int64") if t != kind.head["dtype"]])
-    return kind.sealed(kind.vector.astype(to, casting="unsafe"), dtype=to)
+    """Numbers of a type that was not asked for, and the hash that goes with them."""
+    return kind.sealed(retyped(kind.tensors, random, (torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool)))
 
 
 def unasked(kind: Kind, random: Random) -> RecordDict:
-    return kind.with_array(Array(np.zeros(random.choice(SIZES), random.choice(["f4", "i8", "i1"]))))
+    dtype = random.choice([torch.float32, torch.int64, torch.int8])
+    numbers = torch.zeros(random.choice(SIZES), dtype=dtype)
+    return kind.with_bytes(to_bytes({random.choice(["A q", "confusion"]): numbers}))
 
 
 def more_records(kind: Kind, random: Random) -> RecordDict:
@@ -246,7 +294,7 @@ def other_records(kind: Kind, random: Random) -> RecordDict:
 HEADS: list[Way] = [wrong_value, wrong_value, missing_field, extra_field, no_json, large_head, no_text]
 RECORDS: list[Way] = [more_records, other_records]
 ARRAYS: list[Way] = [other_type, other_shape, other_fields, other_bytes, pickled, changed_number]
-SEALED: list[Way] = [lying_manifest, lying_manifest, no_number, as_another_type]
+SEALED: list[Way] = [lying_header, lying_header, lying_header, no_header, no_number, as_another_type]
 
 
 def over_the_wire(kind: Kind, other: Kind, random: Random) -> RecordDict:
@@ -273,23 +321,24 @@ def word(random: Random) -> str:
     return "".join(random.choices("ab\n\x1b\u202eé字🙂\\\"'{[ ", k=random.choice(SIZES)))
 
 
-def npy(header: bytes, body: bytes = b"", version: int = 1) -> bytes:
-    """A file in numpy's format with this header."""
-    size = struct.pack("<H" if version == 1 else "<I", len(header))
-    return b"\x93NUMPY" + bytes([version, 0]) + size + header + body
+def parted(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of bytes in the safetensors format, and what follows it."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8:end])
+    return header, content[end:]
 
 
-def header(random: Random) -> bytes:
-    """A header that asks for too much, or that Python would choke on."""
-    shape = random.choice(["(1000000000000,)", f"({2**63 - 1},)", f"({2**32}, {2**32})", "(-5,)", "(True,)", "()", "3"])
-    dtype = random.choice(
-        ["'<f4'", "'|V0'", "'(40,)<f4'", "'(1000000000,)<f4'", "'f4,f4,f4'", "'|O'", "'<f3'", "[[[[]]]]"]
-    )
-    plain = f"{{'descr': {dtype}, 'fortran_order': {random.random() < 0.5}, 'shape': {shape}, }}\n"
-    long = random.choice(
-        ["-" * 900, "(" * 900, "not " * 200, "1" + "+1" * 400, "a" + "()" * 400, "[" * 190 + "]" * 190]
-    )
-    return npy(random.choice([plain, plain, long]).encode(), b"\0" * random.choice(SIZES), random.choice((1, 2, 3, 9)))
+def joined(header: Any, body: bytes, size: int | None = None) -> bytes:
+    """Bytes in the safetensors format with this header, which says that it is of this size."""
+    text = header if isinstance(header, str | bytes) else json.dumps(header)
+    raw = text.encode(errors="replace") if isinstance(text, str) else text
+    return (len(raw) if size is None else size).to_bytes(8, "little") + raw + body
+
+
+def npy(body: bytes, dtype: str = "<f4") -> bytes:
+    """A file in numpy's format, which nobody reads here."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': (1,), }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
 
 
 def zipped(random: Random) -> bytes:

@@ -20,7 +20,8 @@ from flwr.app import RecordDict
 from fedlora import config
 from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import is_serving
-from fedlora.messages import codec
+from fedlora.messages import codec, envelope
+from fedlora.messages.envelope import unpack
 from fedlora.messages.parts import Parts
 from fedlora.run.setup import RunSetup, for_server, settings_for_clients
 from fedlora.sections import Training
@@ -60,7 +61,7 @@ class Beside:
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
     def ask(self, kind: str, content: RecordDict) -> RecordDict:
-        return relay.ask(f"unix:{self.socket}", kind, codec.stamp(content, RUN), None)
+        return relay.ask(f"unix:{self.socket}", kind, envelope.stamp(content, RUN), None)
 
     @property
     def log(self) -> str:
@@ -88,7 +89,7 @@ def letter(a_job: Job) -> RecordDict:
 
 
 def update(records: RecordDict, a_job: Job) -> Update:
-    read = upload_checks.validated_update(records, a_job)
+    read = upload_checks.validated_update(unpack(records), a_job)
     assert isinstance(read, Update)
     return read
 
@@ -130,9 +131,9 @@ def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside,
 
 def test_what_it_refuses_is_a_reason(beside: Beside, setup: RunSetup) -> None:
     with pytest.raises(RuntimeError, match="settings are not known here"):
-        relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "other-run"), None)
+        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(job(setup)), "other-run"), None)
     with pytest.raises(RuntimeError, match="a run's name has up to 40"):
-        relay.ask(f"unix:{beside.socket}", "train", codec.stamp(letter(job(setup)), "../../etc"), None)
+        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(job(setup)), "../../etc"), None)
     with pytest.raises(RuntimeError, match="a message is no JobHead"):
         beside.ask("train", codec.pack_hello({}))
 
