@@ -1,7 +1,8 @@
-"""`fedlora export`: what a run came to as others load it: a PEFT adapter, a whole model, or an adapter a client.
+"""`fedlora export`: the model of a run in the form that others load: a PEFT adapter, a whole model, or one adapter for
+each client.
 
-Nothing is called done before it was loaded afresh, as a stranger would, and gave the logits of the model as the run
-wears it. Until then it lies in a hidden folder beside its place, which an error or Ctrl-C takes away.
+An export counts only once it was loaded afresh, as a stranger would load it, and gave the logits of the run's model.
+Until then it lies in a hidden folder beside its place, which an error or Ctrl-C removes.
 """
 
 import json
@@ -35,7 +36,7 @@ from .directory import RunDirectory
 from .setup import RunSetup, mute_transformers, reopen
 
 FORMS = ("adapter", "merged", "per-client")
-EXAMPLES = 8  # on which the exported model is compared with the worn one
+EXAMPLES = 8  # on which the exported model is compared with the run's
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the logits' size; a merged weight is rounded so
 
 
@@ -60,7 +61,7 @@ class Unverified:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A few examples, and what else it takes to look at a model of the run's kind."""
+    """A few examples, and how models of the run's kind are asked about them."""
 
     config: ModelConfig
     schema: Schema
@@ -69,7 +70,7 @@ class Probe:
 
     @torch.no_grad()
     def logits(self, net: nn.Module) -> Tensor:
-        """(examples, classes), or (examples, vocabulary) after every example's last token."""
+        """The model's logits: (examples, classes), or (examples, vocabulary) after every example's last token."""
         if self.config.quantize == "none":  # a quantised base is where it belongs already
             net.to(self.device)
         inputs = {k: v.to(self.device) for k, v in self.batch.items() if k != "labels"}
@@ -80,7 +81,7 @@ class Probe:
 
 
 def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) -> None:
-    """Write what the run in `path` has come to, verify it, and print what was done.
+    """Write the model of the run in `path`, verify what was written, and print where it is and how to load it.
 
     `form` is adapter, merged or per-client; `max_rank` the highest rank an adapter may have, 0 for what it takes;
     `out` a folder that is not there yet, by default `path`/export-`form`. Raises `ConfigError` for what cannot be
@@ -92,11 +93,11 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
     mute_transformers()
     setup = reopen(RunDirectory(path), config)
     with _whole(out) as place:
-        probe, drafts = _write(setup, RunDirectory(path), form, max_rank, place)
+        probe, unverified = _write_all(setup, RunDirectory(path), form, max_rank, place)
         del setup  # the base is loaded afresh now: memory may not have room for two
-        gaps = [verify(probe, draft, form) for draft in drafts]
-    for draft in drafts:
-        for note in draft.notes:
+        gaps = [verify(probe, written, form) for written in unverified]
+    for written in unverified:
+        for note in written.notes:
             print(note)
     print(f"{form}: {out}")
     print(f"loaded afresh, the logits are the run's to {max(gaps):.0e} of their size")
@@ -144,14 +145,14 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write(
+def _write_all(
     setup: RunSetup, folder: RunDirectory, form: str, max_rank: int, place: Path
 ) -> tuple[Probe, list[Unverified]]:
     """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
     model = setup.model
     batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
     probe = Probe(setup.config.model, model.schema, model.device, batch)
-    return probe, [_draft(model, probe, worn, max_rank, place) for worn in _models(setup, folder, form)]
+    return probe, [_write_adapter(model, probe, exported, max_rank, place) for exported in _models(setup, folder, form)]
 
 
 def _examples(setup: RunSetup) -> list[Example]:
@@ -216,57 +217,63 @@ def _personal(client: int, job: Job, kept: LoRA) -> ExportedModel:
     return ExportedModel(f"client-{client}", lora, job.offset, note)
 
 
-def _draft(model: Model, probe: Probe, worn: ExportedModel, max_rank: int, place: Path) -> Unverified:
+def _write_adapter(model: Model, probe: Probe, exported: ExportedModel, max_rank: int, place: Path) -> Unverified:
     """Write the model as one adapter, cut to the rank that was asked for."""
-    model.set_adapter(worn.lora, worn.offset)
-    logits, lora = probe.logits(model.net), _joined(worn)
-    notes = [worn.note] if worn.note else []
+    model.set_adapter(exported.lora, exported.offset)
+    logits, lora = probe.logits(model.net), _joined(exported)
+    notes = [exported.note] if exported.note else []
     rank = max(a.shape[0] for a in lora.A.values())
     if 0 < max_rank < rank:
         best = truncate(lora, max_rank)
         cut = LoRA(best.A, best.B, lora.H)
         model.set_adapter(cut)
-        before, logits = logits, probe.logits(model.net)
-        error = norm(join(lora, scale(cut, -1))) / (norm(lora) or 1.0)
-        notes.append(
-            f"{worn.name or 'adapter'}: of rank {rank}, cut to {max_rank}; the product's relative error is {error:.4g} "
-            f"({error**2:.2g} of its energy), the largest difference of a logit {(logits - before).abs().max():.4g}"
-        )
+        whole, logits = logits, probe.logits(model.net)
+        lost = _lost(lora, cut, (logits - whole).abs().max())
+        notes.append(f"{exported.name or 'adapter'}: of rank {rank}, cut to {max_rank}; {lost}")
         lora = cut
-    save_peft(model, lora, place / worn.name)
-    return Unverified(place / worn.name, logits, tuple(notes))
+    save_peft(model, lora, place / exported.name)
+    return Unverified(place / exported.name, logits, tuple(notes))
 
 
-def _joined(worn: ExportedModel) -> LoRA:
-    """All of it as one adapter, with no module's rank above its smaller dimension."""
-    if any(a.dim() == 1 for a in worn.lora.A.values()):
-        return worn.lora  # VeRA's vectors, which no offset goes with
-    joined = join(*worn.offset, worn.lora)
-    return compact(LoRA(joined.A, joined.B, worn.lora.H))
+def _lost(lora: LoRA, cut: LoRA, logit: Tensor) -> str:
+    """What an adapter has lost by being cut to a lower rank, in words; `logit`: the largest difference of a logit."""
+    error = norm(join(lora, scale(cut, -1))) / (norm(lora) or 1.0)
+    return (
+        f"the product's relative error is {error:.4g} ({error**2:.2g} of its energy), "
+        f"the largest difference of a logit {logit:.4g}"
+    )
 
 
-def verify(probe: Probe, draft: Unverified, form: str) -> float:
-    """How far the logits of what was written are from what they have to be, as a share of their size.
+def _joined(exported: ExportedModel) -> LoRA:
+    """Offset and adapter as one adapter, with no module's rank above its smaller dimension."""
+    if any(a.dim() == 1 for a in exported.lora.A.values()):
+        return exported.lora  # VeRA's vectors, which no offset goes with
+    joined = join(*exported.offset, exported.lora)
+    return compact(LoRA(joined.A, joined.B, exported.lora.H))
 
-    Raises `ExportError` where that is too far.
+
+def verify(probe: Probe, written: Unverified, form: str) -> float:
+    """The largest difference of the written model's logits from the run's, as a share of their size.
+
+    Raises `ExportError` where it is above the limit for the base model's number type.
     """
     if form == "merged":
-        peft_files.merge(probe.config, probe.schema, draft.folder)
-        net = peft_files.load_merged(probe.config, probe.schema, draft.folder)
+        peft_files.merge(probe.config, probe.schema, written.folder)
+        net = peft_files.load_merged(probe.config, probe.schema, written.folder)
     else:
-        net = peft_files.load_adapter(probe.config, probe.schema, draft.folder)
-    gap = float((probe.logits(net) - draft.logits).abs().max() / draft.logits.abs().max())
+        net = peft_files.load_adapter(probe.config, probe.schema, written.folder)
+    gap = float((probe.logits(net) - written.logits).abs().max() / written.logits.abs().max())
     limit = LIMITS[probe.config.dtype]
     if not gap <= limit:  # nor where it is no number
         raise ExportError(
-            f"{draft.folder.name}, loaded afresh, gives logits that differ from the run's by {gap:.2g} of their size, "
-            f"more than {limit:g}; nothing was kept of it: see with fedlora evaluate whether the run itself is sound"
+            f"{written.folder.name}, loaded afresh, gives logits that differ from the run's by {gap:.2g} of their "
+            f"size, more than {limit:g}; nothing was kept of it: see with fedlora evaluate whether the run itself is sound"
         )
     return gap
 
 
 def _how(form: str, out: Path) -> str:
-    """The line of Python that loads it."""
+    """The line of Python that loads the export."""
     if form == "merged":
         kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         return f'transformers.{kind}.from_pretrained("{out}")'
