@@ -267,7 +267,8 @@ def verify(probe: Probe, written: Unverified, form: str) -> float:
     if not gap <= limit:  # nor where it is no number
         raise ExportError(
             f"{written.folder.name}, loaded afresh, gives logits that differ from the run's by {gap:.2g} of their "
-            f"size, more than {limit:g}; nothing was kept of it: see with fedlora evaluate whether the run itself is sound"
+            f"size, more than {limit:g}; nothing was kept of it: see with fedlora evaluate whether the run itself is "
+            "sound"
         )
     return gap
 
