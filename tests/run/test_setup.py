@@ -60,11 +60,11 @@ def test_a_client_has_the_simulations_examples_and_rank(
     mine = {"data.path": str(folder / f"site_{i}.jsonl"), "model.path": str(folder / "model")}
     party = for_client(settings_for_clients(server.config), mine, i)
     assert party.rank == whole.ranks[i] and party.model.fingerprint == server.model.fingerprint
-    assert list(party.site.train_rows) == list(whole.clients_data[i].train_rows)
-    assert list(party.site.heldout_rows) == list(whole.clients_data[i].heldout_rows)
+    assert list(party.client_data.train_rows) == list(whole.clients_data[i].train_rows)
+    assert list(party.client_data.heldout_rows) == list(whole.clients_data[i].heldout_rows)
     assert all(
         torch.equal(x["input_ids"], y["input_ids"])
-        for x, y in zip(party.site.train, whole.clients_data[i].train, strict=True)
+        for x, y in zip(party.client_data.train, whole.clients_data[i].train, strict=True)
     )
 
 
@@ -82,7 +82,7 @@ def test_a_server_cannot_name_files_of_a_clients(server: RunSetup, folder: Path)
         "data.labels": "",
     }
     party = for_client(evil | {"dp.ledger": "/", "model.path": ""}, {}, 0)
-    assert "package" in party.site.train_rows[0]
+    assert "package" in party.client_data.train_rows[0]
 
 
 def test_an_embedded_client_beyond_the_shares_is_told_so(server: RunSetup) -> None:
