@@ -171,7 +171,7 @@ def carry_out(place: Place, config: Config, final: bool, most: int = OWN, head: 
         record = _judged(strategy, rounds[-1].state, fleet, config.rounds - 1)
     record |= {"rounds": [done.record() for done in rounds], "seconds": round(time.monotonic() - began, 1)}
     if plan.record_level:
-        record["noise"] = [plan.record_level.for_client(client).noise for client in fleet.clients()]
+        record["noise"] = [plan.record_level.terms_for(client).noise for client in fleet.clients()]
     return record
 
 

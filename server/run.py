@@ -100,7 +100,7 @@ def _privacy_statement(
     clients = fleet.clients()
     job, findings = strategy.client_init(state, clients[0]), None
     if plan.record_level:
-        job = replace(job, privacy=plan.record_level.for_client(clients[0]))
+        job = replace(job, privacy=plan.record_level.terms_for(clients[0]))
         findings = preflight.check_once(setup.model, job)
     return privacy_statement.privacy_facts(setup.config, plan, clients, job, findings)
 

@@ -124,7 +124,7 @@ class RecordLevelSetting:
     @property
     def privacy(self) -> PrivacyTerms:
         """The DP-SGD parameters of either client."""
-        return self.dp.for_client(self.client)
+        return self.dp.terms_for(self.client)
 
     @property
     def client(self) -> Client:

@@ -27,7 +27,7 @@ class RecordLevelDP:
         """The largest number of rounds that a client may take part in; noise is for these, not for an average."""
         return min(self.config.joins or self.rounds, self.rounds)
 
-    def for_client(self, client: Client, *, known: int = 0) -> PrivacyTerms:
+    def terms_for(self, client: Client, *, known: int = 0) -> PrivacyTerms:
         """Return the parameters of one client; `known` is the number of its charges that the server has seen."""
         c, rate = self.config, self._rate(client)
         steps = self.training.steps or max(1, round(self.training.epochs / rate))
@@ -46,7 +46,7 @@ class RecordLevelDP:
 
     def total(self, client: Client) -> Charge:
         """Return the charge of a client that takes part as often as it may."""
-        p = self.for_client(client)
+        p = self.terms_for(client)
         return Charge(noise=p.noise, rate=p.rate, steps=p.steps * self.max_participations)
 
     def final_epsilon(self, client: Client) -> float:

@@ -146,9 +146,7 @@ def job_for(
         round=t,
         rounds=plan.rounds,
         metrics=plan.metrics,
-        privacy=plan.record_level.for_client(client, known=spent.charges if spent else 0)
-        if plan.record_level
-        else None,
+        privacy=plan.record_level.terms_for(client, known=spent.charges if spent else 0) if plan.record_level else None,
     )
     return with_encoding(filled, strategy, plan)
 

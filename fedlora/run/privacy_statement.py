@@ -109,7 +109,7 @@ def _record_level(dp: RecordLevelDP, clients: Sequence[Client], job: Job) -> dic
 
 
 def _client_facts(dp: RecordLevelDP, client: Client, *, numbers: int) -> dict[str, Any]:
-    p, charge = dp.for_client(client), dp.total(client)
+    p, charge = dp.terms_for(client), dp.total(client)
     expected_batch = p.rate * client.records
     return {
         "records": client.records,

@@ -27,7 +27,7 @@ def test_privacy_is_off_until_it_is_asked_for() -> None:
 
 def test_every_client_has_the_noise_that_its_own_rate_needs() -> None:
     made = record_level_dp(THREE, TRAINING, 10, CLIENTS)
-    large, small = (made.for_client(c) for c in CLIENTS)
+    large, small = (made.terms_for(c) for c in CLIENTS)
     assert (large.rate, small.rate) == (0.025, 0.1) and large.noise < small.noise
     assert all(2.95 < made.final_epsilon(c) <= 3.0 for c in CLIENTS)
 
@@ -37,14 +37,14 @@ def test_noise_is_for_the_most_rounds_that_a_client_may_join() -> None:
     every = record_level_dp(THREE, TRAINING, 10, CLIENTS)
     some = record_level_dp(replace(THREE, joins=3), TRAINING, 10, CLIENTS)
     assert (every.max_participations, some.max_participations) == (10, 3)
-    assert some.for_client(CLIENTS[0]).noise < every.for_client(CLIENTS[0]).noise
+    assert some.terms_for(CLIENTS[0]).noise < every.terms_for(CLIENTS[0]).noise
     assert some.final_epsilon(CLIENTS[0]) <= 3.0
 
 
 def test_a_rate_can_be_common_and_noise_be_given() -> None:
     made = record_level_dp(PrivacyConfig(noise=2.0, rate=0.05), replace(TRAINING, steps=0, epochs=2.0), 10, CLIENTS)
     for c in CLIENTS:
-        p = made.for_client(c, known=3)
+        p = made.terms_for(c, known=3)
         assert (p.rate, p.noise, p.steps, p.known) == (0.05, 2.0, 40, 3)  # two epochs at a twentieth a step
 
 

@@ -210,7 +210,7 @@ def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any
 
 @pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
 def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path: Path) -> None:
-    terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, PLAN.rounds)
+    terms = RecordLevelDP(config=PrivacyConfig(noise=1.0, delta=1e-3), training=PLAN.training, rounds=PLAN.rounds)
     plan = replace(PLAN, record_level=terms, metrics=False, evaluate_clients=False)
     with pytest.raises(PrivacyError, match=rf"Slower overrides train.{name} for client \d, and a private run"):
         next(fit(Slower(overrides=((name, 1),)), fleet(tmp_path), SMALL.start, plan))
@@ -218,7 +218,7 @@ def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path:
 
 
 def test_a_private_run_takes_a_rate_of_a_clients_own(tmp_path: Path) -> None:
-    terms = RecordLevelDP(PrivacyConfig(noise=1.0, delta=1e-3), PLAN.training, rounds=1)
+    terms = RecordLevelDP(config=PrivacyConfig(noise=1.0, delta=1e-3), training=PLAN.training, rounds=1)
     plan = replace(PLAN, rounds=1, record_level=terms, metrics=False, evaluate_clients=False)
     (done,) = fit(Slower(overrides=()), fleet(tmp_path), SMALL.start, plan)
     assert not done.failed and done.spent
