@@ -336,3 +336,11 @@ def _pair(lora: LoRA, m: str) -> tuple[Tensor, Tensor]:
 def _beside(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One pair of factors whose product is the sum of the products."""
     return pairs[0] if len(pairs) == 1 else (torch.cat([b for b, _ in pairs], 1), torch.cat([a for _, a in pairs]))
+
+
+# The names of version 0.1, which strategies of others may use for one release more.
+settle = densify
+contrast = residual
+redraw = reinitialise
+shares = normalised
+wide = at_least_float32

@@ -7,16 +7,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from fedlora import lora as algebra
 from fedlora.lora import (
     LoRA,
     average,
     compact,
     delta,
     densify,
+    difference,
+    euclidean_norm,
     factored,
+    from_matrices,
     inner,
     join,
     leading,
+    map_factors,
     norm,
     orthonormal,
     principal,
@@ -257,3 +262,51 @@ def test_a_side_that_is_not_there_stays_away() -> None:
     only = factors(1).only("B")
     assert not only.A and not only.H and only.over(factors(2)).A["q"] is not None
     assert not average([only], [1.0]).A
+
+
+def test_an_adapter_is_its_matrices_in_order() -> None:
+    lora = sided(1, 3, "RD")
+    found = list(lora.matrices())
+    assert [side for side, _, _ in found] == sorted((side for side, _, _ in found), key="ABRDH".index)
+    assert vars(from_matrices(found)) == vars(lora)
+    assert lora.numel() == sum(t.numel() for _, _, t in found)
+
+
+@given(st.integers(0, 9), st.floats(-3, 3))
+def test_a_function_is_applied_to_every_matrix_and_its_counterparts(seed: int, c: float) -> None:
+    x, y = sided(seed, 2, "RD"), sided(seed + 1, 2, "RD")
+    got = map_factors(lambda a, b: a + c * b, x, y)
+    for side, module, t in got.matrices():
+        assert torch.equal(t, x.side(side)[module] + c * y.side(side)[module])
+    assert {(s, m) for s, m, _ in got.matrices()} == {(s, m) for s, m, _ in x.matrices()}
+
+
+def test_a_matrix_without_a_counterpart_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        map_factors(torch.add, factors(1), LoRA(factors(2).A))
+
+
+def test_the_norm_of_a_difference_is_that_of_all_numbers() -> None:
+    x, y = sided(3, 2, "D"), sided(4, 2, "D")
+    numbers = torch.cat([(t - y.side(s)[m]).flatten() for s, m, t in x.matrices()])
+    assert euclidean_norm(difference(x, y)) == pytest.approx(float(numbers.norm()))
+    assert euclidean_norm(difference(x, x)) == 0.0
+
+
+def test_a_difference_of_small_changes_in_low_precision_is_exact() -> None:
+    x = LoRA({"q": torch.tensor([[1.0, 1.0078125]]).bfloat16()})
+    assert difference(x, LoRA({"q": torch.ones(1, 2)})).A["q"].tolist() == [[0.0, 0.0078125]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("settle", "densify"),
+        ("contrast", "residual"),
+        ("redraw", "reinitialise"),
+        ("shares", "normalised"),
+        ("wide", "at_least_float32"),
+    ],
+)
+def test_strategies_of_others_find_the_old_names(old: str, new: str) -> None:
+    assert getattr(algebra, old) is getattr(algebra, new)

@@ -126,7 +126,7 @@ WHOLE: dict[str, Callable[[list[LoRA], LoRA], Any]] = {
     "principal": lambda _, joined: principal(joined, 2),
     "norm": lambda _, joined: norm(joined),
     "inner": lambda _, joined: inner(joined, joined),
-    "settle": lambda loras, _: densify((*loras, *loras, *loras, *loras)),
+    "densify": lambda loras, _: densify((*loras, *loras, *loras, *loras)),
 }
 
 
