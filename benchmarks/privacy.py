@@ -74,7 +74,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class Workload:
     """A model with its adapter, a batch, and the job of a few steps on it."""
 
     model: Model
@@ -85,7 +85,7 @@ class Stage:
         return replace(self.job, privacy=replace(TERMS, steps=self.job.training.steps, engine=engine))
 
 
-def stage(name: str, steps: int) -> Stage:
+def workload(name: str, steps: int) -> Workload:
     torch.manual_seed(0)
     shape = SHAPES[name]
     with TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def stage(name: str, steps: int) -> Stage:
         }
 
     training = Training(lr=1e-4, batch_size=shape.batch, steps=steps)
-    return Stage(model, [one(i) for i in range(shape.batch)], Job(start, trains=shape.trains, training=training))
+    return Workload(model, [one(i) for i in range(shape.batch)], Job(start, trains=shape.trains, training=training))
 
 
 def words() -> Any:
@@ -118,15 +118,15 @@ def words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def plainly(s: Stage) -> None:
+def plainly(s: Workload) -> None:
     worker.train(s.model, s.job, 0, s.examples, LoRA())
 
 
-def privately(s: Stage, engine: str) -> None:
+def privately(s: Workload, engine: str) -> None:
     worker.train_privately(s.model, s.private(engine), 0, [[e] for e in s.examples], LoRA())
 
 
-def by_opacus(s: Stage, ghost: bool) -> None:
+def by_opacus(s: Workload, ghost: bool) -> None:
     """Opacus's own module and optimizer, with its ordinary noise; ghost: norms first, and a second backward pass."""
     from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -152,7 +152,7 @@ def by_opacus(s: Stage, ghost: bool) -> None:
     s.model.get_adapter()
 
 
-METHODS: dict[str, Callable[[Stage], None]] = {
+METHODS: dict[str, Callable[[Workload], None]] = {
     "plain": plainly,
     "one pass": partial(privately, engine="lora"),
     "hooks in our step": partial(privately, engine="hooks"),
@@ -165,7 +165,7 @@ METHODS: dict[str, Callable[[Stage], None]] = {
 def timed(shape: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step by every method, and over those of the plain step in the same turn."""
     torch.set_num_threads(threads)
-    s, load = stage(shape, args.steps), []
+    s, load = workload(shape, args.steps), []
     wall: dict[str, list[float]] = {m: [] for m in METHODS}
     cpu: dict[str, list[float]] = {m: [] for m in METHODS}
     for _ in range(WARM + args.repeats):
@@ -188,7 +188,7 @@ def timed(shape: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
 def measured(shape: str, method: str, args: argparse.Namespace) -> float:
     """The most memory above the loaded model, in MB, that a few steps take."""
     torch.set_num_threads(1)
-    s = stage(shape, args.steps)
+    s = workload(shape, args.steps)
     Path("/proc/self/clear_refs").write_text("5")  # from here on; what loading took does not count
     before = _memory("VmRSS")
     METHODS[method](s)

@@ -87,7 +87,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Run:
+class GridRun:
     """One run of a variant: of the grid, or the one that is measured."""
 
     variant: Variant
@@ -119,19 +119,19 @@ def check_only(only: Sequence[str], known: Iterable[str]) -> None:
             raise ConfigError(f'--only: there is no "{name}"; {nearest(name, known)}')
 
 
-def ready(chosen: Sequence[Variant], results: Results) -> Iterator[Run]:
+def ready(chosen: Sequence[Variant], results: Results) -> Iterator[GridRun]:
     """Yield the runs that can be done now, in order; a measured one once all of its grid are done."""
     for variant in chosen:
         yield from _next_runs(variant, results.get(variant.name, {}))
 
 
-def _next_runs(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> list[Run]:
-    grid = [Run(variant, lr) for lr in variant.rates]
+def _next_runs(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> list[GridRun]:
+    grid = [GridRun(variant, lr) for lr in variant.rates]
     untried = [run for run in grid if run.name not in done]
     if untried or "final" in done:
         return untried
     rate = best_rate(done)
-    return [Run(variant, rate, final=True)] if rate else []
+    return [GridRun(variant, rate, final=True)] if rate else []
 
 
 def best_rate(done: Mapping[str, Mapping[str, Any]]) -> float:
@@ -140,7 +140,7 @@ def best_rate(done: Mapping[str, Mapping[str, Any]]) -> float:
     return min(sorted(judged), key=lambda lr: judged[lr], default=0.0)
 
 
-def measure(place: Place, run: Run) -> dict[str, Any]:
+def measure(place: Place, run: GridRun) -> dict[str, Any]:
     """Do one run in this process, and return its record."""
     rounds = LONG if run.final else SHORT
     chosen = {"strategy": run.variant.strategy, "train.lr": run.lr, "rounds": rounds}
@@ -255,7 +255,7 @@ def _settings(place: Place) -> dict[str, Any]:
     return {**configuration.read(TOML), **SETTINGS, **rounds, **(SMOKE if place.smoke else {})}
 
 
-def _said(run: Run, done: Mapping[str, Any]) -> str:
+def _said(run: GridRun, done: Mapping[str, Any]) -> str:
     return f"{run.variant.name} at {run.lr:g}, {'measured' if run.final else 'tried'}: {outcome(done)}"
 
 

@@ -66,20 +66,20 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Run:
+class PrivateRun:
     """One run of the grid."""
 
-    of: Line
+    of_line: Line
     lr: float
     clip: float
 
     @property
     def line(self) -> str:
-        return self.of.key
+        return self.of_line.key
 
     @property
     def name(self) -> str:
-        return f"{self.lr:g}" if self.of.epsilon is None else f"{self.lr:g}, clip {self.clip:g}"
+        return f"{self.lr:g}" if self.of_line.epsilon is None else f"{self.lr:g}, clip {self.clip:g}"
 
 
 STRATEGIES = (
@@ -98,14 +98,14 @@ def lines(only: Sequence[str] = ()) -> list[Line]:
     return [replace(line, epsilon=epsilon) for line in chosen for epsilon in (None, EPSILON)]
 
 
-def grid(line: Line) -> Iterator[Run]:
+def grid(line: Line) -> Iterator[PrivateRun]:
     """Yield a run for every rate; for a private line, one for every rate and clip."""
     for lr in RATES:
         for clip in CLIPS if line.epsilon else (0.0,):
-            yield Run(line, lr, clip)
+            yield PrivateRun(line, lr, clip)
 
 
-def ready(chosen: Sequence[Line], results: Results) -> Iterator[Run]:
+def ready(chosen: Sequence[Line], results: Results) -> Iterator[PrivateRun]:
     """Yield the runs that are not done, one rate after another, but none for a line whose loss rose with the rate."""
     for lr in RATES:
         for line in chosen:
@@ -114,7 +114,7 @@ def ready(chosen: Sequence[Line], results: Results) -> Iterator[Run]:
                 yield from _untried(line, lr, done)
 
 
-def _untried(line: Line, lr: float, done: Mapping[str, Any]) -> list[Run]:
+def _untried(line: Line, lr: float, done: Mapping[str, Any]) -> list[PrivateRun]:
     return [run for run in grid(line) if run.lr == lr and run.name not in done]
 
 
@@ -131,12 +131,12 @@ def _succeeded(done: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [run for run in done.values() if "own" in run]
 
 
-def measure(place: Place, run: Run) -> dict[str, Any]:
+def measure(place: Place, run: PrivateRun) -> dict[str, Any]:
     """Do one run in this process, and return its record."""
-    private = {"dp.epsilon": run.of.epsilon, "dp.clip": run.clip, "dp.seeded": True, "dp.metrics": True}
-    chosen = {"strategy": run.of.strategy, "train.lr": run.lr, **(private if run.of.epsilon else {})}
+    private = {"dp.epsilon": run.of_line.epsilon, "dp.clip": run.clip, "dp.seeded": True, "dp.metrics": True}
+    chosen = {"strategy": run.of_line.strategy, "train.lr": run.lr, **(private if run.of_line.epsilon else {})}
     smoke = {"rounds": 1, "train.batch_size": 4} if place.smoke else {}
-    config = config_of(place, SETTINGS, chosen, run.of.options, smoke)
+    config = config_of(place, SETTINGS, chosen, run.of_line.options, smoke)
     return {"lr": run.lr, "clip": run.clip, **carry_out(place, config, final=True, most=OWN, head=HEAD)}
 
 
@@ -180,7 +180,7 @@ def _settings(place: Place) -> dict[str, Any]:
     return {"file": TOML.name, **SETTINGS, **grid}
 
 
-def _said(run: Run, done: Mapping[str, Any]) -> str:
+def _said(run: PrivateRun, done: Mapping[str, Any]) -> str:
     return f"{run.line} at {run.name}: {outcome(done)}"
 
 

@@ -14,7 +14,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # line of the table -> run -> re
 Settings = Mapping[str, Any]  # that all results of a file have in common
 
 
-class Run(Protocol):
+class SweepRun(Protocol):
     """A run, by its line of the table and its name there."""
 
     @property
@@ -23,7 +23,7 @@ class Run(Protocol):
     def name(self) -> str: ...
 
 
-R = TypeVar("R", bound=Run)
+R = TypeVar("R", bound=SweepRun)
 
 
 def sweep(

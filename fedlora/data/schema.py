@@ -24,7 +24,7 @@ MOST_COLUMNS = {"chat": 1, "response": 2, "image": 2, "label": 3, "text": 1}  # 
 
 @dataclass(frozen=True)
 class Schema:
-    """What the columns of the data mean."""
+    """The meaning of a table's columns, by which rows become examples."""
 
     kind: Literal["text", "response", "chat", "label", "image"]
     columns: tuple[str, ...]  # (text,), (prompt, response), (messages,), (text[, text2], label) or (image, label)
