@@ -121,7 +121,8 @@ def compared(label: str, kind: str, args: argparse.Namespace) -> Row:
 
 def _in_turn(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, Any]:
     """Median seconds of two calls that take turns, and the second one's last result; a slow one runs once."""
-    seconds, their_seconds = [], []
+    seconds: list[float] = []
+    their_seconds: list[float] = []
     for _ in range(REPEATS):
         seconds.append(_timed(ours)[0])
         if not their_seconds or their_seconds[0] < PATIENCE:

@@ -39,8 +39,18 @@ from fedlora.strategy import Job
 
 LABEL = Schema("label", ("text", "label"), ("no", "yes"))
 TEXT = Schema("text", ("text",))
-MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
-LLAMA = {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
+MINILM: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "hidden_size": 384,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "intermediate_size": 1376,
+}
 TERMS = PrivacyTerms(
     noise=1.0, clip=1.0, head_share=0.5, rate=1.0, steps=1, delta=1e-5
 )  # rate 1: all are drawn, as plainly
@@ -59,6 +69,7 @@ class Shape:
     length: int = 64
 
     def net(self) -> Any:
+        """A model of this shape with random weights."""
         if self.schema.labels:
             return BertForSequenceClassification(BertConfig(vocab_size=30522, **MINILM))
         return LlamaForCausalLM(LlamaConfig(vocab_size=8192, pad_token_id=0, **LLAMA))
@@ -82,10 +93,12 @@ class Workload:
     job: Job
 
     def private(self, engine: str) -> Job:
+        """The job with DP-SGD by one of its engines."""
         return replace(self.job, privacy=replace(TERMS, steps=self.job.training.steps, engine=engine))
 
 
 def workload(name: str, steps: int) -> Workload:
+    """The workload of one of the `SHAPES`, with random weights and random tokens."""
     torch.manual_seed(0)
     shape = SHAPES[name]
     with TemporaryDirectory() as folder:
@@ -96,7 +109,7 @@ def workload(name: str, steps: int) -> Workload:
     start = model.get_adapter()
     start = LoRA(start.A, {m: torch.randn(b.shape) / 100 for m, b in start.B.items()}, start.H)
 
-    def one(i: int) -> Example:
+    def example(i: int) -> Example:
         ids = torch.randint(4, 8000, (shape.length,))
         return {
             "input_ids": ids,
@@ -105,7 +118,7 @@ def workload(name: str, steps: int) -> Workload:
         }
 
     training = Training(lr=1e-4, batch_size=shape.batch, steps=steps)
-    return Workload(model, [one(i) for i in range(shape.batch)], Job(start, trains=shape.trains, training=training))
+    return Workload(model, [example(i) for i in range(shape.batch)], Job(start, trains=shape.trains, training=training))
 
 
 def words() -> Any:
@@ -115,7 +128,8 @@ def words() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer: Any = PreTrainedTokenizerFast  # untyped
+    return tokenizer(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
 def plainly(s: Workload) -> None:
