@@ -23,7 +23,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora.deployment.provision import provision
 from fedlora.server.deployment.gate_rules import CALLS, HEADERS, KEY_HEADER, KEYLESS_CALLS, Limits
-from tests.support.doors import (  # noqa: F401
+from tests.support.gateways import (  # noqa: F401
     LARGE,
     OPEN,
     PATIENCE,

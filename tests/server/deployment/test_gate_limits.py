@@ -14,7 +14,20 @@ from pathlib import Path
 import pytest
 
 from fedlora.server.deployment.gate_rules import KEY_HEADER
-from tests.support.doors import PATIENCE, PULL, Gate, SuperLink, answer, ask, free, gate, head, own, shared, superlink  # noqa: F401
+from tests.support.gateways import (
+    PATIENCE,
+    PULL,
+    Gate,
+    SuperLink,
+    answer,
+    ask,
+    free,
+    gate,
+    head,
+    own,
+    shared,
+    superlink,
+)  # noqa: F401
 
 HEALTH = head("GET /health HTTP/1.1", {"Host": "x"})
 
