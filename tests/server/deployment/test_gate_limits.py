@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.server.deployment.gate_rules import KEY_HEADER
-from tests.support.gateways import (
+from tests.support.gateways import (  # noqa: F401
     PATIENCE,
     PULL,
     Gate,
@@ -27,7 +27,7 @@ from tests.support.gateways import (
     own,
     shared,
     superlink,
-)  # noqa: F401
+)
 
 HEALTH = head("GET /health HTTP/1.1", {"Host": "x"})
 
