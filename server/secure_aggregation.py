@@ -37,8 +37,11 @@ log = logging.getLogger("fedlora")
 class Askable(Protocol):
     """The two methods of a fleet that secure aggregation needs."""
 
-    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]: ...
-    def train(self, jobs: Mapping[int, Job]) -> Answers: ...
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
+        """Have each client do its step, and return the clients' answers."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        """Have each client do its job, and yield the updates as they come."""
 
 
 @dataclass

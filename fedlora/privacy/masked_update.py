@@ -31,7 +31,7 @@ def roster_of(ask: SecAggStep) -> Roster:
 def layout(job: Job) -> list[Place]:
     """Return side, module and shape of every matrix in the vector of a masked update, in their order there.
 
-    Modules are sorted, so that the order does not depend on how the job came to whoever asks.
+    Modules are sorted, so that server and client have the same order, however the job reached each.
     """
     shared = job.start.only(job.shares)
     return [(s, m, shared.side(s)[m].shape) for s in SIDES for m in sorted(shared.side(s))]

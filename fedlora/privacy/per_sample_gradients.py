@@ -33,10 +33,18 @@ class Learner(Protocol):
     """The part of a `Model` that an engine of single gradients uses."""
 
     @property
-    def net(self) -> nn.Module: ...
+    def net(self) -> nn.Module:
+        """The network, with its adapter attached."""
+        ...
+
     @property
-    def encoder(self) -> Encoder: ...
-    def losses(self, batch: dict[str, Tensor]) -> Tensor: ...
+    def encoder(self) -> Encoder:
+        """The encoder, which makes batches of examples."""
+        ...
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the mean loss of every example in a batch, (examples,)."""
+        ...
 
 
 class PerExample(Protocol):

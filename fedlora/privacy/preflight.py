@@ -200,16 +200,19 @@ def synthetic(encoder: Encoder, n: int) -> list[Example]:
 def _row(encoder: Encoder, i: int) -> dict[str, Any]:
     """Return a made-up row of data; the larger i is, the longer are its texts."""
     schema = encoder.schema
-    if schema.kind == "image":
-        row: dict[str, Any] = {column: _noise() for column in schema.columns}
-    else:
-        row = {column: _words(encoder.processor, 3 + 3 * i) for column in schema.columns}
+    row = {column: _content(encoder, i) for column in schema.columns}
     if schema.kind == "chat":
         content = row[schema.columns[0]]
         row[schema.columns[0]] = [{"role": role, "content": content} for role in ("user", "assistant")]
     if schema.labels:
         row[schema.columns[-1]] = schema.labels[i % len(schema.labels)]
     return row
+
+
+def _content(encoder: Encoder, i: int) -> Any:
+    if encoder.schema.kind == "image":
+        return _noise()
+    return _words(encoder.processor, 3 + 3 * i)
 
 
 def _words(tokenizer: Any, n: int) -> str:
