@@ -12,12 +12,12 @@ from fedlora.data.client_data import ClientData
 from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.messages.compression import compress_with_error_feedback
-from fedlora.messages.parts import job_name
+from fedlora.messages.parts import hash_parts_and_job
 from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
-from fedlora.storage.client_state import CachedReply, ClientState, earlier_digest
+from fedlora.storage.client_state import CachedReply, ClientState, earlier_job_hash
 
 log = logging.getLogger("fedlora")
 
@@ -41,7 +41,7 @@ class JobRunner:
         `SecureError` for a job that is to be masked and may not be.
         """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
-        digest = digest or job_name(job)
+        digest = digest or hash_parts_and_job(job)
         if job.masking:
             return self._masked(model, job, digest)
         return self._small(job, self._trained(model, job, digest))
@@ -82,7 +82,7 @@ class JobRunner:
         preflight.check_once(model, job)
         store, ledger = ClientState(self.folder), self.ledger
         charged = ledger.charged(job.round)
-        if charged and digest not in charged and (earlier := earlier_digest(job)) in charged:
+        if charged and digest not in charged and (earlier := earlier_job_hash(job)) in charged:
             digest = earlier  # an older version charged this very job
         ledger.charge(digest, privacy, round=job.round, budget=self.policy.budget)
         answer = ledger.answer(digest)

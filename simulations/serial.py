@@ -9,7 +9,7 @@ from fedlora.client.runner import JobRunner
 from fedlora.data.client_data import ClientData
 from fedlora.errors import ClientFailed, Failure, LedgerError, PrivacyError, SecureError
 from fedlora.jobs import Client, Job, SecAggStep
-from fedlora.messages.parts import Parts, PartTracker, job_hash, names
+from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.server.aggregation import Answers
@@ -43,10 +43,11 @@ class Serial:
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         parts = Parts()
         for i, job in jobs.items():
-            made = parts.of(job)
-            self.traffic.send(i, made)
+            own_parts = parts.of(job)
+            self.traffic.send(i, own_parts)
+            start, offset = part_names(own_parts)
             try:
-                update = self._runners[i].run(self._model, job, job_hash(job, *names(made)))
+                update = self._runners[i].run(self._model, job, job_hash(job, start=start, offset=offset))
             except REFUSALS as e:
                 self._answered(i)
                 yield i, Failure.because_of(e)

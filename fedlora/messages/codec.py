@@ -1,9 +1,9 @@
 """Jobs, updates and metrics as messages: a head of plain values, and at most one array.
 
-Flower's cost is per array, so a message carries one. A job is made of parts (see `flat`), each a safetensors file named
-by a hash of its bytes: the head names them all, and only those that the client lacks lie in the array, one after
+Flower charges by the array, so a message carries one. A job is made of parts (see `parts`), each a safetensors file
+named by a hash of its bytes: the head names them all, and only those that the client lacks lie in the array, one after
 another. The array of an answer is one safetensors file. Nothing is pickled; whatever does not fit its head or its hash
-raises `WireError`. What the server reads is in `admit`.
+raises `WireError`. The server reads what clients send in `fedlora.server.upload_checks`.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,12 @@ from fedlora.sections import Encoding, Training
 from fedlora.tensors import by_name, to_bytes
 
 from .envelope import RawMessage, as_array, pack, read_head
-from .envelope import stamp as stamp
-from .parts import FlatAdapter, content_hash, job_hash, names
+from .parts import FlatAdapter, content_hash, job_hash, part_names
 
 CONFUSION, MASKED = "confusion", "masked"  # names of tensors that are no matrix of an adapter
 SCALES = "scales "  # before the name of a matrix, the name of its rows' scales
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-PLAIN = (  # of a Job
+PLAIN = (  # the fields of a Job that its head carries as they are
     *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "privacy", "masking", "metrics"),
     *("upload", "feedback", "training", "seed", "round", "rounds"),
 )
@@ -38,7 +37,7 @@ PLAIN = (  # of a Job
 
 @checked(frozen=True, config=STRICT)
 class JobHead:
-    """A Job but for the numbers in its parts."""
+    """A Job without the numbers, which are in its parts."""
 
     trains: str
     shares: str
@@ -55,14 +54,14 @@ class JobHead:
     seed: int
     round: int
     rounds: int
-    start: tuple[str, ...]  # names of parts
+    start: tuple[str, ...]  # names of its parts, by the sides' order
     offset: tuple[str, ...]
-    sent: tuple[tuple[str, int], ...]  # (name, bytes) of the parts in the array, in their order
+    sent: tuple[tuple[str, int], ...]  # (name, bytes) of each part in the array, in order
 
 
 @checked(frozen=True, config=STRICT)
 class UpdateHead:
-    """An Update but for its numbers."""
+    """An Update without its numbers."""
 
     examples: int
     loss: float | None
@@ -74,7 +73,7 @@ class UpdateHead:
 
 @checked(frozen=True, config=STRICT)
 class MetricsHead:
-    """Metrics but for the confusion of a classifier."""
+    """Metrics without the confusion of a classifier."""
 
     examples: int
     targets: int
@@ -85,7 +84,7 @@ class MetricsHead:
 
 @checked(frozen=True, config=STRICT)
 class JoinRequest:
-    """The question who a client is, with the run's settings that a client goes by."""
+    """The question who a client is, with those of the run's settings that clients need."""
 
     settings: dict[str, int | float | str | bool]
 
@@ -100,33 +99,33 @@ class ClientInfo:
 
 @checked(frozen=True, config=STRICT)
 class MissingParts:
-    """The answer of a client whose parts are lost: it wants the job in full."""
+    """The answer of a client that does not have all parts of a job: it needs the job in full."""
 
-    lacks: tuple[str, ...]
+    lacks: tuple[str, ...]  # names of the parts
     kind: Literal["lacks"] = "lacks"
 
 
 @checked(frozen=True, config=STRICT)
 class SecAggReply:
-    """What a client says in a step of secure aggregation."""
+    """A client's answer in a step of secure aggregation."""
 
     said: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
 class IncomingJob:
-    """A job as it arrived: which parts it is made of, and those that came with it."""
+    """A job as it came: the names of all its parts, and the parts that came with it."""
 
     head: JobHead
-    sent: Mapping[str, FlatAdapter]  # by name
+    sent: Mapping[str, FlatAdapter]  # name -> part
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All the parts that the job is made of."""
+        """The names of all the parts that the job is made of."""
         return (*self.head.start, *self.head.offset)
 
     def job(self, parts: Mapping[str, LoRA]) -> Job:
-        """The job, of parts by their names."""
+        """The job, put together from its parts, given by name."""
         start = LoRA()
         for name in self.head.start:
             start = start.over(parts[name])
@@ -134,20 +133,20 @@ class IncomingJob:
         return Job(start=start, offset=offset, **_plain(self.head))
 
     def digest(self, job: Job) -> str:
-        """The name of this order's job, of the part names that were verified when the order was read."""
-        return job_hash(job, self.head.start, self.head.offset)
+        """The `job_hash` of this job, made of the names of its parts: `read_job` has verified those."""
+        return job_hash(job, start=self.head.start, offset=self.head.offset)
 
 
 class JobEncoder:
-    """Packs the jobs of a round; the parts that several clients lack are joined into an array once."""
+    """Encodes the jobs of a round. Parts that several clients lack are joined into one array once for all of them."""
 
     def __init__(self) -> None:
         self._joined: dict[tuple[str, ...], ArrayRecord] = {}
 
     def job(self, job: Job, parts: Mapping[str, FlatAdapter], missing: Mapping[str, FlatAdapter]) -> RecordDict:
-        """The job with those parts that its client lacks."""
-        sent = {flat.name: flat.content for flat in missing.values()}
-        start, offset = names(parts)
+        """The message of a job, with those parts that its client lacks."""
+        sent = {part.name: part.content for part in missing.values()}
+        start, offset = part_names(parts)
         sizes = tuple((name, len(content)) for name, content in sent.items())
         return pack(JobHead(**_plain(job), start=start, offset=offset, sent=sizes), self._array(sent))
 
@@ -159,21 +158,23 @@ class JobEncoder:
 
 
 def read_job(message: RawMessage) -> IncomingJob:
-    """The job that `Packer.job` packed; its parts have the hashes that the head names. Raises `WireError`."""
+    """The job in a message of `JobEncoder.job`. Raises `WireError`, as for a part that is not what its name says."""
     head, content = read_head(message, JobHead), message.numbers or b""
     sizes = [size for _, size in head.sent]
     if sum(sizes) != len(content) or min(sizes, default=0) < 0:
         raise WireError(f"a job's parts are {sum(sizes)} bytes by its head; {len(content)} came")
-    sent = {}
-    for (name, size), end in zip(head.sent, accumulate(sizes), strict=True):
-        sent[name] = FlatAdapter(content[end - size : end], name)
-        if content_hash(sent[name].content) != name:
-            raise WireError(f"part {name[:12]!r} of a job is not what its hash says: it was damaged on its way")
-    return IncomingJob(head, sent)
+    pieces = (content[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True))
+    return IncomingJob(head, {name: _verified(name, piece) for (name, _), piece in zip(head.sent, pieces, strict=True)})
+
+
+def _verified(name: str, content: bytes) -> FlatAdapter:
+    if content_hash(content) != name:
+        raise WireError(f"part {name[:12]!r} of a job is not what its hash says: it was damaged on its way")
+    return FlatAdapter(content, name)
 
 
 def pack_update(update: Update, round: int) -> RecordDict:
-    """An update; its numbers travel in the type they have."""
+    """The message of an update, whose numbers travel in the type they have."""
     content = to_bytes(_tensors(update))
     loss = None if update.masked is not None else update.loss
     head = UpdateHead(update.examples, loss, update.spent, content_hash(content), round)
@@ -196,42 +197,42 @@ def _plain(job: Job | JobHead) -> dict[str, Any]:
 
 
 def pack_ask(ask: SecAggStep) -> RecordDict:
-    """A step of secure aggregation."""
+    """The message of a step of secure aggregation."""
     return pack(ask)
 
 
 def read_ask(message: RawMessage) -> SecAggStep:
-    """What `pack_ask` packed. Raises `WireError`."""
+    """The step of secure aggregation in a message of `pack_ask`. Raises `WireError`."""
     return read_head(message, SecAggStep)
 
 
 def pack_said(said: Mapping[str, str]) -> RecordDict:
-    """The answer to a step of secure aggregation."""
+    """The message of a client's answer to a step of secure aggregation."""
     return pack(SecAggReply(dict(said)))
 
 
 def pack_metrics(metrics: Metrics) -> RecordDict:
-    """Metrics; the confusion of a classifier is the array."""
+    """The message of metrics, in which the confusion of a classifier is the array."""
     head = MetricsHead(metrics.examples, metrics.targets, metrics.loss, metrics.correct)
     table = metrics.confusion
     return pack(head, None if table is None else as_array(to_bytes({CONFUSION: table})))
 
 
 def pack_missing_parts(lacks: MissingParts) -> RecordDict:
-    """That parts are neither in the message nor with the client."""
+    """The message that parts of a job are neither in its message nor with the client."""
     return pack(lacks)
 
 
 def pack_client(client: Client, base: str = "") -> RecordDict:
-    """What a client says of itself, and the fingerprint of its base model."""
+    """The message of a client's description of itself, and the fingerprint of its base model."""
     return pack(ClientInfo(client, base))
 
 
 def pack_hello(settings: Mapping[str, int | float | str | bool]) -> RecordDict:
-    """The question who a client is."""
+    """The message of the question who a client is, with the settings it needs."""
     return pack(JoinRequest(dict(settings)))
 
 
 def read_hello(message: RawMessage) -> JoinRequest:
-    """What `pack_hello` packed. Raises `WireError`."""
+    """The question in a message of `pack_hello`. Raises `WireError`."""
     return read_head(message, JoinRequest)

@@ -1,4 +1,4 @@
-"""A message as Flower carries it: a head of plain values as JSON, and at most one array of bytes. No pickle."""
+"""Messages as Flower carries them: a head of plain values as JSON, and at most one array of bytes. No pickle."""
 
 import re
 from collections.abc import Iterator
@@ -24,15 +24,15 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, eq=False)
 class RawMessage:
-    """A message taken apart, nothing of it parsed."""
+    """A message taken apart: its text and its bytes, of which nothing is parsed yet."""
 
     head: str  # JSON
-    run: str  # that it belongs to; empty where it says none
+    run: str  # name of the run that it belongs to; empty where it says none
     numbers: bytes | None  # in the safetensors format (see `tensors`); None where there is no array
 
 
 def pack(head: Any, array: ArrayRecord | None = None) -> RecordDict:
-    """A message of a head and, where it has numbers, their array."""
+    """The message with this head and, where it has numbers, their array."""
     kind: Any = type(head)
     records = RecordDict({"head": ConfigRecord({"json": _adapter(kind).dump_json(head).decode()})})
     if array is not None:
@@ -41,12 +41,12 @@ def pack(head: Any, array: ArrayRecord | None = None) -> RecordDict:
 
 
 def as_array(content: bytes) -> ArrayRecord:
-    """Bytes in the safetensors format as a message carries them."""
+    """The array in which a message carries bytes in the safetensors format."""
     return ArrayRecord({"numbers": Array("uint8", (len(content),), FORM, content)})
 
 
 def stamp(records: RecordDict, run: str) -> RecordDict:
-    """The message, marked with the run it belongs to: a client keeps its own state by it."""
+    """Mark a message with the name of its run, by which a client keeps its state; return the message."""
     records.config_records["head"]["run"] = run
     return records
 
@@ -75,9 +75,9 @@ def read_either(message: RawMessage, kind: type[T], other: type[U]) -> T | U:
 
 
 def printable(words: str, also: str = "") -> str:
-    """Words in which something that came may stand, so that they fit a line of a log: printable, and not too long.
+    """The words of a refusal, which may quote what came, fit for a line of a log: printable and not too long.
 
-    `also`: characters that may stay.
+    `also` names characters that stay though they are not printable.
     """
     kept = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + "..."
     return "".join(c if c.isprintable() or c in also else "?" for c in kept)
@@ -85,7 +85,7 @@ def printable(words: str, also: str = "") -> str:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever the libraries say of bytes that are not what they should be, as one sentence."""
+    """Turn whatever a library raises about malformed bytes into a `WireError` of one sentence."""
     try:
         yield
     except WireError as e:

@@ -1,4 +1,7 @@
-"""A run's state on disk: safetensors, its structure as JSON in the header; written whole or not at all, no pickle."""
+"""A run's state on disk, after every round: a safetensors file whose header has the state's structure as JSON.
+
+A file is written whole or not at all. Nothing is pickled: a file names types and runs no code.
+"""
 
 import json
 import sys
@@ -20,7 +23,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a finished round left."""
+    """The state of a run after a round."""
 
     round: int
     state: Any
@@ -29,7 +32,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the round's checkpoint, then drop all but the last two. Raises `CheckpointError` on a full disk."""
+    """Write the round's checkpoint, then delete all but the last two. Raises `CheckpointError` on a full disk."""
     tensors: dict[str, Tensor] = {}
     scores = {"scores": checkpoint.scores} if checkpoint.scores else {}
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record, **scores}, tensors)
@@ -43,20 +46,20 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def resume_hint(run: Path) -> str:
-    """How a run goes on, in words for whoever reads of a full disk: an engineer at a simulation, or at a server."""
+    """What to do so that a run goes on, for the engineer at a simulation or at a server who reads of a full disk."""
     return f"start it again (a simulation: fedlora simulate --resume {run})"
 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or none."""
-    for path in reversed(list(_rounds(folder))):
+    for path in reversed(list(_rounds(folder))):  # one that a crash of the disk cut short is passed over
         if found := _read(path):
             return found
-    return None  # one that was cut short by a crash of the disk is passed over: the one before it is whole
+    return None
 
 
 def pack(value: Any) -> tuple[dict[str, Tensor], str]:
-    """A tree of LoRAs, tensors and plain values as named tensors, and its structure as JSON."""
+    """The tensors in a value made of LoRAs, tensors and plain values, by name, and the value's structure as JSON."""
     tensors: dict[str, Tensor] = {}
     return tensors, json.dumps(_pack(value, tensors))
 

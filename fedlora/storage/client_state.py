@@ -1,7 +1,7 @@
-"""What a client keeps on its own disk: the sides it trains and does not share, by round, and its last answer.
+"""Files that a client keeps: the sides that it trains and does not share, by round, and its last reply.
 
-Every file is written whole or not at all, and holds a checksum of its numbers: one that was cut short or altered is
-noticed and logged, and the one before it is used.
+Every file is replaced whole or not at all and holds a checksum of its numbers. A file that was cut short or altered is
+noticed and logged, and the one before it is used. Files of version 0.1 are read too, at the end of this module.
 """
 
 import json
@@ -22,7 +22,7 @@ from fedlora.tensors import by_name, file_bytes, read_file, to_adapter
 from .files import write_durably
 
 DAMAGE = CheckpointError, WireError, ValueError, LookupError, TypeError
-EARLIER = (  # fields of a Job that were in its name in version 0.1, each as it is
+EARLIER = (  # the fields of a Job that were in its hash in version 0.1, each as it is
     *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "metrics", "upload", "feedback", "training"),
     *("seed", "round", "rounds"),
 )
@@ -30,14 +30,17 @@ log = logging.getLogger("fedlora")
 
 
 class ClientState:
-    """A folder of one client's. The last two rounds stay, so that a round which is done again starts as it did."""
+    """A client's folder with what each round left of its own sides; that of the last two rounds stays.
+
+    So a round which is done again, after a crash, starts as it did the first time.
+    """
 
     def __init__(self, folder: Path, name: str = "kept") -> None:
         self.folder, self._name = folder, name
 
     def before(self, round: int) -> LoRA:
-        """What was kept in the latest round before this one; empty where there was none."""
-        for path in sorted(self.folder.glob(f"{self._name}-*.safetensors"), reverse=True):
+        """What the latest round before this one left; empty if there was none, or none whose file is whole."""
+        for path in reversed(self._files()):
             if int(path.stem.removeprefix(f"{self._name}-")) < round:
                 try:
                     return read(path)[0]
@@ -46,41 +49,43 @@ class ClientState:
         return LoRA()
 
     def keep(self, round: int, lora: LoRA) -> None:
-        """Write what this round left, whole or not at all."""
+        """Write what this round leaves, if anything, and delete all but the files of the last two rounds."""
         if not lora:
             return
         write(self.folder / f"{self._name}-{round:06d}.safetensors", lora, {})
-        for old in sorted(self.folder.glob(f"{self._name}-*.safetensors"))[:-2]:
+        for old in self._files()[:-2]:
             old.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self._name}-*.safetensors"))
 
 
 class CachedReply:
-    """A client's last answer: a job that comes again, as after a crash of the server, is not done twice."""
+    """A client's last update, so that a job which comes again, as after a crash of the server, is not done twice."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "answer.safetensors"
 
     def keep(self, job: str, update: Update) -> None:
-        """Write the answer to the job of this digest; from then on it may be sent."""
+        """Write the update of the job with this hash; when this returns, the update may be sent."""
         spent = [update.spent.epsilon, update.spent.charges] if update.spent else None
         loss, examples = json.dumps(update.loss), str(update.examples)
         write(self.path, update.lora, {"job": job, "examples": examples, "loss": loss, "spent": json.dumps(spent)})
 
     def to(self, job: str) -> Update | None:
-        """The answer to this job, if it was worked out already, and is whole."""
+        """The update of the job with this hash, if that is the one that was kept, and its file is whole."""
         try:
-            lora, told = read(self.path)
-            spent = json.loads(told["spent"])
-            if told["job"] != job:
-                return None
-            return Update(
-                lora,
-                int(told["examples"]),
-                json.loads(told["loss"]),
-                PrivacySpent(epsilon=spent[0], charges=spent[1]) if spent else None,
-            )
+            lora, metadata = read(self.path)
+            return _update(lora, metadata) if metadata["job"] == job else None
         except DAMAGE:
             return None
+
+
+def _update(lora: LoRA, metadata: Mapping[str, str]) -> Update:
+    """The update in a file that `CachedReply.keep` wrote."""
+    spent = json.loads(metadata["spent"])
+    told = PrivacySpent(epsilon=spent[0], charges=spent[1]) if spent else None
+    return Update(lora, int(metadata["examples"]), json.loads(metadata["loss"]), told)
 
 
 def write(path: Path, lora: LoRA, metadata: Mapping[str, str]) -> None:
@@ -89,20 +94,21 @@ def write(path: Path, lora: LoRA, metadata: Mapping[str, str]) -> None:
 
 
 def read(path: Path) -> tuple[LoRA, dict[str, str]]:
-    """The adapter and the metadata of a file. Raises one of `DAMAGE` for a file that is not as it was written."""
+    """The adapter and the metadata in a file. Raises one of `DAMAGE` for a file that is not as it was written."""
     tensors, metadata = read_file(path)
     if "manifest" in metadata:
         tensors = _of_one_vector(tensors["numbers"], metadata)
     return to_adapter(tensors), metadata
 
 
-def earlier_digest(job: Job) -> str:
-    """The name that version 0.1 gave to the job; a ledger may hold it as charged, with the answer still to be sent."""
+def earlier_job_hash(job: Job) -> str:
+    """The hash that version 0.1 gave to a job: a ledger may hold the job under it, charged and not yet answered."""
     plain = sorted(((name, getattr(job, name)) for name in EARLIER), key=str)
-    terms = replace(job.privacy, known=0) if job.privacy else None
-    privacy = f"Privacy({repr(terms).partition('(')[2]}" if terms else None  # the name of its class was in the hash
+    privacy = None
+    if job.privacy:  # the name that its class had is in the hash
+        privacy = f"Privacy({repr(replace(job.privacy, known=0)).partition('(')[2]}"
     adapters = {s: job.start.only(s) for s in SIDES} | {f"offset {i}": part for i, part in enumerate(job.offset)}
-    parts = {where: _vector_name(*_one_vector(part)) for where, part in adapters.items() if part.numel()}
+    parts = {where: _vector_hash(*_one_vector(part)) for where, part in adapters.items() if part.numel()}
     return sha256(f"({plain!r}, {privacy}, {parts!r})".encode()).hexdigest()
 
 
@@ -116,15 +122,15 @@ def _one_vector(lora: LoRA) -> tuple[Tensor, str]:
 def _of_one_vector(vector: Tensor, metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """The matrices in a file of version 0.1. Raises `ValueError` for numbers that are not those it names."""
     manifest = metadata["manifest"]
-    name = _vector_name(vector, manifest)
-    if metadata.get("name", name) != name:  # the first files had none
+    found = _vector_hash(vector, manifest)
+    if metadata.get("name", found) != found:  # the first files had none
         raise ValueError("its numbers are not those that were written")
     entries = json.loads(manifest)
     pieces = torch.split(vector, [torch.Size(shape).numel() for *_, shape in entries])
     return {f"{side} {m}": piece.view(shape) for (side, m, shape), piece in zip(entries, pieces, strict=True)}
 
 
-def _vector_name(vector: Tensor, manifest: str) -> str:
-    """The hash by which version 0.1 knew a vector and its manifest."""
+def _vector_hash(vector: Tensor, manifest: str) -> str:
+    """The hash by which version 0.1 named a vector and its manifest."""
     numbers = vector.contiguous().view(torch.uint8).numpy().tobytes()
     return sha256(f"{vector.dtype}{manifest}".encode() + numbers).hexdigest()

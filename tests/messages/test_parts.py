@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from fedlora.jobs import MaskingTerms, PrivacyTerms
 from fedlora.lora import LoRA
-from fedlora.messages.parts import Parts, PartTracker, flatten, job_hash, job_name, names, unflatten
+from fedlora.messages.parts import Parts, PartTracker, flatten, hash_parts_and_job, job_hash, part_names, unflatten
 from fedlora.sections import Training
 from fedlora.strategy import Job, Update
 from fedlora.vectors import from_vector, to_vector
@@ -89,14 +89,14 @@ OTHERS = {
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Job) if f.name != "masking"])
 def test_the_digest_changes_with_every_field_of_a_job(field: str) -> None:
-    assert job_name(replace(JOB, **{field: OTHERS[field]})) != job_name(JOB)
+    assert hash_parts_and_job(replace(JOB, **{field: OTHERS[field]})) != hash_parts_and_job(JOB)
 
 
 def test_the_digest_stays_whatever_is_another_in_every_attempt_at_a_round() -> None:
     again = replace(JOB, privacy=replace(TERMS, known=3), masking=MASKING)
-    assert job_name(again) == job_name(JOB)
+    assert hash_parts_and_job(again) == hash_parts_and_job(JOB)
 
 
 def test_the_digest_tells_a_part_of_the_start_from_one_of_the_offset() -> None:
-    start, offset = names(Parts().of(JOB))
-    assert job_hash(JOB, start, offset) != job_hash(JOB, start[:-1], (start[-1], *offset))
+    start, offset = part_names(Parts().of(JOB))
+    assert job_hash(JOB, start=start, offset=offset) != job_hash(JOB, start=start[:-1], offset=(start[-1], *offset))
