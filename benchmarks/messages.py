@@ -32,7 +32,7 @@ from rich.table import Table
 
 from fedlora import config as configuration
 from fedlora import simulations
-from fedlora.client import training as worker
+from fedlora.client import training as local_training
 from fedlora.config import EMBEDDED
 from fedlora.errors import Failure
 from fedlora.jobs import SecAggStep
@@ -183,7 +183,8 @@ def apart(s: RunSetup, jobs: Mapping[int, Job], folder: Path) -> Metrics:
     parts = [s.evaluation[n :: len(jobs)] for n in range(len(jobs))]
     each = zip(jobs.items(), parts, strict=True)
     return reduce(
-        add, (worker.evaluate(s.model, j, p, ClientState(folder / str(i)).before(j.round)) for (i, j), p in each)
+        add,
+        (local_training.evaluate(s.model, j, p, ClientState(folder / str(i)).before(j.round)) for (i, j), p in each),
     )
 
 
@@ -193,7 +194,7 @@ def axes(s: RunSetup, optimizer: Any, lr: float) -> dict[str, float]:
     start, training = s.start, replace(s.config.train, optimizer=optimizer, lr=lr)
     for t in range(2):
         before, job = start, replace(strategy.client_init(start, client), training=training, round=t, rounds=10)
-        start = worker.train(s.model, job, 0, s.clients_data[0].train, LoRA())[0].lora
+        start = local_training.train(s.model, job, 0, s.clients_data[0].train, LoRA())[0].lora
     return both_ways(difference(start, before).only("AB"))
 
 

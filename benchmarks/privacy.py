@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedlora.client import training as worker
+from fedlora.client import training as local_training
 from fedlora.data.encoding import Example
 from fedlora.data.schema import Schema
 from fedlora.jobs import PrivacyTerms
@@ -133,11 +133,11 @@ def words() -> Any:
 
 
 def plainly(s: Workload) -> None:
-    worker.train(s.model, s.job, 0, s.examples, LoRA())
+    local_training.train(s.model, s.job, 0, s.examples, LoRA())
 
 
 def privately(s: Workload, engine: str) -> None:
-    worker.train_privately(s.model, s.private(engine), 0, [[e] for e in s.examples], LoRA())
+    local_training.train_privately(s.model, s.private(engine), 0, [[e] for e in s.examples], LoRA())
 
 
 def by_opacus(s: Workload, ghost: bool) -> None:

@@ -50,18 +50,13 @@ OFFERED: dict[str, type[FedAvg]] = {
     if isinstance(cls, type) and issubclass(cls, FedAvg) and name not in REFUSED
 }
 OF_MEANS = ("FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad")  # need the weighted mean alone
-WITHOUT_STEP = (
-    "FedAvg",
-    "FedMedian",
-    "FedTrimmedAvg",
-    "Krum",
-    "MultiKrum",
-    "Bulyan",
-)  # what all send is what comes out
+WITHOUT_STEP = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")  # equal updates come out as sent
 MEMORY = ("m_t", "v_t", "momentum_vector")  # the attributes in which Flower's objects keep arrays between rounds
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA
     round: int  # finished; Flower counts from 1
     memory: dict[str, Any]  # attribute of Flower's object -> tensors
@@ -69,6 +64,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FlowerStrategy(Strategy[State]):
+    """A strategy of Flower\'s own, by the name of its class and its numbers."""
+
     name: str  # of a class of flwr.serverapp.strategy
     options: tuple[tuple[str, int | float], ...] = ()
 
@@ -90,21 +87,20 @@ class FlowerStrategy(Strategy[State]):
         vectors = [to_vector(u.over(state.lora), torch.float64) for u in updates]  # `over`: in the order of the start
         # Flower breaks Krum's ties by order; ordered by content, no order of clients changes what comes out
         named = [(content_hash(x.numpy().tobytes()), w, x) for x, w in zip(vectors, weights, strict=True)]
-        answers = [reply(x, w) for _, w, x in sorted(named, key=itemgetter(0, 1))]
+        replies = [reply(x, w) for _, w, x in sorted(named, key=itemgetter(0, 1))]
         with quiet():
             flower = build(self.name, dict(self.options))
             flower.configure_train(state.round + 1, arrays(start), ConfigRecord(), cast(Grid, None))
             for attribute, value in state.memory.items():
                 setattr(flower, attribute, to_numpy(value))
-            result, _ = flower.aggregate_train(state.round + 1, answers)
+            result, _ = flower.aggregate_train(state.round + 1, replies)
         if result is None:
             raise StrategyError(
                 f"round {state.round + 1}: flwr:{self.name} made nothing of the updates of {len(updates)} clients: "
                 "ask a larger cohort, or lower its num_malicious_nodes"
             )
         vector = torch.tensor(next(iter(result.values())).numpy())
-        memory = {a: to_torch(vars(flower)[a]) for a in MEMORY if vars(flower).get(a) is not None}
-        return State(typed(from_vector(vector, state.lora), state.lora), state.round + 1, memory)
+        return State(typed(from_vector(vector, state.lora), state.lora), state.round + 1, memory_of(flower))
 
     def adapter(self, state: State) -> LoRA:
         return state.lora
@@ -120,14 +116,12 @@ def load(name: str, options: Mapping[str, Any]) -> FlowerStrategy:
         raise StrategyError(f"flwr:{name} is not for adapters here: {REFUSED[name]}")
     if name not in OFFERED:
         raise StrategyError(f'Flower has no strategy "{name}" for here; {nearest(name, OFFERED)}')
-    known, values = options_of(OFFERED[name]), dict[str, int | float]()
+    known = options_of(OFFERED[name])
+    values: dict[str, int | float] = {}
     for option, value in options.items():
         if option not in known:
             raise StrategyError(f'strategy flwr:{name} has no option "{option}"; {nearest(option, known)}')
-        try:
-            values[option] = TypeAdapter(known[option]).validate_python(value)
-        except ValidationError as e:
-            raise StrategyError(f"option {option} of strategy flwr:{name} = {value!r}: {e.errors()[0]['msg']}") from e
+        values[option] = _typed(f"option {option} of strategy flwr:{name}", value, known[option])
     try:
         with quiet():
             build(name, values)
@@ -136,9 +130,18 @@ def load(name: str, options: Mapping[str, Any]) -> FlowerStrategy:
     return FlowerStrategy(name, tuple(sorted(values.items())))
 
 
+def _typed(where: str, value: Any, kind: type) -> int | float:
+    """The value as this type of number."""
+    try:
+        number: int | float = TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise StrategyError(f"{where} = {value!r}: {e.errors()[0]['msg']}") from e
+    return number
+
+
 def options_of(cls: type[FedAvg]) -> dict[str, type]:
     """The numbers that a strategy's rule takes, by name; who is asked and how clients train is set by the run."""
-    own = signature(cls).parameters.keys() - signature(FedAvg).parameters.keys() - {"eta_l"}  # the clients' rate
+    own = signature(cls).parameters.keys() - signature(FedAvg).parameters.keys() - {"eta_l"}  # eta_l is the clients'
     return {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in own and kind in (int, float)}
 
 
@@ -147,7 +150,14 @@ def build(name: str, options: Mapping[str, int | float]) -> FedAvg:
     return OFFERED[name](fraction_train=0.0, **cast(dict[str, Any], options))
 
 
+def memory_of(flower: FedAvg) -> dict[str, Any]:
+    """What Flower's object keeps for the next round, as tensors by attribute."""
+    kept = {attribute: vars(flower).get(attribute) for attribute in MEMORY}
+    return {attribute: to_torch(value) for attribute, value in kept.items() if value is not None}
+
+
 def arrays(vector: torch.Tensor) -> ArrayRecord:
+    """The vector in Flower's form."""
     return ArrayRecord({"x": Array(vector.numpy())})
 
 

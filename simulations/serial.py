@@ -19,6 +19,8 @@ REFUSALS = ClientFailed, LedgerError, PrivacyError, SecureError  # one client's;
 
 
 class Serial:
+    """A fleet of clients that train one after another in this process, by one model."""
+
     def __init__(
         self,
         model: Model,
@@ -35,12 +37,14 @@ class Serial:
         ]
 
     def clients(self) -> Sequence[Client]:
+        """All clients, with their counts and ranks."""
         return [
             client_data.client(i, rank)
             for i, (client_data, rank) in enumerate(zip(self._clients_data, self._ranks, strict=True))
         ]
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
+        """Run every job; yield each answer as soon as it is there."""
         parts = Parts()
         for i, job in jobs.items():
             own_parts = parts.of(job)
@@ -57,6 +61,7 @@ class Serial:
                 yield i, update
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
+        """Have each client do its step of secure aggregation; the result is what each says."""
         replies: dict[int, Mapping[str, str] | Failure] = {}
         for i, ask in asks.items():
             try:
@@ -66,6 +71,7 @@ class Serial:
         return replies
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
         parts = Parts()
         answers = {}
         for i, job in jobs.items():

@@ -19,12 +19,16 @@ from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     anchor: LoRA  # minus the product of the start; without the modules where that is zero
     inner: Any
 
 
 @dataclass(frozen=True)
 class Anchored(Strategy[State]):
+    """Wraps a strategy so that a start whose product is not zero leaves the pretrained model as it was."""
+
     inner: Strategy[Any]
 
     def __post_init__(self) -> None:

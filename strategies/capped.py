@@ -1,4 +1,4 @@
-"""Capped offset: round any strategy, clients wear the offset as one side adapter of limited rank.
+"""Capped offset: round any strategy, clients load the offset as one side adapter of limited rank.
 
 Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (NeurIPS 2023), https://arxiv.org/abs/2305.14314, whose
 quantised weights an offset cannot be added to: below half a step it would be rounded away.
@@ -19,6 +19,8 @@ from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declar
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     inner: Any
     part: LoRA
     dropped: float  # share of the offset's squared Frobenius norm
@@ -26,6 +28,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Capped(Strategy[State]):
+    """Wraps a strategy so that its offset has a limited rank."""
+
     inner: Strategy[Any]
     rank: int
 
@@ -47,7 +51,7 @@ class Capped(Strategy[State]):
 
     def adapter(self, state: State) -> LoRA:
         job = self.inner.client_init(state.inner, HIGHEST_RANK)
-        # a client that resumes wears the offset less the product it goes on from: the offset is the whole model
+        # a client that resumes loads the offset less the product it goes on from: the offset is the whole model
         start = LoRA() if job.resumes and state.part else job.start
         return join(state.part, start).over(self.inner.adapter(state.inner).only("H"))
 

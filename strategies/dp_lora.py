@@ -21,6 +21,8 @@ from fedlora.strategy import Client, Job, Strategy, declare
 
 @dataclass(frozen=True)
 class DPLoRA(Strategy[LoRA]):
+    """Averages both factors, or B alone, trained with clipped gradients of single examples."""
+
     trains: Literal["AB", "B"] = "AB"  # and the head
     clip: float = 1.0  # C, the largest norm of one example's gradient, where the run adds no noise
 

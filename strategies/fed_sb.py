@@ -22,6 +22,8 @@ from fedlora.strategy import Client, Job, Strategy
 
 @dataclass(frozen=True)
 class FedSB(Strategy[LoRA]):
+    """Averages the core between frozen frames."""
+
     seed: int = 0  # of B, where the given one is zero
 
     exact = True

@@ -16,6 +16,8 @@ from fedlora.strategy import Client, Job, Strategy
 
 @dataclass(frozen=True)
 class FedAvg(Strategy[LoRA]):
+    """Averages both factors."""
+
     sums_only = True
     continues = True
     kinds = ("lora", "dora", "vera")

@@ -26,6 +26,8 @@ from fedlora.strategy import Client, Job, Strategy, declare
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA  # where clients start
     parts: tuple[LoRA, ...]  # the offset: one a round, until together they outgrow a dense one
     round: int
@@ -33,6 +35,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedEx(Strategy[State]):
+    """Averages both factors, and adds the residual to the offset."""
+
     rank: int = 0  # of what is kept of the residual; 0: all of it
     assignment: Literal["average", "reinit", "keep"] = "average"
 

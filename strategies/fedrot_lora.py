@@ -23,12 +23,16 @@ from fedlora.strategy import Client, Job, Strategy
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA
     round: int  # finished
 
 
 @dataclass(frozen=True)
 class FedRot(Strategy[State]):
+    """Averages factors that are first rotated towards the global ones."""
+
     soft: float = 1.0  # lambda, from 0 (no rotation) to 1 (all of it)
 
     kinds = ("lora", "dora")

@@ -22,6 +22,8 @@ from fedlora.strategy import Client, Job, Strategy
 
 @dataclass(frozen=True)
 class FedSALoRA(Strategy[LoRA]):
+    """Averages A, and lets every client keep its B."""
+
     sums_only = True
     continues = True
     kinds = ("lora", "dora", "vera")

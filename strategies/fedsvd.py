@@ -18,12 +18,16 @@ from fedlora.strategy import Client, Job, Strategy, declare
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA
     round: int  # finished
 
 
 @dataclass(frozen=True)
 class FedSVD(Strategy[State]):
+    """Averages B over a frozen A, and factorises the product anew."""
+
     every: int = 1  # rounds between decompositions; 0: never, which is FFA-LoRA
 
     exact = True

@@ -18,6 +18,8 @@ from fedlora.strategy import Client, Job, Strategy, declare
 
 @dataclass(frozen=True)
 class FFALoRA(Strategy[LoRA]):
+    """Averages B over a frozen A."""
+
     orthonormal: bool = False  # rows of A orthonormal from the start, spanning what they spanned
 
     exact = True

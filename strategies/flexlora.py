@@ -21,6 +21,8 @@ from fedlora.strategy import Client, Job, Strategy
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA  # at the largest rank; after the first round A A^T = I but for rows that fill up
     first: LoRA  # the A of the start
     dropped: float  # share of the last mean's squared singular values beyond the largest rank
@@ -28,6 +30,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FlexLoRA(Strategy[State]):
+    """Averages the products, and factorises the mean by an SVD."""
+
     mixed_ranks = True
     up = down = "r * (d_in + d_out)"
 

@@ -18,6 +18,8 @@ from fedlora.strategy import Client, Job, Strategy
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA  # where the next round starts, at the largest rank; B is zero but in a first start that has it otherwise
     stacks: tuple[LoRA, ...]  # one a round, of rank sum_i r_i, until together they outgrow a dense one
     round: int
@@ -25,6 +27,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FLoRA(Strategy[State]):
+    """Stacks the clients' products into the offset, and starts every round from a new A and B = 0."""
+
     exact = True
     mixed_ranks = True
     up = "r * (d_in + d_out)"

@@ -20,6 +20,8 @@ from fedlora.strategy import Client, Job, Strategy, declare
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA  # where the next round starts, at the largest rank; B is zero but in a first start that has it otherwise
     parts: tuple[LoRA, ...]  # one a round, until together they outgrow a dense one
     round: int
@@ -29,6 +31,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FLoRIST(Strategy[State]):
+    """Stacks the clients' products, and cuts the stack by its energy."""
+
     energy: float = 0.9  # tau, the share of the sum of squared singular values that is kept; 1 cuts nothing
 
     mixed_ranks = True

@@ -20,12 +20,16 @@ from fedlora.strategy import Client, Job, Strategy
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA
     round: int  # finished
 
 
 @dataclass(frozen=True)
 class FSLoRA(Strategy[State]):
+    """Averages factors of which each client trains a sketch."""
+
     seed: int = 0  # of the sketches
 
     mixed_ranks = True

@@ -10,6 +10,8 @@ from fedlora.strategy import Client, Job, Sender, Strategy, declare, next_state
 
 @dataclass(frozen=True)
 class Head(Strategy[Any]):
+    """Wraps a strategy so that heads stay with their clients, or as they were."""
+
     inner: Strategy[Any]
     policy: Literal["local", "frozen"]
 

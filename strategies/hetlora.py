@@ -24,6 +24,8 @@ from fedlora.strategy import Client, Job, Strategy, declare
 
 @dataclass(frozen=True)
 class HetLoRA(Strategy[LoRA]):
+    """Averages factors of different ranks, padded with zeros."""
+
     weighting: Literal["norm", "examples"] = "norm"  # of the factors; the head's is by the run's weights
 
     mixed_ranks = True

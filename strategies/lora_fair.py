@@ -25,6 +25,8 @@ from fedlora.strategy import Client, Job, Strategy
 
 @dataclass(frozen=True)
 class LoRAFair(Strategy[LoRA]):
+    """Averages both factors, and corrects B."""
+
     form: Literal["least_squares", "cosine"] = "least_squares"
     lam: float = 0.01
     steps: int = 100  # of the cosine's descent
@@ -65,7 +67,8 @@ class LoRAFair(Strategy[LoRA]):
         In units in which |B' A| = 1, for a cosine's slope grows as 1/|B|; the penalty's step is implicit, so that no
         lam is too large for lr.
         """
-        M, unit = N + b @ G, float((b @ G * b).sum())  # W* A^T, |B' A|^2
+        M = N + b @ G  # W* A^T (d_out, r)
+        unit = float((b @ G * b).sum())  # |B' A|^2
         dB = torch.zeros_like(b)
         if not unit or not size:
             return dB  # no direction to turn, or none to turn to

@@ -31,6 +31,8 @@ from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declar
 
 @dataclass(frozen=True)
 class Robust(Strategy[Any]):
+    """Wraps a strategy so that a few dishonest clients do not carry the model off."""
+
     inner: Strategy[Any]
     rule: Literal["median", "trimmed_mean", "krum", "multi_krum", "norm_bound"]
     trim: float = 0.1

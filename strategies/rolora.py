@@ -17,12 +17,16 @@ from fedlora.strategy import Client, Job, Strategy
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     lora: LoRA
     round: int  # finished
 
 
 @dataclass(frozen=True)
 class RoLoRA(Strategy[State]):
+    """Averages B and A in alternate rounds."""
+
     exact = True
     sums_only = True
     continues = True

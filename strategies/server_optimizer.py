@@ -28,6 +28,8 @@ from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declar
 
 
 class State(NamedTuple):
+    """What the server keeps between rounds."""
+
     inner: Any
     m: LoRA  # first moments, of the sides that have been shared so far
     v: LoRA  # second moments; none with momentum
@@ -35,6 +37,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class ServerOptimizer(Strategy[State]):
+    """Wraps a strategy so that the server steps by an optimiser."""
+
     inner: Strategy[Any]
     kind: Literal["momentum", "adam", "yogi", "adagrad"]
     lr: float = 1.0

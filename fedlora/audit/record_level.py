@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.client import training as worker
+from fedlora.client import training as local_training
 from fedlora.data.encoding import Example
 from fedlora.jobs import Charge, Job
 from fedlora.lora import LoRA
@@ -147,7 +147,7 @@ def _step(
     privacy = replace(setting.privacy, clip=clip, steps=1, rate=1.0)
     plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=setting.config.train.batch_size)
     with preflight.no_dropout(setting.model.net.train()):
-        worker.train_privately(
+        local_training.train_privately(
             setting.model, replace(job, privacy=privacy, training=plain), 0, [[e] for e in records], LoRA(), mechanism
         )
     after = setting.model.get_adapter()

@@ -11,7 +11,7 @@ import pytest
 
 from fedlora.audit.membership_inference import MOST, against, bound, evenly_spread, losses, measures
 from fedlora.checks.small_models import LABELS, WORDS, small_model
-from fedlora.client import training as worker
+from fedlora.client import training as local_training
 from fedlora.data.encoding import Records
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
@@ -50,7 +50,7 @@ def test_members_that_were_learned_by_heart_are_told_from_others(records: Record
     where, members = small_model("bert"), records[:12]
     training = Training(lr=0.03, epochs=60, batch_size=12, clip=0)
     examples = [e for record in members for e in record]
-    update, _ = worker.train(where.model, Job(where.start, training=training), 0, examples, LoRA())
+    update, _ = local_training.train(where.model, Job(where.start, training=training), 0, examples, LoRA())
     plain, calibrated, control = against(where.model, where.start, update.lora, members, records[12:])
     assert plain.values[0] > 0.8 and plain.low[0] > 0.65 and calibrated.values[0] > 0.8
     assert control.low[0] < 0.6 and plain.values[3] > control.values[3]

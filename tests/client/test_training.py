@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.client import training as worker
+from fedlora.client import training as local_training
 from fedlora.errors import ClientFailed
 from fedlora.lora import LoRA, delta, join, scale, stack
 from fedlora.models.model import Model
@@ -54,12 +54,12 @@ def examples(n: int = 10, seed: int = 0) -> list[dict[str, torch.Tensor]]:
 
 
 def moved(model: Model, job: Job, kept: LoRA = LoRA()) -> LoRA:  # noqa: B008
-    return worker.train(model, job, 0, examples(), kept)[0].lora
+    return local_training.train(model, job, 0, examples(), kept)[0].lora
 
 
 def test_training_lowers_the_loss(model: Model, start: LoRA) -> None:
-    first, _ = worker.train(model, Job(start, training=FAST), 0, examples(), LoRA())
-    longer, _ = worker.train(model, Job(start, training=replace(FAST, epochs=20)), 0, examples(), LoRA())
+    first, _ = local_training.train(model, Job(start, training=FAST), 0, examples(), LoRA())
+    longer, _ = local_training.train(model, Job(start, training=replace(FAST, epochs=20)), 0, examples(), LoRA())
     assert longer.loss < first.loss and first.examples == 10
 
 
@@ -74,7 +74,7 @@ def test_every_trained_matrix_moves_and_a_frozen_one_does_not(model: Model, star
 def test_the_same_job_gives_the_same_bits_whoever_trained_in_between(model: Model, start: LoRA) -> None:
     job = Job(start, training=FAST, seed=3, round=2, rounds=5)
     one = moved(model, job)
-    worker.train(model, replace(job, seed=4), 7, examples(6, seed=2), LoRA())
+    local_training.train(model, replace(job, seed=4), 7, examples(6, seed=2), LoRA())
     torch.manual_seed(99)
     assert_close(vars(moved(model, job)), vars(one), rtol=0, atol=0)
     assert not torch.equal(moved(model, replace(job, round=3)).B[next(iter(one.B))], next(iter(one.B.values())))
@@ -82,10 +82,10 @@ def test_the_same_job_gives_the_same_bits_whoever_trained_in_between(model: Mode
 
 def test_what_is_trained_and_not_shared_stays_and_goes_on(model: Model, start: LoRA) -> None:
     job = Job(start, shares="A", training=FAST)
-    update, kept = worker.train(model, job, 0, examples(), LoRA())
+    update, kept = local_training.train(model, job, 0, examples(), LoRA())
     assert set(update.lora.B) == set() == set(kept.A) and kept.B
-    again, _ = worker.train(model, job, 0, examples(), kept)
-    anew, _ = worker.train(model, job, 0, examples(), LoRA())
+    again, _ = local_training.train(model, job, 0, examples(), kept)
+    anew, _ = local_training.train(model, job, 0, examples(), LoRA())
     assert again.loss < anew.loss  # it took up its own B, not the job's
 
 
@@ -154,7 +154,7 @@ def test_a_head_can_have_a_learning_rate_of_its_own(classifier: Model, labelled:
 
     def steps(head_lr: float) -> tuple[float, float]:
         training = replace(FAST, lr=1e-3, head_lr=head_lr, batch_size=9)
-        update, _ = worker.train(classifier, replace(job, training=training), 0, labelled, LoRA())
+        update, _ = local_training.train(classifier, replace(job, training=training), 0, labelled, LoRA())
         return far(update.lora, job.start, "B"), far(update.lora, job.start, "H")
 
     assert steps(0.0) == pytest.approx((1e-3, 1e-3), rel=0.01)  # AdamW's first step is as long as the rate
@@ -170,7 +170,7 @@ def test_b_can_have_a_larger_learning_rate_than_a(model: Model, begun: LoRA) -> 
 
 def test_a_heads_update_is_shared_with_the_adapter(classifier: Model, labelled: list[dict[str, torch.Tensor]]) -> None:
     start = classifier.get_adapter()
-    update, kept = worker.train(classifier, Job(start, training=FAST), 0, labelled, LoRA())
+    update, kept = local_training.train(classifier, Job(start, training=FAST), 0, labelled, LoRA())
     assert not kept and not torch.equal(update.lora.H["classifier.weight"], start.H["classifier.weight"])
     assert classifier.metrics(labelled).values()["accuracy"] >= 0
 
@@ -185,8 +185,8 @@ def test_a_gain_is_a_factor_on_the_scale(model: Model, begun: LoRA) -> None:
 
 
 def test_a_client_that_resumes_sends_its_factors_the_first_time(model: Model, start: LoRA) -> None:
-    update, kept = worker.train(model, Job(start, resumes=True, training=FAST), 0, examples(), LoRA())
-    plain, _ = worker.train(model, Job(start, training=FAST), 0, examples(), LoRA())
+    update, kept = local_training.train(model, Job(start, resumes=True, training=FAST), 0, examples(), LoRA())
+    plain, _ = local_training.train(model, Job(start, training=FAST), 0, examples(), LoRA())
     assert_close(vars(update.lora), vars(plain.lora), rtol=0, atol=0)
     assert_close(vars(kept), vars(plain.lora), rtol=0, atol=0)
 
@@ -197,7 +197,7 @@ def test_a_client_that_resumes_sends_the_change_of_its_product(model: Model, beg
     own = LoRA({m: a[:kept_rank] for m, a in begun.A.items()}, {m: b[:, :kept_rank] for m, b in begun.B.items()})
     job = Job(begun, resumes=True, training=FAST)
     for kept, was in ((own, own), (LoRA(), begun)):
-        update, after = worker.train(model, job, 0, examples(), kept)
+        update, after = local_training.train(model, job, 0, examples(), kept)
         assert all(a.shape[0] == 2 * was.A[m].shape[0] for m, a in update.lora.A.items())
         assert_close(delta(update.lora), delta(join(after, scale(was, -1))))
         assert all(not torch.equal(after.B[m], b) for m, b in was.B.items())
@@ -206,21 +206,21 @@ def test_a_client_that_resumes_sends_the_change_of_its_product(model: Model, beg
 def test_clients_that_resume_compute_alike_and_go_on_from_their_own(model: Model, start: LoRA) -> None:
     """Each client loads its own factors over the mean of all changes less their product: the same model for all."""
     job = Job(start, resumes=True, training=FAST)
-    answers = [worker.train(model, job, i, examples(seed=i), LoRA()) for i in range(2)]
+    answers = [local_training.train(model, job, i, examples(seed=i), LoRA()) for i in range(2)]
     mean = stack([update.lora for update, _ in answers], [1.0, 3.0])
     again = replace(job, offset=(mean,), round=1)
-    losses = [worker.evaluate(model, again, examples(), kept).loss for _, kept in answers]
+    losses = [local_training.evaluate(model, again, examples(), kept).loss for _, kept in answers]
     assert losses == pytest.approx([loss(model, Job(start, offset=(mean,)))] * 2)
     assert losses[0] != pytest.approx(loss(model, Job(start)))
     for i, (_, kept) in enumerate(answers):
-        _, after = worker.train(model, replace(again, training=replace(FAST, lr=1e-6)), i, examples(), kept)
+        _, after = local_training.train(model, replace(again, training=replace(FAST, lr=1e-6)), i, examples(), kept)
         assert_close(vars(after), vars(kept), atol=1e-4, rtol=0)
 
 
 def test_a_client_that_resumes_shares_its_head(classifier: Model, labelled: list[dict[str, torch.Tensor]]) -> None:
     job = Job(classifier.get_adapter(), resumes=True, training=FAST)
-    _, kept = worker.train(classifier, job, 0, labelled, LoRA())
-    update, kept = worker.train(classifier, replace(job, round=1), 0, labelled, kept)
+    _, kept = local_training.train(classifier, job, 0, labelled, LoRA())
+    update, kept = local_training.train(classifier, replace(job, round=1), 0, labelled, kept)
     assert not kept.H and far(update.lora, job.start, "H") > 0
 
 
@@ -258,7 +258,9 @@ def test_a_head_is_clipped_together_with_the_adapter(
 ) -> None:
     start = classifier.get_adapter()
     training = Training(optimizer="sgd", lr=1.0, batch_size=1, steps=1)
-    update, _ = worker.train(classifier, Job(start, example_clip=0.01, training=training), 0, labelled[:1], LoRA())
+    update, _ = local_training.train(
+        classifier, Job(start, example_clip=0.01, training=training), 0, labelled[:1], LoRA()
+    )
     change = [update.lora.side(s)[m] - t for s in "ABH" for m, t in start.side(s).items()]
     assert size(change) == pytest.approx(0.01, rel=1e-3)
 
@@ -269,7 +271,7 @@ def far(after: LoRA, before: LoRA, side: str) -> float:
 
 
 def loss(model: Model, job: Job) -> float:
-    return worker.evaluate(model, job, examples(), LoRA()).loss
+    return local_training.evaluate(model, job, examples(), LoRA()).loss
 
 
 def size(tensors: list[torch.Tensor]) -> float:
@@ -290,5 +292,5 @@ def step(
 ) -> list[torch.Tensor]:
     """What is taken off A and B in one step of length 1 over all rows."""
     chosen = replace(Training(optimizer="sgd", lr=1.0, batch_size=10, steps=1), **training)  # type: ignore[arg-type]
-    after = worker.train(model, Job(lora, trains="AB", example_clip=largest, training=chosen), 0, rows, LoRA())
+    after = local_training.train(model, Job(lora, trains="AB", example_clip=largest, training=chosen), 0, rows, LoRA())
     return [t - after[0].lora.side(s)[m] for s in "AB" for m, t in lora.side(s).items()]
