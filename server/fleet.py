@@ -36,16 +36,16 @@ Read = Callable[[RawMessage, Job], T | codec.MissingParts]
 
 @dataclass(frozen=True)
 class FleetRules:
-    """What a fleet goes by."""
+    """The rules by which a fleet admits clients and waits for them."""
 
-    clients: int  # there are to be
+    clients: int  # how many the run is to have
     quorum: float = 1.0  # share of them without which it does not begin
     wait: float = 0.0  # seconds for those beyond the quorum
     deadline: float = 0.0  # seconds after which a round's missing clients have failed; 0: wait for all
     needed: float = 0.0  # share of a round's clients without which those that are away are waited for
     largest_step: float = inf  # norm of an update above which it is refused
-    run: str = ""  # by which clients keep what is theirs
-    nodes: Mapping[int, int] | None = None  # node -> the client whose key it has; None: nodes are believed
+    run: str = ""  # name of the run, by which clients keep their state
+    nodes: Mapping[int, int] | None = None  # node -> the client whose key the node has; None: nodes are believed
     ranks: Sequence[int] = ()  # of each client; none: clients are believed
     told: Mapping[str, int | float | str | bool] = field(default_factory=dict)  # settings that clients go by
     base: str = ""  # fingerprint of the base model that all must have; none: not compared
@@ -117,7 +117,7 @@ class FlowerFleet:
         yield from away.items()
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
-        """A step of secure aggregation by each client, and what it says."""
+        """Have every client take its step of secure aggregation, and return the answers."""
         waiting = self._push(SECURE, asks, lambda i: codec.pack_ask(asks[i]))
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
@@ -126,11 +126,11 @@ class FlowerFleet:
         return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
-        """The model of every job on its client's held-out examples."""
+        """The metrics of every job's model on its client's held-out examples."""
         return dict(self._carry(MessageType.EVALUATE, jobs, upload_checks.read_metrics, upload_checks.MOST_METRICS))
 
     def _carry(self, kind: str, jobs: Mapping[int, Job], read: Read[T], most: int) -> Iterator[tuple[int, T | Failure]]:
-        """A message a job, and its answer of at most so many bytes of numbers.
+        """Send every job in a message; yield each answer, of at most `most` bytes of numbers, as it comes.
 
         A client that lost its parts is sent its job again, once, in full.
         """
@@ -156,7 +156,7 @@ class FlowerFleet:
         return Failure("offline: its node is not there", FailureKind.OFFLINE)
 
     def _taken(self, kind: str, i: int, job: Job, answer: T | codec.MissingParts | Failure) -> T | Failure:
-        """The last answer to a job, counted, in the log and on the screen."""
+        """Count an answer after which its client is not asked again, and write it in the log; return it."""
         if isinstance(answer, codec.MissingParts):
             reason = f"it still lacks {len(answer.lacks)} parts of a job that was sent in full"
             answer = Failure(reason, FailureKind.REFUSED)
@@ -168,7 +168,10 @@ class FlowerFleet:
         return answer
 
     def _are_back(self, away: Mapping[int, Failure], short: int, began: float) -> bool:
-        """Wait until there are as many of them as a round is short of; false where it is not, or they are too few."""
+        """Wait until as many of these clients are back as the round is short of.
+
+        False where the round is short of none, or of more than these, or its time is up.
+        """
         pause, since, enough_since = Pause(self._stop), time.monotonic(), inf
         while 0 < short <= len(away) and not self._is_late(began):
             gone, now = self._offline(away), time.monotonic()
@@ -205,7 +208,7 @@ class FlowerFleet:
         self.journal.write("joined", client=client.id, examples=client.examples, rank=client.rank)
 
     def _push(self, kind: str, clients: Iterable[int], letter: Callable[[int], RecordDict]) -> dict[str, int]:
-        """Write to whoever of them is online; which message went to which client."""
+        """Send those of the clients that are online their messages; return which message went to which client."""
         online, nodes = set(self._grid.get_node_ids()), self._registry.nodes
         letters = {nodes[i]: letter(i) for i in clients if nodes[i] in online}
         ttl = self._rules.deadline or None  # what nobody waits for any more is not begun
@@ -214,7 +217,7 @@ class FlowerFleet:
         return {id: client_on[node] for id, node in sent.items()}
 
     def _replies(self, waiting: dict[str, int], most: int) -> Iterator[tuple[int, Message | Failure]]:
-        """Clients with their replies, each as soon as it is there, until none is waited for or time is up."""
+        """Yield clients with their replies, each as soon as it is there, until none is left or time is up."""
         began, pause = time.monotonic(), Pause(self._stop)
         while waiting and not self._is_late(began):
             replies = self._inbox.look_at(waiting, most)
@@ -332,7 +335,7 @@ def push(
 def read_reply(
     reply: Message | Failure, run: str, read: Callable[Concatenate[RawMessage, P], X], *args: P.args, **kwargs: P.kwargs
 ) -> X | Failure:
-    """What a reply says, if it is one, of this run, and passes the checks of `read`."""
+    """What `read` makes of a reply, or the failure: the reply is an error, of another run, or refused by `read`."""
     if isinstance(reply, Failure):
         return reply
     if reply.has_error():
@@ -347,7 +350,7 @@ def read_reply(
 
 
 def _wrong_about(rules: FleetRules, node: int, client: Client, base: str) -> str:
-    """What a client may not say of itself; empty where all is well."""
+    """What contradicts the rules in a client's description of itself; empty where nothing does."""
     if rules.nodes is not None and rules.nodes.get(node) != client.id:
         return f"the node with the key of client {rules.nodes.get(node, 'nobody')} says that it is {client.id}"
     if rules.ranks and [*rules.ranks[client.id : client.id + 1]] != [client.rank]:

@@ -1,7 +1,7 @@
-"""What an answer may take of this machine's memory, looked at before it is taken.
+"""A bound on the memory that a reply may take, checked before the memory is taken.
 
-Flower brings in all that a message is made of, however much, and carries equal chunks once, so that a few bytes can ask
-for gigabytes. It has no setting for either; the one file that changes what its own functions do is this.
+Flower receives all chunks of a message, however many, and sends equal chunks once, so that a few bytes can unpack to
+gigabytes. It has no setting for either, so this file, and no other, replaces two of its functions.
 """
 
 import json
@@ -25,7 +25,7 @@ _inflate = Array.inflate
 
 @contextmanager
 def bounded(most: float) -> Iterator[None]:
-    """Within it, an answer of more than `most` bytes of numbers raises `WireError`, to this thread alone."""
+    """Inside a `with`, a reply of more than `most` bytes of numbers raises `WireError`, in this thread alone."""
     before = _most.set(most)
     try:
         yield
@@ -34,7 +34,7 @@ def bounded(most: float) -> Iterator[None]:
 
 
 def _bounded_inflate(object_content: bytes, children: Mapping[str, Any] | None = None) -> Array:
-    """Flower's own `Array.inflate`, once the array's length, give or take a chunk, has been looked at."""
+    """Flower's own `Array.inflate`, after a check of the array's length, which is known to within a chunk."""
     chunks = json.loads(object_content.partition(b"\0")[2])["arraychunk_ids"]
     largest = max((len(chunk.data) for chunk in (children or {}).values()), default=0)
     if (len(chunks) - 1) * largest > _most.get():
@@ -46,7 +46,7 @@ def _bounded_inflate(object_content: bytes, children: Mapping[str, Any] | None =
 
 
 def _bounded_pull(object_ids: Sequence[str], pull_object_fn: Callable[[str], bytes], **more: Any) -> dict[str, bytes]:
-    """Flower's own `pull_objects`, ended as soon as too much has come."""
+    """Flower's own `pull_objects`, stopped as soon as too many bytes have come."""
     most, lock, came = _most.get(), Lock(), 0
 
     def pull(object_id: str) -> bytes:

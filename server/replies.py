@@ -1,4 +1,4 @@
-"""Waiting for replies, taking them in, and what an error reply says."""
+"""Replies of clients: waiting for them, receiving them one by one, and reading those that are errors."""
 
 import re
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ GLANCE = 2.0  # seconds that a reply is waited for while it is brought in; then 
 
 
 class Pause:
-    """Waiting between two looks: short while answers come, longer while none does."""
+    """A wait between two looks for replies: short while replies come, longer and longer while none does."""
 
     def __init__(self, stop: Event, shortest: float = 0.05, longest: float = 1.0) -> None:
         self._stop, self._shortest, self._longest, self._now = stop, shortest, longest, shortest
@@ -50,7 +50,7 @@ class ReplyInbox:
         self._coming: dict[str, Future[list[Message]]] = {}  # by the message that they answer
 
     def look(self, id: str, most: float) -> Message | Failure | None:
-        """The reply to a message, once all of it is there; of more than `most` bytes of numbers it is none."""
+        """The reply to a message; None while it is not all there. More than `most` bytes of numbers are refused."""
         known = self._coming.pop(id, None)
         coming = known or self._bring(id, most)
         if not wait([coming], 0 if known else GLANCE).done:
@@ -64,17 +64,17 @@ class ReplyInbox:
             return Failure(f"an answer could not be unpacked: {type(e).__name__}", FailureKind.REFUSED)
 
     def look_at(self, ids: Iterable[str], most: float) -> list[tuple[str, Message | Failure]]:
-        """Those replies that are there, by the messages that they answer."""
+        """The replies that are there, each with the id of the message that it answers."""
         looks = ((id, self.look(id, most)) for id in ids)
         return [(id, reply) for id, reply in looks if reply is not None]
 
     def forget(self, ids: Iterable[str]) -> None:
-        """Of these, nobody waits for a reply any more."""
+        """Stop waiting for the replies to these messages."""
         for id in ids:
             self._coming.pop(id, None)
 
     def _bring(self, id: str, most: float) -> Future[list[Message]]:
-        """In a thread that dies with this process."""
+        """Start to receive the reply to a message, in a thread that does not outlive this process."""
         coming = Future[list[Message]]()
 
         def bring() -> None:

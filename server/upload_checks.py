@@ -1,4 +1,4 @@
-"""What an upload must be before it reaches a strategy: one client's nonsense is that client's failure, and no more.
+"""Checks of what clients send, before it reaches a strategy: one client's nonsense is that client's failure alone.
 
 Checked are size, head, hash, names, shapes, type, finiteness, the norm of what changed, and the round; whatever does
 not hold raises `WireError`, in words that name what came and what was asked for. Nothing is unpickled.

@@ -85,7 +85,7 @@ UPLOADS = {
     "nan": Row("upload with a NaN", REFUSED, damage.refused(1, "not finite")),
     "shape": Row("upload of a wrong shape", REFUSED, damage.refused(2, "the job asked for")),
     "round": Row("upload for a wrong round", REFUSED, damage.refused(3, "is of round")),
-    "random": Row("upload of random bytes", REFUSED, damage.refused(4, "could not be read")),
+    "random": Row("upload of random bytes", REFUSED, damage.refused(4, "not what its hash")),
     "same": Row("upload of 2 GB of zeros", REFUSED + "; less than 1 GB of memory", damage.enormous(5)),
     "huge": Row("upload of 2 GB of random bytes", REFUSED + "; less than 1 GB of memory", damage.enormous(6)),
 }
