@@ -40,7 +40,7 @@ def _ask_once(address: str, kind: str, content: RecordDict, timeout: float | Non
         with grpc.insecure_channel(address, options=OPTIONS) as channel:  # a Unix socket that its owner alone opens
             grpc.channel_ready_future(channel).result(timeout=COMES_BACK)
             call = channel.stream_stream(METHOD, TaskPiece.SerializeToString, AnswerPiece.FromString)
-            return _gather(call(_pieces(kind, content), timeout=timeout))
+            return _collect(call(_pieces(kind, content), timeout=timeout))
     except grpc.FutureTimeoutError as e:
         raise WorkerGone(f"no worker came back within {COMES_BACK:.0f} s") from e
     except grpc.RpcError as e:
@@ -50,14 +50,14 @@ def _ask_once(address: str, kind: str, content: RecordDict, timeout: float | Non
 
 
 def split(content: RecordDict) -> tuple[str, str, Array | None]:
-    """A message's head, its run, and its numbers."""
+    """The head of a message as JSON, the name of its run, and its array, if the message has exactly one."""
     head = content.config_records.get("head", ConfigRecord())
     arrays = [a for record in content.array_records.values() for a in record.values()]
     return str(head.get("json", "")), str(head.get("run", "")), arrays[0] if len(arrays) == 1 else None
 
 
 def records(head: str, run: str, numbers: Numbers | None, data: bytes) -> RecordDict:
-    """The message that a head, its run and its numbers are."""
+    """The message with this head, this run and, if `numbers` describes one, an array of these bytes."""
     content = RecordDict({"head": ConfigRecord({"json": head, "run": run})})
     if numbers is not None:
         content["array"] = ArrayRecord({"numbers": Array(numbers.dtype, tuple(numbers.shape), "safetensors", data)})
@@ -65,24 +65,26 @@ def records(head: str, run: str, numbers: Numbers | None, data: bytes) -> Record
 
 
 def numbers(array: Array | None) -> Numbers | None:
-    """What is said of an array before its bytes."""
+    """The description of an array that goes before its bytes; none without an array."""
     return Numbers(dtype=array.dtype, shape=array.shape, bytes=len(array.data)) if array else None
 
 
 def chunks(array: Array | None) -> Iterator[bytes]:
-    """An array's bytes, piece by piece."""
+    """The bytes of an array in pieces of `CHUNK`; nothing without an array."""
     data = array.data if array else b""
     yield from (data[i : i + CHUNK] for i in range(0, len(data), CHUNK))
 
 
 def _pieces(kind: str, content: RecordDict) -> Iterator[TaskPiece]:
+    """A message as a task and its bytes."""
     head, run, array = split(content)
     task = Task(kind=Kind.Value(kind.upper()), run=run, head=head, numbers=numbers(array))
     yield TaskPiece(task=task)
     yield from (TaskPiece(chunk=chunk) for chunk in chunks(array))
 
 
-def _gather(pieces: Iterator[AnswerPiece]) -> RecordDict:
+def _collect(pieces: Iterator[AnswerPiece]) -> RecordDict:
+    """The message that came as an answer and its bytes. Raises `RuntimeError` with the failure that came instead."""
     first, data = next(pieces), bytearray()
     if first.HasField("failed"):
         raise RuntimeError(first.failed.reason)
