@@ -11,8 +11,7 @@ from .partition import hold_out, split
 from .rows import Rows as Rows
 from .rows import pool, take
 from .schema import PLAIN_TEXT, Schema, check_tables, declared_schema, labels_in, schema_of
-from .sources import Table
-from .sources import tables as read
+from .sources import Table, read_tables
 
 CLIENTS = 50  # where nothing says how many
 
@@ -33,7 +32,7 @@ def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
     if data.path:
-        tables, schema = _read_tables(data.path, data, task)
+        tables, schema = _read_with_schema(data.path, data, task)
         shares, evaluation = _share(data, schema, tables, clients=clients, seed=seed)
     else:
         tables, schema = [], PLAIN_TEXT
@@ -51,7 +50,7 @@ def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
     Raises `ConfigError` where nothing says which classes there are.
     """
     if data.eval:
-        tables, schema = _read_tables(data.eval, data, task)
+        tables, schema = _read_with_schema(data.eval, data, task)
         evaluation = _pooled(tables)
     elif embedded:
         schema, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
@@ -66,7 +65,7 @@ def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int
     Without data of its own, a client has its share of the embedded data, as in a simulation of so many clients.
     """
     if data.path:
-        tables, schema = _read_tables(data.path, data, task)
+        tables, schema = _read_with_schema(data.path, data, task)
         rows = _pooled(tables)
     else:
         schema, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
@@ -79,7 +78,7 @@ def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int
 def readable(path: str) -> None:
     """Raise `DataError` if the data at `path` cannot be read, before anybody waits for them; an empty path is none."""
     if path:
-        read(path, 0)
+        read_tables(path, 0)
 
 
 def public_rows(path: str, schema: Schema) -> Rows:
@@ -90,15 +89,15 @@ def public_rows(path: str, schema: Schema) -> Rows:
     return _read_as(schema, path, 0, set(schema.labels)) if path else ()
 
 
-def _read_tables(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
+def _read_with_schema(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
     """The tables at `path`, and the schema that the settings and the columns give them."""
-    tables = read(path, data.limit)
+    tables = read_tables(path, data.limit)
     return tables, schema_of(tables, data, task)
 
 
 def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
     """The rows at `path`, which must have this schema and no class but these."""
-    tables = read(path, limit)
+    tables = read_tables(path, limit)
     check_tables(tables, schema, classes)
     return _pooled(tables)
 

@@ -72,9 +72,8 @@ def split(rows: Rows, spec: str, *, clients: int, label: str | None, seed: int) 
         raise ConfigError(f'data.partition = "{spec}": there is no such partition; {nearest(name, SPECS)}')
     if name != "natural" and not 1 <= clients <= len(rows):
         raise DataError(f"{len(rows)} examples cannot be shared among {clients} clients; ask for 1 to {len(rows)}")
-    shares = [
-        sorted(share) for share in SPECS[name](PartitionSpec(rows, spec, clients=clients, label=label, seed=seed))
-    ]
+    partition = PartitionSpec(rows, spec, clients=clients, label=label, seed=seed)
+    shares = [sorted(share) for share in SPECS[name](partition)]
     if not (all(shares) and sorted(chain.from_iterable(shares)) == list(range(len(rows)))):
         raise DataError(f'data.partition = "{spec}" leaves out a row or a client; ask for fewer clients, or for iid')
     return shares
@@ -107,48 +106,52 @@ def _sample(n: int, share: float, rng: Random) -> set[int]:
     return set(rng.sample(range(n), count))
 
 
-def _iid(draw: PartitionSpec) -> Shares:
-    if draw.parameter:
-        raise draw.wrong("iid takes no parameter")
-    return _shares(draw, "IidPartitioner", num_partitions=draw.clients)
+def _iid(partition: PartitionSpec) -> Shares:
+    """Equal shares of the shuffled rows."""
+    if partition.parameter:
+        raise partition.wrong("iid takes no parameter")
+    return _shares(partition, "IidPartitioner", num_partitions=partition.clients)
 
 
-def _dirichlet(draw: PartitionSpec) -> Shares:
-    alpha = _positive(draw, "dirichlet takes a number above 0, as in dirichlet:0.5")
-    options: dict[str, Any] = {"alpha": alpha, "partition_by": "by", "min_partition_size": 1, "seed": draw.seed}
-    return _shares(draw, "DirichletPartitioner", draw.classes(), num_partitions=draw.clients, **options)
+def _dirichlet(partition: PartitionSpec) -> Shares:
+    """Shares of every class by a draw from Dirichlet(alpha)."""
+    alpha = _positive(partition, "dirichlet takes a number above 0, as in dirichlet:0.5")
+    options: dict[str, Any] = {"alpha": alpha, "partition_by": "by", "min_partition_size": 1, "seed": partition.seed}
+    return _shares(partition, "DirichletPartitioner", partition.classes(), num_partitions=partition.clients, **options)
 
 
-def _labels(draw: PartitionSpec) -> Shares:
+def _labels(partition: PartitionSpec) -> Shares:
     """Deal the classes like cards, and cut each class into as many pieces as it has clients.
 
     Not flwr-datasets' PathologicalPartitioner, which drops the rows of every class that no client happened to draw.
     """
-    if not draw.parameter.isdecimal() or int(draw.parameter) < 1:
-        raise draw.wrong("labels takes the number of classes of a client, as in labels:2")
-    per_client = int(draw.parameter)
-    classes = draw.classes()
+    if not partition.parameter.isdecimal() or int(partition.parameter) < 1:
+        raise partition.wrong("labels takes the number of classes of a client, as in labels:2")
+    per_client = int(partition.parameter)
+    classes = partition.classes()
     known = len(set(classes))
-    _check_deal(draw, per_client, known)
-    rng = Random(derive(draw.seed, "labels"))
+    _check_deal(partition, per_client, known)
+    rng = Random(derive(partition.seed, "labels"))
     rows = _shuffled_by_class(classes, rng)
-    hands = _deal(known, per_client, draw.clients, rng)
+    hands = _deal(known, per_client, partition.clients, rng)
     holders = Counter(chain.from_iterable(hands))
     for k, n in holders.items():
         if n > len(rows[k]):
-            raise draw.impossible(f"{n} clients would share a class of {len(rows[k])} examples; ask for fewer clients")
+            raise partition.impossible(
+                f"{n} clients would share a class of {len(rows[k])} examples; ask for fewer clients"
+            )
     pieces = {k: _pieces(rows[k], n) for k, n in holders.items()}
     return [list(chain.from_iterable(next(pieces[k]) for k in hand)) for hand in hands]
 
 
-def _check_deal(draw: PartitionSpec, per_client: int, known: int) -> None:
+def _check_deal(partition: PartitionSpec, per_client: int, known: int) -> None:
     """Raise `DataError` if clients with so many classes each cannot hold exactly the known ones."""
     if per_client > known:
-        raise draw.impossible(f"there are only {known} classes; ask for {known} or fewer")
-    if per_client * draw.clients < known:
-        raise draw.impossible(
-            f"{draw.clients} clients of {per_client} classes cannot hold all {known}; "
-            f"ask for {ceil(known / per_client)} clients or more, or for labels:{ceil(known / draw.clients)}"
+        raise partition.impossible(f"there are only {known} classes; ask for {known} or fewer")
+    if per_client * partition.clients < known:
+        raise partition.impossible(
+            f"{partition.clients} clients of {per_client} classes cannot hold all {known}; "
+            f"ask for {ceil(known / per_client)} clients or more, or for labels:{ceil(known / partition.clients)}"
         )
 
 
@@ -180,36 +183,42 @@ def _deal(known: int, per_client: int, clients: int, rng: Random) -> Shares:
     return hands
 
 
-def _natural(draw: PartitionSpec) -> Shares:
-    if not draw.parameter:
-        raise draw.wrong("natural takes the column that says whose a row is, as in natural:user")
-    owners = column(draw.rows, draw.parameter)
+def _natural(partition: PartitionSpec) -> Shares:
+    """One share for every value of the column that the parameter names."""
+    if not partition.parameter:
+        raise partition.wrong("natural takes the column that says whose a row is, as in natural:user")
+    owners = column(partition.rows, partition.parameter)
     if None in owners:
-        few = f"{owners.count(None)} of {len(owners)} examples have no {draw.parameter}"
-        raise draw.impossible(f"{few}; give them one, or leave them out")
+        few = f"{owners.count(None)} of {len(owners)} examples have no {partition.parameter}"
+        raise partition.impossible(f"{few}; give them one, or leave them out")
     codes = _codes(owners)
     count = len(set(codes))
-    if draw.clients not in (0, count):
-        raise ConfigError(f'clients = {draw.clients}, but column "{draw.parameter}" names {count}; leave clients at 0')
-    return _shares(draw, "NaturalIdPartitioner", codes, partition_by="by")
+    if partition.clients not in (0, count):
+        raise ConfigError(
+            f'clients = {partition.clients}, but column "{partition.parameter}" names {count}; leave clients at 0'
+        )
+    return _shares(partition, "NaturalIdPartitioner", codes, partition_by="by")
 
 
-def _size(draw: PartitionSpec) -> Shares:
-    if draw.parameter in SIZES:
-        return _shares(draw, SIZES[draw.parameter], num_partitions=draw.clients)
-    power = _positive(draw, f"size takes {', '.join(SIZES)} or a number above 0, as in size:1.5")
-    clients = draw.clients
-    return _shares(draw, "IdToSizeFncPartitioner", num_partitions=clients, partition_id_to_size_fn=lambda i: i**power)
+def _size(partition: PartitionSpec) -> Shares:
+    """Shares of the shuffled rows whose sizes grow from client to client as the parameter says."""
+    if partition.parameter in SIZES:
+        return _shares(partition, SIZES[partition.parameter], num_partitions=partition.clients)
+    power = _positive(partition, f"size takes {', '.join(SIZES)} or a number above 0, as in size:1.5")
+    clients = partition.clients
+    return _shares(
+        partition, "IdToSizeFncPartitioner", num_partitions=clients, partition_id_to_size_fn=lambda i: i**power
+    )
 
 
-def _positive(draw: PartitionSpec, takes: str) -> float:
+def _positive(partition: PartitionSpec, takes: str) -> float:
     """The parameter as a finite number above 0; raises `ConfigError` that says what the partition takes."""
     try:
-        value = float(draw.parameter)
+        value = float(partition.parameter)
     except ValueError as e:
-        raise draw.wrong(takes) from e
+        raise partition.wrong(takes) from e
     if not (value > 0 and isfinite(value)):
-        raise draw.wrong(takes)
+        raise partition.wrong(takes)
     return value
 
 
@@ -220,7 +229,7 @@ def _codes(values: Sequence[Any]) -> list[int]:
     return [codes[key] for key in keys]
 
 
-def _shares(draw: PartitionSpec, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
+def _shares(partition: PartitionSpec, partitioner: str, by: Sequence[int] = (), **options: Any) -> Shares:
     """The partition that one of flwr-datasets' partitioners makes of the rows, shuffled by the seed beforehand.
 
     `by` are the numbers by which it tells rows apart, as classes or owners, if it does.
@@ -230,7 +239,7 @@ def _shares(draw: PartitionSpec, partitioner: str, by: Sequence[int] = (), **opt
     from flwr_datasets import partitioner as partitioners
 
     make = getattr(partitioners, partitioner)(**options)
-    order = Random(derive(draw.seed, "partition")).sample(range(len(draw.rows)), len(draw.rows))
+    order = Random(derive(partition.seed, "partition")).sample(range(len(partition.rows)), len(partition.rows))
     told_apart = by or range(len(order))
     make.dataset = Dataset.from_dict({"row": order, "by": [told_apart[i] for i in order]})
     try:
@@ -239,8 +248,9 @@ def _shares(draw: PartitionSpec, partitioner: str, by: Sequence[int] = (), **opt
             return [list(make.load_partition(i)["row"]) for i in range(make.num_partitions)]
     except ValueError as e:
         raise DataError(
-            f'data.partition = "{draw.spec}" leaves one of {draw.clients} clients with none of {len(draw.rows)} '
-            f"examples; ask for fewer clients, or for {'a larger alpha' if by else 'a gentler size, or iid'}"
+            f'data.partition = "{partition.spec}" leaves one of {partition.clients} clients with none of '
+            f"{len(partition.rows)} examples; ask for fewer clients, or for "
+            f"{'a larger alpha' if by else 'a gentler size, or iid'}"
         ) from e
 
 

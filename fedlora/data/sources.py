@@ -36,7 +36,7 @@ class Table:
         return column_names(self.rows)
 
 
-def tables(spec: str, limit: int) -> list[Table]:
+def read_tables(spec: str, limit: int) -> list[Table]:
     """The data that `spec` names, one table a file, with the first `limit` rows of each (0: all).
 
     `spec` is a file, a folder of files, a pattern as `data/client_*.jsonl`, or FOLDER[:SPLIT] of a saved dataset or
