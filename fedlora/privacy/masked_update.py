@@ -24,8 +24,12 @@ Place = tuple[str, str, torch.Size]
 
 def roster_of(ask: SecAggStep) -> Roster:
     """Return the roster of a round, from the message that tells it to a client."""
-    keys = {i: Keys(*map(bytes.fromhex, keys)) for i, keys in ask.roster.items()}
+    keys = {i: _read_keys(*advertised) for i, advertised in ask.roster.items()}
     return Roster(ask.context, keys, ask.threshold)
+
+
+def _read_keys(sealing: str, masking: str, commitment: str) -> Keys:
+    return Keys(sealing=bytes.fromhex(sealing), masking=bytes.fromhex(masking), commitment=bytes.fromhex(commitment))
 
 
 def layout(job: Job) -> list[Place]:

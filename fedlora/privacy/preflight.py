@@ -38,7 +38,7 @@ OVER = {
 _passed: WeakKeyDictionary[Model, dict[tuple[object, ...], "Findings"]] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """The measurements of a model that passed both checks."""
 

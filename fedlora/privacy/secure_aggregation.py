@@ -51,7 +51,7 @@ SEED = 16  # bytes of a shared seed: the length Shamir's scheme takes, as hard t
 NONCE = 12  # bytes of a nonce of AES-GCM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Keys:
     """The public keys that a member advertises, and its commitment."""
 
@@ -136,13 +136,16 @@ class Participant:
     @classmethod
     def join(cls, id: int, context: str) -> "Participant":
         """Return a member with freshly drawn secrets for one round."""
-        return cls(id, context, token_bytes(KEY), token_bytes(SEED), token_bytes(SEED))
+        return cls(id, context, sealing=token_bytes(KEY), masking=token_bytes(SEED), own=token_bytes(SEED))
 
     @property
     def keys(self) -> Keys:
         """Public keys and commitment, to be advertised; they cannot be derived any more once the vector is masked."""
-        masking = _masking_key(self.masking, self.context, self.id)
-        return Keys(_public(self.sealing), _public(masking), _derive(self.own, "mark", self.context, self.id))
+        return Keys(
+            sealing=_public(self.sealing),
+            masking=_public(_masking_key(self.masking, self.context, self.id)),
+            commitment=_derive(self.own, "mark", self.context, self.id),
+        )
 
     def share(self, roster: Roster) -> Mapping[int, bytes]:
         """Return an encrypted message for every other member, with its share of this member's two secrets."""
@@ -169,7 +172,7 @@ class Participant:
         shares = {sender: self._open(self.roster, sender, sealed) for sender, sealed in inbox.items()}
         masked = vector + _stream(_derive(self.own, "self-mask", self.context, self.id), vector.size)
         for other in inbox:
-            masked += _pairwise(self.masking, self.roster, self.id, other, vector.size)
+            masked += _pairwise(self.masking, self.roster, me=self.id, other=other, size=vector.size)
         self.shares |= shares
         self.sealing = self.masking = self.own = b""
         return masked
@@ -284,7 +287,7 @@ def _missing_masks(roster: Roster, owner: int, seed: bytes, stay: Collection[int
         raise _misfit(roster, owner)
     missing = np.zeros(size, np.uint32)
     for other in stay:
-        missing += _pairwise(seed, roster, owner, other, size)
+        missing += _pairwise(seed, roster, me=owner, other=other, size=size)
     return missing
 
 
@@ -329,7 +332,7 @@ def _stream(key: bytes, size: int) -> Ring:
     return np.frombuffer(stream, "<u4").astype(np.uint32, copy=False)
 
 
-def _pairwise(seed: bytes, roster: Roster, me: int, other: int, size: int) -> Ring:
+def _pairwise(seed: bytes, roster: Roster, *, me: int, other: int, size: int) -> Ring:
     """Return the mask that `me` adds to its vector for `other`; the masks of the two add up to zero."""
     private, public = _masking_key(seed, roster.context, me), roster.keys[other].masking
     mask = _stream(_agree(private, public, "pairwise", roster.name, min(me, other), max(me, other)), size)

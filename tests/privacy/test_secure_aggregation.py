@@ -142,7 +142,9 @@ def test_a_vector_that_comes_too_late_is_still_masked() -> None:
     assert (
         secure_aggregation._public(secure_aggregation._masking_key(seed, ROUND, 14)) == cohort.keys[14].masking
     )  # the server has this key
-    bare = masked[14] - add({i: secure_aggregation._pairwise(seed, cohort, 14, i, 1000) for i in revealed})
+    bare = masked[14] - add(
+        {i: secure_aggregation._pairwise(seed, cohort, me=14, other=i, size=1000) for i in revealed}
+    )
     assert chi_square(bare - vectors[14]) < 400 and (bare != vectors[14]).all()  # and yet not the vector
 
 
