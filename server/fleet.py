@@ -73,29 +73,33 @@ class FlowerFleet:
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
         self._stop, self._inbox = stop or Event(), ReplyInbox(grid)
         self._registry = NodeRegistry(grid, rules, self._inbox, self._note_joined)
-        self._begun = False
+        self._begun, self._enough_since = False, inf
 
     def clients(self) -> Sequence[Client]:
         """All clients known, once there are enough to begin; those that joined meanwhile too.
 
         Raises `RoundFailed` where nodes that cannot say who they are leave too few.
         """
-        pause, began, enough_since = Pause(self._stop), time.monotonic(), inf
+        pause, began = Pause(self._stop), time.monotonic()
         least = max(1, ceil(self._rules.quorum * self._rules.clients))
         while True:
             online = set(self._grid.get_node_ids())
             self.online(len(online))
             has_news = self._registry.meet(online)
-            known = self._registry.clients
-            enough_since = min(enough_since, time.monotonic()) if len(known) >= least else inf
-            waited_enough = time.monotonic() - enough_since >= self._rules.wait
-            if self._begun or waited_enough or len(known) >= self._rules.clients:
-                self._begun = True
-                return [known[i] for i in sorted(known)]
+            if self._may_begin(least):
+                return [client for _, client in sorted(self._registry.clients.items())]
             if not self._rules.patient:
                 self._registry.give_up_if_too_few(online, least)
             self._waiting(dict.fromkeys(self._registry.missing(), time.monotonic() - began))
             pause(has_news)
+
+    def _may_begin(self, least: int) -> bool:
+        """Are all clients there, or have enough been there for as long as the rules say? Once true, it stays so."""
+        known = len(self._registry.clients)
+        self._enough_since = min(self._enough_since, time.monotonic()) if known >= least else inf
+        waited = time.monotonic() - self._enough_since >= self._rules.wait
+        self._begun = self._begun or waited or known >= self._rules.clients
+        return self._begun
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job on its client's node, handing over each answer as it arrives.
@@ -284,13 +288,10 @@ class NodeRegistry:
 
     def give_up_if_too_few(self, online: set[int], least: int) -> None:
         """Raise `RoundFailed` where the nodes that could not say who they are leave fewer than `least`."""
-        lost = {why for n, why in self._wrong.items() if self._is_lost(n, online)}
-        count = sum(self._is_lost(n, online) for n in self._wrong)
-        if count and len(online) - count < least:
-            raise RoundFailed(f"{count} of {len(online)} clients cannot say who they are: {'; '.join(sorted(lost))}")
-
-    def _is_lost(self, node: int, online: set[int]) -> bool:
-        return self._tries[node] >= TRIES and node in online
+        lost = [node for node in online & self._wrong.keys() if self._tries[node] >= TRIES]
+        if lost and len(online) - len(lost) < least:
+            why = "; ".join(sorted({self._wrong[node] for node in lost}))
+            raise RoundFailed(f"{len(lost)} of {len(online)} clients cannot say who they are: {why}")
 
     def _ask(self, nodes: set[int]) -> None:
         """Ask nodes who they are."""
@@ -351,16 +352,28 @@ def read_reply(
 
 def _wrong_about(rules: FleetRules, node: int, client: Client, base: str) -> str:
     """What contradicts the rules in a client's description of itself; empty where nothing does."""
-    if rules.nodes is not None and rules.nodes.get(node) != client.id:
-        return f"the node with the key of client {rules.nodes.get(node, 'nobody')} says that it is {client.id}"
-    if rules.ranks and [*rules.ranks[client.id : client.id + 1]] != [client.rank]:
-        return f"client {client.id} says its rank is {client.rank}; the run has {len(rules.ranks)} clients' ranks"
-    if base and base != (rules.base or base):
-        return (
-            f"client {client.id} has another base model ({base[:12]}, the server's is {rules.base[:12]}); give it "
-            "the same files"
-        )
-    return ""
+    return _wrong_key(rules, node, client) or _wrong_rank(rules, client) or _wrong_base(rules, client, base)
+
+
+def _wrong_key(rules: FleetRules, node: int, client: Client) -> str:
+    if rules.nodes is None or rules.nodes.get(node) == client.id:
+        return ""
+    return f"the node with the key of client {rules.nodes.get(node, 'nobody')} says that it is {client.id}"
+
+
+def _wrong_rank(rules: FleetRules, client: Client) -> str:
+    if not rules.ranks or [*rules.ranks[client.id : client.id + 1]] == [client.rank]:
+        return ""
+    return f"client {client.id} says its rank is {client.rank}; the run has {len(rules.ranks)} clients' ranks"
+
+
+def _wrong_base(rules: FleetRules, client: Client, base: str) -> str:
+    if not rules.base or base in ("", rules.base):
+        return ""
+    return (
+        f"client {client.id} has another base model ({base[:12]}, the server's is {rules.base[:12]}); give it the same "
+        "files"
+    )
 
 
 def _is_offline(answer: object) -> TypeGuard[Failure]:

@@ -70,8 +70,7 @@ def read_metrics(message: RawMessage, job: Job | None = None) -> Metrics | Missi
     head = read_either(message, MetricsHead, MissingParts)
     if isinstance(head, MissingParts):
         return _checked_missing(head, message)
-    if isnan(head.loss) or not _are_counts(head.examples, head.targets, head.correct) or head.correct > head.targets:
-        raise WireError(f"metrics are not possible: loss {head.loss}, {head.correct} of {head.targets} right")
+    _check_metrics(head)
     table = None if message.numbers is None else _confusion(message.numbers)
     return Metrics(head.examples, head.targets, head.loss, head.correct, table)
 
@@ -126,6 +125,12 @@ def _check_size(message: RawMessage, most: int, characters: int) -> None:
     allowed = characters, MOST_COMMAS
     if found[0] > characters or found[1] > MOST_COMMAS:
         raise WireError(f"a message's head has {found} characters and commas; {allowed} are the most")
+
+
+def _check_metrics(head: MetricsHead) -> None:
+    are_counts = _are_counts(head.examples, head.targets, head.correct)
+    if isnan(head.loss) or not are_counts or head.correct > head.targets:
+        raise WireError(f"metrics are not possible: loss {head.loss}, {head.correct} of {head.targets} right")
 
 
 def _check_head(head: UpdateHead, job: Job) -> None:
