@@ -12,7 +12,7 @@ from rich.console import Console
 from fedlora.client.policy import policy_of
 from fedlora.run.compose import check_kind_and_ranks
 from fedlora.run.console import ConsoleProgress
-from fedlora.run.directory import RunDirectory
+from fedlora.run.directory import RunDirectory, newest
 from fedlora.run.setup import RunSetup, mute_transformers, prepare
 from fedlora.server.rounds import Fleet
 from fedlora.server.run import run_rounds
@@ -44,8 +44,8 @@ class Result:
     @property
     def evaluation(self) -> Mapping[str, float]:
         """The last evaluation of the global model, such as its loss and accuracy; empty where there was none."""
-        evaluations: list[Mapping[str, float]] = [record["eval"] for record in self.rounds if record["eval"]]
-        return evaluations[-1] if evaluations else {}
+        evaluation: Mapping[str, float] = newest(self.rounds, "eval").get("eval", {})
+        return evaluation
 
 
 def simulate(

@@ -16,7 +16,7 @@ from fedlora.errors import Failure
 from fedlora.metrics import headline
 from fedlora.strategy import Strategy, title
 
-from .directory import RunDirectory
+from .directory import RunDirectory, newest
 from .setup import RunSetup
 
 WIDTHS = {
@@ -37,26 +37,33 @@ EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well
 
 
 class ConsoleProgress:
-    """A `Show` on a console: a line for each round, and below it on a terminal a moving one for the round under way."""
+    """A `RunObserver` on a console: a line for each round, and below it on a terminal a moving one for the round under way."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
-        self._rounds = self._cohort = self._answers = self._number = 0
+        self._rounds = 0  # in the whole run
+        self._cohort = 0  # clients asked in a round
+        self._number = 0  # of the last finished round
+        self._answers = 0  # of the round under way
         self._before: Mapping[str, float] = {}
-        self._last: Mapping[str, Any] | None = None
         self._seconds: list[float] = []
         self._began = time.monotonic()
         self._status: Status | None = None
         self._columns: list[str] = []
-        self._measures = self._private = False
-        self._told = FIRST
+        self._measures = False  # is exactness measured?
+        self._private = False
+        self._told = FIRST  # seconds after which the next line says which clients are waited for
         self.names: Mapping[int, str] = {}  # of clients elsewhere
 
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
     ) -> None:
+        """Print the heading, what the run promises, the evaluation before it, and the names of the columns."""
         config = setup.config
-        self._rounds, self._cohort, self._number, self._before = config.rounds, config.cohort, done, before
+        self._rounds = config.rounds
+        self._cohort = config.cohort
+        self._number = done
+        self._before = before
         self._measures = config.exactness
         self._private = config.dp.on
         for line in (_heading(setup, title(strategy)), *statement):
@@ -74,6 +81,7 @@ class ConsoleProgress:
             self._wait()
 
     def answered(self, client: int) -> None:
+        """Count the answer in the moving line."""
         self._answers += 1
         self._wait()
 
@@ -89,7 +97,9 @@ class ConsoleProgress:
             self.say(f"waiting for {self._who(clients)}, for {longest:.0f} s now")
 
     def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
-        self._number, self._answers, self._last = record["round"], 0, record
+        """Print the round's line."""
+        self._number = record["round"]
+        self._answers = 0
         self._seconds.append(record["seconds"])
         left = median(self._seconds[-5:]) * (self._rounds - self._number)
         cells = _cells(record) | {"round": f"{self._number}/{self._rounds}", "left": f"{left:.0f} s"}
@@ -97,6 +107,7 @@ class ConsoleProgress:
         self._wait()
 
     def finished(self, folder: RunDirectory, stopped: bool) -> None:
+        """Print how good the run's model is, what was promised, and where everything lies."""
         self.close()
         records = folder.records()
         if stopped and records:
@@ -118,7 +129,7 @@ class ConsoleProgress:
 
     def _say_how_good(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Show the last evaluation of the global model, and the last one of the clients on their own examples."""
-        after, clients = newest(records, "eval"), newest(records, "eval_clients")
+        after, clients = newest(records, "eval").get("eval"), newest(records, "eval_clients").get("eval_clients")
         if after:
             name, _ = headline(after)
             was = f"{self._before[name]:.4g} before, " if name in self._before else ""
@@ -219,12 +230,6 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def newest(records: Sequence[Mapping[str, Any]], key: str) -> Any:
-    """The value of a key in the last record that has one; none where no record has."""
-    values = [record[key] for record in records if record.get(key)]
-    return values[-1] if values else None
-
-
 def figures(values: Mapping[str, Any]) -> str:
     """Numbers by name, for people: `loss 1.386, accuracy 0.25`."""
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
@@ -238,10 +243,9 @@ def show_log() -> None:
 
 def spending(records: Sequence[Mapping[str, Any]]) -> str:
     """What a private run has spent, in words."""
-    charged = [record for record in records if "epsilon" in record]
-    if not charged:
+    last = newest(records, "epsilon")
+    if not last:
         return "privacy: no client has been charged"
-    last = charged[-1]
     return f"privacy: epsilon spent {last['epsilon']:.3g} at most, {last['epsilon_median']:.3g} the median client"
 
 

@@ -58,8 +58,9 @@ class RunDirectory:
         return config.read(self.path / "config.toml")
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of rounds.jsonl that are whole."""
-        path, records = self.path / "rounds.jsonl", []
+        """The records of the run's rounds: the lines of rounds.jsonl that are whole."""
+        path = self.path / "rounds.jsonl"
+        records: list[dict[str, Any]] = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 records.append(json.loads(line))
@@ -76,10 +77,10 @@ class RunDirectory:
     def resume_point(self) -> ResumePoint | None:
         """Where the run stopped; rounds.jsonl is put in step with the checkpoint, whatever moment the crash chose."""
         last = checkpoint.latest(self.checkpoints)
-        records = [r for r in self.records() if r["round"] < last.round] + [last.record] if last else []
-        text = "".join(json.dumps(r) + "\n" for r in records)
+        records = _until(last, self.records()) if last else []
+        text = "".join(f"{json.dumps(record)}\n" for record in records)
         write_durably(self.path / "rounds.jsonl", text.encode())
-        return _past(last, records) if last else None
+        return _resume_point(last, records) if last else None
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
@@ -87,6 +88,7 @@ class RunDirectory:
             self._events.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
+        """Write a round's line; raise `CheckpointError` where there is no room for it."""
         try:
             append_durably(self.path / "rounds.jsonl", f"{json.dumps(record)}\n".encode())
         except OSError as e:
@@ -103,6 +105,7 @@ class RunDirectory:
         return writer(str(self.path / "tensorboard"))
 
     def _chart(self, record: Mapping[str, Any]) -> None:
+        """Write a round's figures for TensorBoard; with the first round those before it."""
         for name, value in _figures(record).items():
             self._events.add_scalar(name, value, record["round"])
         for name, value in record.get("before", {}).items():
@@ -110,32 +113,47 @@ class RunDirectory:
         self._events.flush()
 
 
-def _past(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> ResumePoint:
-    """Where a run takes up after the round of its last checkpoint, by the lines of all its rounds."""
+def newest(records: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
+    """The last of some rounds' records that has something under a key; an empty one where none has."""
+    found = [record for record in records if record.get(key) not in (None, {})]
+    return found[-1] if found else {}
+
+
+def _until(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of all rounds up to that of the last checkpoint, which has its own record with it."""
+    return [record for record in records if record["round"] < last.round] + [last.record]
+
+
+def _resume_point(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> ResumePoint:
+    """Where a run takes up after the round of its last checkpoint, by the records of all its rounds."""
     spent: dict[int, PrivacySpent] = {}
     joined: Counter[int] = Counter()
     for record in records:
-        told = {int(i): PrivacySpent(epsilon=e, charges=n) for i, (e, n) in record.get("spent", {}).items()}
-        spent |= told
-        joined.update(told.keys())
-    hidden = [record for record in records if "charges" in record]  # a skipped round has none
-    newest = hidden[-1] if hidden else {}
+        reported = _spent(record)
+        spent |= reported
+        joined.update(reported.keys())
+    hidden = newest(records, "charges")  # a skipped round has none
     return ResumePoint(
         rounds=last.round,
         state=last.state,
         losses=tuple(record["eval"]["loss"] for record in records if record["eval"]),
         spent=spent,
         joined=joined,
-        clip=newest.get("next_clip"),
-        charges=tuple(Charge(noise=z, rate=q, steps=n) for z, q, n in newest.get("charges", ())),
+        clip=hidden.get("next_clip"),
+        charges=tuple(Charge(noise=z, rate=q, steps=n) for z, q, n in hidden.get("charges", ())),
         scores=last.scores,
     )
+
+
+def _spent(record: Mapping[str, Any]) -> dict[int, PrivacySpent]:
+    """What the clients of a round had spent by then, where they hide their records."""
+    spent = record.get("spent", {})
+    return {int(client): PrivacySpent(epsilon=epsilon, charges=n) for client, (epsilon, n) in spent.items()}
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a round that are drawn as curves, by the curve's name."""
     figures = {name: record.get(name) for name in CURVES}
     for group in GROUPS:
-        values = record.get(group) or {}
-        figures |= {f"{group}/{name}": value for name, value in values.items()}
+        figures |= {f"{group}/{name}": value for name, value in (record.get(group) or {}).items()}
     return {name: value for name, value in figures.items() if isinstance(value, int | float)}
