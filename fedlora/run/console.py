@@ -37,7 +37,7 @@ EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well
 
 
 class ConsoleProgress:
-    """A `RunObserver` on a console: a line for each round, and below it on a terminal a moving one for the round under way."""
+    """A `RunObserver` that prints a line for each round, and on a terminal a moving one for the round under way."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
