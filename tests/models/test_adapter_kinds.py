@@ -14,12 +14,12 @@ from fedlora.cli.options import dotted
 from fedlora.data.rows import Rows
 from fedlora.errors import ConfigError, DataError, ModelError, StrategyError
 from fedlora.lora import LoRA
-from fedlora.models import adapter as wear
+from fedlora.models import adapter as adapters
 from fedlora.models import base_model
 from fedlora.models.model import Model
 from fedlora.models.peft_files import load_peft, save_peft
 from fedlora.sections import LoRAConfig, ModelConfig
-from tests.support.models import FORMS, TEXT, WORDS, batch, computed, logits, make, plain_logits, stirred
+from tests.support.models import FORMS, TEXT, WORDS, batch, computed, logits, make, plain_logits, random_adapter
 
 Maker = Callable[..., Model]
 
@@ -40,7 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "eva": {"init": "eva", "init_data": "public.jsonl"},
 }
 LAST = {"llama": "v_proj", "gpt2": "c_attn", "bert": "value"}  # of the adapted modules' names
-WORN = [(m, a) for m in MODELS for a in ADAPTERS if (m, a) != ("gpt2", "olora")]
+CASES = [(m, a) for m in MODELS for a in ADAPTERS if (m, a) != ("gpt2", "olora")]
 
 
 @pytest.fixture(scope="module")
@@ -63,47 +63,47 @@ def bare(folders: dict[str, Path]) -> Callable[[str], Any]:
     return lambda model: base_model.load_base_model(ModelConfig(path=str(folders[model])), FORMS[model], seed=1)[0]
 
 
-@pytest.mark.parametrize(("model", "adapter"), WORN)
+@pytest.mark.parametrize(("model", "adapter"), CASES)
 def test_what_is_delivered_gives_its_logits_on_a_clean_base_and_opens_as_it_was(
     build: Maker, bare: Callable[[str], Any], model: str, adapter: str, tmp_path: Path
 ) -> None:
-    worn = build(model, **ADAPTERS[adapter])
-    trained = stirred(worn, 4)
-    worn.set_adapter(trained.only("H"))
-    before = logits(worn, model)
-    worn.set_adapter(trained)
-    assert_close(vars(worn.get_adapter()), vars(trained), rtol=0, atol=0)
-    wanted = logits(worn, model)
+    built = build(model, **ADAPTERS[adapter])
+    trained = random_adapter(built, 4)
+    built.set_adapter(trained.only("H"))
+    before = logits(built, model)
+    built.set_adapter(trained)
+    assert_close(vars(built.get_adapter()), vars(trained), rtol=0, atol=0)
+    wanted = logits(built, model)
     assert not torch.allclose(wanted, before, rtol=1e-3, atol=1e-3)
-    save_peft(worn, trained, tmp_path)
+    save_peft(built, trained, tmp_path)
     loaded: Any = PeftModel.from_pretrained(bare(model), str(tmp_path))
     assert_close(plain_logits(loaded, model), wanted, rtol=1e-5, atol=1e-5)
     assert_close(vars(load_peft(build(model, **ADAPTERS[adapter]), tmp_path)), vars(trained), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("model", "adapter"), WORN)
+@pytest.mark.parametrize(("model", "adapter"), CASES)
 def test_the_base_stays_bit_identical_and_the_start_is_the_pretrained_model(
     build: Maker, bare: Callable[[str], Any], model: str, adapter: str
 ) -> None:
     """PiSSA's and OLoRA's start only with its product taken off again, as an offset."""
-    worn, clean = build(model, **ADAPTERS[adapter]), bare(model)
-    for name, layer in worn.adapted.items():
+    built, clean = build(model, **ADAPTERS[adapter]), bare(model)
+    for name, layer in built.adapted.items():
         assert torch.equal(layer.get_base_layer().weight, clean.get_submodule(name).weight)
-    start = worn.get_adapter()
+    start = built.get_adapter()
     if adapter in ("pissa", "olora"):
-        assert not torch.allclose(logits(worn, model), plain_logits(clean, model), rtol=1e-4, atol=1e-5)
-        worn.set_adapter(start, (LoRA(start.A, {m: -b for m, b in start.B.items()}),))
-    assert_close(logits(worn, model), plain_logits(clean, model), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(logits(built, model), plain_logits(clean, model), rtol=1e-4, atol=1e-5)
+        built.set_adapter(start, (LoRA(start.A, {m: -b for m, b in start.B.items()}),))
+    assert_close(logits(built, model), plain_logits(clean, model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("model", "adapter"), [(m, a) for m, a in WORN if a in ("pissa", "olora")])
+@pytest.mark.parametrize(("model", "adapter"), [(m, a) for m, a in CASES if a in ("pissa", "olora")])
 def test_the_start_is_what_peft_would_take_off(
     build: Maker, bare: Callable[[str], Any], model: str, adapter: str
 ) -> None:
-    worn, clean, net = build(model, **ADAPTERS[adapter]), bare(model), bare(model)
-    options = LoraConfig(r=3, lora_alpha=5, target_modules=list(worn.adapted), init_lora_weights=adapter)
+    built, clean, net = build(model, **ADAPTERS[adapter]), bare(model), bare(model)
+    options = LoraConfig(r=3, lora_alpha=5, target_modules=list(built.adapted), init_lora_weights=adapter)
     get_peft_model(net, options)
-    start = worn.get_adapter()
+    start = built.get_adapter()
     for m in start.A:
         taken = computed(clean.get_submodule(m)) - computed(net.get_submodule(f"{m}.base_layer"))
         assert_close(5 / 3 * start.B[m] @ start.A[m], taken, rtol=1e-4, atol=1e-6)
@@ -145,13 +145,13 @@ def test_gaussian_rows_have_a_deviation_of_one_in_the_rank(build: Maker) -> None
 
 def test_eva_spans_what_its_inputs_span_most(build: Maker, bare: Callable[[str], Any]) -> None:
     """Against the eigenvectors of the Gram matrix, of inputs collected apart."""
-    worn, net, seen = build("gpt2", **ADAPTERS["eva"]), bare("gpt2"), []
+    built, net, seen = build("gpt2", **ADAPTERS["eva"]), bare("gpt2"), []
     net.get_submodule("transformer.h.1.attn.c_attn").register_forward_hook(lambda _m, x, _y: seen.append(x[0][0]))
-    for example in worn.encoder(PUBLIC):
+    for example in built.encoder(PUBLIC):
         net.eval()(input_ids=example["input_ids"][None])
     x = torch.cat(seen).double()
     leading = torch.linalg.eigh(x.T @ x)[1][:, -3:]
-    a = worn.get_adapter().A["transformer.h.1.attn.c_attn"].double()
+    a = built.get_adapter().A["transformer.h.1.attn.c_attn"].double()
     assert_close(a.T @ a, leading @ leading.T, rtol=1e-4, atol=1e-5)
 
 
@@ -163,58 +163,58 @@ def test_eva_wants_inputs_of_as_many_directions_as_the_rank(build: Maker) -> Non
 @pytest.mark.parametrize("trains", ["A", "B", "H", "BH", "ABH"])
 @pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "pissa"])
 def test_a_frozen_side_has_no_gradient(build: Maker, adapter: str, trains: str) -> None:
-    worn = build("bert", **ADAPTERS[adapter])
-    worn.set_adapter(stirred(worn, 1))
-    worn.set_trainable("ABH")
-    worn.loss(batch("bert")).backward()  # a client that failed here leaves its gradients
-    chosen = worn.set_trainable(trains)
-    worn.loss(batch("bert")).backward()
-    assert {id(p) for p in worn.net.parameters() if p.grad is not None} == {id(p) for p in chosen}
-    assert len(chosen) == sum(len(worn.get_adapter().side(side)) for side in trains)
+    built = build("bert", **ADAPTERS[adapter])
+    built.set_adapter(random_adapter(built, 1))
+    built.set_trainable("ABH")
+    built.loss(batch("bert")).backward()  # a client that failed here leaves its gradients
+    chosen = built.set_trainable(trains)
+    built.loss(batch("bert")).backward()
+    assert {id(p) for p in built.net.parameters() if p.grad is not None} == {id(p) for p in chosen}
+    assert len(chosen) == sum(len(built.get_adapter().side(side)) for side in trains)
 
 
 def test_magnitudes_travel_with_the_head_and_are_no_head(build: Maker) -> None:
-    worn, clean = build("bert", kind="dora"), build("bert")
+    built, clean = build("bert", kind="dora"), build("bert")
     magnitudes = {f"{m}.lora_magnitude_vector": computed(layer).norm(dim=1) for m, layer in clean.adapted.items()}
-    assert_close({k: h for k, h in worn.get_adapter().H.items() if k in worn.extras}, magnitudes)
-    assert set(worn.extras) == set(magnitudes) and set(worn.heads) == set(clean.get_adapter().H)
-    assert {id(p) for p in worn.set_trainable("H")} == {id(p) for p in (*worn.heads.values(), *worn.extras.values())}
+    assert_close({k: h for k, h in built.get_adapter().H.items() if k in built.extras}, magnitudes)
+    assert set(built.extras) == set(magnitudes) and set(built.heads) == set(clean.get_adapter().H)
+    assert {id(p) for p in built.set_trainable("H")} == {id(p) for p in (*built.heads.values(), *built.extras.values())}
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_vera_computes_its_formula(build: Maker, model: str) -> None:
     """W + diag(b) B diag(d) A, of the shared A and B what fits the module."""
-    worn = build(model, kind="vera", rank=40, targets=("all-linear",))
-    before, given = {m: computed(layer) for m, layer in worn.adapted.items()}, stirred(worn, 1)
-    worn.set_adapter(given)
-    vera_a, vera_b = (getattr(worn.net.base_model, key)["default"] for key in ("vera_A", "vera_B"))
-    for m, layer in worn.adapted.items():
+    built = build(model, kind="vera", rank=40, targets=("all-linear",))
+    before, given = {m: computed(layer) for m, layer in built.adapted.items()}, random_adapter(built, 1)
+    built.set_adapter(given)
+    vera_a, vera_b = (getattr(built.net.base_model, key)["default"] for key in ("vera_A", "vera_B"))
+    for m, layer in built.adapted.items():
         a, b = vera_a[:, : layer.in_features], vera_b[: layer.out_features]
         wanted = before[m] + given.B[m][:, None] * b @ (given.A[m][:, None] * a)
         assert_close(computed(layer), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_veras_vectors_open_over_their_own_matrices_only(build: Maker, tmp_path: Path) -> None:
-    worn = build("llama", kind="vera")
-    save_peft(worn, worn.get_adapter(), tmp_path)
+    built = build("llama", kind="vera")
+    save_peft(built, built.get_adapter(), tmp_path)
     with pytest.raises(ModelError, match="its vera_A is of another seed"):
         load_peft(build("llama", seed=2, kind="vera"), tmp_path)
 
 
 def test_an_adapter_of_another_kind_is_not_opened(build: Maker, tmp_path: Path) -> None:
-    worn = build("llama", kind="dora")
-    save_peft(worn, worn.get_adapter(), tmp_path)
+    built = build("llama", kind="dora")
+    save_peft(built, built.get_adapter(), tmp_path)
     with pytest.raises(ModelError, match=r"holds a dora adapter; open it with lora.kind = dora"):
         load_peft(build("llama"), tmp_path)
 
 
 def test_a_pattern_gives_modules_ranks_and_alphas_of_their_own(build: Maker) -> None:
     """Of two names that fit, the one of more parts counts; parts of the full name may be left out."""
-    worn = build("llama", alpha=6.0, rank_pattern="layers.0.q_proj=6,q_proj=2", alpha_pattern="v_proj=12")
+    built = build("llama", alpha=6.0, rank_pattern="layers.0.q_proj=6,q_proj=2", alpha_pattern="v_proj=12")
     q, v = (f"model.layers.{{}}.self_attn.{name}" for name in ("q_proj", "v_proj"))
-    ranks = {m: a.shape[0] for m, a in worn.get_adapter().A.items()}
+    ranks = {m: a.shape[0] for m, a in built.get_adapter().A.items()}
     assert ranks == {q.format(0): 6, q.format(1): 2, v.format(0): 3, v.format(1): 3}
-    assert worn.scales == {q.format(0): 1.0, q.format(1): 3.0, v.format(0): 4.0, v.format(1): 4.0}
+    assert built.scales == {q.format(0): 1.0, q.format(1): 3.0, v.format(0): 4.0, v.format(1): 4.0}
 
 
 def test_a_pattern_means_the_same_in_every_place(tmp_path: Path) -> None:
@@ -254,25 +254,26 @@ def test_pissa_wants_weights_that_are_not_quantised(bare: Callable[[str], Any]) 
     module = net.get_submodule("model.layers.1.self_attn.v_proj")
     module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"the weight of model.layers.1.self_attn.v_proj is quantised"):
-        wear.attach_adapter(net, LoRAConfig(rank=3, init="pissa"), TEXT, [], 1)
+        adapters.attach_adapter(net, LoRAConfig(rank=3, init="pissa"), TEXT, [], 1)
 
 
 def test_what_is_new_is_trained_whole_and_not_adapted(bare: Callable[[str], Any]) -> None:
     net = bare("bert")
-    worn = wear.attach_adapter(net, LoRAConfig(rank=3, targets=("dense",)), FORMS["bert"], ["bert.pooler.dense"], 1)
-    assert len(wear.layers(worn)) == 2 * 3 and all("layer" in name for name in wear.layers(worn))
-    assert worn.get_submodule("base_model.model.bert.pooler.dense.modules_to_save")
+    lora = LoRAConfig(rank=3, targets=("dense",))
+    built = adapters.attach_adapter(net, lora, FORMS["bert"], ["bert.pooler.dense"], 1)
+    assert len(adapters.layers(built)) == 2 * 3 and all("layer" in name for name in adapters.layers(built))
+    assert built.get_submodule("base_model.model.bert.pooler.dense.modules_to_save")
 
 
 def test_dora_refuses_an_offset_and_vera_whatever_is_not_two_vectors(build: Maker) -> None:
     dora, vera = build("llama", kind="dora"), build("llama", kind="vera")
-    part, first = stirred(build("llama"), 1), next(iter(vera.adapted))
+    part, first = random_adapter(build("llama"), 1), next(iter(vera.adapted))
     with pytest.raises(StrategyError, match=r"lora.kind = dora takes no offset: its magnitudes"):
         dora.set_adapter(dora.get_adapter(), (part,))
     cores = LoRA(R={first: torch.eye(3)})
-    for worn, offset, gain in (LoRA(), (part,), {}), (cores, (), {}), (LoRA(), (), {first: 2.0}):
+    for built, offset, gain in (LoRA(), (part,), {}), (cores, (), {}), (LoRA(), (), {first: 2.0}):
         with pytest.raises(StrategyError, match=r"lora.kind = vera takes no offset, core or gain"):
-            vera.set_adapter(worn, offset, gain)
+            vera.set_adapter(built, offset, gain)
     with pytest.raises(StrategyError, match=rf"A of {first}: got \(2,\), the model takes \(3,\)$"):
         vera.set_adapter(LoRA(A={m: a[:2] for m, a in vera.get_adapter().A.items()}))
 
@@ -280,9 +281,9 @@ def test_dora_refuses_an_offset_and_vera_whatever_is_not_two_vectors(build: Make
 @pytest.mark.parametrize(("adapter", "more"), [("lora", 16 * 2 * (24 + 24 + 24 + 12)), ("vera", 16 * 4)])
 def test_the_memory_to_train_in_grows_with_the_rank_by_four_copies(build: Maker, adapter: str, more: int) -> None:
     """Of a number a row and a column in each module of two layers; of VeRA, one a module."""
-    worn = build("llama", **ADAPTERS[adapter])
-    assert worn.memory(4) - worn.memory(3) == more
-    assert worn.memory(4, batch_size=17) > worn.memory(4)
+    built = build("llama", **ADAPTERS[adapter])
+    assert built.memory(4) - built.memory(3) == more
+    assert built.memory(4, batch_size=17) > built.memory(4)
 
 
 def test_a_base_in_half_precision_takes_half_the_memory(build: Maker) -> None:
@@ -295,5 +296,5 @@ def test_a_base_in_half_precision_takes_half_the_memory(build: Maker) -> None:
 
 
 def test_it_is_the_form_that_says_what_public_rows_are(build: Maker) -> None:
-    worn = build("gpt2", public=[{TEXT.columns[0]: row["text"]} for row in PUBLIC], **ADAPTERS["eva"])
-    assert_close(vars(worn.get_adapter()), vars(build("gpt2", **ADAPTERS["eva"]).get_adapter()), rtol=0, atol=0)
+    built = build("gpt2", public=[{TEXT.columns[0]: row["text"]} for row in PUBLIC], **ADAPTERS["eva"])
+    assert_close(vars(built.get_adapter()), vars(build("gpt2", **ADAPTERS["eva"]).get_adapter()), rtol=0, atol=0)

@@ -17,7 +17,7 @@ from fedlora.models import base_model
 from fedlora.models.model import Model
 from fedlora.models.peft_files import load_peft, save_peft
 from fedlora.sections import LoRAConfig, ModelConfig
-from tests.support.models import FORMS, batch, computed, logits, make, plain_logits, stirred
+from tests.support.models import FORMS, batch, computed, logits, make, plain_logits, random_adapter
 
 Maker = Callable[..., Model]
 
@@ -39,7 +39,7 @@ def cored(model: Model, seed: int, rank: int = 3) -> LoRA:
     """A random adapter with a core in every module."""
     g = torch.Generator().manual_seed(seed)
     cores = {m: 0.5 * torch.randn(rank, rank, generator=g) for m in model.adapted}
-    return LoRA(R=cores).over(stirred(model, seed, rank))
+    return LoRA(R=cores).over(random_adapter(model, seed, rank))
 
 
 def dense(model: Model, seed: int) -> LoRA:
@@ -52,7 +52,7 @@ def dense(model: Model, seed: int) -> LoRA:
 @pytest.mark.parametrize("kind", FORMS)
 def test_it_has_the_adapter_that_it_is_given(build: Maker, kind: str) -> None:
     model = build(kind)
-    given = stirred(model, 1)
+    given = random_adapter(model, 1)
     model.set_adapter(given)
     assert_close(vars(model.get_adapter()), vars(given), rtol=0, atol=0)
     assert bool(model.get_adapter().H) == bool(FORMS[kind].labels)
@@ -62,7 +62,7 @@ def test_it_has_the_adapter_that_it_is_given(build: Maker, kind: str) -> None:
 def test_an_offset_is_the_same_in_the_weights_and_beside_them(build: Maker, kind: str) -> None:
     """Linear and GPT-2's Conv1D: folded, as a branch of its own, and as a wider adapter."""
     model, start = build(kind), None
-    start, parts = stirred(model, 1), (stirred(model, 2, rank=2), stirred(model, 3, rank=4))
+    start, parts = random_adapter(model, 1), (random_adapter(model, 2, rank=2), random_adapter(model, 3, rank=4))
     model.set_adapter(join(*parts, start).over(start))
     wanted = logits(model, kind)
     model.set_adapter(start, parts)
@@ -81,34 +81,34 @@ def test_a_module_computes_the_dense_formula(build: Maker, kind: str, folds: boo
     model = build(kind, alpha=5.0)
     pretrained = {m: computed(layer) for m, layer in model.adapted.items()}
     model.offset.folds = folds
-    worn, parts = cored(model, 1, rank=2), (cored(model, 2, rank=4), dense(model, 3), cored(model, 4, rank=1))
+    adapter, parts = cored(model, 1, rank=2), (cored(model, 2, rank=4), dense(model, 3), cored(model, 4, rank=1))
     first, *others = model.adapted
-    model.set_adapter(worn, parts, {first: 1.5})
+    model.set_adapter(adapter, parts, {first: 1.5})
     for m in (first, *others):
         offset = sum(delta(part)[m] for part in parts)
-        wanted = pretrained[m] + 5 / 3 * ((1.5 if m == first else 1.0) * delta(worn)[m] + offset)
+        wanted = pretrained[m] + 5 / 3 * ((1.5 if m == first else 1.0) * delta(adapter)[m] + offset)
         assert_close(computed(model.adapted[m]), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gain_and_a_core_hold_for_one_write(build: Maker) -> None:
     model = build("bert")
-    worn = stirred(model, 1)
-    model.set_adapter(worn)
+    adapter = random_adapter(model, 1)
+    model.set_adapter(adapter)
     before = logits(model, "bert")
     model.set_adapter(cored(model, 2), (), dict.fromkeys(model.adapted, 2.0))
     assert not torch.allclose(logits(model, "bert"), before, atol=1e-3)
-    model.set_adapter(worn)
+    model.set_adapter(adapter)
     assert torch.equal(logits(model, "bert"), before) and not model.get_adapter().R
 
 
 def test_a_core_is_trained_and_read(build: Maker) -> None:
     model = build("llama")
-    worn = cored(model, 1)
-    model.set_adapter(worn)
-    assert_close(vars(model.get_adapter()), vars(worn), rtol=0, atol=0)
+    adapter = cored(model, 1)
+    model.set_adapter(adapter)
+    assert_close(vars(model.get_adapter()), vars(adapter), rtol=0, atol=0)
     trained = model.set_trainable("R")
     model.loss(batch("llama")).backward()
-    assert len(trained) == len(worn.R) and all(p.grad is not None and p.grad.any() for p in trained)
+    assert len(trained) == len(adapter.R) and all(p.grad is not None and p.grad.any() for p in trained)
     assert {id(p) for p in model.net.parameters() if p.grad is not None} == {id(p) for p in trained}
 
 
@@ -121,10 +121,10 @@ def test_attaching_a_core_draws_nothing(build: Maker) -> None:
 
 def test_an_adapter_with_a_dense_side_is_loaded_whole(build: Maker) -> None:
     model = build("gpt2")
-    worn, side = stirred(model, 1), dense(model, 2)
-    model.set_adapter(join(worn, side).over(worn))
+    adapter, side = random_adapter(model, 1), dense(model, 2)
+    model.set_adapter(join(adapter, side).over(adapter))
     wanted = logits(model, "gpt2")
-    model.set_adapter(side.over(worn))
+    model.set_adapter(side.over(adapter))
     assert_close(logits(model, "gpt2"), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_cores_and_dense_sides_are_delivered_as_factors_of_at_most_full_rank(
 def test_taking_an_offset_off_leaves_the_pretrained_weights(build: Maker) -> None:
     model = build("gpt2")
     start, before = model.get_adapter(), logits(build("gpt2"), "gpt2")
-    model.set_adapter(start, (stirred(model, 2),))
+    model.set_adapter(start, (random_adapter(model, 2),))
     model.set_adapter(start)
     assert torch.equal(logits(model, "gpt2"), before)
 
@@ -159,7 +159,7 @@ def test_the_delivered_adapter_gives_the_trained_logits(
 ) -> None:
     """At another rank than the run's, loaded by PEFT on a base that has seen nothing of us."""
     model = build(kind, **options)
-    trained = stirred(model, 4, rank=7)
+    trained = random_adapter(model, 4, rank=7)
     save_peft(model, trained, tmp_path)
     model.set_adapter(trained)
     bare, *_ = base_model.load_base_model(ModelConfig(path=str(folders[kind])), FORMS[kind], seed=99)
@@ -170,14 +170,14 @@ def test_the_delivered_adapter_gives_the_trained_logits(
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_delivered_adapter_opens_as_it_was(build: Maker, kind: str, tmp_path: Path) -> None:
     model = build(kind, alpha=5.0)
-    trained = stirred(model, 4, rank=6)
+    trained = random_adapter(model, 4, rank=6)
     save_peft(model, trained, tmp_path)
     assert_close(vars(load_peft(build(kind, alpha=5.0), tmp_path)), vars(trained), rtol=1e-6, atol=1e-7)
 
 
 def test_ranks_that_differ_by_module_are_delivered(build: Maker, tmp_path: Path) -> None:
     model = build("llama")
-    wide, narrow = stirred(model, 4, rank=6), stirred(model, 5, rank=2)
+    wide, narrow = random_adapter(model, 4, rank=6), random_adapter(model, 5, rank=2)
     first = next(iter(wide.A))
     mixed = LoRA(wide.A | {first: narrow.A[first]}, wide.B | {first: narrow.B[first]})
     save_peft(model, mixed, tmp_path)
@@ -187,7 +187,7 @@ def test_ranks_that_differ_by_module_are_delivered(build: Maker, tmp_path: Path)
 @pytest.mark.parametrize("kind", FORMS)
 def test_gradients_reach_the_trained_sides_alone(build: Maker, kind: str) -> None:
     model = build(kind)
-    model.set_adapter(stirred(model, 1))
+    model.set_adapter(random_adapter(model, 1))
     chosen = model.set_trainable("BH")
     model.loss(batch(kind)).backward()
     graded = {id(p) for p in model.net.parameters() if p.grad is not None}
@@ -212,7 +212,7 @@ def test_the_same_seed_makes_the_same_adapter_and_head(build: Maker) -> None:
 def test_a_half_precision_base_keeps_its_adapter_and_offset_in_float32(folders: dict[str, Path]) -> None:
     config = ModelConfig(path=str(folders["llama"]), dtype="bfloat16")
     model = Model(config, LoRAConfig(rank=3), FORMS["llama"], seed=1)
-    start, small = model.get_adapter(), stirred(model, 2)
+    start, small = model.get_adapter(), random_adapter(model, 2)
     assert {a.dtype for a in start.A.values()} == {torch.float32}
     before = logits(model, "llama")
     model.set_adapter(start, (small,))
@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_had_is_one_sentence(path: str, monkeypatch: pyte
 
 def test_matrices_of_the_wrong_shape_are_refused_by_name(build: Maker) -> None:
     model = build("gpt2")
-    good = stirred(model, 1)
+    good = random_adapter(model, 1)
     first = next(iter(good.B))
     with pytest.raises(StrategyError, match=f"B of {first}"):
         model.set_adapter(LoRA(good.A, good.B | {first: good.B[first][:-1]}))

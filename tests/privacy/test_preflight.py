@@ -55,7 +55,7 @@ def build(folders: dict[str, Path]) -> Callable[..., Model]:
     return one
 
 
-def worn(net: Any, folder: Path, form: Schema, *targets: str) -> Model:
+def adapted(net: Any, folder: Path, form: Schema, *targets: str) -> Model:
     """A model of another kind, as anybody would bring it."""
     net.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -141,7 +141,7 @@ def test_an_embedding_of_each_example_is_left_to_opacus(tmp_path: Path) -> None:
 
 def test_tokens_in_one_heap_are_refused(tmp_path: Path) -> None:
     """OPT's linear layers see (batch x tokens, d): clipped by token, a record would count as often as it has tokens."""
-    model = worn(OPTForCausalLM(OPTConfig(**OPT)), tmp_path, TEXT, "fc1", "fc2")
+    model = adapted(OPTForCausalLM(OPTConfig(**OPT)), tmp_path, TEXT, "fc1", "fc2")
     refused(model, r"layers.0.fc1.lora_A.default sees \d+ rows where there are 4 examples: its tokens lie in one heap")
     refused(model, r"hooks find no gradient of single examples for .*layers.0.fc1.lora_A", "hooks")
     assert preflight.check(model, private(model, "one")).sensitivity < 1.001
@@ -149,9 +149,9 @@ def test_tokens_in_one_heap_are_refused(tmp_path: Path) -> None:
 
 def test_experts_that_share_the_tokens_of_a_batch_are_refused(tmp_path: Path) -> None:
     """And a mixture of experts passes where its attention alone is trained."""
-    model = worn(Qwen2MoeForCausalLM(Qwen2MoeConfig(**QWEN_MOE)), tmp_path / "qwen", TEXT, "q_proj", "gate_proj")
+    model = adapted(Qwen2MoeForCausalLM(Qwen2MoeConfig(**QWEN_MOE)), tmp_path / "qwen", TEXT, "q_proj", "gate_proj")
     refused(model, r"layers.0.mlp.shared_expert.gate_proj.lora_A.default sees \d+ rows where there are 4 examples")
-    model = worn(MixtralForCausalLM(MixtralConfig(**MIXTRAL)), tmp_path / "mixtral", TEXT, "all-linear")
+    model = adapted(MixtralForCausalLM(MixtralConfig(**MIXTRAL)), tmp_path / "mixtral", TEXT, "all-linear")
     assert preflight.check(model, private(model)).error < 1e-5
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.lora import SIDES, LoRA, average, delta, join, leading, normalised, residual, scale, stack
+from fedlora.lora import SIDES, LoRA, average, delta, join, leading, map_factors, normalised, residual, scale, stack
 from fedlora.sections import Training
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx, State
@@ -24,9 +24,9 @@ Updates = Sequence[LoRA]
 Weights = Sequence[float]
 
 
-def each(lora: LoRA, change: Any) -> LoRA:
-    """The adapter with every matrix changed."""
-    return LoRA(**{s: {m: change(t) for m, t in lora.side(s).items()} for s in SIDES})
+def scaled(lora: LoRA, factor: float) -> LoRA:
+    """The adapter with every matrix, factors and head, times `factor`."""
+    return map_factors(lambda t: factor * t, lora)
 
 
 def turned(part: LoRA) -> LoRA:
@@ -48,15 +48,15 @@ class WeighsTwice(FedAvg):
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
         p = normalised(weights)
-        terms = [each(u, lambda t, c=c: c * t) for c, u in zip(p, updates, strict=True)]
-        return each(average(terms, weights), lambda t: len(p) * t)
+        terms = [scaled(u, c) for c, u in zip(p, updates, strict=True)]
+        return scaled(average(terms, weights), len(p))
 
 
 class TakesTheFirstOnly(FedAvg):
     """FLoRA's released FedIT assigns the sum to a misspelt name, and returns the first term."""
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        return each(updates[0], lambda t: normalised(weights)[0] * t)
+        return scaled(updates[0], normalised(weights)[0])
 
 
 class MergesTheLastOnly(FLoRA):
@@ -84,7 +84,7 @@ class WeighsByTheScale(FedAvg):
     """Weights taken for shares, though they sum to anything."""
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
-        return each(average(updates, weights), lambda t: sum(weights) / 6 * t)
+        return scaled(average(updates, weights), sum(weights) / 6)
 
 
 class TellsFactorsByShape(FLoRA):
@@ -153,7 +153,7 @@ class KeepsHalf(FedAvg):
 
     def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
         dtype = next(iter(updates[0].A.values())).dtype
-        return each(average(updates, weights), lambda t: t.to(dtype))
+        return map_factors(lambda t: t.to(dtype), average(updates, weights))
 
 
 class AddsInPlace(FedAvg):

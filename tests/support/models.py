@@ -108,7 +108,7 @@ def computed(layer: torch.nn.Module) -> torch.Tensor:
     return out.T
 
 
-def stirred(model: Model, seed: int, rank: int = 3) -> LoRA:
+def random_adapter(model: Model, seed: int, rank: int = 3) -> LoRA:
     """A random adapter that fits the model, at any rank; of VeRA, at its own."""
     g = torch.Generator().manual_seed(seed)
     like = model.get_adapter()
