@@ -8,6 +8,7 @@ factors' own type, small cores (R, R) in float64, and nothing of size (d_out, d_
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from math import copysign, sqrt
 from operator import add
 
@@ -122,7 +123,7 @@ def scale(lora: LoRA, c: float) -> LoRA:
 
 def modules(*loras: LoRA) -> list[str]:
     """The names of the modules that at least one adapter has a product for, each once."""
-    return list(dict.fromkeys(m for x in loras for m in _modules(x)))
+    return list(dict.fromkeys(chain.from_iterable(map(_modules, loras))))
 
 
 def _modules(lora: LoRA) -> list[str]:
@@ -265,8 +266,10 @@ def densify(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
 
 def _is_smaller_than_dense(parts: Sequence[LoRA]) -> bool:
     """Do the factors of all parts have no more numbers than one dense matrix for each module?"""
-    dense = {m: p.B[m].shape[0] * a.shape[1] for p in parts for m, a in p.A.items()}
-    return sum(p.only("AB").numel() for p in parts) <= sum(dense.values())
+    dense: dict[str, int] = {}
+    for part in parts:
+        dense |= {m: part.B[m].shape[0] * a.shape[1] for m, a in part.A.items()}
+    return sum(part.only("AB").numel() for part in parts) <= sum(dense.values())
 
 
 def _products(loras: Sequence[LoRA], m: str) -> list[Tensor]:

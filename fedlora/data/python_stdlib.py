@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 ROOT = Path(sysconfig.get_path("stdlib"))
@@ -54,7 +54,7 @@ def packages() -> dict[str, list[Path]]:
 
 def heldout() -> list[Document]:
     """Return the files kept for evaluation: one in ``HOLD_OUT`` of every package that has three or more."""
-    return [_document(path) for paths in packages().values() for path in _held(paths)]
+    return list(map(_document, chain.from_iterable(map(_held, packages().values()))))
 
 
 def clients(n: int) -> list[list[Document]]:
@@ -80,7 +80,7 @@ def clients(n: int) -> list[list[Document]]:
 def _training_documents() -> list[Document]:
     """Return the files of all packages that are not held out."""
     held = set(heldout())
-    documents = [_document(path) for paths in packages().values() for path in paths]
+    documents = map(_document, chain.from_iterable(packages().values()))
     return [document for document in documents if document not in held]
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from fedlora.errors import ConfigError, DataError, nearest
@@ -167,7 +168,8 @@ def _found_classes(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
 
 def labels_in(tables: Sequence[Table], schema: Schema) -> set[str]:
     """The labels as they stand in the data."""
-    return {str(value) for table in tables for value in column(table.rows, schema.columns[-1])}
+    columns = (column(table.rows, schema.columns[-1]) for table in tables)
+    return set(map(str, chain.from_iterable(columns)))
 
 
 def _is_whole(name: str) -> bool:

@@ -177,12 +177,12 @@ def _targets(net: nn.Module, wanted: tuple[str, ...], heads: Sequence[str]) -> t
 
 
 def _linear_modules(net: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)}
+    return {name: module for name, module in net.named_modules() if _is_linear(module)}
 
 
 def _outside(heads: Sequence[str], modules: Modules) -> dict[str, Any]:
     """The modules that are no head, nor within one."""
-    return {name: modules[name] for name in modules if name not in heads and not _is_inside(name, heads)}
+    return {name: module for name, module in modules.items() if not _is_part(name, heads)}
 
 
 def _all_but_output(net: Any, linear: Modules) -> dict[str, Any]:
@@ -214,9 +214,18 @@ def _ends(name: str, *ends: str) -> bool:
     return f".{name}".endswith(tuple(f".{end}" for end in ends))
 
 
+def _is_part(name: str, modules: Sequence[str]) -> bool:
+    """Is a module one of these, or within one?"""
+    return name in modules or _is_inside(name, modules)
+
+
 def _is_inside(name: str, modules: Iterable[str]) -> bool:
     """Does a module lie within one of these?"""
     return name.startswith(tuple(f"{module}." for module in modules))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A base model with one adapter, whose factors can be read and replaced by others of any rank."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedlora.data.encoding import Encoder, Example, length
 from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
 from fedlora.errors import StrategyError
-from fedlora.lora import LoRA, Side, from_matrices
+from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
@@ -74,7 +75,8 @@ class Model:
 
     def _parameters(self, sides: str = "ABRH") -> list[nn.Parameter]:
         """The parameters of these sides of the adapter, in a fixed order."""
-        return [p for side in self._sides if side in sides for p in self._sides[side].values()]
+        chosen = [parameters.values() for side, parameters in self._sides.items() if side in sides]
+        return list(chain.from_iterable(chosen))
 
     def memory(self, rank: int, batch_size: int = 16) -> int:
         """Bytes that training at this rank takes, estimated.
@@ -111,8 +113,7 @@ class Model:
 
     def get_adapter(self) -> LoRA:
         """A copy of the adapter on the CPU: A (r, d_in), B (d_out, r), core R (r, r) if there is one, and head H."""
-        parameters = ((s, m, p) for s, side in self._sides.items() for m, p in side.items())
-        return from_matrices((s, m, p.detach().to("cpu", copy=True)) for s, m, p in parameters)
+        return LoRA(**{side: _copies(parameters) for side, parameters in self._sides.items()})
 
     def set_adapter(
         self, lora: LoRA, offset: tuple[LoRA, ...] = (), gain: Mapping[str, float] = MappingProxyType({})
@@ -224,6 +225,10 @@ class Model:
         got = tuple(given[name].shape) if name in given else "nothing"
         free = "" if letter == "H" or self.kind == "vera" else ", of any rank"
         raise StrategyError(f"{letter} of {name}: got {got}, the model takes {tuple(wanted)}{free}")
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
 def _fixed(letter: str, kind: str, shape: torch.Size) -> tuple[int, ...]:
