@@ -67,11 +67,8 @@ def spread(clients: Mapping[int, Metrics]) -> dict[str, float | int | str]:
     values = {i: m.values() for i, m in clients.items() if m.targets}
     if not values:
         return {}
-    headlines = [headline(v) for v in values.values()]
-    name, more_is_better = max(
-        headlines, key=headlines.count
-    )  # a client that tells other metrics than most is left out
-    by_client = {i: v[name] for i, v in values.items() if name in v}
+    name, more_is_better = _most_common([headline(v) for v in values.values()])
+    by_client = {i: v[name] for i, v in values.items() if name in v}  # without those that tell other metrics than most
     worst_of = min if more_is_better else max
     worst = worst_of(by_client, key=lambda i: by_client[i])
     return {
@@ -82,3 +79,7 @@ def spread(clients: Mapping[int, Metrics]) -> dict[str, float | int | str]:
         "std": pstdev(by_client.values()),
         "clients": len(by_client),
     }
+
+
+def _most_common(headlines: list[tuple[str, bool]]) -> tuple[str, bool]:
+    return max(headlines, key=headlines.count)

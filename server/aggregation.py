@@ -132,13 +132,13 @@ class _Updates:
 
     def hand_over(self, got: Collected, order: Iterable[int]) -> None:
         """Fill in the updates with their weights, in this order of the clients; or their mean alone."""
-        clients = [i for i in order if i in self.each]
-        got.each = {i: self.each[i] for i in clients}
+        for i in order:
+            if i in self.each:
+                got.each[i] = self.each[i]
         if not self.sums:
-            for lora, weight in got.each.values():
-                got.updates.append(lora)
-                got.weights.append(weight)
-            got.senders = [self.senders[i] for i in clients]
+            got.updates = [lora for lora, _ in got.each.values()]
+            got.weights = [weight for _, weight in got.each.values()]
+            got.senders = [self.senders[i] for i in got.each]
         elif got.answered and not self.instead:
             got.updates, got.weights = [self.total.mean()], [self.total.weight]
 

@@ -42,16 +42,21 @@ class HetLoRA(Strategy[LoRA]):
         return Job(start=leading(state, client.rank))
 
     def aggregate(self, state: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
-        norms = [norm(u.only("AB")) for u in updates] if self.weighting == "norm" else []
-        w = norms if any(norms) else weights  # nobody has a product yet
         ranks = {m: max(u.A[m].shape[0] for u in updates) for m in state.A}
-        mean = average([padded(u, ranks) for u in updates], w)
+        mean = average([padded(u, ranks) for u in updates], self._weights(updates, weights))
         A = {m: torch.cat([mean.A[m], at_least_float32(a[ranks[m] :])]) for m, a in state.A.items()}
         B = {m: torch.cat([mean.B[m], at_least_float32(b[:, ranks[m] :])], 1) for m, b in state.B.items()}
         return LoRA(A, B, average([u.only("H") for u in updates], weights).H)
 
     def adapter(self, state: LoRA) -> LoRA:
         return state
+
+    def _weights(self, updates: Sequence[LoRA], weights: Sequence[float]) -> Sequence[float]:
+        """The w_i of the factors; the run's weights while no client has a product yet."""
+        if self.weighting == "examples":
+            return weights
+        norms = [norm(u.only("AB")) for u in updates]
+        return norms if any(norms) else weights
 
 
 def padded(lora: LoRA, ranks: dict[str, int]) -> LoRA:
