@@ -12,10 +12,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import reduce
+from functools import cache, partial, reduce
 from importlib.util import find_spec
 from itertools import product
 from operator import add
@@ -133,14 +133,18 @@ class Compressing:
         return self._inner.evaluate(jobs)
 
 
-def setup(place: str, data: Path) -> RunSetup | None:
-    """The place's model and data; none where they are not."""
+def is_here(place: str, data: Path) -> bool:
+    """Whether the place's model and data are on this machine."""
+    return place == "embedded" or (minilm() is not None and (data / "sst2").is_dir())
+
+
+@cache
+def setup(place: str, data: Path) -> RunSetup:
+    """The place's model and data."""
     file, own = PLACES[place]
-    model, rows, where = minilm(), data / "sst2", {}
+    rows, where = data / "sst2", {}
     if place == "sst2":
-        if not (rows.is_dir() and model):
-            return None
-        where = {"model.path": model, "data.path": rows / "client_*.jsonl", "data.eval": rows / "val.jsonl"}
+        where = {"model.path": minilm(), "data.path": rows / "client_*.jsonl", "data.eval": rows / "val.jsonl"}
     texts = {key: str(path) for key, path in where.items()}
     return prepare(configuration.build(configuration.read(file), SHORT, own, texts))
 
@@ -234,30 +238,48 @@ def quadratics(turnout: float, rounds: int, seed: int) -> dict[str, float]:
     return {name: float((end - way).norm() / way.norm()) for name, end in ends.items()}
 
 
-def work(data: Path, only: str, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All that is not known yet, by name."""
-
-    def missing(name: str) -> bool:
-        return name not in known and name.startswith(only)
-
+def experiments(data: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Every experiment by its name; what needs a model and data that are not here is left out."""
     for turnout, rounds in product((1.0, 0.5, 0.2, 0.1), (10, 50)):
-        if missing(name := f"quadratics/{turnout:g}/{rounds}"):
-            each = [quadratics(turnout, rounds, seed) for seed in range(3)]
-            yield name, {form: fmean(e[form] for e in each) for form in each[0]}
-    if missing(name := "scales/random"):
-        a, b = torch.randn((2, 8, 384), generator=torch.Generator().manual_seed(0))
-        yield name, both_ways(LoRA({"q": a}, {"q": b.T}))
-    for place in PLACES:
-        runs = [(f"{place}/{s}/{f.name}", s, f) for s in STRATEGIES for f in FORMS]
-        scales = [(f"scales/{place}, {o}", o, rate) for o, rate in (("adamw", 5e-3), ("sgd", 0.5))]
-        todo = [n for n, *_ in (*runs, *scales) if missing(n)]
-        if todo and (s := setup(place, data)):
-            yield from ((name, axes(s, o, rate)) for name, o, rate in scales if name in todo)
-            yield from ((name, measured(s, strategy, f)) for name, strategy, f in runs if name in todo)
+        yield f"quadratics/{turnout:g}/{rounds}", partial(mean_of_quadratics, turnout, rounds)
+    yield "scales/random", random_scales
+    for place in filter(lambda place: is_here(place, data), PLACES):
+        for optimizer, lr in (("adamw", 5e-3), ("sgd", 0.5)):
+            yield f"scales/{place}, {optimizer}", partial(in_place, axes, place, data, optimizer, lr)
+        for strategy, form in product(STRATEGIES, FORMS):
+            yield f"{place}/{strategy}/{form.name}", partial(in_place, measured, place, data, strategy, form)
+
+
+def mean_of_quadratics(turnout: float, rounds: int) -> dict[str, float]:
+    """`quadratics`, as a mean over three seeds."""
+    runs = [quadratics(turnout, rounds, seed) for seed in range(3)]
+    return {form: fmean(run[form] for run in runs) for form in runs[0]}
+
+
+def random_scales() -> dict[str, float]:
+    """Int8's relative error of random factors, with scales by direction, and the other way."""
+    a, b = torch.randn((2, 8, 384), generator=torch.Generator().manual_seed(0))
+    return both_ways(LoRA({"q": a}, {"q": b.T}))
+
+
+def in_place(experiment: Callable[..., dict[str, Any]], place: str, data: Path, *options: Any) -> dict[str, Any]:
+    """What an experiment finds with a place's model and data."""
+    return experiment(setup(place, data), *options)
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """As Markdown."""
+    """All that was found, as tables in Markdown."""
+    yield table_of_runs(found)
+    table = Table("asked", "rounds", *(f.name for f in FORMS[1:]), box=box.MARKDOWN)
+    for name, r in found.items():
+        if name.startswith("quadratics/"):
+            table.add_row(*name.split("/")[1:], *(f"{r[f.name]:.1e}" for f in FORMS[1:]))
+    yield table
+    yield table_of_scales(found)
+
+
+def table_of_runs(found: Mapping[str, Any]) -> Table:
+    """Bytes and quality of every run, by the form of its uploads."""
     table = Table(
         "run", "uploads", "bytes a client and round", "loss", "accuracy", "sum of uploads off by", box=box.MARKDOWN
     )
@@ -265,18 +287,17 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
         if r := found.get(f"{place}/{strategy}/{form.name}"):
             cells = f"{r['bytes']:,.0f}", f"{r['loss']:.5f}", f"{r['accuracy']:.4f}", f"{r['off']:.1e}"
             table.add_row(f"{place}, {strategy}" if form is FORMS[0] else "", form.name, *cells)
-    yield table
-    table = Table("asked", "rounds", *(f.name for f in FORMS[1:]), box=box.MARKDOWN)
-    for name, r in found.items():
-        if name.startswith("quadratics/"):
-            table.add_row(*name.split("/")[1:], *(f"{r[f.name]:.1e}" for f in FORMS[1:]))
-    yield table
-    keys = [f"{what} by {way}" for way in ("direction", "other") for what in ("A", "B", "bytes")]
+    return table
+
+
+def table_of_scales(found: Mapping[str, Any]) -> Table:
+    """Int8's errors, with scales by direction, and the other way."""
+    keys = [f"{numbers} by {way}" for way in ("direction", "other") for numbers in ("A", "B", "bytes")]
     table = Table("int8's error", *keys, box=box.MARKDOWN)
     for name, r in found.items():
         if name.startswith("scales/"):
             table.add_row(name.removeprefix("scales/"), *(f"{r[k]:.4f}" for k in keys))
-    yield table
+    return table
 
 
 def main() -> None:
@@ -293,7 +314,10 @@ def main() -> None:
         "settings": SHORT | {p: o for p, (_, o) in PLACES.items()},
     }
     found = json.loads(path.read_text())["found"] if path.exists() else {}
-    for name, result in work(args.data, args.only, found):
+    for name, run in experiments(args.data):
+        if name in found or not name.startswith(args.only):
+            continue
+        result = run()
         print(name, json.dumps(result), flush=True)
         found[name] = result | {"date": date.today().isoformat()}
         path.write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
