@@ -10,13 +10,15 @@ simulate: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# No function is more complex than 10 by radon, which counts comprehensions and boolean operators too, as ruff does not.
 # mypy is shown the packages as a wheel lays them out: it cannot follow fedlora/__init__.py to the folders beside it.
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed && cp -r fedlora build/typed/
+	! .venv/bin/radon cc --show-complexity --min C fedlora server client strategies simulations benchmarks | grep .
+	rm -rf build/typed && mkdir -p build/typed && cp -r fedlora benchmarks build/typed/
 	cp -r server client strategies simulations build/typed/fedlora/
-	cd build/typed && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fedlora
+	cd build/typed && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fedlora -p benchmarks
 
 # The exact versions that were run. A torch that is installed already is kept where it satisfies them.
 .venv/installed: pyproject.toml constraints.txt
