@@ -29,15 +29,15 @@ class ClientContext:
     runner: JobRunner
     parts: PartStore  # what it need not be sent again
     rank: int
-    journal: EventLog = EventLog(None)  # noqa: RUF009  of no file, it writes nothing
+    event_log: EventLog = EventLog(None)  # noqa: RUF009  of no file, it writes nothing
     shows_rounds: bool = False  # is there a person to see each round's end?
 
     def read_job(self, message: RawMessage) -> codec.IncomingJob:
         """The job in a message, with a line in the event log about what came in."""
         incoming = codec.read_job(message)
         nbytes = sum(part.nbytes for part in incoming.sent.values())
-        told = {"what": "job", "round": incoming.head.round + 1, "bytes": nbytes, "parts": list(incoming.sent)}
-        self.journal.write("entered", **told)
+        entry = {"what": "job", "round": incoming.head.round + 1, "bytes": nbytes, "parts": list(incoming.sent)}
+        self.event_log.write("entered", **entry)
         return incoming
 
     def assemble(self, incoming: codec.IncomingJob) -> Job | codec.MissingParts:
@@ -49,14 +49,14 @@ class ClientContext:
 def describe(client: ClientContext, message: RawMessage) -> RecordDict:
     """Answer who this client is."""
     runner = client.runner
-    client.journal.write("left", what="who", client=runner.id)
+    client.event_log.write("left", what="who", client=runner.id)
     return codec.pack_client(runner.client_data.client(runner.id, client.rank), client.model.fingerprint)
 
 
 def take_step(client: ClientContext, message: RawMessage) -> RecordDict:
     """Take a step of secure aggregation, and answer what the step asks for."""
-    step = codec.read_ask(message)
-    client.journal.write("left", what=f"secure {step.step}", context=step.context)
+    step = codec.read_secagg_step(message)
+    client.event_log.write("left", what=f"secure {step.step}", context=step.context)
     return codec.pack_said(client.runner.reply(step))
 
 
@@ -68,7 +68,7 @@ def train(client: ClientContext, message: RawMessage) -> RecordDict:
         return codec.pack_missing_parts(job)
     update = client.runner.run(client.model, job, incoming.digest(job))
     tensors, nbytes = payload(update)
-    client.journal.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
+    client.event_log.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
     if client.shows_rounds:
         words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
         log.info("round %d of %d: %s", job.round + 1, job.rounds, words)
@@ -81,7 +81,7 @@ def evaluate(client: ClientContext, message: RawMessage) -> RecordDict:
     if isinstance(job, codec.MissingParts):
         return codec.pack_missing_parts(job)
     kept = ClientState(client.runner.folder).before(job.round + 1)
-    client.journal.write("left", what="metrics", round=job.round + 1)
+    client.event_log.write("left", what="metrics", round=job.round + 1)
     return codec.pack_metrics(training.evaluate(client.model, job, client.runner.client_data.heldout, kept))
 
 

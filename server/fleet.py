@@ -47,7 +47,7 @@ class FleetRules:
     run: str = ""  # name of the run, by which clients keep their state
     nodes: Mapping[int, int] | None = None  # node -> the client whose key the node has; None: nodes are believed
     ranks: Sequence[int] = ()  # of each client; none: clients are believed
-    told: Mapping[str, int | float | str | bool] = field(default_factory=dict)  # settings that clients go by
+    settings: Mapping[str, int | float | str | bool] = field(default_factory=dict)  # settings that clients go by
     base: str = ""  # fingerprint of the base model that all must have; none: not compared
     patient: bool = False  # wait for clients that cannot say who they are until they can; else give up
 
@@ -68,7 +68,7 @@ class FlowerFleet:
         `stop`, once set, raises `KeyboardInterrupt` from whatever waits.
         """
         self.traffic = PartTracker()
-        self.journal = EventLog(None)
+        self.event_log = EventLog(None)
         self.online: Callable[[int], None] = lambda _: None  # told how many are connected, at every look
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
         self._stop, self._inbox = stop or Event(), ReplyInbox(grid)
@@ -122,7 +122,7 @@ class FlowerFleet:
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         """Have every client take its step of secure aggregation, and return the answers."""
-        waiting = self._push(SECURE, asks, lambda i: codec.pack_ask(asks[i]))
+        waiting = self._push(SECURE, asks, lambda i: codec.pack_secagg_step(asks[i]))
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(waiting, 0):
@@ -138,7 +138,7 @@ class FlowerFleet:
 
         A client that lost its parts is sent its job again, once, in full.
         """
-        letters = JobLetters(kind, jobs, self.traffic, self.journal)
+        letters = JobLetters(kind, jobs, self.traffic, self.event_log)
         waiting = self._push(kind, jobs, letters.write)
         silent = {i: self._silence(i in waiting.values()) for i in jobs}
         for i, reply in self._replies(waiting, most):
@@ -198,18 +198,18 @@ class FlowerFleet:
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
         """Write in the server's log what came in, or did not."""
-        told: dict[str, Any] = {"what": kind, "client": i, "round": job.round + 1}
+        entry: dict[str, Any] = {"what": kind, "client": i, "round": job.round + 1}
         if isinstance(answer, Failure):
             event = "refused" if answer.kind == FailureKind.REFUSED else "failed"
-            self.journal.write(event, **told, reason=answer.reason)
+            self.event_log.write(event, **entry, reason=answer.reason)
         elif isinstance(answer, Update):
             tensors, nbytes = payload(answer)
-            self.journal.write("received", **told, bytes=nbytes, tensors=tensors)
+            self.event_log.write("received", **entry, bytes=nbytes, tensors=tensors)
         else:
-            self.journal.write("received", **told)
+            self.event_log.write("received", **entry)
 
     def _note_joined(self, client: Client) -> None:
-        self.journal.write("joined", client=client.id, examples=client.examples, rank=client.rank)
+        self.event_log.write("joined", client=client.id, examples=client.examples, rank=client.rank)
 
     def _push(self, kind: str, clients: Iterable[int], letter: Callable[[int], RecordDict]) -> dict[str, int]:
         """Send those of the clients that are online their messages; return which message went to which client."""
@@ -236,8 +236,8 @@ class FlowerFleet:
 class JobLetters:
     """The messages that bring clients their jobs, each with the parts that its client does not hold."""
 
-    def __init__(self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, journal: EventLog) -> None:
-        self._kind, self._jobs, self._traffic, self._journal = kind, jobs, traffic, journal
+    def __init__(self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, event_log: EventLog) -> None:
+        self._kind, self._jobs, self._traffic, self._event_log = kind, jobs, traffic, event_log
         self._parts, self._encoder = Parts(), codec.JobEncoder()
         self._repeated = set[int]()
 
@@ -247,8 +247,8 @@ class JobLetters:
         parts = self._parts.of(job)
         missing = self._traffic.send(client, parts)
         nbytes = sum(part.nbytes for part in missing.values())
-        told: dict[str, Any] = {"what": self._kind, "client": client, "round": job.round + 1}
-        self._journal.write("sent", **told, bytes=nbytes, parts=list(missing))
+        entry: dict[str, Any] = {"what": self._kind, "client": client, "round": job.round + 1}
+        self._event_log.write("sent", **entry, bytes=nbytes, parts=list(missing))
         return self._encoder.job(job, parts, missing)
 
     def may_repeat(self, client: int) -> bool:
@@ -298,7 +298,7 @@ class NodeRegistry:
         now = time.monotonic()
         due = [n for n in sorted(nodes) if self._tries[n] < TRIES or now - self._tried.get(n, 0.0) > AGAIN]
         self._tried |= dict.fromkeys(due, now)
-        hellos = {node: codec.pack_hello(self._rules.told) for node in due}
+        hellos = {node: codec.pack_join_request(self._rules.settings) for node in due}
         self._asked |= push(self._grid, self._rules.run, MessageType.QUERY, hellos)
 
     def _take_down(self, node: int, reply: Message | Failure) -> None:

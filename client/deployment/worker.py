@@ -67,7 +67,7 @@ class WarmWorker:
         The question who this client is brings the run's settings, by which all later messages are answered.
         """
         if kind == "who":
-            return handlers.do(kind, content, lambda m: self._context(m.run, codec.read_hello(m).settings))
+            return handlers.do(kind, content, lambda m: self._context(m.run, codec.read_join_request(m).settings))
         return handlers.do(kind, content, lambda m: self._context(m.run))
 
     def _context(self, run: str, brought: Mapping[str, Any] | None = None) -> handlers.ClientContext:
@@ -81,8 +81,8 @@ class WarmWorker:
             write_durably(folder / SETTINGS, json.dumps(dict(brought)).encode())
         policy = client_policy(identity.settings, identity.state / "ledgers")
         runner = JobRunner(identity.id, setup.client_data, folder, policy, once=True)
-        journal = EventLog(identity.state / "audit.jsonl", side="client", client=identity.id, run=run)
-        return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, journal, shows_rounds=True)
+        event_log = EventLog(identity.state / "audit.jsonl", side="client", client=identity.id, run=run)
+        return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, event_log, shows_rounds=True)
 
     def _setup_for(self, settings: Mapping[str, Any]) -> ClientSetup:
         """The model and the data by a run's settings: those that are loaded, if they are the same."""

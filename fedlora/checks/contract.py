@@ -22,7 +22,7 @@ CHECKS: tuple[Check, ...] = tuple(
 
 
 @dataclass(frozen=True)
-class Result:
+class CheckResult:
     """The outcome of one check of one strategy."""
 
     check: str  # the function's name
@@ -31,16 +31,16 @@ class Result:
     seconds: float
 
 
-def run(strategy: Strategy[Any]) -> list[Result]:
+def run(strategy: Strategy[Any]) -> list[CheckResult]:
     """Put a strategy through every check."""
     return [verify(check, strategy) for check in CHECKS]
 
 
-def verify(check: Check, strategy: Strategy[Any]) -> Result:
+def verify(check: Check, strategy: Strategy[Any]) -> CheckResult:
     """Put a strategy through one check; an error that the strategy raises is a failure, and the error its detail."""
     began = time.monotonic()
     outcome, detail = _outcome(check, strategy)
-    return Result(check.__name__, outcome, detail, time.monotonic() - began)
+    return CheckResult(check.__name__, outcome, detail, time.monotonic() - began)
 
 
 def _outcome(check: Check, strategy: Strategy[Any]) -> tuple[Outcome, str]:

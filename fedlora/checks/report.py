@@ -19,7 +19,7 @@ from fedlora.errors import StrategyError, nearest
 from fedlora.strategy import Strategy, build, catalogue, load
 
 if TYPE_CHECKING:
-    from .contract import Result
+    from .contract import CheckResult
 
 MARKS = {"passed": "+", "failed": "X", "skipped": "."}
 
@@ -67,7 +67,7 @@ def _classes(path: Path, wanted: str | None) -> dict[str, type[Strategy[Any]]]:
     return {wanted: found[wanted]}
 
 
-def _verified(console: Console, name: str, strategy: Strategy[Any]) -> list["Result"]:
+def _verified(console: Console, name: str, strategy: Strategy[Any]) -> list["CheckResult"]:
     """Every check of one strategy, each shown while it runs."""
     from .contract import CHECKS, label, verify
 
@@ -125,7 +125,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _list(results: Sequence["Result"], sentences: Iterator[str]) -> Table:
+def _list(results: Sequence["CheckResult"], sentences: Iterator[str]) -> Table:
     """A table with a line a check: what it verifies in words, and under it why it failed or was skipped."""
     table = Table("", "", "seconds", box=None, pad_edge=False, show_header=False)
     for result, sentence in zip(results, sentences, strict=True):
@@ -134,7 +134,7 @@ def _list(results: Sequence["Result"], sentences: Iterator[str]) -> Table:
     return table
 
 
-def _table(results: Mapping[str, Sequence["Result"]], labels: Iterator[str]) -> Table:
+def _table(results: Mapping[str, Sequence["CheckResult"]], labels: Iterator[str]) -> Table:
     """A table with a row a check and a column a strategy, its name written downwards, and a mark in each."""
     table = Table("", *("\n".join(name) for name in results), box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for row, name in enumerate(labels):
@@ -142,14 +142,14 @@ def _table(results: Mapping[str, Sequence["Result"]], labels: Iterator[str]) -> 
     return table
 
 
-def _print_failures(console: Console, results: Mapping[str, Sequence["Result"]]) -> None:
+def _print_failures(console: Console, results: Mapping[str, Sequence["CheckResult"]]) -> None:
     """Say what the marks of the table mean, and print each failure in full."""
     console.print(f"\n{', '.join(f'{mark} {outcome}' for outcome, mark in MARKS.items())}")
     for result in _with_outcome(results, "failed"):
         console.print(Text(f"{result.check}: {result.detail}"), soft_wrap=True)
 
 
-def _sum_up(console: Console, results: Mapping[str, Sequence["Result"]]) -> bool:
+def _sum_up(console: Console, results: Mapping[str, Sequence["CheckResult"]]) -> bool:
     """Print how many checks ended in each outcome, and in how many seconds; true where none failed."""
     counts = ", ".join(f"{len(_with_outcome(results, outcome))} {outcome}" for outcome in MARKS)
     seconds = sum(result.seconds for result in chain(*results.values()))
@@ -157,5 +157,5 @@ def _sum_up(console: Console, results: Mapping[str, Sequence["Result"]]) -> bool
     return not _with_outcome(results, "failed")
 
 
-def _with_outcome(results: Mapping[str, Sequence["Result"]], outcome: str) -> list["Result"]:
+def _with_outcome(results: Mapping[str, Sequence["CheckResult"]], outcome: str) -> list["CheckResult"]:
     return [result for result in chain(*results.values()) if result.outcome == outcome]

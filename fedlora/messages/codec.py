@@ -196,12 +196,12 @@ def _plain(job: Job | JobHead) -> dict[str, Any]:
     return {name: getattr(job, name) for name in PLAIN}
 
 
-def pack_ask(ask: SecAggStep) -> RecordDict:
+def pack_secagg_step(ask: SecAggStep) -> RecordDict:
     """The message of a step of secure aggregation."""
     return pack(ask)
 
 
-def read_ask(message: RawMessage) -> SecAggStep:
+def read_secagg_step(message: RawMessage) -> SecAggStep:
     """The step of secure aggregation in a message of `pack_ask`. Raises `WireError`."""
     return read_head(message, SecAggStep)
 
@@ -228,11 +228,11 @@ def pack_client(client: Client, base: str = "") -> RecordDict:
     return pack(ClientInfo(client, base))
 
 
-def pack_hello(settings: Mapping[str, int | float | str | bool]) -> RecordDict:
+def pack_join_request(settings: Mapping[str, int | float | str | bool]) -> RecordDict:
     """The message of the question who a client is, with the settings it needs."""
     return pack(JoinRequest(dict(settings)))
 
 
-def read_hello(message: RawMessage) -> JoinRequest:
+def read_join_request(message: RawMessage) -> JoinRequest:
     """The question in a message of `pack_hello`. Raises `WireError`."""
     return read_head(message, JoinRequest)

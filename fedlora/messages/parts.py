@@ -51,10 +51,10 @@ def job_hash(job: Job, *, start: Sequence[str], offset: Sequence[str]) -> str:
     `start` and `offset` are the names of the parts that the job's start and its offset are made of, in their order.
     What may differ between two attempts at the same round is left out: the mask, and how many charges the server knows.
     """
-    told = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("start", "offset", "masking")}
-    told["training"] = asdict(job.training)
-    told["privacy"] = job.privacy and asdict(job.privacy) | {"known": 0}
-    return sha256(repr((sorted(told.items()), tuple(start), tuple(offset))).encode()).hexdigest()
+    asked = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("start", "offset", "masking")}
+    asked["training"] = asdict(job.training)
+    asked["privacy"] = job.privacy and asdict(job.privacy) | {"known": 0}
+    return sha256(repr((sorted(asked.items()), tuple(start), tuple(offset))).encode()).hexdigest()
 
 
 def hash_parts_and_job(job: Job) -> str:

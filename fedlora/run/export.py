@@ -60,7 +60,7 @@ class Unverified:
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class LogitsProbe:
     """A few examples, and how models of the run's kind are asked about them."""
 
     config: ModelConfig
@@ -147,11 +147,11 @@ def _whole(out: Path) -> Iterator[Path]:
 
 def _write_all(
     setup: RunSetup, folder: RunDirectory, form: str, max_rank: int, place: Path
-) -> tuple[Probe, list[Unverified]]:
+) -> tuple[LogitsProbe, list[Unverified]]:
     """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
     model = setup.model
     batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
-    probe = Probe(setup.config.model, model.schema, model.device, batch)
+    probe = LogitsProbe(setup.config.model, model.schema, model.device, batch)
     return probe, [_write_adapter(model, probe, exported, max_rank, place) for exported in _models(setup, folder, form)]
 
 
@@ -217,7 +217,7 @@ def _personal(client: int, job: Job, kept: LoRA) -> ExportedModel:
     return ExportedModel(f"client-{client}", lora, job.offset, note)
 
 
-def _write_adapter(model: Model, probe: Probe, exported: ExportedModel, max_rank: int, place: Path) -> Unverified:
+def _write_adapter(model: Model, probe: LogitsProbe, exported: ExportedModel, max_rank: int, place: Path) -> Unverified:
     """Write the model as one adapter, cut to the rank that was asked for."""
     model.set_adapter(exported.lora, exported.offset)
     logits, lora = probe.logits(model.net), _joined(exported)
@@ -252,7 +252,7 @@ def _joined(exported: ExportedModel) -> LoRA:
     return compact(LoRA(joined.A, joined.B, exported.lora.H))
 
 
-def verify(probe: Probe, written: Unverified, form: str) -> float:
+def verify(probe: LogitsProbe, written: Unverified, form: str) -> float:
     """The largest difference of the written model's logits from the run's, as a share of their size.
 
     Raises `ExportError` where it is above the limit for the base model's number type.

@@ -87,7 +87,7 @@ def _serve(grid: Grid, handoff: Handoff, order: RunOrder, screen: ConsoleProgres
     exporter = _exporter(screen, order.metrics)
     fleet = FlowerFleet(grid, _rules(setup, order, folder.run), exporter.answered, exporter.waiting)
     fleet.online = exporter.online
-    fleet.journal = EventLog(handoff.run / "audit.jsonl", side="server", run=folder.run)
+    fleet.event_log = EventLog(handoff.run / "audit.jsonl", side="server", run=folder.run)
     run_rounds(setup, fleet, folder, exporter)
 
 
@@ -116,7 +116,7 @@ def _rules(setup: RunSetup, order: RunOrder, run: str) -> FleetRules:
         run=run,
         nodes=nodes,
         ranks=setup.ranks,
-        told=settings_for_clients(setup.config),
+        settings=settings_for_clients(setup.config),
         base=setup.model.fingerprint,
         patient=True,
     )

@@ -30,7 +30,7 @@ from fedlora.models import base_model
 from fedlora.models.peft_files import load_peft
 from fedlora.run.compose import compose
 from fedlora.run.directory import RunDirectory
-from fedlora.run.export import EXAMPLES, Probe, Unverified, export, verify
+from fedlora.run.export import EXAMPLES, LogitsProbe, Unverified, export, verify
 from fedlora.run.setup import RunSetup, prepare
 from fedlora.storage import checkpoint
 from fedlora.storage.client_state import ClientState
@@ -209,9 +209,9 @@ def test_no_modules_rank_is_above_its_smaller_dimension(run: Run, tmp_path: Path
         assert {t.shape[0] for name, t in tensors.items() if part in name} == {most}
 
 
-def probe_of(setup: RunSetup) -> Probe:
+def probe_of(setup: RunSetup) -> LogitsProbe:
     batch = setup.model.encoder.collate(setup.evaluation[:EXAMPLES])
-    return Probe(setup.config.model, setup.model.schema, setup.model.device, batch)
+    return LogitsProbe(setup.config.model, setup.model.schema, setup.model.device, batch)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("llama", "lora_A"), ("llama", "lora_B"), ("bert", "classifier.weight")])

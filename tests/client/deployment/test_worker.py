@@ -72,7 +72,7 @@ class Beside:
 def beside(setup: RunSetup, tmp_path: Path) -> Iterator[Beside]:
     made = Beside(tmp_path, setup.config.model.path)
     try:
-        made.ask("who", codec.pack_hello(settings_for_clients(setup.config)))
+        made.ask("who", codec.pack_join_request(settings_for_clients(setup.config)))
         yield made
     finally:
         made.process.kill()
@@ -135,7 +135,7 @@ def test_what_it_refuses_is_a_reason(beside: Beside, setup: RunSetup) -> None:
     with pytest.raises(RuntimeError, match="a run's name has up to 40"):
         relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(job(setup)), "../../etc"), None)
     with pytest.raises(RuntimeError, match="a message is no JobHead"):
-        beside.ask("train", codec.pack_hello({}))
+        beside.ask("train", codec.pack_join_request({}))
 
 
 def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(beside: Beside) -> None:
