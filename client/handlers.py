@@ -94,7 +94,7 @@ HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], RecordDict]] = {
 CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "training", "evaluate": "evaluating"}
 
 
-def do(kind: str, records: RecordDict, client_for: Callable[[RawMessage], ClientContext]) -> RecordDict | str:
+def handle(kind: str, records: RecordDict, client_for: Callable[[RawMessage], ClientContext]) -> RecordDict | str:
     """Answer a message by the handler of its kind; of what goes wrong, answer the failure's kind and one sentence."""
     try:
         message = unpack(records)

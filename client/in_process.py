@@ -19,12 +19,12 @@ from fedlora.run.setup import RunSetup, prepare
 _ready: dict[str, RunSetup] = {}  # by config: a process loads the model once, and serves any client with it
 
 
-def build(config: Config, folder: Path) -> ClientApp:
+def in_process_app(config: Config, folder: Path) -> ClientApp:
     """An app that serves any client of a run and keeps their files in `folder`."""
-    return flower_app.build(partial(do, config=config, folder=folder))
+    return flower_app.client_app(partial(handle, config=config, folder=folder))
 
 
-def do(
+def handle(
     kind: str, content: RecordDict, context: Context, config: Config | None = None, folder: Path | None = None
 ) -> RecordDict | str:
     """The answer to a message. Without a config it is Flower's run config; without a folder, the node's `state-dir`."""
@@ -33,7 +33,7 @@ def do(
         setup = _setup(config or configuration.build(dict(context.run_config)))
         return _client(setup, folder or _state(context, message.run), context)
 
-    return handlers.do(kind, content, client_for)
+    return handlers.handle(kind, content, client_for)
 
 
 def _setup(config: Config) -> RunSetup:

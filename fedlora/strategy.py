@@ -132,7 +132,7 @@ def load(spec: str, **options: Any) -> Strategy[Any]:
     >>> load("fedavg")
     FedAvg()
     """
-    return flower_strategy(spec, options) if spec.startswith("flwr:") else build(find(spec), options)
+    return flower_strategy(spec, options) if spec.startswith("flwr:") else build_strategy(find(spec), options)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class CatalogueEntry:
     @cached_property
     def default(self) -> Strategy[Any]:
         """The strategy with the options it has by default."""
-        return build(self.cls, {})
+        return build_strategy(self.cls, {})
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -221,7 +221,7 @@ def find(spec: str) -> type[Strategy[Any]]:
     return chosen
 
 
-def build(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]:
+def build_strategy(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]:
     """The strategy with its options, refused where it has none of that name or of that type."""
     if isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))

@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 
-def build(serve: Callable[[Grid], None]) -> ServerApp:
+def server_app(serve: Callable[[Grid], None]) -> ServerApp:
     """An app that hands its Grid to `serve`."""
     app = ServerApp()
 

@@ -89,7 +89,7 @@ class FlowerStrategy(Strategy[State]):
         named = [(content_hash(x.numpy().tobytes()), w, x) for x, w in zip(vectors, weights, strict=True)]
         replies = [reply(x, w) for _, w, x in sorted(named, key=itemgetter(0, 1))]
         with quiet():
-            flower = build(self.name, dict(self.options))
+            flower = build_flower_strategy(self.name, dict(self.options))
             flower.configure_train(state.round + 1, arrays(start), ConfigRecord(), cast(Grid, None))
             for attribute, value in state.memory.items():
                 setattr(flower, attribute, to_numpy(value))
@@ -124,7 +124,7 @@ def load(name: str, options: Mapping[str, Any]) -> FlowerStrategy:
         values[option] = _typed(f"option {option} of strategy flwr:{name}", value, known[option])
     try:
         with quiet():
-            build(name, values)
+            build_flower_strategy(name, values)
     except ValueError as e:
         raise StrategyError(f"strategy flwr:{name} cannot be built: {e}") from e
     return FlowerStrategy(name, tuple(sorted(values.items())))
@@ -145,7 +145,7 @@ def options_of(cls: type[FedAvg]) -> dict[str, type]:
     return {name: kind for name, kind in get_type_hints(cls.__init__).items() if name in own and kind in (int, float)}
 
 
-def build(name: str, options: Mapping[str, int | float]) -> FedAvg:
+def build_flower_strategy(name: str, options: Mapping[str, int | float]) -> FedAvg:
     """Flower's object; with a fraction of 0 its `configure_train` notes where the round starts, and asks nobody."""
     return OFFERED[name](fraction_train=0.0, **cast(dict[str, Any], options))
 

@@ -120,14 +120,14 @@ class Flower(Thread):
         self._served.wait()
 
     def _server(self) -> Any:
-        from fedlora.server.flower_app import build
+        from fedlora.server.flower_app import server_app
 
-        return build(self._lend)
+        return server_app(self._lend)
 
     def _client(self) -> Any:
-        from fedlora.client.in_process import build
+        from fedlora.client.in_process import in_process_app
 
-        app, flag = build(replace(self._config, threads=self._cpus()), self._folder), str(_flag(self._scratch))
+        app, flag = in_process_app(replace(self._config, threads=self._cpus()), self._folder), str(_flag(self._scratch))
 
         @app.lifespan()
         def watched(_: object) -> Iterator[None]:

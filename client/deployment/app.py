@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from fedlora.client.flower_app import build
+from fedlora.client.flower_app import client_app
 from fedlora.errors import Failure
 
 log = logging.getLogger("fedlora")
@@ -26,9 +26,9 @@ def _answer(kind: str, content: RecordDict, context: Context) -> RecordDict | st
     if worker:
         deadline = float(context.run_config.get("deadline", 0)) or None
         return _ask_worker(f"unix:{worker}", kind, content, deadline)
-    from fedlora.client.in_process import do  # slow: it loads torch
+    from fedlora.client.in_process import handle  # slow: it loads torch
 
-    return do(kind, content, context)
+    return handle(kind, content, context)
 
 
 def _ask_worker(address: str, kind: str, content: RecordDict, deadline: float | None) -> RecordDict | str:
@@ -42,4 +42,4 @@ def _ask_worker(address: str, kind: str, content: RecordDict, deadline: float | 
         return str(e)  # a failure as the worker wrote it
 
 
-app = build(_answer)
+app = client_app(_answer)

@@ -55,7 +55,7 @@ class WarmWorker:
     _setup: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
 
-    def do(self, task: Task, data: bytes) -> RecordDict | str:
+    def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
         """The answer to a task, or a failure as `Failure.dumps` writes it. One task is done at a time."""
         content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
         with self._lock:
@@ -67,8 +67,8 @@ class WarmWorker:
         The question who this client is brings the run's settings, by which all later messages are answered.
         """
         if kind == "who":
-            return handlers.do(kind, content, lambda m: self._context(m.run, codec.read_join_request(m).settings))
-        return handlers.do(kind, content, lambda m: self._context(m.run))
+            return handlers.handle(kind, content, lambda m: self._context(m.run, codec.read_join_request(m).settings))
+        return handlers.handle(kind, content, lambda m: self._context(m.run))
 
     def _context(self, run: str, brought: Mapping[str, Any] | None = None) -> handlers.ClientContext:
         """What answers a run's messages; `brought` are the run's settings, if they came with this message."""
@@ -115,7 +115,7 @@ def serve(socket: Path, identity: ClientIdentity) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
     _log_to_screen(identity.state / "logs" / "screen.log")
-    server, state = start(socket, WarmWorker(identity).do)
+    server, state = start(socket, WarmWorker(identity).handle_task)
     log.info("worker of client %d is ready", identity.id)
     ended.wait()
     state.enter_graceful_shutdown()

@@ -91,7 +91,7 @@ class EchoClients:
         return {}
 
 
-def build(config: Config, seed: int = 0) -> ClientLevelSetting:
+def client_level_setting(config: Config, seed: int = 0) -> ClientLevelSetting:
     """Return the subject of a client-level audit of these settings. Raises what a run of them would raise."""
     _, start, strategy = model_and_strategy(config)
     precise = map_factors(torch.Tensor.double, start)  # in which small noise shows

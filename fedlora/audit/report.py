@@ -105,11 +105,12 @@ def _small(given: Mapping[str, Any]) -> Config:
 
 def _level(config: Config) -> Level:
     from . import client_level, planted_bugs, record_level
-    from . import subject as subject_module
+    from .subject import RecordLevelSubject, record_level_setting
 
     if config.dp.by_client:
-        return Level(client_level.build, client_level.TESTS, client_level.ClientLevelSubject(), planted_bugs.CLIENT)
-    return Level(subject_module.build, record_level.TESTS, subject_module.RecordLevelSubject(), planted_bugs.RECORD)
+        build, subject = client_level.client_level_setting, client_level.ClientLevelSubject()
+        return Level(build, client_level.TESTS, subject, planted_bugs.CLIENT)
+    return Level(record_level_setting, record_level.TESTS, RecordLevelSubject(), planted_bugs.RECORD)
 
 
 def _run(console: Console, level: Level, setting: Any, *, repeat: int, controls: bool) -> Outcome:

@@ -164,7 +164,7 @@ def model_and_strategy(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
     return model, start, compose(replace(config, aggregate=AggregateConfig()), start)
 
 
-def build(config: Config, seed: int = 0) -> RecordLevelSetting:
+def record_level_setting(config: Config, seed: int = 0) -> RecordLevelSetting:
     """Return the subject of a record-level audit of these settings. Raises what a run of them would raise."""
     model, start, strategy = model_and_strategy(config)
     first = strategy.client_init(strategy.init(start), _client(config, records=1))

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedlora import strategies
 from fedlora.errors import StrategyError, nearest
-from fedlora.strategy import Strategy, build, catalogue, load
+from fedlora.strategy import Strategy, build_strategy, catalogue, load
 
 if TYPE_CHECKING:
     from .contract import CheckResult
@@ -52,7 +52,7 @@ def named(spec: str, options: Mapping[str, Any]) -> dict[str, Strategy[Any]]:
     file = re.fullmatch(r"(.+\.py)(?::(\w+))?", spec)
     if not file:
         return {spec: load(spec, **options)}
-    return {name: build(cls, options) for name, cls in _classes(Path(file[1]), file[2]).items()}
+    return {name: build_strategy(cls, options) for name, cls in _classes(Path(file[1]), file[2]).items()}
 
 
 def _classes(path: Path, wanted: str | None) -> dict[str, type[Strategy[Any]]]:

@@ -54,7 +54,7 @@ def staged(kind: Kind = "bert", **given: Any) -> RecordLevelSetting:
     """What `fedlora audit` builds, on a tiny model of a kind."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     path = {"model.path": small_model(kind).config.path}
-    return subject.build(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
+    return subject.record_level_setting(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
 
 
 @cache
@@ -62,7 +62,7 @@ def crowd(**given: Any) -> client_level.ClientLevelSetting:
     """The same, of a run that hides clients."""
     settings = {key.replace("__", "."): value for key, value in given.items()}
     hidden = {"model.path": small_model("bert").config.path, "dp.level": "client", "dp.noise": 1.0}
-    return client_level.build(configuration.build(report.EMBEDDED, hidden, settings))
+    return client_level.client_level_setting(configuration.build(report.EMBEDDED, hidden, settings))
 
 
 def failed(findings: Iterator[Finding]) -> list[str]:
@@ -182,7 +182,7 @@ def test_a_model_without_data_is_audited_at_what_it_was_made_for(kind: str, form
     made = str(make(kind, tmp_path / "model"))
     settings = configuration.build(report.EPSILON, {"model.path": made, "threads": 1, "lora.rank": 3})
     assert schemas.schema_of(settings).kind == form
-    here = subject.build(settings)
+    here = subject.record_level_setting(settings)
     assert failed(record_level.noise(here, SOUND)) == []
     assert len(here.made_up(0)) == subject.RECORDS
 

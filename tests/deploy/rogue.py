@@ -92,7 +92,7 @@ def huge(honest: RecordDict, same: bool) -> Iterator[AnswerPiece]:
 def handle(honest_worker: worker.WarmWorker, words: list[str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
     """Answer a task: who it is honestly, a round's work as the words say."""
     task, data = next(pieces).task, b"".join(piece.chunk for piece in pieces)
-    honest = honest_worker.do(task, data)
+    honest = honest_worker.handle_task(task, data)
     if isinstance(honest, str):
         yield AnswerPiece(failed=Failed(reason=honest))
         return
