@@ -149,19 +149,20 @@ def join(*loras: LoRA) -> LoRA:
 def stack(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
     """The adapter whose product is exactly the weighted mean of the products (FLoRA, arXiv 2409.05976).
 
-    Each factor of a client takes the square root of the client's weight, which keeps them of like size.
+    Each factor of a client takes the square root of the client's weight, which keeps them of like size. One module is
+    weighed and stacked at a time, so that the work takes no more memory than the result.
     """
-    weighted = [_weighted(x, p**0.5) for p, x in zip(normalised(weights), loras, strict=True)]
-    return join(*weighted)
+    A, B = {}, {}
+    roots = [p**0.5 for p in normalised(weights)]
+    for m in modules(*loras):
+        present = [(root, x) for root, x in zip(roots, loras, strict=True) if m in x.A or m in x.D]
+        B[m], A[m] = _beside([_scaled(root, *_pair(x, m)) for root, x in present])
+    return LoRA(A, B)
 
 
-def _weighted(lora: LoRA, root: float) -> LoRA:
-    """The adapter in two factors, each multiplied by `root`."""
-    two = factored(lora)
-    return LoRA(
-        {m: root * at_least_float32(a) for m, a in two.A.items()},
-        {m: root * at_least_float32(b) for m, b in two.B.items()},
-    )
+def _scaled(root: float, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of a module, each multiplied by `root`."""
+    return root * at_least_float32(b), root * at_least_float32(a)
 
 
 def residual(loras: Sequence[LoRA], weights: Sequence[float]) -> LoRA:

@@ -200,7 +200,7 @@ class SendsTheHead(Serial):
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         for i, answer in super().train(jobs):
             assert not isinstance(answer, Failure)
-            yield i, replace(answer, lora=answer.lora.over(self._model.read().only("H")))
+            yield i, replace(answer, lora=answer.lora.over(self._model.get_adapter().only("H")))
 
 
 CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
