@@ -57,7 +57,7 @@ def take_step(client: ClientContext, message: RawMessage) -> RecordDict:
     """Take a step of secure aggregation, and answer what the step asks for."""
     step = codec.read_secagg_step(message)
     client.event_log.write("left", what=f"secure {step.step}", context=step.context)
-    return codec.pack_said(client.runner.reply(step))
+    return codec.pack_secagg_reply(client.runner.reply(step))
 
 
 def train(client: ClientContext, message: RawMessage) -> RecordDict:

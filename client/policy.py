@@ -34,7 +34,7 @@ class ClientPolicy:
                 raise PrivacyError(f'the server asks for "{tensor}", which client.egress does not let out of here')
 
     def _too_little_privacy(self, job: Job, records: int) -> Iterator[str]:
-        """What the job asks for, and why this client does not give it."""
+        """Every reason to refuse the job, as a phrase that completes "the server asks for"."""
         if self.private and job.privacy is None:
             yield "no DP-SGD, and dp.epsilon or dp.noise is set here"
         if job.privacy:

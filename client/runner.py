@@ -44,7 +44,7 @@ class JobRunner:
         digest = digest or hash_parts_and_job(job)
         if job.masking:
             return self._masked(model, job, digest)
-        return self._small(job, self._trained(model, job, digest))
+        return self._compressed(job, self._trained(model, job, digest))
 
     def _masked(self, model: Model, job: Job, digest: str) -> Update:
         """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update."""
@@ -54,7 +54,7 @@ class JobRunner:
     def _trained(self, model: Model, job: Job, digest: str) -> Update:
         return self._private(model, job, job.privacy, digest) if job.privacy else self._plain(model, job, digest)
 
-    def _small(self, job: Job, update: Update) -> Update:
+    def _compressed(self, job: Job, update: Update) -> Update:
         """The update encoded as the job asks, and with the numbers that the server will decode from it."""
         if job.upload == "float32":
             return update

@@ -13,6 +13,7 @@ from fedlora.errors import FailureKind
 from fedlora.jobs import Job, PrivacySpent, Update
 from fedlora.lora import LoRA, from_matrices
 from fedlora.messages.sketch import scatter_rows
+from fedlora.privacy.client_level import ClippedSum
 from fedlora.strategy import Sender
 
 log = logging.getLogger("fedlora")
@@ -77,15 +78,16 @@ def collect(
     jobs: Mapping[int, Job],
     answers: Answers,
     weigh: Callable[[Update], float],
+    *,
     sums: bool,
     keep: bool,
-    instead: Callable[[Job, LoRA], None] | None = None,
+    clipped_sum: ClippedSum | None = None,
 ) -> Collected:
     """Collect the answers to these jobs; with `sums` and without `keep`, no update outlives its turn.
 
-    `instead` is given each update, and then none is summed or kept here.
+    If `clipped_sum` is given (client-level DP), every update goes there, and none is summed or kept here.
     """
-    got, updates, losses = Collected(), _Updates(sums=sums, keep=keep, instead=instead), _Losses()
+    got, updates, losses = Collected(), _Updates(sums=sums, keep=keep, clipped_sum=clipped_sum), _Losses()
     answered = set[int]()
     for i, answer in answers:
         if isinstance(answer, Failure):
@@ -103,17 +105,17 @@ def collect(
     for i, failure in got.failed.items():
         log.warning("client %d failed: %s", i, failure.reason)
     got.loss = losses.mean()
-    updates.hand_over(got, order=jobs)
+    updates.write_to(got, order=jobs)
     return got
 
 
 @dataclass
 class _Updates:
-    """What is kept of a round's updates: their sum, each of them, or nothing where `instead` is given them."""
+    """What is kept of a round's updates: their sum, each of them, or nothing where they go to `clipped_sum`."""
 
     sums: bool
     keep: bool
-    instead: Callable[[Job, LoRA], None] | None
+    clipped_sum: ClippedSum | None
     total: WeightedSum = field(default_factory=WeightedSum)
     each: dict[int, tuple[LoRA, float]] = field(default_factory=dict)
     senders: dict[int, Sender] = field(default_factory=dict)
@@ -121,8 +123,8 @@ class _Updates:
     def add(self, client: int, job: Job, update: Update, weight: float) -> None:
         """Take in a client's update; the update of a sketch is widened first."""
         lora = scatter_rows(job, update.lora)
-        if self.instead:
-            self.instead(job, lora)
+        if self.clipped_sum:
+            self.clipped_sum.add(job, lora)
             return
         if self.sums:
             self.total.add(lora, weight)
@@ -130,7 +132,7 @@ class _Updates:
             self.each[client] = lora, weight
             self.senders[client] = Sender(client, update.examples, update.loss)
 
-    def hand_over(self, got: Collected, order: Iterable[int]) -> None:
+    def write_to(self, got: Collected, order: Iterable[int]) -> None:
         """Fill in the updates with their weights, in this order of the clients; or their mean alone."""
         for i in order:
             if i in self.each:
@@ -139,7 +141,7 @@ class _Updates:
             got.updates = [lora for lora, _ in got.each.values()]
             got.weights = [weight for _, weight in got.each.values()]
             got.senders = [self.senders[i] for i in got.each]
-        elif got.answered and not self.instead:
+        elif got.answered and not self.clipped_sum:
             got.updates, got.weights = [self.total.mean()], [self.total.weight]
 
 

@@ -24,9 +24,9 @@ from fedlora.server.replies import Pause, ReplyInbox, read_error
 from fedlora.storage.event_log import EventLog
 
 SECURE = f"{MessageType.QUERY}.secure"
-GRACE = 30.0  # seconds that the others have to be back, once there are enough
-TRIES = 3  # how often a node is asked who it is, one time after another
-AGAIN = 60.0  # seconds after which it is asked again all the same: its owner may have mended what was wrong
+LAST_RETURN = 30.0  # seconds that the others have to be back, once there are enough
+MOST_INTRODUCTIONS = 3  # how often a node is asked who it is, one time after another
+NEXT_INTRODUCTION = 60.0  # seconds after which it is asked again all the same: its owner may have mended what was wrong
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
 X = TypeVar("X")
@@ -126,7 +126,7 @@ class FlowerFleet:
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(waiting, 0):
-            said[i] = read_reply(reply, self._rules.run, upload_checks.read_said)
+            said[i] = read_reply(reply, self._rules.run, upload_checks.read_secagg_reply)
         return said
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
@@ -138,13 +138,13 @@ class FlowerFleet:
 
         A client that lost its parts is sent its job again, once, in full.
         """
-        letters = JobLetters(kind, jobs, self.traffic, self.event_log)
-        waiting = self._push(kind, jobs, letters.write)
+        messages = JobMessages(kind, jobs, self.traffic, self.event_log)
+        waiting = self._push(kind, jobs, messages.write)
         silent = {i: self._silence(i in waiting.values()) for i in jobs}
         for i, reply in self._replies(waiting, most):
             answer = read_reply(reply, self._rules.run, read, jobs[i])
-            if isinstance(answer, codec.MissingParts) and letters.may_repeat(i):
-                waiting |= self._push(kind, [i], letters.write)
+            if isinstance(answer, codec.MissingParts) and messages.may_repeat(i):
+                waiting |= self._push(kind, [i], messages.write)
                 continue
             del silent[i]
             yield i, self._taken(kind, i, jobs[i], answer)
@@ -180,7 +180,7 @@ class FlowerFleet:
         while 0 < short <= len(away) and not self._is_late(began):
             gone, now = self._offline(away), time.monotonic()
             enough_since = min(enough_since, now) if len(away) - len(gone) >= short else inf
-            if not gone or now - enough_since > GRACE:
+            if not gone or now - enough_since > LAST_RETURN:
                 return True
             self._waiting(dict.fromkeys(gone, now - since))
             pause(False)
@@ -211,13 +211,13 @@ class FlowerFleet:
     def _note_joined(self, client: Client) -> None:
         self.event_log.write("joined", client=client.id, examples=client.examples, rank=client.rank)
 
-    def _push(self, kind: str, clients: Iterable[int], letter: Callable[[int], RecordDict]) -> dict[str, int]:
+    def _push(self, kind: str, clients: Iterable[int], content: Callable[[int], RecordDict]) -> dict[str, int]:
         """Send those of the clients that are online their messages; return which message went to which client."""
         online, nodes = set(self._grid.get_node_ids()), self._registry.nodes
-        letters = {nodes[i]: letter(i) for i in clients if nodes[i] in online}
+        contents = {nodes[i]: content(i) for i in clients if nodes[i] in online}
         ttl = self._rules.deadline or None  # what nobody waits for any more is not begun
         client_on = {node: i for i, node in nodes.items()}
-        sent = push(self._grid, self._rules.run, kind, letters, ttl)
+        sent = push(self._grid, self._rules.run, kind, contents, ttl)
         return {id: client_on[node] for id, node in sent.items()}
 
     def _replies(self, waiting: dict[str, int], most: int) -> Iterator[tuple[int, Message | Failure]]:
@@ -233,7 +233,7 @@ class FlowerFleet:
         self._inbox.forget(waiting)
 
 
-class JobLetters:
+class JobMessages:
     """The messages that bring clients their jobs, each with the parts that its client does not hold."""
 
     def __init__(self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, event_log: EventLog) -> None:
@@ -288,7 +288,7 @@ class NodeRegistry:
 
     def give_up_if_too_few(self, online: set[int], least: int) -> None:
         """Raise `RoundFailed` where the nodes that could not say who they are leave fewer than `least`."""
-        lost = [node for node in online & self._wrong.keys() if self._tries[node] >= TRIES]
+        lost = [node for node in online & self._wrong.keys() if self._tries[node] >= MOST_INTRODUCTIONS]
         if lost and len(online) - len(lost) < least:
             why = "; ".join(sorted({self._wrong[node] for node in lost}))
             raise RoundFailed(f"{len(lost)} of {len(online)} clients cannot say who they are: {why}")
@@ -296,7 +296,11 @@ class NodeRegistry:
     def _ask(self, nodes: set[int]) -> None:
         """Ask nodes who they are."""
         now = time.monotonic()
-        due = [n for n in sorted(nodes) if self._tries[n] < TRIES or now - self._tried.get(n, 0.0) > AGAIN]
+        due = [
+            n
+            for n in sorted(nodes)
+            if self._tries[n] < MOST_INTRODUCTIONS or now - self._tried.get(n, 0.0) > NEXT_INTRODUCTION
+        ]
         self._tried |= dict.fromkeys(due, now)
         hellos = {node: codec.pack_join_request(self._rules.settings) for node in due}
         self._asked |= push(self._grid, self._rules.run, MessageType.QUERY, hellos)
@@ -310,7 +314,7 @@ class NodeRegistry:
             self._wrong[node] = why
             log.warning("a client could not say who it is: %s", why)
         elif self._is_elsewhere(said[0], node):
-            self._tries[node] = TRIES
+            self._tries[node] = MOST_INTRODUCTIONS
             self._wrong[node] = f"two nodes have partition-id {said[0].id}"
             log.warning("client %d is on another node already; its second one is left out", said[0].id)
         else:
@@ -324,12 +328,12 @@ class NodeRegistry:
 
 
 def push(
-    grid: Grid, run: str, kind: str, letters: Mapping[int, RecordDict], ttl: float | None = None
+    grid: Grid, run: str, kind: str, contents: Mapping[int, RecordDict], ttl: float | None = None
 ) -> dict[str, int]:
     """Send each node its message; return which message went to which node."""
-    messages = [Message(envelope.stamp(letter, run), node, kind, ttl=ttl) for node, letter in letters.items()]
+    messages = [Message(envelope.stamp(content, run), node, kind, ttl=ttl) for node, content in contents.items()]
     sent = set(grid.push_messages(messages)) if messages else set()
-    nodes = {m.metadata.message_id: node for m, node in zip(messages, letters, strict=True)}
+    nodes = {m.metadata.message_id: node for m, node in zip(messages, contents, strict=True)}
     return {id: node for id, node in nodes.items() if id in sent}
 
 

@@ -111,10 +111,10 @@ class _Run:
         if client_level:
             past = replace(past, charges=client_level.charge(past.charges), clip=past.clip or client_level.clip)
         jobs = self._jobs(past)
-        bound = ClippedSum(past.clip) if past.clip else None
-        got = self._collect(jobs, bound)
+        clipped_sum = ClippedSum(past.clip) if past.clip else None
+        got = self._collect(jobs, clipped_sum)
         past = past.with_spent(got.spent)
-        outcome = self._aggregate(past, jobs, got, bound)
+        outcome = self._aggregate(past, jobs, got, clipped_sum)
         found = self._evaluate(outcome.state, past.rounds)
         after = self._after(past, outcome, found)
         done = RoundResult(
@@ -145,7 +145,7 @@ class _Run:
     def _job(self, state: Any, client: Client, t: int, spent: PrivacySpent | None = None) -> Job:
         return job_for(self.strategy, state, client, self.plan, t, spent)
 
-    def _collect(self, jobs: Mapping[int, Job], bound: ClippedSum | None) -> Collected:
+    def _collect(self, jobs: Mapping[int, Job], clipped_sum: ClippedSum | None) -> Collected:
         """Hand out the jobs and collect the updates: by sums alone where the run says so.
 
         A job is narrowed to its sketch here, and an update is widened where it is collected; a masked one is not, as
@@ -154,21 +154,24 @@ class _Run:
         plan = self.plan
         uniform = plan.policy.weights == "uniform"
         if plan.secure:
-            return secure_aggregation.collect_masked(self.fleet, jobs, plan.secure, uniform=uniform, instead=bound)
+            return secure_aggregation.collect_masked(
+                self.fleet, jobs, plan.secure, uniform=uniform, clipped_sum=clipped_sum
+            )
         answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
         weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
-        return collect(jobs, answers, weigh, self.strategy.sums_only, plan.exactness is not None, bound)
+        keep = plan.exactness is not None
+        return collect(jobs, answers, weigh, sums=self.strategy.sums_only, keep=keep, clipped_sum=clipped_sum)
 
     def _aggregate(
-        self, past: ResumePoint, jobs: Mapping[int, Job], got: Collected, bound: ClippedSum | None
+        self, past: ResumePoint, jobs: Mapping[int, Job], got: Collected, clipped_sum: ClippedSum | None
     ) -> _Outcome:
         """Make the next state; where too few clients answered and the run goes on, the state stays the same."""
         plan, t = self.plan, past.rounds
         if not _is_enough(got, len(jobs), t, plan):
             return _Outcome(past.state, skipped=True)
         updates, weights, release = got.updates, got.weights, None
-        if plan.client_level and bound:
-            release = plan.client_level.release(bound, _start(self.strategy, past.state), t, past.charges)
+        if plan.client_level and clipped_sum:
+            release = plan.client_level.release(clipped_sum, _start(self.strategy, past.state), t, past.charges)
             updates, weights = [release.update], [1.0]
         senders = [replace(sender, metrics=past.scores.get(sender.id, {})) for sender in got.senders]
         state = next_state(self.strategy, past.state, updates, weights, senders)

@@ -65,20 +65,25 @@ class SecAggRound:
 
 
 def collect_masked(
-    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, *, uniform: bool, instead: ClippedSum | None = None
+    fleet: Askable,
+    jobs: Mapping[int, Job],
+    config: SecureConfig,
+    *,
+    uniform: bool,
+    clipped_sum: ClippedSum | None = None,
 ) -> Collected:
     """Run a round's jobs, and return one update for all clients: the weighted mean.
 
-    `uniform` gives every client the same weight. If `instead` is given (client-level DP), every client clips its update
-    and the sum is put there; all weigh the same then. Where too few clients stay for a sum, none counts as having
-    answered, and `failed` says why.
+    `uniform` gives every client the same weight. If `clipped_sum` is given (client-level DP), clients clip their
+    updates and the sum is put there; all weigh the same then. Where too few clients stay for a sum, none counts as
+    having answered, and `failed` says why.
     """
     got = Collected()
     if not jobs:
         return got
-    clip = instead.clip if instead else 0.0
+    clip = clipped_sum.clip if clipped_sum else 0.0
     try:
-        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform or instead is not None)
+        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform or clipped_sum is not None)
         sent = _mask_jobs(fleet, jobs, secagg, got, reach=config.reach, clip=clip)
         _sum_masked(fleet, sent, secagg, got)
         plain = _unmask(fleet, secagg)
@@ -89,7 +94,7 @@ def collect_masked(
         return got
     got.answered = len(secagg.arrived)
     total = decode(plain, reach=config.reach, members=len(secagg.weights))
-    _read(got, next(iter(sent.values())), total, secagg, instead)
+    _read(got, next(iter(sent.values())), total, secagg, clipped_sum)
     return got
 
 
@@ -180,14 +185,14 @@ def _note(got: Collected, i: int, failure: Failure) -> None:
 
 
 def _read(
-    got: Collected, job: Job, total: NDArray[np.float64], secagg: SecAggRound, instead: ClippedSum | None
+    got: Collected, job: Job, total: NDArray[np.float64], secagg: SecAggRound, clipped_sum: ClippedSum | None
 ) -> None:
-    """Put the sum into `got` as the mean of the clients that stayed, and into `instead` if that is given."""
+    """Put the sum into `got` as the mean of the clients that stayed, and into `clipped_sum` if that is given."""
     changes, extras = _split(job, total)
-    if instead:
+    if clipped_sum:
         n = len(secagg.weights)  # each weighs 1/n in the sum
-        instead.total.update({key: change * n for key, change in changes.items()})
-        instead.below = extras[-1] * n
+        clipped_sum.total.update({key: change * n for key, change in changes.items()})
+        clipped_sum.below = extras[-1] * n
     if job.metrics:
         got.loss = extras[0] * MOST_LOSS / secagg.arrived_weight
     mean = from_matrices((s, m, change / secagg.arrived_weight) for (s, m), change in changes.items())

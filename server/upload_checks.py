@@ -88,7 +88,7 @@ def read_client(message: RawMessage) -> tuple[Client, str]:
 
 
 @reading("an answer")
-def read_said(message: RawMessage) -> Mapping[str, str]:
+def read_secagg_reply(message: RawMessage) -> Mapping[str, str]:
     """The answer to a step of secure aggregation."""
     _check_size(message, 0, MOST_SAID)
     return read_head(message, SecAggReply).said

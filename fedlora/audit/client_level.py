@@ -112,7 +112,7 @@ def sensitivity(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Ite
     def total(updates: Sequence[LoRA]) -> tuple[Floats, float]:
         got = subject.clipped_sum(C)
         for update in updates:
-            got(job, update)
+            got.add(job, update)
         return CLIENTS * _difference(silent.release(got, start, 0, ()).update, start), got.below
 
     whole, count = total(updates)

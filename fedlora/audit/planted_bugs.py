@@ -142,18 +142,18 @@ RECORD = (
 class _Unclipped(ClippedSum):
     """No update is clipped."""
 
-    def __call__(self, job: Job, update: LoRA) -> None:
+    def add(self, job: Job, update: LoRA) -> None:
         clip, self.clip = self.clip, inf
-        super().__call__(job, update)
+        super().add(job, update)
         self.clip = clip
 
 
 class _ClipsTensors(ClippedSum):
     """Every tensor is clipped to C by itself."""
 
-    def __call__(self, job: Job, update: LoRA) -> None:
+    def add(self, job: Job, update: LoRA) -> None:
         for s, m, t in update.matrices():
-            super().__call__(job, LoRA(**{s: {m: t}}))
+            super().add(job, LoRA(**{s: {m: t}}))
 
 
 class _NoiseOfAMean(ClientLevelDP):

@@ -202,11 +202,11 @@ def pack_secagg_step(ask: SecAggStep) -> RecordDict:
 
 
 def read_secagg_step(message: RawMessage) -> SecAggStep:
-    """The step of secure aggregation in a message of `pack_ask`. Raises `WireError`."""
+    """The step of secure aggregation in a message of `pack_secagg_step`. Raises `WireError`."""
     return read_head(message, SecAggStep)
 
 
-def pack_said(said: Mapping[str, str]) -> RecordDict:
+def pack_secagg_reply(said: Mapping[str, str]) -> RecordDict:
     """The message of a client's answer to a step of secure aggregation."""
     return pack(SecAggReply(dict(said)))
 
@@ -234,5 +234,5 @@ def pack_join_request(settings: Mapping[str, int | float | str | bool]) -> Recor
 
 
 def read_join_request(message: RawMessage) -> JoinRequest:
-    """The question in a message of `pack_hello`. Raises `WireError`."""
+    """The question in a message of `pack_join_request`. Raises `WireError`."""
     return read_head(message, JoinRequest)

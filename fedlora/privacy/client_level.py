@@ -58,13 +58,13 @@ class NoisedUpdate:
 
 @dataclass
 class ClippedSum:
-    """The sum of one round's clipped updates; calling it with a job and its update adds that update."""
+    """The sum of one round's clipped updates."""
 
     clip: float
     total: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (side, module) -> sum in float64
     below: float = 0.0  # sum over clients of 1/2 where the norm was within the clip, and -1/2 where it was not
 
-    def __call__(self, job: Job, update: LoRA) -> None:
+    def add(self, job: Job, update: LoRA) -> None:
         """Add one client's update, clipped; one that is not finite counts as zero."""
         delta = difference(update, job.start)
         norm = euclidean_norm(delta)

@@ -43,7 +43,7 @@ def norm(lora: LoRA, less: LoRA = LoRA()) -> float:  # noqa: B008
 def total(clip: float, updates: list[LoRA]) -> ClippedSum:
     got = ClippedSum(clip)
     for update in updates:
-        got(JOB, update)
+        got.add(JOB, update)
     return got
 
 

@@ -159,7 +159,7 @@ def test_a_client_that_a_round_can_do_without_is_not_waited_for(tmp_path: Path) 
 
 
 def test_once_enough_are_back_the_others_have_a_moment_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.server.fleet.GRACE", 0.5)
+    monkeypatch.setattr("fedlora.server.fleet.LAST_RETURN", 0.5)
     told = list[list[int]]()
     grid = Outage(*[echo(tmp_path)] * 3, lasts=4, loses=True)
     fleet = FlowerFleet(grid, FleetRules(3, needed=0.5), waiting=lambda who: told.append(sorted(who)))

@@ -145,8 +145,8 @@ ERRORS = ",".join(f'"{i}":1' for i in range(120_000))
         (lambda m: upload_checks.validated_update(m, JOB), f"{{{KEYS}}}"),
         (lambda m: upload_checks.validated_update(m, JOB), f'{{"kind":"lacks","lacks":[{ONES}]}}'),
         (upload_checks.read_metrics, f'{{"kind":"lacks","lacks":[{ONES}]}}'),
-        (upload_checks.read_said, f'{{"said":{{{KEYS}}}}}'),
-        (upload_checks.read_said, f'{{"said":{{{ERRORS}}}}}'),
+        (upload_checks.read_secagg_reply, f'{{"said":{{{KEYS}}}}}'),
+        (upload_checks.read_secagg_reply, f'{{"said":{{{ERRORS}}}}}'),
         (upload_checks.read_client, f"{{{KEYS}}}"),
     ],
 )

@@ -127,8 +127,8 @@ def kinds() -> dict[str, Kind]:
             CLIENT,
         ),
         "said": Kind(
-            codec.pack_said({"1": "ab", "2": "cd"}),
-            lambda records: upload_checks.read_said(unpack(records)),
+            codec.pack_secagg_reply({"1": "ab", "2": "cd"}),
+            lambda records: upload_checks.read_secagg_reply(unpack(records)),
             lambda got: all(isinstance(x, str) for pair in got.items() for x in pair),
             {("said",): NOT_TEXT[:-3], ("said", "1"): NOT_TEXT},
         ),
