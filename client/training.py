@@ -99,7 +99,7 @@ def run_steps(
     steps = optimize.count_steps(training, len(examples))
     chunks = _chunks(len(examples), training, job, client)
     for step in range(steps):
-        optimize.set_rates(optimizer, training, (job.round + (step + 1) / steps) / job.rounds)
+        optimize.set_rates(optimizer, training, job, step=step, steps=steps)
         chunk = [examples[i] for i in next(chunks)]
         loss, n = _step_gradient(model, parameters, chunk, job)
         if not isfinite(loss):

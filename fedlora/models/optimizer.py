@@ -6,6 +6,7 @@ from math import ceil, cos, pi
 import torch
 from torch import Tensor, nn
 
+from fedlora.jobs import Job
 from fedlora.sections import Training
 
 from .model import Model
@@ -44,10 +45,11 @@ def _full_rate(training: Training, side: str, *, is_head: bool) -> float:
     return training.lr * (training.lora_plus if side == "B" else 1)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, training: Training, progress: float) -> None:
-    """Set every group's learning rate for this share, 0 to 1, of the whole run."""
+def set_rates(optimizer: torch.optim.Optimizer, training: Training, job: Job, *, step: int, steps: int) -> None:
+    """Set every group's learning rate for a step, counted from 0, of this round's `steps`."""
+    began, ended = ((job.round + n / steps) / job.rounds for n in (step, step + 1))
     for group in optimizer.param_groups:
-        group["lr"] = group["full_lr"] * lr_factor(training, progress)
+        group["lr"] = group["full_lr"] * lr_factor(training, began=began, ended=ended)
 
 
 def count_steps(training: Training, n: int) -> int:
@@ -57,11 +59,16 @@ def count_steps(training: Training, n: int) -> int:
     return max(1, round(training.epochs * ceil(n / (training.batch_size * training.accumulate))))
 
 
-def lr_factor(training: Training, progress: float) -> float:
-    """The schedule's factor of the learning rate at this share, 0 to 1, of the whole run: it goes on over rounds."""
-    if progress < training.warmup:
-        return progress / training.warmup
-    left = (1 - progress) / (1 - training.warmup) if training.warmup < 1 else 1.0
+def lr_factor(training: Training, *, began: float, ended: float) -> float:
+    """The schedule's factor of a step's learning rate; the step lies between two shares, 0 to 1, of the whole run.
+
+    The rate rises to that at the step's end and falls from that at its beginning, so that no step has a rate of 0:
+    step t of T, counted from 0, has (T - t) / T of a linear schedule, as in `get_linear_schedule_with_warmup` of
+    transformers, whose warm-up wastes its first step.
+    """
+    if began < training.warmup:
+        return min(ended / training.warmup, 1.0)
+    left = (1 - began) / (1 - training.warmup) if training.warmup < 1 else 1.0
     if training.schedule == "linear":
         return left
     if training.schedule == "cosine":

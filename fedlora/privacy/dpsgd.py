@@ -110,7 +110,7 @@ def train(
     model.net.train()
     with seeded(random.seed()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
         for step in range(privacy.steps):
-            optimizer.set_rates(steps, job.training, (job.round + (step + 1) / privacy.steps) / job.rounds)
+            optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
             examples = _batch(records, mechanism, random, rate=privacy.rate)
             sums = clipped_sum(gradients, parameters, examples, sides, job, mechanism)
             for p, total in zip(parameters, sums, strict=True):

@@ -1,16 +1,18 @@
 """Local training, against what it is declared to do."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import get_linear_schedule_with_warmup
 
 from fedlora.client import training as local_training
 from fedlora.errors import ClientFailed
 from fedlora.lora import LoRA, delta, join, scale, stack
 from fedlora.models.model import Model
-from fedlora.models.optimizer import count_steps, lr_factor
+from fedlora.models.optimizer import count_steps, lr_factor, set_rates
 from fedlora.sections import LoRAConfig, ModelConfig, Training
 from fedlora.strategy import Job
 from tests.support.models import LABEL, TEXT, make
@@ -133,14 +135,41 @@ def test_steps_are_counted_by_epochs_or_given() -> None:
     assert count_steps(Training(batch_size=4, steps=7), 10) == 7
 
 
+def factor(training: Training, step: int, steps: int) -> float:
+    """The factor of a step, counted from 0, of all steps of a run."""
+    return lr_factor(training, began=step / steps, ended=(step + 1) / steps)
+
+
 def test_the_schedule_goes_on_over_the_rounds() -> None:
     """The learning rate that 10 rounds of 4 steps see is that of one run of 40 steps."""
     training = Training(schedule="cosine", warmup=0.1)
-    seen = [lr_factor(training, (t + (i + 1) / 4) / 10) for t in range(10) for i in range(4)]
-    assert seen == pytest.approx([lr_factor(training, (i + 1) / 40) for i in range(40)])
-    assert seen[3] == pytest.approx(1.0) and seen[-1] == pytest.approx(0.0) and max(seen) == pytest.approx(1.0)
-    assert lr_factor(Training(schedule="linear"), 0.25) == pytest.approx(0.75)
-    assert lr_factor(Training(), 0.9) == 1.0
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "full_lr": 2.0}])
+    seen = []
+    for t in range(10):
+        for i in range(4):
+            set_rates(optimizer, training, Job(LoRA(), round=t, rounds=10), step=i, steps=4)
+            seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([2.0 * factor(training, i, 40) for i in range(40)])
+    assert seen[3] == pytest.approx(2.0) and max(seen) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.25, 0.97, 1.0])
+def test_every_step_of_a_schedule_trains(schedule: Any, warmup: float) -> None:
+    """The last step too, and the first of a warm-up: one whose rate is 0 is computed, sent and paid for in vain."""
+    training = Training(schedule=schedule, warmup=warmup)
+    for steps in (1, 2, 7, 40):
+        factors = [factor(training, i, steps) for i in range(steps)]
+        assert all(0 < f <= 1 for f in factors) and (warmup or factors[0] == 1.0)
+
+
+def test_a_linear_schedule_without_warm_up_is_that_of_transformers() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=8)
+    for i in range(8):
+        assert factor(Training(schedule="linear"), i, 8) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
 
 
 def test_a_loss_that_is_no_number_is_the_clients_failure(model: Model, start: LoRA) -> None:

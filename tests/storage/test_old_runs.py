@@ -2,6 +2,9 @@
 
 How they were made is in old_runs/README.md. An adapter is held to the older version's within 1e-6: on the machine
 that made the files the two are equal bit for bit, but another processor may sum in another order.
+
+All of them have a constant learning rate. A run that an older version began with a linear or cosine schedule goes on by
+today's, in which the last step trains: its adapter is another one on purpose, as the older one's last step did nothing.
 """
 
 import json
