@@ -47,7 +47,11 @@ class JobRunner:
         return self._compressed(job, self._trained(model, job, digest))
 
     def _masked(self, model: Model, job: Job, digest: str) -> Update:
-        """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update."""
+        """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update.
+
+        Raises `MaskedBefore`, and then nothing is trained or charged, for a round that was masked before.
+        """
+        self.secagg.refuse_masked(job.round)
         update = self._trained(model, select_rows(job), digest)
         return self.secagg.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 

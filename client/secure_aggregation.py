@@ -2,35 +2,71 @@
 
 The update is masked as the vector of `fedlora.privacy.masked_update`, of which the server sees sums alone. The client's
 secrets of a round lie on its disk from one message to the next.
+
+A round is masked once. The same job has the same update in every attempt at its round, so the sums of two attempts, of
+which one lacks a client, differ by that client's update. The number of the round is therefore on the disk before the
+masked vector leaves, and neither that round nor an earlier one is masked again, whatever becomes of the sum.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedlora.errors import SecureError
+from fedlora.errors import MaskedBefore, SecureError
 from fedlora.jobs import Job, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.privacy.masked_update import encode, masking_terms, roster_of, vector
 from fedlora.privacy.secure_aggregation import Participant
-from fedlora.storage.files import write_durably
+from fedlora.storage.files import hold_lock, write_durably
 
 
 class SecAggClient:
     """One client in the protocol; its secrets of the round lie in a file that only its owner can read."""
 
     def __init__(self, folder: Path, id: int) -> None:
-        self._path, self._id = folder / "member.json", id
+        self._path, self._masked, self._id = folder / "member.json", folder / "masked.json", id
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:
         """Do one step and return the answer to it, in hexadecimal.
 
-        Raises `SecureError` for a step that would give this client's update away.
+        Raises `SecureError` for a step that would give this client's update away, and `MaskedBefore` where it is asked
+        to join a round again that it has masked an update of.
         """
+        with self._alone():
+            return self._reply(ask)
+
+    def mask(self, job: Job, update: Update) -> Update:
+        """Return the update as the server gets it: masked numbers, which can be read in the sum alone.
+
+        Raises `MaskedBefore` for a round of which one was masked before.
+        """
+        terms = masking_terms(job)
+        with self._alone():
+            self.refuse_masked(job.round)
+            member = self._member(terms.context)
+            numbers = encode(vector(job, update), weight=terms.weight, reach=terms.reach, members=terms.members)
+            masked = member.mask(numbers, {i: bytes.fromhex(sealed) for i, sealed in terms.inbox.items()})
+            write_durably(self._masked, json.dumps({"round": job.round + 1}).encode(), mode=0o600)
+            self._keep(member)
+        return replace(update, lora=LoRA(), loss=None, masked=torch.from_numpy(masked.view(np.int32)))
+
+    def refuse_masked(self, round: int) -> None:
+        """Raise `MaskedBefore` where this round (from 0), or a later one, has been masked."""
+        last = self._last_masked()
+        if round < last:
+            raise MaskedBefore(
+                f"client {self._id} has masked its update of round {last}, and masks none of round {round + 1} again: "
+                "two sums could differ by this client's update; the run goes on with its next round"
+            )
+
+    def _reply(self, ask: SecAggStep) -> dict[str, str]:
         if ask.step == "join":
+            self.refuse_masked(ask.round)
             member = Participant.join(self._id, ask.context)
             keys = member.keys
             said = {"sealing": keys.sealing.hex(), "masking": keys.masking.hex(), "mark": keys.commitment.hex()}
@@ -43,14 +79,24 @@ class SecAggClient:
         self._keep(member)
         return said
 
-    def mask(self, job: Job, update: Update) -> Update:
-        """Return the update as the server gets it: masked numbers, which can be read in the sum alone."""
-        terms = masking_terms(job)
-        member = self._member(terms.context)
-        numbers = encode(vector(job, update), weight=terms.weight, reach=terms.reach, members=terms.members)
-        masked = member.mask(numbers, {i: bytes.fromhex(sealed) for i, sealed in terms.inbox.items()})
-        self._keep(member)
-        return replace(update, lora=LoRA(), loss=None, masked=torch.from_numpy(masked.view(np.int32)))
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the member for one step: of two processes at once, each could do what the other makes impossible."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with hold_lock(self._path.with_name("member.lock"), wait=True):
+            yield
+
+    def _last_masked(self) -> int:
+        """Return the number (from 1) of the last round that was masked; 0: none. Raises `SecureError`."""
+        try:
+            return int(json.loads(self._masked.read_bytes())["round"])
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            raise SecureError(
+                f"{self._masked} cannot be read, and says which rounds client {self._id} has masked; put it back from "
+                "a copy, or take no further part in this run"
+            ) from e
 
     def _member(self, context: str) -> Participant:
         try:

@@ -7,6 +7,7 @@ FedloraError
 ├── StrategyError
 ├── PrivacyError
 ├── SecureError
+│   └── MaskedBefore
 ├── LedgerError
 ├── ClientFailed
 │   └── TrainingDiverged
@@ -34,6 +35,7 @@ class FailureKind(StrEnum):
     REFUSED = "refused"  # an answer came, and did not pass the server's checks
     DISK = "disk"  # no room on the client's disk
     SECURE = "secure"  # secure aggregation could not go on
+    MASKED = "masked"  # its update of this round went out under a mask, and no sum with it could be read
     PRIVACY = "privacy"  # the client would have given away more than it may
     DIVERGED = "diverged"  # the loss or the adapter is not finite
     MEMORY = "memory"  # too little memory
@@ -72,6 +74,12 @@ class SecureError(FedloraError):
     """Secure aggregation stops: going on would reveal a client's update, or give a wrong sum."""
 
     kind = FailureKind.SECURE
+
+
+class MaskedBefore(SecureError):
+    """This client has masked an update of this round before; a second sum with it could give it away."""
+
+    kind = FailureKind.MASKED
 
 
 class LedgerError(FedloraError):

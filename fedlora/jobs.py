@@ -70,6 +70,7 @@ class SecAggStep:
     step: Literal["join", "share", "reveal"]
     context: str  # the round, with a random word, so that no two attempts at a round have the same one
     _: KW_ONLY
+    round: int = 0  # from 0; a client joins none of which, or of a later one, it has masked an update
     roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
     threshold: int = 0
     survivors: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlora.errors import Failure, PrivacyError, RoundFailed, StrategyError
+from fedlora.errors import Failure, FailureKind, PrivacyError, RoundFailed, StrategyError
 from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.messages.parts import PartTracker
@@ -215,11 +215,20 @@ def _scores(clients: Mapping[int, Metrics]) -> dict[int, dict[str, float]]:
 
 
 def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
-    """Did a quorum answer? For a Poisson sample, which may be empty, no answer can be enough."""
-    enough = got.answered >= max(int(not plan.client_level), plan.policy.quorum * asked)
-    if not enough and plan.policy.below_quorum == "stop":
+    """Did a quorum answer?
+
+    Raises `RoundFailed` where it did not and the run is to stop then. A client that has masked its update before, and
+    masks none again, did answer this round: what was lost is the sum, as when a server was killed. That round is
+    skipped, and the run goes on.
+    """
+    needed = max(int(not plan.client_level), plan.policy.quorum * asked)
+    if got.answered >= needed:
+        return True
+    masked = sum(failure.kind == FailureKind.MASKED for failure in got.failed.values())
+    if plan.policy.below_quorum == "stop" and got.answered + masked < needed:
         raise RoundFailed(_too_few(t, got.answered, got.failed, plan))
-    return enough
+    log.warning("round %d is skipped: %d of %d answers are in a sum", t + 1, got.answered, asked)
+    return False
 
 
 def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:

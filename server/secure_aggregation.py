@@ -102,8 +102,9 @@ def _advertise_keys(
     fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, got: Collected, *, uniform: bool
 ) -> SecAggRound:
     """Ask all clients for their public keys; the roster is made of those that answer."""
-    context = f"round {next(iter(jobs.values())).round + 1} ({token_hex(8)})"
-    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context))))
+    t = next(iter(jobs.values())).round
+    context = f"round {t + 1} ({token_hex(8)})"
+    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context, round=t))))
     threshold = max(FEWEST, len(joined) // 2 + 1, ceil(config.threshold * len(joined)))
     advertised = {i: (said["sealing"], said["masking"], said["mark"]) for i, said in joined.items()}
     roster = roster_of(SecAggStep("share", context, roster=advertised, threshold=threshold))

@@ -92,7 +92,7 @@ RAISED = {  # file -> the kinds of the errors that it raises
     "fedlora/messages/envelope.py": {"damaged"},
     "fedlora/messages/codec.py": {"damaged"},
     "client/policy.py": {"privacy"},
-    "client/secure_aggregation.py": {"secure"},
+    "client/secure_aggregation.py": {"secure", "masked"},
     "fedlora/privacy/masked_update.py": {"privacy", "secure"},
     "fedlora/privacy/secure_aggregation.py": {"secure"},
     "client/ledger.py": {"privacy"},
@@ -204,7 +204,7 @@ def test_who_is_waited_for_is_shown_and_told_on() -> None:
 
 
 def test_the_kinds_are_the_label_values_that_dashboards_know() -> None:
-    known = "late offline crashed damaged refused disk secure privacy diverged memory error"
+    known = "late offline crashed damaged refused disk secure masked privacy diverged memory error"
     assert sorted(FailureKind) == sorted(known.split())
 
 
