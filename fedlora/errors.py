@@ -18,7 +18,7 @@ FedloraError
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import StrEnum
 from errno import EDQUOT, ENOSPC
@@ -135,6 +135,7 @@ class Failure:
 
     reason: str  # one sentence
     kind: FailureKind = FailureKind.ERROR
+    sent: bool = field(default=True, compare=False)  # was the client sent its job, so that it may have been charged?
 
     @classmethod
     def because_of(cls, error: BaseException) -> "Failure":

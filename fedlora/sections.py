@@ -46,7 +46,17 @@ class Policy:
     weights: Annotated[Literal["examples", "uniform"], "a client's weight in the mean"] = "examples"
     quorum: Annotated[float, Gt(0), Le(1), "share of a round's clients that must answer"] = 0.5
     below_quorum: Annotated[Literal["stop", "skip"], "end the run, or go on with the model as it was"] = "stop"
-    deadline: Annotated[float, Ge(0), "seconds after which a client has failed its round (flower); 0: never"] = 0.0
+    deadline: Annotated[
+        float,
+        Ge(0),
+        (
+            "seconds after which a client has failed its round (flower); inf: never; 0: once a quorum has answered, "
+            "ten times as long as the median answer took, at least ten minutes"
+        ),
+    ] = 0.0
+    grace: Annotated[
+        float, Ge(0), "seconds that the others have once a quorum has answered (flower); inf: up to the deadline"
+    ] = inf
     wait: Annotated[float, Ge(0), "seconds a run waits at its start for clients beyond the quorum (flower)"] = 120.0
     largest_step: Annotated[float, Gt(0), "norm of a client's change in a round above which it is refused"] = 1000.0
     eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
@@ -120,6 +130,11 @@ class SecureConfig:
     aggregation: Annotated[bool, "let the server see sums of updates, and no client's own"] = False
     threshold: Annotated[float, Gt(0), Le(1), "share of a round's clients that must stay to its end"] = 0.6
     reach: Annotated[float, Gt(0), "largest change of a number in a round; the resolution is 2^-30 of it"] = 1.0
+
+    @property
+    def needed(self) -> float:
+        """Share of a round's clients without which there is no sum."""
+        return self.threshold if self.aggregation else 0.0
 
 
 @dataclass(frozen=True)

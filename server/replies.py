@@ -1,19 +1,21 @@
 """Replies of clients: waiting for them, receiving them one by one, and reading those that are errors."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from threading import Event, Thread
+from typing import Concatenate, ParamSpec, TypeVar
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError
 
 from fedlora.errors import Failure, FailureKind, WireError
-from fedlora.messages.envelope import printable
+from fedlora.messages.envelope import RawMessage, printable, unpack
 from fedlora.server.memory_bounds import bounded
+from fedlora.server.refusals import failure_of
 
-POISON = AttributeError, DecodeError, KeyError, RecursionError, TypeError, ValueError  # of content, not of the network
+P = ParamSpec("P")
+X = TypeVar("X")
 
 KIND_OF_CODE = {  # Flower's codes of errors that no client's work raised
     3: FailureKind.LATE,  # the message expired
@@ -56,12 +58,7 @@ class ReplyInbox:
         if not wait([coming], 0 if known else GLANCE).done:
             self._coming[id] = coming
             return None
-        try:
-            return _reply_to(id, coming.result())
-        except WireError as e:
-            return Failure(str(e), FailureKind.REFUSED)
-        except POISON as e:
-            return Failure(f"an answer could not be unpacked: {type(e).__name__}", FailureKind.REFUSED)
+        return failure_of(lambda: _reply_to(id, coming.result()))
 
     def look_at(self, ids: Iterable[str], most: float) -> list[tuple[str, Message | Failure]]:
         """The replies that are there, each with the id of the message that it answers."""
@@ -98,6 +95,24 @@ def _reply_to(id: str, replies: list[Message]) -> Message | Failure | None:
     return None
 
 
+def read_reply(
+    reply: Message | Failure, run: str, read: Callable[Concatenate[RawMessage, P], X], *args: P.args, **kwargs: P.kwargs
+) -> X | Failure:
+    """What `read` makes of a reply, or the failure: the reply is an error, of another run, or refused by `read`."""
+    if isinstance(reply, Failure):
+        return reply
+
+    def content() -> X | Failure:
+        if reply.has_error():
+            return read_error(reply.error)
+        message = unpack(reply.content)
+        if message.run != run:
+            raise WireError(f"an answer is of run {message.run!r}; this is {run!r}")
+        return read(message, *args, **kwargs)
+
+    return failure_of(content)
+
+
 def read_error(error: Error) -> Failure:
     """The failure that an error reply tells of, from Flower's code where that says what failed, else from the text."""
     line = _one_line(error)
@@ -111,7 +126,7 @@ def _one_line(error: Error) -> str:
     text = printable(error.reason or f"Flower's error {error.code}", "\n")
     if wrapped := re.fullmatch(r"<class '(?:.*\.)?(\w+)[^']*'>:<'(.*)'>", text, re.DOTALL):
         text = f"{wrapped[1]}: {wrapped[2]}"
-    lines = list(filter(None, map(str.strip, text.splitlines())))
+    lines = list(filter(None, map(str.strip, text.splitlines()))) or ["it gave no reason"]
     return lines[-1] if any(map(_is_of_a_traceback, lines)) else lines[0]
 
 

@@ -47,14 +47,15 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
     if find_spec("ray") is None:
         raise ConfigError('engine = "flower" needs Ray: pip install "fedlora[ray]"')
     _quiet()
-    from fedlora.server.fleet import FleetRules, FlowerFleet
+    from fedlora.server.fleet import FlowerFleet
+    from fedlora.server.fleet_rules import rules_of
 
     with scratch_folder(RAY_SOCKET) as scratch:
         flower = Flower(config, folder.absolute(), scratch)
         flower.start()
         ended = False
         try:
-            rules = FleetRules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
+            rules = rules_of(config.server, config.clients, threshold=config.secure.needed)
             fleet = FlowerFleet(flower.grid(), rules, answered, stop=flower.broken)
             with _terminable():
                 serve(fleet)

@@ -19,7 +19,8 @@ from fedlora.run.directory import RunDirectory
 from fedlora.run.setup import RunSetup, for_server, prepare, settings_for_clients
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.prometheus import PrometheusExporter
-from fedlora.server.fleet import FleetRules, FlowerFleet
+from fedlora.server.fleet import FlowerFleet
+from fedlora.server.fleet_rules import FleetRules, rules_of
 from fedlora.server.run import run_rounds
 from fedlora.storage.event_log import EventLog
 
@@ -42,7 +43,7 @@ def _run_by_flower(grid: Grid, context: Context) -> None:
     folder.create(config)
     screen = ConsoleProgress()
     try:
-        rules = FleetRules(config.clients, deadline=config.server.deadline, largest_step=config.server.largest_step)
+        rules = rules_of(config.server, config.clients, threshold=config.secure.needed)
         run_rounds(setup, FlowerFleet(grid, rules, screen.answered, screen.waiting), folder, screen)
     finally:
         screen.close()
@@ -106,13 +107,12 @@ def _rules(setup: RunSetup, order: RunOrder, run: str) -> FleetRules:
     if order.nodes is not None:
         nodes = {int(node): client for node, client in order.nodes.items()}
     policy = setup.config.server
-    return FleetRules(
-        clients=setup.config.clients,
+    return rules_of(
+        policy,
+        setup.config.clients,
+        threshold=setup.config.secure.needed,
         quorum=policy.quorum,
         wait=policy.wait,
-        deadline=policy.deadline,
-        needed=policy.quorum if policy.below_quorum == "stop" else 0.0,
-        largest_step=policy.largest_step,
         run=run,
         nodes=nodes,
         ranks=setup.ranks,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -215,7 +216,7 @@ class SubmittedRun:
 
     def __init__(self, control: Control, handoff: Handoff, supervisor: Supervisor, config: Config) -> None:
         self._control, self._handoff, self._supervisor = control, handoff, supervisor
-        self._deadline = float(config.server.deadline)
+        self._deadline = config.server.deadline if config.server.deadline < inf else 0.0  # 0: none for a client's work
         self._screen = Tail(handoff.screen)
         self._id = 0  # Flower's, of the run that was submitted last
         self._rounds = -1  # finished when that run was submitted

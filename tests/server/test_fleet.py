@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo  # type: ignore[attr-defined]
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -31,6 +32,7 @@ class Threads(Grid):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._apps = {100 + i: app for i, app in enumerate(apps)}
         self._pool, self._replies = ThreadPoolExecutor(8), dict[str, Future[Message]]()
+        self.activated: dict[int, str] = {}  # node -> when it was started
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._apps)
@@ -52,7 +54,10 @@ class Threads(Grid):
         except Exception as e:
             return Message(Error(2, f"{type(e)}:<'{e}'>"), reply_to=message)
 
-    set_run = run = create_message = get_nodes = send_and_receive = lambda *_, **__: None  # type: ignore[assignment]
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=n, last_activated_at=self.activated.get(n, "")) for n in self.get_node_ids()]
+
+    set_run = run = create_message = send_and_receive = lambda *_, **__: None  # type: ignore[assignment]
 
 
 def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | None = None) -> ClientApp:
