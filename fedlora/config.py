@@ -169,7 +169,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """The dotted keys of a TOML file, sections and dots alike."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad begins a file with a mark
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}; give --config a TOML file") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:

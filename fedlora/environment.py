@@ -17,8 +17,8 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def no_proxy() -> dict[str, str]:
-    """The variables that keep connections within this machine away from the site's HTTP proxy."""
+def no_proxy(*more: str) -> dict[str, str]:
+    """The variables that keep connections within this machine, and to hosts in `more`, away from the site's proxy."""
     known = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
-    hosts = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
-    return {"NO_PROXY": hosts, "no_proxy": hosts}
+    hosts = dict.fromkeys(filter(None, (*known.split(","), "127.0.0.1", "localhost", "::1", *more)))
+    return {"NO_PROXY": ",".join(hosts), "no_proxy": ",".join(hosts)}

@@ -20,19 +20,21 @@ from typing import Any
 
 import httpx
 
+from fedlora.client.deployment.connection import ServerConnection
 from fedlora.client.deployment.health import is_serving
+from fedlora.deployment.addresses import server_address
 from fedlora.deployment.processes import Process, Tail, exclusive, flwr_home, free_port, program, scratch_folder, stop
 from fedlora.deployment.provision import read_client
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
+from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError
+from fedlora.storage.files import write_durably
 
 BEHIND = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
 AHEAD = 300.0  # seconds that it may be ahead
 HANGS = 300.0  # seconds without a sign of life after which a worker is started again
-REFUSED = ("2004", "2001")  # Flower's codes for a key that is not known, and for one that is in use
 GIVES_UP = "SSL/TLS handshake error detected"  # in the log of a SuperNode, which then hangs for ever
 SOCKET = "worker.sock"
-PORT = 8443  # of the server, unless it is told
 MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 
 
@@ -67,16 +69,17 @@ def client_options(
         if id not in (None, who.id):
             raise ConfigError(f"--id {id}: the keys in {credentials} are those of {who.name}, number {who.id}")
         address = server or who.server
-        return ClientOptions(_address(address), credentials, state, who.id, who.name, settings)
+        return ClientOptions(server_address(address), credentials, state, who.id, who.name, settings)
     if id is None:
         raise ConfigError("without keys a client needs a number of its own: --id 0")
-    return ClientOptions(_address(server), None, state, id, f"client {id}", settings)
+    return ClientOptions(server_address(server), None, state, id, f"client {id}", settings)
 
 
 def serve(options: ClientOptions) -> None:
     """Take part in the server's runs until SIGTERM or Ctrl-C."""
     with exclusive(options.state), scratch_folder(len(SOCKET)) as scratch:
         os.umask(0o077)
+        os.environ.update(no_proxy() | flwr_home(options.state))
         if not options.credentials:
             print("INSECURE: no TLS, no key: anyone on the way can read and change what is sent. For trials only.")
         ClientProcesses(options, options.worker or scratch / SOCKET, scratch).run()
@@ -87,20 +90,32 @@ def wait_for_server(options: ClientOptions, meanwhile: Callable[[], None]) -> No
 
     Raises `ConfigError` for a certificate that the client cannot trust, which waiting does not mend.
     """
-    pause, verify = 1.0, _tls_context(options)
+    pause, verify, began, told = 1.0, _tls_context(options), time.monotonic(), 0.0
     while True:
         try:
-            answer = httpx.get(f"{options.url}/health", verify=verify, timeout=10, trust_env=False)
+            answer = httpx.get(
+                f"{options.url}/health", verify=verify, timeout=10
+            )  # by the site's proxy, as Flower does
             break
         except httpx.HTTPError as e:
             _raise_if_untrusted(options, e)
-            print(f"{options.server} does not answer ({type(e).__name__}); trying again in {pause:.0f} s", flush=True)
+            silent = time.monotonic() - began
+            if silent >= told:  # ever rarer
+                told = 2 * silent
+                print(f"{options.server} does not answer ({_reason(e)}); trying again until it does", flush=True)
         end = time.monotonic() + pause
         while time.monotonic() < end:
             meanwhile()
             time.sleep(0.3)
         pause = min(2 * pause, 30.0)
     _check_clock(answer.headers.get("date"))
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    """Why a server does not answer, in a few words."""
+    if isinstance(error, httpx.ProxyError):
+        return f"the proxy that the environment names, in https_proxy or all_proxy, says: {error}"
+    return type(error).__name__
 
 
 def _raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
@@ -124,16 +139,18 @@ def _check_clock(date: str | None) -> None:
         )
 
 
-def identity_for_worker(options: ClientOptions) -> str:
-    """The client's number, folder and own settings as JSON, for its worker."""
-    state = str(options.state.absolute())
-    return json.dumps({"id": options.id, "state": state, "settings": dict(options.settings)})
+def write_identity(options: ClientOptions, file: Path) -> None:
+    """Write the client's number, folder and own settings as JSON, for its worker, in a file that its owner alone reads.
+
+    The command line of a process can be read by everyone on the machine.
+    """
+    identity = {"id": options.id, "state": str(options.state.absolute()), "settings": dict(options.settings)}
+    write_durably(file, json.dumps(identity).encode(), mode=0o600)
 
 
-def worker_command(options: ClientOptions, socket: Path) -> list[str]:
-    """The command line of the worker that belongs to this client."""
-    command = [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket)]
-    return [*command, "--told", identity_for_worker(options)]
+def worker_command(socket: Path, identity: Path) -> list[str]:
+    """The command line of the worker of the client whose identity is in this file."""
+    return [sys.executable, "-m", "fedlora", "worker", "--socket", str(socket), "--told", str(identity)]
 
 
 class ClientProcesses:
@@ -141,19 +158,19 @@ class ClientProcesses:
 
     def __init__(self, options: ClientOptions, socket: Path, scratch: Path) -> None:
         """`socket` is the worker's; `scratch` a folder for what is needed as long as the command runs."""
-        self._options, self._socket, self._scratch = options, socket, scratch
+        self._options, self._socket, self._identity = options, socket, scratch / "identity.json"
+        self._connection = ServerConnection(options.name, options.server)
         self._logs = options.state / "logs"
         secret, port = scratch / "superexec.secret", free_port()
         secret.write_text(token_hex(32))
-        self._node = Process(
-            "SuperNode", self._node_command(port, secret), self._log("supernode"), flwr_home(options.state)
-        )
+        write_identity(options, self._identity)
+        self._node = Process("SuperNode", self._node_command(port, secret), self._log("supernode"))
         command = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
         command += ["--superexec-auth-secret-file", str(secret)]
         self._superexec = Process("SuperExec", command, self._log("superexec"))
         self._worker: Process | None = None  # none: it is started elsewhere, or each message loads the model
         if not options.worker and not options.cold:
-            self._worker = Process("worker", worker_command(options, socket), self._log("worker"))
+            self._worker = Process("worker", worker_command(socket, self._identity), self._log("worker"))
         self._worker_seen = 0.0  # when the worker last gave a sign of life
 
     def run(self) -> None:
@@ -169,11 +186,11 @@ class ClientProcesses:
             supervisor.start(self._node)
             supervisor.start(self._superexec)
             self._worker_seen = time.monotonic()
-            print(f"{self._options.name} takes part at {self._options.server}; logs in {self._logs}", flush=True)
+            print(f"{self._options.name} dials {self._options.server}; logs in {self._logs}", flush=True)
             while True:
                 time.sleep(0.3)
                 screen.show()
-                self._end_hanging_node(node_log)
+                self._follow(node_log.new())
                 self._end_hanging_worker()
                 supervisor.look()
 
@@ -184,9 +201,7 @@ class ClientProcesses:
         options = self._options
         config = f"partition-id={options.id} worker='{self._socket}'"
         if options.cold:
-            identity = self._scratch / "told.json"
-            identity.write_text(identity_for_worker(options))
-            config = f"partition-id={options.id} cold='{identity}'"
+            config = f"partition-id={options.id} cold='{self._identity}'"
         command = [program("flower-supernode"), "--superlink", options.server, "--isolation", "process"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
         command += ["--superexec-auth-secret-file", str(secret)]
@@ -204,18 +219,13 @@ class ClientProcesses:
         """
         if process is self._worker and process.code == MISTAKE:
             raise ConfigError(process.log_tail(1).removeprefix("error: "))
-        words = process.log_tail(15)
-        if process is self._node and any(f"code: {code}]" in words for code in REFUSED):
-            why = (
-                "the server does not take this key: it was here less than a minute ago, or is not registered, or this "
-                "machine's clock is wrong"
-            )
-            return Restart(why, pause=10.0)  # the SuperLink takes no key that it believes to be online still
-        return restart_later(process)
+        return self._connection.ended(process) if process is self._node else restart_later(process)
 
-    def _end_hanging_node(self, log: Tail) -> None:
-        """End a SuperNode that has given up but does not end; the supervisor starts it again."""
-        if GIVES_UP in log.new():
+    def _follow(self, lines: str) -> None:
+        """Say what new lines of the SuperNode mean; end one that has given up, which hangs: it is started again."""
+        for words in self._connection.news(lines):
+            print(words, flush=True)
+        if GIVES_UP in lines:
             print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
             stop([self._node], grace=5)
 
@@ -232,17 +242,6 @@ class ClientProcesses:
             print(f"worker has given no sign of life for {HANGS:.0f} s; it is started again", flush=True)
             self._worker_seen = now
             stop([self._worker], grace=1)
-
-
-def _address(server: str) -> str:
-    """HOST:PORT of a server, with the usual port unless another is given. An IPv6 address stands in brackets."""
-    host, colon, port = server.rpartition(":")
-    is_bare_ipv6 = ":" in host and not host.startswith("[")
-    if colon and port.isdecimal() and not is_bare_ipv6:
-        return server
-    if ":" in server and not server.startswith("["):
-        return f"[{server}]:{PORT}"
-    return f"{server}:{PORT}"
 
 
 def _tls_context(options: ClientOptions) -> ssl.SSLContext | bool:

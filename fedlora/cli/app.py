@@ -1,6 +1,8 @@
 """The command line: every command, and how a command ends. Light, so that `fedlora --help` does not wait for torch."""
 
+import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -44,6 +46,8 @@ app.command(context_settings=DOTTED)(worker)
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 1, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup, which has it ignored
+        signal.signal(signal.SIGHUP, _hang_up)
     sys.path.append(str(Path.cwd()))  # where a user's own strategy lies; last, so that it hides no library
     try:
         app()
@@ -55,4 +59,13 @@ def main() -> None:
 
 
 def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _hang_up(*_: object) -> None:
+    """End as after SIGTERM; what is said to a terminal that is gone must not fail on the way out."""
+    for descriptor in (1, 2):
+        was_terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)
+        if was_terminal and not os.isatty(descriptor):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     raise KeyboardInterrupt

@@ -49,11 +49,11 @@ def worker(
     credentials: Credentials = None,
     id: ClientId = None,
     config: OwnConfig = None,
-    told: Annotated[str, typer.Option(help="All of this as JSON, from fedlora client.", hidden=True)] = "",
+    told: Annotated[Path | None, typer.Option(help="File with all of this, from fedlora client.", hidden=True)] = None,
 ) -> None:
     """Hold a client's model, data and state, and do jobs over a Unix socket; `fedlora client` starts one itself."""
     if told:
-        words = json.loads(told)
+        words = json.loads(told.read_text())
         settings, id, state = words["settings"], int(words["id"]), Path(words["state"])
     else:
         settings = own_settings(config, given)
@@ -65,7 +65,7 @@ def worker(
     from fedlora.run.console import show_log
     from fedlora.run.setup import mute_transformers
 
-    show_log()
+    show_log(with_times=True)
     mute_transformers()
     try:
         readable(settings.get("data.path", ""))

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import IO
 
 import psutil
@@ -20,10 +22,18 @@ from fedlora.environment import QUIET, no_proxy
 from fedlora.errors import ConfigError
 from fedlora.storage.files import hold_lock
 
+from .addresses import join_address
+
 FOR_CHILDREN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "PYTHONUNBUFFERED": "1"}
-LOG = 16 * 2**20  # bytes of a log file from which on the next start begins a new file
+LOG = 16 * 2**20  # bytes of a log file from which on a new file is begun
+LINE = 2**16  # bytes that are taken in at once of a line without end
 SOCKET_PATH = 107  # bytes that the path of a Unix socket may have on Linux
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+FOR_TERMINALS = re.compile(
+    rb"\x1b\[[0-?]*[ -/]*[@-~]"  # colours and movements of the cursor
+    rb"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles of windows
+    rb"|\x1b.?|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=\n)"
+)
 
 
 class Process:
@@ -36,16 +46,17 @@ class Process:
         quiet = QUIET | FOR_CHILDREN | no_proxy()
         self._env = os.environ | quiet | {"PATH": path} | dict(env or {})  # PATH: Flower starts its own by name
         self._child: psutil.Popen | None = None
+        self._copier: Thread | None = None
         self.started = 0.0  # by time.monotonic()
         self._short_lives = 0  # one after another
 
     def start(self) -> None:
         """Start the program, or start it again. Raises `ConfigError` where there is no such program."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        if self._log.exists() and self._log.stat().st_size > LOG:
-            self._log.replace(self._log.with_name(f"{self._log.name}.1"))
-        with self._log.open("ab") as out:
-            self._child = self._open(out)
+        self._log.touch()
+        self._child = self._open()
+        self._copier = Thread(target=_copy_lines, args=(self._child.stdout, self._log), daemon=True)
+        self._copier.start()
         self.started = time.monotonic()
 
     def pause(self) -> float:
@@ -54,12 +65,12 @@ class Process:
         self._short_lives = self._short_lives + 1 if lived < 60 else 0
         return min(2.0**self._short_lives, 30.0)
 
-    def _open(self, out: IO[bytes]) -> psutil.Popen:
+    def _open(self) -> psutil.Popen:
         try:
             return psutil.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=self._env,
                 start_new_session=True,
@@ -86,8 +97,18 @@ class Process:
 
     def log_tail(self, n: int = 3) -> str:
         """The last `n` lines of the log in one line, for a message."""
+        if self._copier and not self.alive:
+            self._copier.join(1)  # what the program started may hold its output open for longer
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         return " | ".join(line.strip() for line in lines[-n:] if line.strip())
+
+    def ports(self) -> set[int]:
+        """The TCP ports that the program listens on."""
+        try:
+            connections = self._child.net_connections("tcp") if self._child else []
+        except psutil.Error:
+            return set()
+        return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
 
     def signal(self, what: signal.Signals) -> None:
         """Send a signal to the program and to all that the program started, even if the program itself is gone."""
@@ -99,6 +120,24 @@ class Process:
         """Wait until the program has ended, for at most `timeout` seconds."""
         if self._child:
             psutil.wait_procs([self._child], timeout)
+
+
+def _copy_lines(source: IO[bytes], log: Path) -> None:
+    """Append all that comes to the log, line by line, without what only a terminal understands.
+
+    What cannot be written is dropped: a program must not wait for a full disk of ours.
+    """
+    with source:
+        for line in iter(lambda: source.readline(LINE), b""):
+            with suppress(OSError):
+                _append(log, FOR_TERMINALS.sub(b"", line).replace(b"\r", b"\n"))
+
+
+def _append(log: Path, line: bytes) -> None:
+    if log.exists() and log.stat().st_size > LOG:
+        log.replace(log.with_name(f"{log.name}.1"))
+    with log.open("ab") as out:
+        out.write(line)
 
 
 class Tail:
@@ -153,15 +192,29 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(s.getsockname()[1])
 
 
-def wait_for_port(port: int, process: Process, host: str = "127.0.0.1", seconds: float = 60.0) -> None:
-    """Wait until something listens on the port. Raises `ConfigError` with the last line of a process that ended."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the port; for the host "::" it takes IPv4 too. Raises `ConfigError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server((host, port), family=family, backlog=256, dualstack_ipv6=both)
+    except (OSError, OverflowError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise ConfigError(f"cannot listen on {join_address(host, port)}: {why}; choose another --port or --host") from e
+
+
+def wait_for_port(port: int, process: Process, seconds: float = 60.0) -> None:
+    """Wait until the process itself listens on the port: another program may hold the port.
+
+    Raises `ConfigError` with the last line of a process that ended.
+    """
     end = time.monotonic() + seconds
     while process.alive and time.monotonic() < end:
-        with suppress(OSError), socket.create_connection((host, port), timeout=1):
-            if process.alive:
-                return
+        if port in process.ports():
+            return
         time.sleep(0.1)
-    raise ConfigError(f"{process.name} does not listen on port {port}: {process.log_tail(1) or 'it said nothing'}")
+    why = process.log_tail(1).removeprefix("error: ") or "it said nothing"
+    raise ConfigError(f"{process.name} does not listen on port {port}: {why}")
 
 
 def flwr_home(folder: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from rich.status import Status
 from fedlora.config import Config
 from fedlora.errors import Failure
 from fedlora.metrics import headline
+from fedlora.storage.event_log import utc_timestamp
 from fedlora.strategy import Strategy, title
 
 from .directory import RunDirectory, newest
@@ -187,9 +188,20 @@ class ConsoleHandler(logging.Handler):
         self._screen.say(self._screen.named(record.getMessage()))
 
 
+class _UTC(logging.Formatter):
+    """Formats a record with its time as the event log writes times."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        return utc_timestamp(record.created)
+
+
 def _can_move(console: Console) -> bool:
-    """Whether a line can change in place: on a terminal, and in a notebook that has widgets."""
-    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    """Whether a line can change in place: on a terminal, and in a notebook that has widgets.
+
+    rich takes FORCE_COLOR for a terminal too; a container's log would then fill with movements of the cursor.
+    """
+    on_terminal = console.is_terminal and console.file.isatty()
+    return on_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def _heading(setup: RunSetup, name: str) -> str:
@@ -235,9 +247,14 @@ def figures(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
-def show_log() -> None:
-    """Print what fedlora logs, and the warnings of libraries, as plain lines: for commands, whose process is theirs."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+def show_log(with_times: bool = False) -> None:
+    """Print what fedlora logs, and the warnings of libraries, as plain lines: for commands, whose process is theirs.
+
+    `with_times` puts the time, in UTC, before each line. Libraries that set a format of their own are overruled.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_UTC("%(asctime)s %(message)s" if with_times else "%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("fedlora").setLevel(logging.INFO)
 
 

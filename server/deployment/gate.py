@@ -13,7 +13,6 @@ import json
 import logging
 import resource
 import signal
-import socket
 import ssl
 import sys
 import time
@@ -30,6 +29,7 @@ import httpx
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedlora.deployment.processes import listen
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.server.deployment.gate_rules import CLOSE, Gateway, Limits, Refused, log, network
 from fedlora.storage.event_log import utc_timestamp
@@ -157,21 +157,13 @@ class Lines(logging.Formatter):
 async def serve(options: argparse.Namespace, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT, then at most a second longer. Raises `ConfigError` before the first request."""
     outside, inside = (None, None) if options.insecure else tls(options)
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     async with _upstream(options.superlink, inside, limits) as upstream:
         gateway = Gateway(upstream, limits, keyless=options.insecure)
         log.info(json.dumps({"event": "open", "at": utc_timestamp(time.time()), "port": listener.getsockname()[1]}))
         await Server(_uvicorn_config(gateway, outside)).serve(sockets=[listener])
         await asyncio.sleep(0.1)  # in which clients whose request was cut off hear that they may come again
         log.info(json.dumps({"event": "closed", "at": utc_timestamp(time.time()), **vars(gateway.counts)}))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as e:
-        raise ConfigError(f"cannot listen on {host} port {port}: {e}; choose another --port") from e
 
 
 def _upstream(superlink: str, inside: ssl.SSLContext | None, limits: Limits) -> httpx.AsyncClient:

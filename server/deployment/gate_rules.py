@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from ipaddress import ip_address
+from ipaddress import IPv6Address
 
 import httpx
 from starlette.types import Message, Receive, Scope, Send
@@ -234,8 +234,14 @@ def _peer(scope: Scope) -> str:
 
 
 def network(address: str) -> str:
-    """The name under which an address is counted: of IPv6 the first half, as one site has 2^64 addresses there."""
-    return ":".join(ip_address(address).exploded.split(":")[:4]) if ":" in address else address
+    """The name under which an address is counted: of IPv6 the first half, as one site has 2^64 addresses there.
+
+    An IPv4 address that a socket of both families shows within an IPv6 address is counted as itself.
+    """
+    if ":" not in address:
+        return address
+    shown = IPv6Address(address)
+    return str(shown.ipv4_mapped or ":".join(shown.exploded.split(":")[:4]))
 
 
 def _shares(scope: Scope, headers: dict[str, bytes]) -> tuple[str, str, str]:

@@ -24,6 +24,7 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -65,23 +66,36 @@ class Control:
         return answer.is_success
 
     def register(self, keys: Mapping[str, Path]) -> dict[str, int]:
-        """Let in the clients with these public keys (name -> file), and no others; return the node of each name."""
-        known = self._nodes_by_key()
+        """Let in the clients with these public keys (name -> file), and no others; return the node of each name.
+
+        A SuperLink never forgets a key: it goes on listing the nodes of those that it lets in no more, and takes none
+        of their keys again.
+        """
+        listed = self._ask(lambda client: client.ListNodes(ListNodesRequest())).nodes_info
+        known = {bytes(node.public_key): int(node.node_id) for node in listed if node.status != NodeStatus.UNREGISTERED}
+        dropped = {bytes(node.public_key) for node in listed} - known.keys()
         wanted = {name: public_key_to_bytes(public_key(path)) for name, path in keys.items()}
+        for name, key in wanted.items():
+            if key in dropped:
+                raise ControlError(
+                    f"the key {keys[name]} was removed from this run earlier, and a removed key is not taken again: "
+                    f"provision {name} under another name, or begin a new run with another --out"
+                )
         for key in known.keys() - set(wanted.values()):
             self._unregister(known[key])
         return {name: known[key] if key in known else self._register(name, key) for name, key in wanted.items()}
-
-    def _nodes_by_key(self) -> dict[bytes, int]:
-        nodes = self._ask(lambda client: client.ListNodes(ListNodesRequest())).nodes_info
-        return {bytes(node.public_key): int(node.node_id) for node in nodes if node.status != "deleted"}
 
     def _register(self, name: str, key: bytes) -> int:
         request = RegisterNodeRequest(public_key=key, name=name)
         return int(self._ask(lambda client: client.RegisterNode(request)).node_id)
 
     def _unregister(self, node: int) -> None:
-        self._ask(lambda client: client.UnregisterNode(UnregisterNodeRequest(node_id=node)))
+        """Let in a node no more; one that the SuperLink no longer knows is as good."""
+        try:
+            self._ask(lambda client: client.UnregisterNode(UnregisterNodeRequest(node_id=node)))
+        except ControlError as e:
+            if not _is_not_found(e.__cause__):
+                raise
 
     def submit(self, settings: Mapping[str, Any]) -> int:
         """Start a run of the installed fedlora and return its id. The bundle that is sent holds no code, only names."""
@@ -129,3 +143,7 @@ class Control:
             raise ControlError(f"the SuperLink at {self.address} refused: {type(e).__name__}: {e}") from e
         finally:
             client.close()
+
+
+def _is_not_found(error: BaseException | None) -> bool:
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.NOT_FOUND

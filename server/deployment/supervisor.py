@@ -19,6 +19,7 @@ from typing import Any
 
 from fedlora import config as configuration
 from fedlora.config import CHANGEABLE_ON_RESUME, Config, absolute, over_defaults
+from fedlora.deployment.addresses import host_of, join_address
 from fedlora.deployment.processes import (
     Process,
     Tail,
@@ -27,16 +28,19 @@ from fedlora.deployment.processes import (
     free_port,
     is_alive,
     kill_marked,
+    listen,
     program,
     wait_for_port,
 )
 from fedlora.deployment.provision import check_private, read_clients
-from fedlora.deployment.supervisor import Supervisor
+from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
+from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.superlink import Control, ControlError
 from fedlora.storage.files import write_durably
 
+GATE = "gate"  # the name of its process
 TRIES = 5  # ServerApps that may end one after another without a finished round between them
 SILENCE = 300.0  # seconds that a submitted run is given until its ServerApp writes its first status
 LOOKS = 20.0  # seconds between two questions to the SuperLink about the run
@@ -67,11 +71,14 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
     """
     handoff = Handoff(options.run)
     names = read_clients(options.credentials) if options.credentials else {}
+    os.environ.update(no_proxy(host_of(options.superlink)) | flwr_home(handoff.flower))
     with exclusive(handoff.flower):
         config = _settings(options.run, file, given, len(names))
         if _is_done(handoff, config):
             print(f"{options.run}: all {config.rounds} rounds are done; the adapter is in {options.run / 'adapter'}")
             return
+        if not options.superlink:
+            listen(options.host, options.port).close()  # one that is taken is said before anything is started
         _kill_server_apps(handoff)
         if not options.credentials:
             print(
@@ -133,7 +140,7 @@ def _started(options: ServerOptions, handoff: Handoff) -> Iterator[tuple[Control
     address = options.superlink or f"127.0.0.1:{free_port()}"
     control, secret = Control(address, options.certificate), _secret(options, handoff)
     try:
-        with Supervisor() as supervisor:
+        with Supervisor(_restart) as supervisor:
             if options.superlink:
                 control.wait(300)
             else:
@@ -153,14 +160,25 @@ def _start_superlink(
     supervisor.start(link)
     control.wait(180, lambda: link.alive)
     supervisor.start(gate)
-    wait_for_port(options.port, gate, "127.0.0.1" if options.host == "0.0.0.0" else options.host)
+    wait_for_port(options.port, gate)
+
+
+def _restart(process: Process) -> Restart:
+    """Why a process ended, and when it is started again.
+
+    Raises `ConfigError` for a gate that says what is wrong: its port is taken, say, and starting it again is of no use.
+    """
+    last = process.log_tail(1)
+    if process.name == GATE and last.startswith("error: "):
+        raise ConfigError(last.removeprefix("error: "))
+    return restart_later(process)
 
 
 def _superexec(options: ServerOptions, handoff: Handoff, address: str, secret: Path) -> Process:
     tls = ["--root-certificates", str(options.certificate)] if options.certificate else ["--insecure"]
     command = [program("flower-superexec"), "--runtime-api-address", address, *tls]
     command += ["--superexec-auth-secret-file", str(secret)]
-    environment = {FOLDER: str(options.run.absolute()), PARENT: str(os.getpid()), **flwr_home(handoff.flower)}
+    environment = {FOLDER: str(options.run.absolute()), PARENT: str(os.getpid())}
     return Process("SuperExec", command, handoff.flower / "superexec.log", environment)
 
 
@@ -175,7 +193,7 @@ def _superlink(options: ServerOptions, handoff: Handoff, address: str, secret: P
         command += ["--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
     else:
         command += ["--insecure"]
-    return Process("SuperLink", command, handoff.flower / "superlink.log", flwr_home(handoff.flower))
+    return Process("SuperLink", command, handoff.flower / "superlink.log")
 
 
 def _gate(options: ServerOptions, handoff: Handoff, superlink: str) -> Process:
@@ -187,7 +205,7 @@ def _gate(options: ServerOptions, handoff: Handoff, superlink: str) -> Process:
         command += ["--key", str(folder / "server.key")]
     else:
         command += ["--insecure"]
-    return Process("gate", command, handoff.flower / "gate.out.log")
+    return Process(GATE, command, handoff.flower / "gate.out.log")
 
 
 def _secret(options: ServerOptions, handoff: Handoff) -> Path:
@@ -207,7 +225,7 @@ def _print_start(options: ServerOptions, names: Mapping[str, int], config: Confi
     clients = f"{config.clients} clients, unchecked"
     if names:
         clients = f"{len(names)} clients' keys: {', '.join(list(names)[:8])}"
-    place = f"behind {options.superlink}" if options.superlink else f"on {options.host}:{options.port}"
+    place = f"behind {options.superlink}" if options.superlink else f"on {join_address(options.host, options.port)}"
     print(f"run directory {options.run}; serving {place} for {clients}", flush=True)
 
 

@@ -91,7 +91,7 @@ OPTIONS = {  # of every command: its options, an argument in capitals; !: requir
     "client": """--state! path, --server text, --credentials path, --insecure flag, --id int>=0, --data text,
         --model text, --config path, --worker path, --cold flag""",
     "worker": """--socket! path, --state path, --credentials path, --id int>=0, --data text, --model text,
-        --config path, --told text""",
+        --config path, --told path""",
 }
 
 

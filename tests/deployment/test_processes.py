@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from fedlora.deployment.processes import (
     free_port,
     is_alive,
     kill_marked,
+    listen,
     scratch_folder,
     stop,
     wait_for_port,
@@ -76,6 +78,48 @@ def test_its_end_is_told_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="short does not listen on port 1: no port"):
         wait_for_port(1, process)
     assert process.code == 3 and [process.pause() for _ in range(3)] == [2.0, 4.0, 8.0]
+
+
+def test_another_programs_listener_is_not_taken_for_the_process(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as others:
+        process = Process("gate", [sys.executable, "-c", "import time; time.sleep(2)"], tmp_path / "log")
+        process.start()
+        with pytest.raises(ConfigError, match="gate does not listen"):
+            wait_for_port(others.getsockname()[1], process)
+
+
+def test_a_process_is_waited_for_until_it_listens_itself(tmp_path: Path) -> None:
+    port = free_port()
+    code = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    process = Process("gate", [sys.executable, "-c", code], tmp_path / "log")
+    process.start()
+    wait_for_port(port, process)
+    assert process.ports() == {port}
+    stop([process])
+
+
+def test_a_taken_port_is_one_sentence() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use.*--port"):
+            listen("127.0.0.1", port)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_every_address_of_ipv6_takes_ipv4_too() -> None:
+    with listen("::", 0) as both:
+        port = both.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=10).close()
+
+
+def test_a_log_has_no_colours_and_no_movements_of_a_cursor(tmp_path: Path) -> None:
+    code = r"print('\x1b[92mINFO \x1b[0m: a\x1b[2K\x1b]0;title\x07b\r\n10%\r20%')"
+    process = Process("coloured", [sys.executable, "-c", code], tmp_path / "log")
+    process.start()
+    process.wait(60)
+    assert process.log_tail() == "INFO : ab | 10% | 20%"
+    assert (tmp_path / "log").read_bytes() == b"INFO : ab\n10%\n20%\n"
 
 
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""What a client's operator is told of the connection to the server, by the log of Flower's SuperNode."""
+
+import time
+
+from fedlora.deployment.processes import Process
+from fedlora.deployment.supervisor import Restart
+
+# What a SuperNode's log says when the server has taken its key, does not answer, and answers again:
+TAKEN, SILENT, ANSWERS = "SuperNode ID:", "Connection attempt failed", "Connection successful after"
+REFUSED = ("2004", "2001")  # Flower's codes for a key that is not known, and for one that is in use
+FORGETS = 70.0  # seconds after which the SuperLink takes a key again that was lost without a farewell
+LONGEST = 120.0  # seconds between two tries with a key that is refused
+FIRST = 60.0  # seconds of silence after which it is said again; the next time after twice as many
+
+
+class ServerConnection:
+    """Says when the server has taken the key, no longer answers, and answers again: once each, then ever rarer."""
+
+    def __init__(self, name: str, server: str) -> None:
+        self._name, self._server = name, server
+        self._taken = False  # by the server, since the SuperNode was started last
+        self._refused = 0  # times, since the server took the key last
+        self._waited = 0.0  # seconds, between those times
+        self._silent_since: float | None = None
+        self._told = FIRST  # seconds of silence after which it is said again
+
+    def news(self, lines: str) -> list[str]:
+        """What there is to say, by the lines that are new in the SuperNode's log."""
+        said = filter(None, map(self._about, lines.splitlines()))
+        return [*said, *self._reminder()]
+
+    def _about(self, line: str) -> str:
+        if TAKEN in line:
+            self._taken, self._refused, self._waited, self._silent_since = True, 0, 0.0, None
+            return f"connected: {self._server} has taken the key of {self._name}, which takes part in its runs"
+        if SILENT in line and self._silent_since is None:
+            self._silent_since, self._told = time.monotonic(), FIRST
+            return f"{self._server} does not answer: its run has ended, or the line is lost; trying again until it does"
+        if ANSWERS in line and self._silent_since is not None:
+            silent, self._silent_since = time.monotonic() - self._silent_since, None
+            return f"{self._server} answers again, after {silent:.0f} s"
+        return ""
+
+    def _reminder(self) -> list[str]:
+        """The line that the server still does not answer, when it is due."""
+        silent = time.monotonic() - self._silent_since if self._silent_since is not None else 0.0
+        if silent < self._told:
+            return []
+        self._told = 2 * silent
+        return [f"{self._server} has not answered for {silent:.0f} s"]
+
+    def ended(self, node: Process) -> Restart:
+        """Why the SuperNode ended, and when it is started again: later each time that its key is refused."""
+        taken, self._taken = self._taken, False
+        words = node.log_tail(15)
+        if any(f"code: {code}]" in words for code in REFUSED):
+            return self._key_refused()
+        if node.code:
+            return Restart(f"code {node.code}", node.pause())
+        if taken:
+            return Restart("the server has ended the session: it was started again, or takes this key no more", 1.0)
+        return self._key_refused()  # with 401, at which a SuperNode ends with code 0
+
+    def _key_refused(self) -> Restart:
+        pause = min(10.0 * 2**self._refused, LONGEST)
+        here = "" if self._waited > FORGETS else "was in use here less than a minute ago, "
+        self._refused += 1
+        self._waited += pause
+        return Restart(
+            f"the server does not take this key: it {here}was removed or is not registered there, or another machine "
+            "uses it now",
+            pause,
+        )
