@@ -130,7 +130,12 @@ def _client_level(setup: RunSetup) -> ClientLevelDP:
     """The mechanism that hides every client in a noised sum."""
     config = setup.config
     return client_level_dp(
-        config.dp, cohort=config.cohort, clients=config.clients, rounds=config.rounds, seed=config.seed
+        config.dp,
+        cohort=config.cohort,
+        clients=config.clients,
+        rounds=config.rounds,
+        seed=config.seed,
+        secure=config.secure.aggregation,
     )
 
 

@@ -50,6 +50,7 @@ class SecAggRound:
 
     roster: Roster
     weights: Mapping[int, float]  # of every member, summing to 1
+    reach: float  # the largest change of a number
     total: Ring
     arrived: set[int] = field(default_factory=set)  # members whose vectors are in the sum
 
@@ -83,8 +84,8 @@ def collect_masked(
         return got
     clip = clipped_sum.clip if clipped_sum else 0.0
     try:
-        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform or clipped_sum is not None)
-        sent = _mask_jobs(fleet, jobs, secagg, got, reach=config.reach, clip=clip)
+        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform or clipped_sum is not None, clip=clip)
+        sent = _mask_jobs(fleet, jobs, secagg, got, clip=clip)
         _sum_masked(fleet, sent, secagg, got)
         plain = _unmask(fleet, secagg)
     except (SecureError, ValueError, KeyError) as e:
@@ -93,15 +94,18 @@ def collect_masked(
         log.warning("secure aggregation: %s", e)
         return got
     got.answered = len(secagg.arrived)
-    total = decode(plain, reach=config.reach, members=len(secagg.weights))
+    total = decode(plain, reach=secagg.reach, members=len(secagg.weights))
     _read(got, next(iter(sent.values())), total, secagg, clipped_sum)
     return got
 
 
 def _advertise_keys(
-    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, got: Collected, *, uniform: bool
+    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, got: Collected, *, uniform: bool, clip: float
 ) -> SecAggRound:
-    """Ask all clients for their public keys; the roster is made of those that answer."""
+    """Ask all clients for their public keys; the roster is made of those that answer.
+
+    No update that is clipped is beyond reach: whether a client drops out would depend on its data.
+    """
     t = next(iter(jobs.values())).round
     context = f"round {t + 1} ({token_hex(8)})"
     joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context, round=t))))
@@ -110,7 +114,7 @@ def _advertise_keys(
     roster = roster_of(SecAggStep("share", context, roster=advertised, threshold=threshold))
     counts = [1.0 if uniform else _count(jobs[i], said) for i, said in joined.items()]
     weights = dict(zip(joined, normalised(counts), strict=True))
-    return SecAggRound(roster, weights, total=np.zeros(0, "<u4"))
+    return SecAggRound(roster, weights, reach=max(config.reach, clip), total=np.zeros(0, "<u4"))
 
 
 def _count(job: Job, said: Mapping[str, str]) -> float:
@@ -119,7 +123,7 @@ def _count(job: Job, said: Mapping[str, str]) -> float:
 
 
 def _mask_jobs(
-    fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, got: Collected, *, reach: float, clip: float
+    fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, got: Collected, *, clip: float
 ) -> dict[int, Job]:
     """Have the members share their secrets; return the jobs of those that did, with what masking needs."""
     roster = secagg.roster
@@ -132,7 +136,7 @@ def _mask_jobs(
         terms = MaskingTerms(
             context=roster.context,
             weight=secagg.weights[i],
-            reach=reach,
+            reach=secagg.reach,
             members=len(roster.keys),
             inbox={sender: said[str(i)] for sender, said in sealed.items() if sender != i},
             clip=clip,

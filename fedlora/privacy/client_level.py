@@ -13,10 +13,15 @@ clip follows that quantile of the norms:
 
 where 1/z^2 = 1/z_D^2 + 1/(2 s)^2 divides the noise between the sum and the count, whose sensitivities are C and 1/2.
 One clip serves a whole round, for its clipping and for its noise.
+
+That a client is in a round with probability q alone makes the release more private only towards those who do not know
+whether it was. Under secure aggregation the members of a round know one another, so there every round counts as one
+that the client was in (q = 1 in the accounting), and the promise is for its data: neighbours are federations in which
+one client's vectors are zero.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, inf, isfinite, sqrt
 from typing import Any
 
@@ -90,6 +95,7 @@ class ClientLevelDP:
     share: float = 0.05  # of 1/z^2, for the count
     seed: int | None = None  # noise and cohorts are drawn from it: an experiment that is NOT PRIVATE
     limit: float = inf  # the largest epsilon that the run may spend
+    amplified: bool = True  # is it secret who was drawn? If not, every round counts as one that the client was in
 
     def sample(self, clients: Sequence[Client], t: int) -> list[Client]:
         """Return the clients of round t. Only the server may know them, so the run's seed does not draw them."""
@@ -99,8 +105,10 @@ class ClientLevelDP:
     def charge(self, before: Sequence[Charge]) -> tuple[Charge, ...]:
         """Return the charges with one more round.
 
-        Raises `PrivacyError`, before the round begins, where that round would spend more than the limit.
+        Where it is no secret who was drawn, the rounds before count as this one does: an older version charged them as
+        amplified. Raises `PrivacyError`, before the round begins, where that round would spend more than the limit.
         """
+        before = before if self.amplified else [replace(charge, rate=1.0) for charge in before]
         after = merge_charges([*before, self.charge_of(rounds=1)])
         there = epsilon(after, delta=self.delta)
         if there > self.limit * (1 + 1e-9):
@@ -112,7 +120,7 @@ class ClientLevelDP:
 
     def charge_of(self, *, rounds: int) -> Charge:
         """Return the charge of so many rounds."""
-        return Charge(noise=self.noise, rate=self.rate, steps=rounds)
+        return Charge(noise=self.noise, rate=self.rate if self.amplified else 1.0, steps=rounds)
 
     def release(self, got: ClippedSum, start: LoRA, t: int, charges: tuple[Charge, ...]) -> NoisedUpdate:
         """Return the start, moved by the noised sum of round t's updates over q n.
@@ -166,16 +174,20 @@ class ClientLevelDP:
         return SecureRandom.seeded(derive(self.seed, "central", purpose, t))
 
 
-def client_level_dp(config: PrivacyConfig, *, cohort: int, clients: int, rounds: int, seed: int) -> ClientLevelDP:
+def client_level_dp(
+    config: PrivacyConfig, *, cohort: int, clients: int, rounds: int, seed: int, secure: bool = False
+) -> ClientLevelDP:
     """Return the client-level mechanism of a run that draws about `cohort` of its `clients` for each round.
 
-    Raises `PrivacyError` for settings that would protect nobody.
+    With `secure` aggregation the noise is for a client that is in every round, as members know who is in one. Raises
+    `PrivacyError` for settings that would protect nobody.
     """
     if config.joins or config.ledger:
         raise PrivacyError("dp.joins and dp.ledger are each client's own; leave them out with dp.level = client")
     rate = cohort / clients
     delta = default_delta(config.delta, units=clients, who=f"{clients} clients")
-    noise = config.noise or calibrate(target=config.epsilon, delta=delta, rate=rate, steps=rounds)
+    accounted = 1.0 if secure else rate
+    noise = config.noise or calibrate(target=config.epsilon, delta=delta, rate=accounted, steps=rounds)
     return ClientLevelDP(
         noise=noise,
         rate=rate,
@@ -187,4 +199,5 @@ def client_level_dp(config: PrivacyConfig, *, cohort: int, clients: int, rounds:
         share=config.quantile_share,
         seed=seed if config.seeded else None,
         limit=config.limit,
+        amplified=not secure,
     )

@@ -133,6 +133,7 @@ def _client_level(dp: ClientLevelDP, rounds: int, job: Job) -> dict[str, Any]:
     return {
         "clients": dp.population,
         "rate": dp.rate,
+        "amplified": dp.amplified,
         "noise": dp.noise,
         "sum_noise": dp.sum_noise,
         "clip": dp.clip,
@@ -165,6 +166,11 @@ def _client_lines(c: Mapping[str, Any]) -> list[str]:
         f"privacy: {c['clients']} clients, rate {c['rate']:.3g}, noise {c['noise']:.3g}, clip {c['clip']:g}; noise on "
         f"the mean is {c['noise_to_signal']:.3g} times the clip",
     ]
+    if not c.get("amplified", True):
+        said.append(
+            "privacy: the members of a round of secure aggregation know one another, so noise and epsilon are for a "
+            "client that is in every round, and that it took part is not hidden"
+        )
     if c["noise_to_signal"] > 1 or c["clients"] < FEW:
         said.append(
             f"WARNING: {c['clients']} clients are too few to hide one among: with noise {c['noise_to_signal']:.3g} "

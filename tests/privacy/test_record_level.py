@@ -7,6 +7,8 @@ import pytest
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import ConfigError, PrivacyError
+from fedlora.jobs import Charge
+from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.client_level import client_level_dp
 from fedlora.privacy.record_level import record_level_dp
 from fedlora.run.compose import compose
@@ -102,6 +104,18 @@ def test_clients_are_hidden_by_noise_for_all_rounds() -> None:
     assert made.rate == 0.02 and made.delta == 1e-5 and made.seed is None
     with pytest.raises(PrivacyError, match=r"dp.delta = 0.01 is not below 1/N = 0.01 of 100 clients"):
         client_level_dp(replace(THREE, level="client", delta=0.01), cohort=20, clients=100, rounds=10, seed=0)
+
+
+def test_under_secure_aggregation_noise_is_for_a_client_that_is_in_every_round() -> None:
+    """Its members are told who else is in a round, so that sampling hides nobody from them."""
+    of = {"cohort": 20, "clients": 1000, "rounds": 10, "seed": 0}
+    hidden = client_level_dp(replace(THREE, level="client"), **of)
+    known = client_level_dp(replace(THREE, level="client"), **of, secure=True)
+    assert known.charge_of(rounds=10) == Charge(noise=known.noise, rate=1.0, steps=10)
+    assert epsilon([known.charge_of(rounds=10)], delta=known.delta) <= 3 and known.noise > 3 * hidden.noise
+    assert known.rate == hidden.rate == 0.02
+    earlier = [Charge(noise=known.noise, rate=0.02, steps=4)]  # of a run that an older version began
+    assert known.charge(earlier) == (Charge(noise=known.noise, rate=1.0, steps=5),)
 
 
 @pytest.mark.parametrize("strategy", ["fedex_lora", "flora", "lora_fair", "flexlora", "hetlora", "florist"])

@@ -12,6 +12,7 @@ from fedlora.errors import Failure, RoundFailed, StrategyError
 from fedlora.lora import LoRA
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
+from fedlora.privacy.client_level import ClientLevelDP
 from fedlora.run.plan import Plan, ResumePoint, RoundResult
 from fedlora.sections import Policy
 from fedlora.server.aggregation import Answers
@@ -88,6 +89,17 @@ def test_below_quorum_a_round_can_be_skipped() -> None:
     policy = Policy(below_quorum="skip", quorum=1.0)
     first, second = run(Few(deaf={0: 1}), Plan(2, 4, policy=policy))
     assert second.train_loss is None and second.state is first.state
+
+
+@pytest.mark.parametrize("below_quorum", ["stop", "skip"])
+@pytest.mark.parametrize("away", [(3,), (0, 1, 2, 3)])
+def test_with_client_level_privacy_a_round_is_released_whoever_answers(below_quorum: Any, away: Sequence[int]) -> None:
+    """Whether it is released would tell who was drawn: those that are away, or others."""
+    hidden = ClientLevelDP(noise=1.0, rate=1.0, population=4, delta=1e-2, clip=1.0)
+    plan = Plan(2, 4, policy=Policy(below_quorum=below_quorum, quorum=1.0), client_level=hidden, metrics=False)
+    rounds = run(Few(deaf=dict.fromkeys(away, 0)), plan)
+    assert not any(done.skipped for done in rounds)
+    assert all(done.client_level and done.client_level.charges[0].steps == done.number for done in rounds)
 
 
 def test_a_run_in_which_nobody_ever_answers_fails() -> None:

@@ -188,6 +188,22 @@ def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
     assert secure.train_loss is None
 
 
+@pytest.mark.parametrize("clients", [2, 3])
+def test_a_cohort_too_small_for_a_sum_is_released_as_noise(clients: int, tmp_path: Path) -> None:
+    """Whether three were drawn and stayed is nothing that a model may tell."""
+    hidden = ClientLevelDP(noise=0.3, rate=1.0, population=clients, delta=1e-2, clip=0.01, amplified=False)
+    plan = replace(PLAN, client_level=hidden, metrics=False, secure=SECURE)
+    done = run(line(tmp_path, (RANK,) * clients, train=1), plan)[0]
+    assert not done.skipped and len(done.failed) == clients and apart(done.state, START) > 0
+
+
+def test_a_clipped_update_is_never_beyond_reach(tmp_path: Path) -> None:
+    """Who drops out may not depend on data, which a reach below the clip would make of it."""
+    hidden = ClientLevelDP(noise=0.3, rate=1.0, population=5, delta=1e-2, clip=10.0, amplified=False)
+    plan = replace(PLAN, client_level=hidden, metrics=False, secure=replace(SECURE, reach=1e-5))
+    assert not run(line(tmp_path), plan)[0].failed
+
+
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_clients_can_be_hidden_from_all_but_a_sum(tmp_path: Path, quantile: float) -> None:
     """They clip before they mask; the server adds the noise to the sum, which is all it sees."""
