@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from flwr.app import RecordDict
 
-from fedlora.client import training
+from fedlora.client import agreement
 from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
 from fedlora.errors import Failure, FedloraError
 from fedlora.jobs import Job
 from fedlora.messages import codec, envelope
+from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import RawMessage, unpack
 from fedlora.messages.parts import payload
 from fedlora.models.model import Model
-from fedlora.storage.client_state import ClientState
 from fedlora.storage.event_log import EventLog
 
 log = logging.getLogger("fedlora")
@@ -31,6 +31,7 @@ class ClientContext:
     rank: int
     event_log: EventLog = EventLog(None)  # noqa: RUF009  of no file, it writes nothing
     shows_rounds: bool = False  # is there a person to see each round's end?
+    agreement: RunAgreement | None = None  # with the run; none in a simulation, where all are of one hand
 
     def read_job(self, message: RawMessage) -> codec.IncomingJob:
         """The job in a message, with a line in the event log about what came in."""
@@ -40,10 +41,23 @@ class ClientContext:
         self.event_log.write("entered", **entry)
         return incoming
 
+    def refuse_unagreed(self, named: str, job: Job | None = None) -> None:
+        """Raise `PrivacyError` for a message that is bound to another agreement, or a job that breaks this one."""
+        if self.agreement:
+            agreement.refuse_unagreed(self.agreement, named, job)
+
     def assemble(self, incoming: codec.IncomingJob) -> Job | codec.MissingParts:
-        """The job with all of its parts, or the names of those that neither came nor lie here."""
+        """The job with all of its parts, or the names of those that neither came nor lie here.
+
+        Raises `PrivacyError` for a job that is not as it was agreed.
+        """
+        self.refuse_unagreed(incoming.head.agreement)
         parts, missing = self.parts.take(incoming)
-        return codec.MissingParts(missing) if missing else incoming.job(parts)
+        if missing:
+            return codec.MissingParts(missing)
+        job = incoming.job(parts)
+        self.refuse_unagreed(incoming.head.agreement, job)
+        return job
 
 
 def describe(client: ClientContext, message: RawMessage) -> RecordDict:
@@ -56,6 +70,7 @@ def describe(client: ClientContext, message: RawMessage) -> RecordDict:
 def take_step(client: ClientContext, message: RawMessage) -> RecordDict:
     """Take a step of secure aggregation, and answer what the step asks for."""
     step = codec.read_secagg_step(message)
+    client.refuse_unagreed(step.agreement)
     client.event_log.write("left", what=f"secure {step.step}", context=step.context)
     return codec.pack_secagg_reply(client.runner.reply(step))
 
@@ -77,12 +92,13 @@ def train(client: ClientContext, message: RawMessage) -> RecordDict:
 
 def evaluate(client: ClientContext, message: RawMessage) -> RecordDict:
     """Evaluate the model that this client would use on its held-out examples, and answer with the metrics."""
-    job = client.assemble(client.read_job(message))
+    incoming = client.read_job(message)
+    job = client.assemble(incoming)
     if isinstance(job, codec.MissingParts):
         return codec.pack_missing_parts(job)
-    kept = ClientState(client.runner.folder).before(job.round + 1)
+    metrics = client.runner.evaluate(client.model, job, incoming.digest(job))
     client.event_log.write("left", what="metrics", round=job.round + 1)
-    return codec.pack_metrics(training.evaluate(client.model, job, client.runner.client_data.heldout, kept))
+    return codec.pack_metrics(metrics)
 
 
 HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], RecordDict]] = {

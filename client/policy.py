@@ -1,7 +1,18 @@
-"""A client's policy: what its own settings allow a server to ask for, whatever the job says."""
+"""A client's policy: what a server may ask of this client. It is complete before the client connects.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+Every field comes from the client's own settings, and nothing that a server says can widen one. It is applied
+four times:
+
+    refuse_agreement    when the client joins a run, to all that the run will ask for
+    refuse              to every job, before anything is trained or charged
+    refuse_evaluation   to every evaluation, before the model sees a held-out example
+    refuse_update       to what is about to leave, tensor by tensor
+
+What is refused reaches the server as a code; the sentence stays on this machine.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import inf
 from pathlib import Path
@@ -10,28 +21,113 @@ from typing import Any
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Job, PrivacyTerms
+from fedlora.jobs import Job, PrivacyTerms, Update
+from fedlora.messages.agreement import COLUMNS, RunAgreement
+from fedlora.messages.parts import payload
+from fedlora.sections import DataConfig, PrivacyConfig
+
+DELTA = 1e-5  # of a client that names none
+FEWEST_SCORED = 10  # held-out examples of which a deployed client tells scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientPolicy:
     """What a client allows a server to ask of it."""
 
-    ledgers: Path | None = None  # where its ledger lies, if not with what else it keeps: a folder that outlives the run
-    budget: float = inf  # most epsilon that its data may be charged with, over all runs of one ledger
-    private: bool = False  # the client trains by DP-SGD, or not at all
-    seeded: bool = True  # noise may come from the run's seed
-    metrics: bool = True  # its training loss may be told
-    masked: bool = False  # its update leaves the client under a mask, or not at all
+    # What leaves
     egress: tuple[str, ...] = ("*",)  # tensors that may leave the client, as `SIDE MODULE`, with *
+    masked: bool = False  # its update leaves the client under a mask, or not at all
+    metrics: bool = True  # its training loss, and scores on held-out examples, may be told
+    fewest_scored: int = 1  # held-out examples without which no scores are told
+
+    # Differential privacy of its records
+    private: bool = False  # the client trains by DP-SGD, or not at all
+    budget: float = inf  # most epsilon that its data may be charged with, over all runs of one ledger
+    delta: float = 1.0  # at which epsilon is reckoned here; a job with a larger one is refused
+    noise: float = 0.0  # least noise over clip
+    unit: str = "row"  # what a record is
+    seeded: bool = True  # noise may come from the run's seed
+    ledgers: Path | None = None  # where its ledger lies, if not with what else it keeps: a folder that outlives the run
+
+    # Its data and model
+    data: DataConfig | None = None  # where its data are and what their columns mean; none: nothing is held against it
+    model: str = ""  # folder or hub id of its base model
+    models: tuple[str, ...] = field(default=("*",))  # base models that a server may name, as ID or ID@REVISION
+
+    def refuse_agreement(self, agreement: RunAgreement) -> None:
+        """Raise `PrivacyError` for a run that will ask for what this client does not allow."""
+        wrong = [*self._too_open(agreement), *self._not_its_data(agreement), *self._not_its_model(agreement)]
+        if wrong:
+            raise PrivacyError(f"this run asks for {'; and for '.join(wrong)}")
 
     def refuse(self, job: Job, records: int) -> None:
         """Raise `PrivacyError` for a job that asks for less privacy than this client wants, or for more tensors."""
         for asked in self._too_little_privacy(job, records):
             raise PrivacyError(f"the server asks for {asked}; have it ask for what was agreed, or leave the run")
-        for tensor in _shared_tensors(job):
-            if not any(fnmatchcase(tensor, pattern) for pattern in self.egress):
-                raise PrivacyError(f'the server asks for "{tensor}", which client.egress does not let out of here')
+        self._refuse_tensors(_asked_tensors(job))
+
+    def refuse_evaluation(self, heldout: int) -> None:
+        """Raise `PrivacyError` for an evaluation on so many held-out examples, where no scores may be told."""
+        if self.masked:
+            raise PrivacyError("the server asks for scores, and secure.aggregation is set here: they have no mask")
+        if not self.metrics:
+            raise PrivacyError("the server asks for scores, and dp.metrics is not set here: they have no noise")
+        if heldout < self.fewest_scored:
+            raise PrivacyError(
+                f"the server asks for scores on {heldout} held-out examples, and fewer than {self.fewest_scored} tell "
+                "too much of each; raise data.holdout here, or leave it at 0 and have none told"
+            )
+
+    def refuse_update(self, update: Update) -> None:
+        """Raise `PrivacyError` for an update with a tensor that may not leave; a masked one was held to its job."""
+        if update.masked is None:
+            self._refuse_tensors(payload(update)[0])
+
+    def _refuse_tensors(self, names: Iterable[str]) -> None:
+        for name in names:
+            if not any(fnmatchcase(name, pattern) for pattern in self.egress):
+                raise PrivacyError(f'the server asks for "{name}", which client.egress does not let out of here')
+
+    def _too_open(self, agreement: RunAgreement) -> Iterator[str]:
+        """What a run asks for in spite of this client's privacy."""
+        if agreement.config.dp.by_record:
+            yield from self._weak_guarantee(agreement.config.dp)
+        elif self.private:
+            yield "no DP-SGD, and dp.epsilon or dp.noise is set here"
+        if agreement.asks_loss and not self.metrics:
+            yield "the training loss, and dp.metrics is not set here"
+        if self.masked and not agreement.config.secure.aggregation:
+            yield "updates without a mask, and secure.aggregation is set here"
+
+    def _weak_guarantee(self, dp: PrivacyConfig) -> Iterator[str]:
+        """What a run's DP-SGD protects less than this client wants."""
+        if dp.unit != self.unit:
+            yield f"privacy of each {dp.unit}, and dp.unit = {self.unit} here: say --dp.unit {dp.unit} to agree to it"
+        if dp.seeded and not self.seeded:
+            yield "noise from a seed, and dp.seeded is not set here"
+
+    def _not_its_data(self, agreement: RunAgreement) -> Iterator[str]:
+        """Columns and classes that a run names, and the client has not named itself."""
+        if self.data is None or not self.data.path:
+            return
+        theirs, mine = configuration.flatten(agreement.config), configuration.flatten(self.data, "data.")
+        for key in COLUMNS:
+            if theirs[key] and not mine[key]:
+                yield f"{key} = {_plain(theirs[key])}, which is not set here: say --{key} to agree to a column"
+        if theirs["data.labels"] and theirs["data.labels"] != mine["data.labels"]:
+            yield (
+                f"the classes {_plain(theirs['data.labels'])}, in this order, and here are "
+                f"{_plain(mine['data.labels']) or 'none'}: say --data.labels to agree to them"
+            )
+
+    def _not_its_model(self, agreement: RunAgreement) -> Iterator[str]:
+        """The base model that a run names, where this client has not allowed it."""
+        model = agreement.config.model
+        if self.model or not model.path:
+            return
+        name = f"{model.path}@{model.revision}" if model.revision else model.path
+        if not any(fnmatchcase(name, pattern) for pattern in self.models):
+            yield f"the base model {name}: say --model with a folder or an id here, or name it in client.models"
 
     def _too_little_privacy(self, job: Job, records: int) -> Iterator[str]:
         """Every reason to refuse the job, as a phrase that completes "the server asks for"."""
@@ -48,33 +144,54 @@ class ClientPolicy:
         """What these terms of DP-SGD lack."""
         if terms.seeded and not self.seeded:
             yield "noise from a seed, and dp.seeded is not set here"
+        if terms.noise < self.noise:
+            yield f"noise = {terms.noise:g}, and dp.noise = {self.noise:g} here"
+        if terms.delta > self.delta:
+            yield f"delta = {terms.delta:g}, and dp.delta = {self.delta:g} here"
         if terms.delta >= 1 / max(records, 1):
             yield f"delta = {terms.delta:g}, which is not below 1/N of the {records} records here"
 
 
-def _shared_tensors(job: Job) -> Iterator[str]:
+def _asked_tensors(job: Job) -> Iterator[str]:
     """The names of all tensors that the job wants back, as `SIDE MODULE`."""
     for side in job.shares:
         for module in job.start.side(side):
             yield f"{side} {module}"
 
 
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
 def client_policy(mine: Mapping[str, Any], ledgers: Path) -> ClientPolicy:
     """The policy of a deployed client, by its own settings alone; its ledgers outlive every run."""
     config = configuration.build(mine)
     where = Path(config.dp.ledger).expanduser() if config.dp.ledger else ledgers
-    return replace(policy_of(config), ledgers=where, seeded=config.dp.seeded)
+    return replace(
+        policy_of(config),
+        ledgers=where,
+        seeded=config.dp.seeded,
+        delta=config.dp.delta or DELTA,
+        noise=config.dp.noise,
+        unit=config.dp.unit,
+        fewest_scored=FEWEST_SCORED,
+        data=config.data,
+        model=config.model.path,
+        models=config.client.models,
+    )
 
 
 def policy_of(config: Config) -> ClientPolicy:
-    """The policy of clients with these settings."""
+    """The policy of clients that are simulated with these settings, which are their own and the server's in one."""
     dp = config.dp
     return ClientPolicy(
-        ledgers=Path(dp.ledger) if dp.ledger else None,
-        budget=dp.limit,
-        private=dp.by_record,
-        seeded=not dp.on or dp.seeded,
-        metrics=not dp.on or dp.metrics,
-        masked=config.secure.aggregation,
         egress=config.client.egress,
+        masked=config.secure.aggregation,
+        metrics=not dp.on or dp.metrics,
+        private=dp.by_record,
+        budget=dp.limit,
+        delta=dp.delta or 1.0,
+        unit=dp.unit,
+        seeded=not dp.on or dp.seeded,
+        ledgers=Path(dp.ledger) if dp.ledger else None,
     )

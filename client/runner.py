@@ -7,6 +7,7 @@ from pathlib import Path
 from fedlora.client import training
 from fedlora.client.ledger import Ledger
 from fedlora.client.policy import ClientPolicy
+from fedlora.client.scored_rounds import ScoredRounds
 from fedlora.client.secure_aggregation import SecAggClient
 from fedlora.data.client_data import ClientData
 from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
@@ -14,6 +15,7 @@ from fedlora.lora import LoRA
 from fedlora.messages.compression import compress_with_error_feedback
 from fedlora.messages.parts import hash_parts_and_job
 from fedlora.messages.sketch import scatter_rows, select_rows
+from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
@@ -96,6 +98,17 @@ class JobRunner:
             store.keep(job.round, kept)
             ledger.keep(digest, answer)
         return replace(answer, spent=ledger.spent(privacy.delta))
+
+    def evaluate(self, model: Model, job: Job, digest: str = "") -> Metrics:
+        """The metrics on the held-out examples of the model that this client would use.
+
+        Raises `PrivacyError` where no scores may be told, or where another job of the round was answered.
+        """
+        heldout = self.client_data.heldout
+        self.policy.refuse_evaluation(len(heldout))
+        if self.once:
+            ScoredRounds(self.folder).note(job.round, digest or hash_parts_and_job(job))
+        return training.evaluate(model, job, heldout, ClientState(self.folder).before(job.round + 1))
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:
         """Answer a step of secure aggregation; a client that joins tells its counts. Raises `SecureError`."""

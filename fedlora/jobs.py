@@ -74,6 +74,7 @@ class SecAggStep:
     roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
     threshold: int = 0
     survivors: tuple[int, ...] = ()
+    agreement: str = ""  # the hash of the run's agreement; none in a simulation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,7 @@ class ClientConfig:
     """What a client goes by, whatever the server asks."""
 
     egress: Annotated[Names, "tensors that may leave it, as SIDE MODULE, with *"] = ("A *", "B *", "R *", "H *")
+    models: Annotated[Names, "base models that a server may name, as hub ID or ID@REVISION, with *"] = ()
 
 
 @dataclass(frozen=True)

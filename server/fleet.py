@@ -59,6 +59,11 @@ class FlowerFleet:
         self._times = defaultdict[str, AnswerTimes](AnswerTimes)  # kind of message -> how long its answers took
         self._begun, self._enough_since = False, inf
 
+    @property
+    def _agreed(self) -> str:
+        """The hash of the agreement by which clients are bound; none where nothing was agreed, as in a simulation."""
+        return self._rules.agreement.hash if self._rules.agreement.settings else ""
+
     def clients(self) -> Sequence[Client]:
         """All clients known, once there are enough to begin; those that joined meanwhile too.
 
@@ -112,7 +117,8 @@ class FlowerFleet:
         """Have every client take its step of secure aggregation, and return the answers."""
         kinds = {ask.step for ask in asks.values()}  # one, as all take the same step
         clock = AnswerClock(self._rules, self._times[f"{SECURE} {kinds}"], len(asks))
-        outbox = Outbox(SECURE, lambda i: codec.pack_secagg_step(asks[i]))
+        bound = {i: replace(ask, agreement=self._agreed) for i, ask in asks.items()}
+        outbox = Outbox(SECURE, lambda i: codec.pack_secagg_step(bound[i]))
         self._push(outbox, asks)
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
@@ -135,7 +141,7 @@ class FlowerFleet:
 
         A client that lost its parts is sent its job again, once, in full.
         """
-        messages = JobMessages(kind, jobs, self.traffic, self.event_log)
+        messages = JobMessages(kind, jobs, self.traffic, self.event_log, self._agreed)
         outbox = Outbox(kind, messages.write)
         self._push(outbox, jobs)
         silent = {i: i in outbox.waiting.values() for i in jobs}  # client -> was it sent its job?
@@ -273,9 +279,11 @@ class Outbox:
 class JobMessages:
     """The messages that bring clients their jobs, each with the parts that its client does not hold."""
 
-    def __init__(self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, event_log: EventLog) -> None:
+    def __init__(
+        self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, event_log: EventLog, agreement: str
+    ) -> None:
         self._kind, self._jobs, self._traffic, self._event_log = kind, jobs, traffic, event_log
-        self._parts, self._encoder = Parts(), codec.JobEncoder()
+        self._parts, self._encoder = Parts(), codec.JobEncoder(agreement)
         self._repeated = set[int]()
 
     def write(self, client: int) -> RecordDict:

@@ -12,6 +12,7 @@ from math import ceil, inf
 from statistics import median
 from typing import Any
 
+from fedlora.messages.agreement import RunAgreement
 from fedlora.sections import Policy
 
 LONGEST = 43_200.0  # seconds that an unanswered message is waited for where nothing says less; Flower keeps it as long
@@ -36,7 +37,7 @@ class FleetRules:
     run: str = ""  # name of the run, by which clients keep their state
     nodes: Mapping[int, int] | None = None  # node -> the client whose key the node has; None: nodes are believed
     ranks: Sequence[int] = ()  # of each client; none: clients are believed
-    settings: Mapping[str, int | float | str | bool] = field(default_factory=dict)  # settings that clients go by
+    agreement: RunAgreement = field(default_factory=RunAgreement)  # what clients are told that they will be asked for
     base: str = ""  # fingerprint of the base model that all must have; none: not compared
     patient: bool = False  # wait for clients that cannot say who they are until they can; else give up
 

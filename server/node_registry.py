@@ -67,7 +67,7 @@ class NodeRegistry:
             if self._tries[n] < MOST_INTRODUCTIONS or now - self._tried.get(n, 0.0) > NEXT_INTRODUCTION
         ]
         self._tried |= dict.fromkeys(due, now)
-        hellos = {node: codec.pack_join_request(self._rules.settings) for node in due}
+        hellos = {node: codec.pack_join_request(self._rules.agreement) for node in due}
         self._asked |= push(self._grid, self._rules.run, MessageType.QUERY, hellos)
 
     def _take_down(self, node: int, reply: Message | Failure) -> None:

@@ -19,7 +19,7 @@ import grpc
 from flwr.app import RecordDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedlora.client import handlers
+from fedlora.client import agreement, handlers
 from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import SERVICE
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
@@ -28,11 +28,10 @@ from fedlora.client.policy import client_policy
 from fedlora.client.runner import JobRunner
 from fedlora.errors import WireError
 from fedlora.messages import codec
+from fedlora.messages.agreement import RunAgreement
 from fedlora.run.setup import ClientSetup, for_client
 from fedlora.storage.event_log import EventLog
-from fedlora.storage.files import write_durably
 
-SETTINGS = "settings.json"
 MOST = 64 * 2**30  # bytes of numbers in a job
 log = logging.getLogger("fedlora")
 
@@ -51,7 +50,7 @@ class WarmWorker:
     """Answers a client's messages, and keeps the model and the data loaded between them."""
 
     identity: ClientIdentity
-    _key: str = ""  # the settings by which the setup was made
+    _key: str = ""  # the hash of the agreement by which the setup was made
     _setup: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
 
@@ -64,42 +63,35 @@ class WarmWorker:
     def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
         """The answer to a message, or a failure as `Failure.dumps` writes it.
 
-        The question who this client is brings the run's settings, by which all later messages are answered.
+        The question who this client is brings the run's agreement, by which all later messages are answered.
         """
         if kind == "who":
-            return handlers.handle(kind, content, lambda m: self._context(m.run, codec.read_join_request(m).settings))
+            return handlers.handle(kind, content, lambda m: self._context(m.run, codec.read_join_request(m)))
         return handlers.handle(kind, content, lambda m: self._context(m.run))
 
-    def _context(self, run: str, brought: Mapping[str, Any] | None = None) -> handlers.ClientContext:
-        """What answers a run's messages; `brought` are the run's settings, if they came with this message."""
+    def _context(self, run: str, offered: RunAgreement | None = None) -> handlers.ClientContext:
+        """What answers a run's messages; `offered` is the run's agreement, if it came with this message."""
         if not run:
             raise WireError("a message names no run, and this client keeps its state by it")
         identity = self.identity
         folder = identity.state / run / str(identity.id)
-        setup = self._setup_for(brought or _settings(folder))
-        if brought:
-            write_durably(folder / SETTINGS, json.dumps(dict(brought)).encode())
         policy = client_policy(identity.settings, identity.state / "ledgers")
+        if offered:
+            agreement.join(folder, offered, policy, run)
+        agreed = agreement.kept(folder)
+        setup = self._setup_for(agreed)
         runner = JobRunner(identity.id, setup.client_data, folder, policy, once=True)
         event_log = EventLog(identity.state / "audit.jsonl", side="client", client=identity.id, run=run)
-        return handlers.ClientContext(setup.model, runner, PartStore(folder), setup.rank, event_log, shows_rounds=True)
+        return handlers.ClientContext(
+            setup.model, runner, PartStore(folder), setup.rank, event_log, shows_rounds=True, agreement=agreed
+        )
 
-    def _setup_for(self, settings: Mapping[str, Any]) -> ClientSetup:
-        """The model and the data by a run's settings: those that are loaded, if they are the same."""
-        key = repr(sorted(settings.items()))
-        if self._setup is None or key != self._key:
+    def _setup_for(self, agreed: RunAgreement) -> ClientSetup:
+        """The model and the data by a run's agreement: those that are loaded, if it is the same."""
+        if self._setup is None or agreed.hash != self._key:
             self._setup = None  # free the memory first: there may be no room for two models
-            self._setup, self._key = for_client(settings, self.identity.settings, self.identity.id), key
+            self._setup, self._key = for_client(agreed.settings, self.identity.settings, self.identity.id), agreed.hash
         return self._setup
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """The run's settings that came with the question who this client is. Raises `WireError` if they are lost."""
-    try:
-        settings: Mapping[str, Any] = json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError) as e:
-        raise WireError(f"{folder / SETTINGS} cannot be read, so this run's settings are not known here: {e}") from e
-    return settings
 
 
 def answer_once(file: Path, kind: str, content: RecordDict) -> RecordDict | str:

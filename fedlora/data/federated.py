@@ -70,7 +70,7 @@ def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int
     else:
         schema, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
     if schema.labels and not data.labels:
-        raise ConfigError("the server does not say which classes there are, and in what order; have it set data.labels")
+        raise ConfigError("this client does not say which classes there are, and in what order; give it --data.labels")
     kept, held = hold_out([rows], data.holdout, "data.holdout", seed=seed, first=id)
     return Federated(schema, tuple(kept), tuple(held), evaluation=())
 

@@ -23,6 +23,7 @@ from fedlora.metrics import Metrics
 from fedlora.sections import Encoding, Training
 from fedlora.tensors import by_name, to_bytes
 
+from .agreement import RunAgreement
 from .envelope import RawMessage, as_array, pack, read_head
 from .parts import FlatAdapter, content_hash, job_hash, part_names
 
@@ -57,6 +58,7 @@ class JobHead:
     start: tuple[str, ...]  # names of its parts, by the sides' order
     offset: tuple[str, ...]
     sent: tuple[tuple[str, int], ...]  # (name, bytes) of each part in the array, in order
+    agreement: str = ""  # the hash of the run's agreement, to which the job is bound; none in a simulation
 
 
 @checked(frozen=True, config=STRICT)
@@ -80,13 +82,6 @@ class MetricsHead:
     loss: float
     correct: int
     kind: Literal["metrics"] = "metrics"
-
-
-@checked(frozen=True, config=STRICT)
-class JoinRequest:
-    """The question who a client is, with those of the run's settings that clients need."""
-
-    settings: dict[str, int | float | str | bool]
 
 
 @checked(frozen=True, config=STRICT)
@@ -138,9 +133,13 @@ class IncomingJob:
 
 
 class JobEncoder:
-    """Encodes the jobs of a round. Parts that several clients lack are joined into one array once for all of them."""
+    """Encodes the jobs of a round. Parts that several clients lack are joined into one array once for all of them.
 
-    def __init__(self) -> None:
+    Every job is bound to the run's agreement by its hash.
+    """
+
+    def __init__(self, agreement: str = "") -> None:
+        self._agreement = agreement
         self._joined: dict[tuple[str, ...], ArrayRecord] = {}
 
     def job(self, job: Job, parts: Mapping[str, FlatAdapter], missing: Mapping[str, FlatAdapter]) -> RecordDict:
@@ -148,7 +147,8 @@ class JobEncoder:
         sent = {part.name: part.content for part in missing.values()}
         start, offset = part_names(parts)
         sizes = tuple((name, len(content)) for name, content in sent.items())
-        return pack(JobHead(**_plain(job), start=start, offset=offset, sent=sizes), self._array(sent))
+        head = JobHead(**_plain(job), start=start, offset=offset, sent=sizes, agreement=self._agreement)
+        return pack(head, self._array(sent))
 
     def _array(self, sent: Mapping[str, bytes]) -> ArrayRecord | None:
         key = tuple(sent)
@@ -228,11 +228,11 @@ def pack_client(client: Client, base: str = "") -> RecordDict:
     return pack(ClientInfo(client, base))
 
 
-def pack_join_request(settings: Mapping[str, int | float | str | bool]) -> RecordDict:
-    """The message of the question who a client is, with the settings it needs."""
-    return pack(JoinRequest(dict(settings)))
+def pack_join_request(agreement: RunAgreement) -> RecordDict:
+    """The message of the question who a client is, which brings the agreement that the run offers."""
+    return pack(agreement)
 
 
-def read_join_request(message: RawMessage) -> JoinRequest:
-    """The question in a message of `pack_join_request`. Raises `WireError`."""
-    return read_head(message, JoinRequest)
+def read_join_request(message: RawMessage) -> RunAgreement:
+    """The agreement in a message of `pack_join_request`. Raises `WireError`."""
+    return read_head(message, RunAgreement)

@@ -33,11 +33,25 @@ class RawMessage:
 
 def pack(head: Any, array: ArrayRecord | None = None) -> RecordDict:
     """The message with this head and, where it has numbers, their array."""
-    kind: Any = type(head)
-    records = RecordDict({"head": ConfigRecord({"json": _adapter(kind).dump_json(head).decode()})})
+    records = RecordDict({"head": ConfigRecord({"json": to_json(head).decode()})})
     if array is not None:
         records["array"] = array
     return records
+
+
+def to_json(head: Any) -> bytes:
+    """The head of a message as JSON, with its fields in their order."""
+    kind: Any = type(head)
+    return _adapter(kind).dump_json(head)
+
+
+def from_json(text: bytes, kind: type[T]) -> T:
+    """The value of this type that `to_json` wrote. Raises `WireError` for anything else."""
+    try:
+        value: T = TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as e:
+        raise WireError(printable(f"no {kind.__name__}: {e.errors()[0]['msg']}")) from e
+    return value
 
 
 def as_array(content: bytes) -> ArrayRecord:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from fedlora.data.rows import Rows
 from fedlora.data.schema import Schema
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.lora import LoRA
+from fedlora.messages.agreement import DATA, may_name
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.privacy.secure_aggregation import FEWEST
@@ -29,10 +29,6 @@ from fedlora.privacy.secure_aggregation import FEWEST
 from .client_ranks import ranks
 from .directory import RunDirectory
 
-Plain = int | float | str | bool
-# Settings that are paths on the server's disk: removed from what clients are sent, and ignored by a client if they come
-# all the same.
-SERVER_PATHS = ("data.path", "data.eval", "lora.init_data", "dp.ledger")
 ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
 
 
@@ -164,19 +160,6 @@ def reopen(folder: RunDirectory, config: Config) -> RunSetup:
     return for_server(config, config.clients) if deployed else prepare(config)
 
 
-def settings_for_clients(config: Config) -> dict[str, Plain]:
-    """The settings of a run that its clients are sent: all but where the server has its own files."""
-    flat = {key: value for key, value in configuration.flatten(config).items() if not key.startswith("option.")}
-    plain = {key: ", ".join(value) if isinstance(value, list) else value for key, value in flat.items()}
-    changed = {"model.path": _model_name(config.model.path), "data.partition": "auto"}
-    return plain | dict.fromkeys(SERVER_PATHS, "") | changed
-
-
-def _model_name(path: str) -> str:
-    """A hub id as it is; of a folder its last name, marked as the server's own."""
-    return f"{ELSEWHERE}{Path(path).name}" if path and Path(path).is_dir() else path
-
-
 def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> ClientSetup:
     """One client's pieces of a deployed run, by the run's settings under those that are the client's own to choose.
 
@@ -191,12 +174,17 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) ->
 
 
 def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
-    """The run's settings under the client's own; a path is the client's own or none."""
-    known = {setting.key for setting in configuration.settings()} - {*SERVER_PATHS}
-    run = {key: value for key, value in settings.items() if key in known}
+    """The run's settings under the client's own. What its data are, and mean, it takes from itself alone."""
+    run = {key: value for key, value in settings.items() if may_name(key) and not _is_its_own(key)}
     if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
         run["lora.init"] = "kaiming"
-    return configuration.build(run, {key: value for key, value in mine.items() if _shapes_data(key)}, _base(run, mine))
+    own = {key: value for key, value in mine.items() if _shapes_data(key)}
+    return configuration.build(run, own, _base(settings, mine))
+
+
+def _is_its_own(key: str) -> bool:
+    """Whether a setting is the client's own to choose, whatever the run says: how its rows are read, split, counted."""
+    return key in DATA or key in ("dp.unit", "model.path", "model.revision")
 
 
 def _shapes_data(key: str) -> bool:
@@ -205,14 +193,16 @@ def _shapes_data(key: str) -> bool:
 
 
 def _base(run: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, str]:
-    """Where the base model is for this client: where it says itself, or the hub id of the run."""
-    path = str(mine.get("model.path") or run.get("model.path", ""))
+    """Where the base model is for this client, and its revision: as it says itself, or else as was agreed."""
+    if path := mine.get("model.path"):
+        return {"model.path": str(path), "model.revision": str(mine.get("model.revision", ""))}
+    path = str(run.get("model.path", ""))
     if path.startswith(ELSEWHERE):
         raise ConfigError(
             f"the server has the base model in a folder of its own, {path.removeprefix(ELSEWHERE)}; give --model the "
             "folder of the same files here"
         )
-    return {"model.path": path}
+    return {"model.path": path, "model.revision": str(run.get("model.revision", ""))}
 
 
 def mute_transformers() -> None:

@@ -14,9 +14,10 @@ from fedlora import config as configuration
 from fedlora.deployment.json_logs import log_json
 from fedlora.deployment.processes import is_alive
 from fedlora.errors import FedloraError
+from fedlora.run.agreement import agreement_for_clients
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory
-from fedlora.run.setup import RunSetup, for_server, prepare, settings_for_clients
+from fedlora.run.setup import RunSetup, for_server, prepare
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.prometheus import PrometheusExporter
 from fedlora.server.fleet import FlowerFleet
@@ -116,7 +117,7 @@ def _rules(setup: RunSetup, order: RunOrder, run: str) -> FleetRules:
         run=run,
         nodes=nodes,
         ranks=setup.ranks,
-        settings=settings_for_clients(setup.config),
+        agreement=agreement_for_clients(setup),
         base=setup.model.fingerprint,
         patient=True,
     )

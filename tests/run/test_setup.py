@@ -11,7 +11,8 @@ from fedlora import config
 from fedlora.client.policy import client_policy
 from fedlora.config import check_client_settings
 from fedlora.errors import ClientFailed, ConfigError
-from fedlora.run.setup import RunSetup, for_client, for_server, prepare, settings_for_clients
+from fedlora.run.agreement import agreement_for_clients
+from fedlora.run.setup import RunSetup, for_client, for_server, prepare
 from tests.support.models import make
 
 SETTINGS = {"cohort": 2, "lora.rank": 4, "lora.ranks": "2,4,3", "strategy": "flora", "model.max_length": 16}
@@ -36,6 +37,10 @@ def settings(folder: Path) -> dict[str, object]:
     return {**SETTINGS, "model.path": str(folder / "model"), "data.eval": str(folder / "eval.jsonl")}
 
 
+def agreed(server: RunSetup) -> dict[str, bool | int | float | str]:
+    return agreement_for_clients(server).settings
+
+
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> RunSetup:
     return prepare(config.build(settings(folder), {"data.path": str(folder / "site_*.jsonl")}))
@@ -58,7 +63,8 @@ def test_a_client_has_the_simulations_examples_and_rank(
     i: int, folder: Path, server: RunSetup, whole: RunSetup
 ) -> None:
     mine = {"data.path": str(folder / f"site_{i}.jsonl"), "model.path": str(folder / "model")}
-    party = for_client(settings_for_clients(server.config), mine, i)
+    mine |= {"data.labels": ", ".join(server.config.data.labels), "data.holdout": 0.3}
+    party = for_client(agreed(server), mine, i)
     assert party.rank == whole.ranks[i] and party.model.fingerprint == server.model.fingerprint
     assert list(party.client_data.train_rows) == list(whole.clients_data[i].train_rows)
     assert list(party.client_data.heldout_rows) == list(whole.clients_data[i].heldout_rows)
@@ -69,14 +75,14 @@ def test_a_client_has_the_simulations_examples_and_rank(
 
 
 def test_clients_are_not_told_where_the_server_has_its_files(server: RunSetup, folder: Path) -> None:
-    assert str(folder) not in json.dumps(settings_for_clients(server.config))
+    assert str(folder) not in json.dumps(agreed(server))
     with pytest.raises(ConfigError, match="in a folder of its own, model; give --model"):
-        for_client(settings_for_clients(server.config), {"data.path": str(folder / "site_0.jsonl")}, 0)
+        for_client(agreed(server), {"data.path": str(folder / "site_0.jsonl")}, 0)
 
 
 def test_a_server_cannot_name_files_of_a_clients(server: RunSetup, folder: Path) -> None:
     """A server may send any setting: the client reads its own data, or its share of the embedded data."""
-    evil = settings_for_clients(server.config) | {
+    evil = agreed(server) | {
         "data.path": str(folder / "site_1.jsonl"),
         "model.task": "lm",
         "data.labels": "",
@@ -87,7 +93,7 @@ def test_a_server_cannot_name_files_of_a_clients(server: RunSetup, folder: Path)
 
 def test_an_embedded_client_beyond_the_shares_is_told_so(server: RunSetup) -> None:
     with pytest.raises(ClientFailed, match="client 7 has no share of the embedded data of 3 clients"):
-        for_client(settings_for_clients(server.config) | {"model.path": ""}, {}, 7)
+        for_client(agreed(server) | {"model.path": ""}, {}, 7)
 
 
 def test_only_what_is_its_own_is_a_clients_to_set() -> None:

@@ -21,9 +21,11 @@ from fedlora import config
 from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import is_serving
 from fedlora.messages import codec, envelope
+from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import unpack
 from fedlora.messages.parts import Parts
-from fedlora.run.setup import RunSetup, for_server, settings_for_clients
+from fedlora.run.agreement import agreement_for_clients
+from fedlora.run.setup import RunSetup, for_server
 from fedlora.sections import Training
 from fedlora.server import upload_checks
 from fedlora.strategy import Job, Update
@@ -32,7 +34,7 @@ from tests.support.models import make
 ROOT = Path(__file__).parents[3]
 HERE = ROOT / "client" / "deployment"
 RUN = "20260101-abc"
-SETTINGS = {"clients": 1, "cohort": 1, "lora.rank": 3, "model.max_length": 16, "threads": 1}
+SETTINGS = {"clients": 1, "cohort": 1, "lora.rank": 3, "model.max_length": 16, "threads": 1, "rounds": 9}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ class Beside:
 def beside(setup: RunSetup, tmp_path: Path) -> Iterator[Beside]:
     made = Beside(tmp_path, setup.config.model.path)
     try:
-        made.ask("who", codec.pack_join_request(settings_for_clients(setup.config)))
+        made.ask("who", codec.pack_join_request(agreement_for_clients(setup)))
         yield made
     finally:
         made.process.kill()
@@ -83,9 +85,9 @@ def job(setup: RunSetup, steps: int = 1, round: int = 0) -> Job:
     return Job(setup.start, training=Training(steps=steps, batch_size=4), round=round, rounds=9)
 
 
-def letter(a_job: Job) -> RecordDict:
+def letter(setup: RunSetup, a_job: Job) -> RecordDict:
     parts = Parts().of(a_job)
-    return codec.JobEncoder().job(a_job, parts, parts)
+    return codec.JobEncoder(agreement_for_clients(setup).hash).job(a_job, parts, parts)
 
 
 def update(records: RecordDict, a_job: Job) -> Update:
@@ -99,17 +101,17 @@ def same(x: Update, y: Update) -> bool:
 
 
 def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(beside: Beside, setup: RunSetup) -> None:
-    first = update(beside.ask("train", letter(job(setup))), job(setup))
-    again = update(beside.ask("train", letter(job(setup))), job(setup))
+    first = update(beside.ask("train", letter(setup, job(setup))), job(setup))
+    again = update(beside.ask("train", letter(setup, job(setup))), job(setup))
     assert same(first, again) and beside.log.count("trained round 1") == 1
-    other = update(beside.ask("train", letter(job(setup, round=1))), job(setup, round=1))
+    other = update(beside.ask("train", letter(setup, job(setup, round=1))), job(setup, round=1))
     assert not same(first, other)
 
 
 def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Beside, setup: RunSetup) -> None:
     """The same socket, the same files: whoever asked waits, asks again, and sees nothing of it."""
     long, answers = job(setup, steps=300), list[RecordDict]()
-    asking = Thread(target=lambda: answers.append(beside.ask("train", letter(long))))
+    asking = Thread(target=lambda: answers.append(beside.ask("train", letter(setup, long))))
     asking.start()
     while not list((beside.folder / "state" / RUN / "0").glob("*.part")):
         time.sleep(0.01)
@@ -122,20 +124,20 @@ def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Besid
 
 
 def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside, setup: RunSetup) -> None:
-    before = update(beside.ask("train", letter(job(setup))), job(setup))
+    before = update(beside.ask("train", letter(setup, job(setup))), job(setup))
     beside.process.kill()
     beside.process.wait()
     beside.start()
-    assert same(before, update(beside.ask("train", letter(job(setup))), job(setup)))
+    assert same(before, update(beside.ask("train", letter(setup, job(setup))), job(setup)))
 
 
 def test_what_it_refuses_is_a_reason(beside: Beside, setup: RunSetup) -> None:
     with pytest.raises(RuntimeError, match="settings are not known here"):
-        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(job(setup)), "other-run"), None)
+        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(setup, job(setup)), "other-run"), None)
     with pytest.raises(RuntimeError, match="a run's name has up to 40"):
-        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(job(setup)), "../../etc"), None)
+        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(setup, job(setup)), "../../etc"), None)
     with pytest.raises(RuntimeError, match="a message is no JobHead"):
-        beside.ask("train", codec.pack_join_request({}))
+        beside.ask("train", codec.pack_join_request(RunAgreement()))
 
 
 def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(beside: Beside) -> None:

@@ -1,0 +1,38 @@
+"""The last round in which a client told scores on its held-out examples: once a round, of one model."""
+
+import json
+from pathlib import Path
+
+from fedlora.errors import LedgerError, PrivacyError
+from fedlora.storage.files import write_durably
+
+
+class ScoredRounds:
+    """A file that holds the last round of which scores were told, and the job for which."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "scored.json"
+
+    def note(self, round: int, job: str) -> None:
+        """Write down, before anything is evaluated, that this job of this round (from 0) is.
+
+        Raises `PrivacyError` for another job of that round or of an earlier one: a server that may have a model of its
+        choice scored as often as it likes learns of single examples.
+        """
+        last, done = self._read()
+        if round < last or (round == last and job != done):
+            raise PrivacyError(
+                f"the server asks for scores of round {round + 1}, and those of round {last + 1} were told; scores are "
+                "told once a round"
+            )
+        if round > last:
+            write_durably(self._path, json.dumps({"round": round, "job": job}).encode(), mode=0o600)
+
+    def _read(self) -> tuple[int, str]:
+        if not self._path.exists():
+            return -1, ""
+        try:
+            said = json.loads(self._path.read_text(encoding="utf-8"))
+            return int(said["round"]), str(said["job"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise LedgerError(f"{self._path} cannot be read ({e}); put it back from a copy, or leave the run") from e

@@ -1,0 +1,153 @@
+"""The agreement of a run: what its server says, once, that it will ask of a client.
+
+A client holds it against its own policy, shows it to its operator in words and keeps it. Its hash is in every later
+message of the run, and a job that differs from it in an agreed point is refused, whatever else would allow it.
+
+Training settings are agreed as the run has them; a strategy may still give a client another learning rate or number of
+steps, within the bounds of the messages. What privacy rests on may not differ.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from hashlib import sha256
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
+
+from fedlora import config as configuration
+from fedlora.config import Config
+from fedlora.errors import ConfigError, WireError
+from fedlora.jobs import Job, PrivacyTerms
+
+from .envelope import to_json
+
+SECTIONS = ("model.", "lora.", "train.", "dp.", "secure.", "messages.")  # whose settings a server may name
+SINGLE = ("strategy", "rounds", "clients", "seed")  # and settings beside the sections
+COLUMNS = ("data.text", "data.label", "data.prompt", "data.response", "data.messages", "data.image")
+DATA = (*COLUMNS, "data.labels", "data.holdout")  # named to a client, and never taken from a server
+OWN = ("lora.init_data", "dp.ledger", "dp.budget", "model.device")  # of the machine that has them
+MAY_CHANGE = ("rounds",)  # when a run is resumed; the client is shown the new agreement
+MOST = {"lora.rank": 4096, "model.max_length": 131_072, "clients": 1_000_000, "rounds": 1_000_000}
+DELTA = 1e-5  # largest delta of a run that names none
+
+Plain = bool | int | Annotated[float, Field(allow_inf_nan=True)] | Annotated[str, Field(max_length=2000)]
+Sides = Annotated[str, Field(pattern="^[ABRDH]{0,5}$")]
+
+
+def may_name(key: str) -> bool:
+    """Whether an agreement may have this setting."""
+    return key in (*SINGLE, *DATA) or (key.startswith(SECTIONS) and key not in OWN)
+
+
+@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="constants"))
+class RunAgreement:
+    """The settings of a run by which its clients go, and the sides of the adapter that it may ever ask for."""
+
+    settings: Annotated[dict[str, Plain], Field(max_length=200)] = Field(default_factory=dict)  # by dotted key
+    trains: Sides = ""  # the sides that a job may train, in any round
+    shares: Sides = ""  # the sides that a job may have sent back
+    base: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")] = ""  # fingerprint of the base model; none: any
+
+    @cached_property
+    def hash(self) -> str:
+        """The name of this agreement, which every message of the run carries."""
+        return sha256(to_json(self)).hexdigest()
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings, built. Raises `WireError` for a setting that no agreement may have, or out of its bounds."""
+        for key in self.settings:
+            if not may_name(key):
+                raise WireError("the server names a setting that is no part of an agreement")
+        try:
+            built = configuration.build(self.settings)
+        except ConfigError as e:
+            raise WireError(f"the settings of the agreement do not go together: {e}") from e
+        for key, most in MOST.items():
+            if float(self.settings.get(key, 0)) > most:
+                raise WireError(f"the agreement has {key} = {self.settings[key]}; the most is {most}")
+        return built
+
+    @property
+    def asks_loss(self) -> bool:
+        """May clients be asked for their training loss?"""
+        return not self.config.dp.on or self.config.dp.metrics
+
+    @property
+    def asks_scores(self) -> bool:
+        """Will clients be asked for scores on their held-out examples?"""
+        return self.config.data.holdout > 0
+
+    def differences(self, other: "RunAgreement") -> list[str]:
+        """What differs in another agreement, by name, leaving out what may change when a run is resumed."""
+        mine, theirs = (self.settings, other.settings)
+        keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+        rest = [name for name in ("trains", "shares", "base") if getattr(self, name) != getattr(other, name)]
+        return [key for key in keys if key not in MAY_CHANGE] + rest
+
+    def broken_by(self, job: Job) -> list[str]:
+        """The agreed points in which a job differs, each as a phrase; none for a job as it was agreed."""
+        return [*self._sides(job), *self._course(job), *self._told(job), *self._privacy(job.privacy)]
+
+    def _sides(self, job: Job) -> Iterator[str]:
+        if not set(job.trains) <= set(self.trains):
+            yield f"trains {job.trains}, agreed were {self.trains}"
+        if not set(job.shares) <= set(self.shares):
+            yield f"has {job.shares} sent back, agreed were {self.shares}"
+
+    def _course(self, job: Job) -> Iterator[str]:
+        if job.rounds != self.config.rounds or not 0 <= job.round < job.rounds:
+            yield f"is of round {job.round + 1} of {job.rounds}, agreed were {self.config.rounds}"
+        if job.upload not in ("float32", self.config.messages.up):
+            yield f"has the update sent as {job.upload}, agreed was {self.config.messages.up}"
+
+    def _told(self, job: Job) -> Iterator[str]:
+        if job.metrics and not self.asks_loss:
+            yield "asks for the training loss, which was not agreed"
+        if (job.masking is None) == self.config.secure.aggregation:
+            yield "masks the update where that was not agreed, or does not where it was"
+
+    def _privacy(self, terms: PrivacyTerms | None) -> Iterator[str]:
+        dp = self.config.dp
+        if (terms is None) == dp.by_record:
+            yield "has DP-SGD where that was not agreed, or none where it was"
+        if terms is None:
+            return
+        if (terms.clip, terms.head_share, terms.engine, terms.seeded) != (dp.clip, dp.head_share, dp.engine, dp.seeded):
+            yield "clips, or draws its noise, other than was agreed"
+        if terms.delta > (dp.delta or DELTA):
+            yield f"has delta = {terms.delta:g}, agreed was {dp.delta or DELTA:g}"
+        if terms.noise < dp.noise:
+            yield f"has noise = {terms.noise:g}, agreed was {dp.noise:g}"
+
+    def words(self) -> list[str]:
+        """The agreement as lines for whoever answers for the client's data."""
+        config = self.config
+        rank = f"{config.lora.kind} of rank {config.lora.rank}"
+        model = config.model.path or "the small model that comes with fedlora"
+        return [
+            f"{config.strategy}, {config.rounds} rounds, {rank} on {model}",
+            f"trained here: {_sides(self.trains)}; sent back: {_sides(self.shares)}",
+            f"privacy of records: {self._privacy_in_words()}",
+            f"training loss: {'told' if self.asks_loss else 'not told'}; "
+            f"scores on held-out examples: {'asked for' if self.asks_scores else 'none'}",
+            f"secure aggregation: {'yes' if config.secure.aggregation else 'no'}; agreement {self.hash[:12]}",
+        ]
+
+    def _privacy_in_words(self) -> str:
+        dp = self.config.dp
+        if not dp.by_record:
+            return "none by DP-SGD" + (", the server adds noise to sums of clients" if dp.by_client else "")
+        noise = f"epsilon {dp.epsilon:g}" if not dp.noise else f"noise {dp.noise:g}"
+        seeded = "; noise from a seed: NOT PRIVATE" if dp.seeded else ""
+        return f"DP-SGD by {dp.unit}, {noise}, delta {dp.delta or DELTA:g} at most, clip {dp.clip:g}{seeded}"
+
+
+def _sides(sides: str) -> str:
+    return ", ".join(sides) or "nothing"
+
+
+def agreed_settings(settings: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Those of a run's settings that its agreement has."""
+    return {key: value for key, value in settings.items() if may_name(key)}

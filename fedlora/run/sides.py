@@ -1,0 +1,42 @@
+"""The sides of the adapter that a strategy may ever have trained, and sent back: a few of its rounds are played."""
+
+from typing import Any
+
+import torch
+
+from fedlora.lora import SIDES, LoRA
+from fedlora.strategy import Client, Sender, Strategy, next_state
+
+ROUNDS = 4  # played; a strategy that takes turns with the sides has been through them by then
+EVERY = "".join(side for side in SIDES if side != "D")
+
+
+def sides(strategy: Strategy[Any]) -> tuple[str, str]:
+    """The sides that clients train and those that they send, in any round, by their letters.
+
+    A strategy that fails on the made-up factors, as one of a user's own may, is taken to want every side.
+    """
+    try:
+        played = _play(strategy)
+    except Exception:  # whatever a user's strategy raises
+        return EVERY, EVERY
+    return played
+
+
+def _play(strategy: Strategy[Any]) -> tuple[str, str]:
+    """The union of the sides of some rounds' jobs, on an adapter with one small module."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator)
+    state = strategy.init(LoRA({"m": a}, {"m": b}, {"head": torch.ones(2)}))
+    trained, shared = set[str](), set[str]()
+    for _ in range(ROUNDS):
+        job = strategy.client_init(state, Client(id=0, examples=1, rank=2))
+        trained |= {*job.trains}
+        shared |= {*job.shares}
+        update = job.start.only(job.shares)
+        state = next_state(strategy, state, [update, update], [1.0, 1.0], [Sender(0, 1), Sender(1, 1)])
+    return _ordered(trained), _ordered(shared)
+
+
+def _ordered(letters: set[str]) -> str:
+    return "".join(side for side in SIDES if side in letters)

@@ -1,0 +1,50 @@
+"""What a strategy's jobs may train and send is known before a run, so that clients can agree to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from fedlora.lora import LoRA
+from fedlora.run.sides import sides
+from fedlora.strategy import Client, Job, Strategy, catalogue, load
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("fedavg", ("ABH", "ABH")), ("fedsa_lora", ("ABH", "A")), ("ffa_lora", ("BH", "BH")), ("fed_sb", ("RH", "RH"))],
+)
+def test_the_sides_are_those_of_the_paper(name: str, found: tuple[str, str]) -> None:
+    assert sides(load(name)) == found
+
+
+def test_a_strategy_that_takes_turns_wants_the_sides_of_all_turns() -> None:
+    assert sides(load("rolora")) == ("ABH", "ABH")
+
+
+@pytest.mark.parametrize("entry", catalogue(), ids=lambda e: e.name)
+def test_they_hold_those_of_the_first_round(entry: object) -> None:
+    trains, shares = sides(entry.default)  # type: ignore[attr-defined]
+    first = entry.sides  # type: ignore[attr-defined]
+    assert {*first[0]} <= {*trains} and {*first[1]} <= {*shares}
+
+
+@dataclass(frozen=True)
+class Picky(Strategy[LoRA]):
+    """It knows one model's modules, as a user's own may."""
+
+    def init(self, lora: LoRA) -> LoRA:
+        return LoRA({"q": lora.A["q"]})
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(state)
+
+    def aggregate(self, state: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
+        return state
+
+    def adapter(self, state: LoRA) -> LoRA:
+        return state
+
+
+def test_a_strategy_that_fails_on_made_up_factors_is_taken_to_want_every_side() -> None:
+    assert sides(Picky()) == ("ABRH", "ABRH")
