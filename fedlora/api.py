@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ def new_run(layer: Mapping[str, Any], given: Mapping[str, Any], out: Path | None
 
 def run_to_resume(path: Path, given: Mapping[str, Any]) -> tuple[RunDirectory, Config]:
     """The directory and the settings of a run that goes on; only what its finished rounds do not rest on may change."""
-    fixed = sorted(key for key in given if key not in CHANGEABLE_ON_RESUME and not key.startswith("server."))
+    fixed = sorted(key for key in given if not configuration.may_change(key))
     if fixed:
         raise ConfigError(
             f"{fixed[0]} cannot change in a run that is resumed; {', '.join(CHANGEABLE_ON_RESUME)} and server.* can"
@@ -98,20 +100,24 @@ def run_to_resume(path: Path, given: Mapping[str, Any]) -> tuple[RunDirectory, C
 
 
 def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_on: bool = False) -> Result:
-    """Load model and data, run the rounds that are left, and write the adapter."""
-    screen.say(f"run directory {folder.path}; loading model and data")
-    mute_transformers()
-    setup = prepare(config)
-    folder.create(setup.config, again=goes_on)
-    try:
-        _with_fleet(setup, folder, screen, lambda fleet: run_rounds(setup, fleet, folder, screen))
-    except KeyboardInterrupt:
-        screen.close()
-        screen.say(f"interrupted; go on with: fedlora simulate --resume {folder.path}")
-        raise
-    finally:
-        screen.close()
-    return Result(folder.path, tuple(folder.records()))
+    """Load model and data, run the rounds that are left, and write the adapter, as the only process that writes there.
+
+    Raises `ConfigError` where another process does.
+    """
+    with folder.only_writer():
+        screen.say(f"run directory {folder.path}; loading model and data")
+        mute_transformers()
+        setup = prepare(config)
+        folder.create(setup.config, again=goes_on, files=setup.files)
+        try:
+            _with_fleet(setup, folder, screen, lambda fleet: run_rounds(setup, fleet, folder, screen))
+        except KeyboardInterrupt:
+            screen.close()
+            screen.say(f"interrupted; go on with: fedlora simulate --resume {folder.path}")
+            raise
+        finally:
+            screen.close()
+        return Result(folder.path, tuple(folder.records()))
 
 
 def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, serve: Callable[[Fleet], None]) -> None:
@@ -131,12 +137,14 @@ def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, 
 
 
 def _unused(strategy: str) -> Path:
-    """`runs/<time>-<strategy>`, with a number where two runs start in one second."""
+    """Make `runs/<time>-<strategy>`, with a number where several runs start in one second, and return it."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.rsplit(':')[-1]}"
-    folder, n = Path("runs") / name, 2
-    while folder.exists():
-        folder, n = Path("runs") / f"{name}-{n}", n + 1
-    return folder
+    for ending in chain([""], (f"-{n}" for n in count(2))):
+        with suppress(FileExistsError):
+            folder = Path("runs") / f"{name}{ending}"
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("count never ends")
 
 
 def _layer(config: Config | Mapping[str, Any] | str | Path | None) -> dict[str, Any]:

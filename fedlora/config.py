@@ -27,6 +27,7 @@ from .sections import (
 )
 
 CHANGEABLE_ON_RESUME = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # and all of server.*
+MOVABLE = ("model.path", "data.path", "data.eval", "lora.init_data")  # paths whose content a run knows by its hash
 CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections in which a client may have settings of its own
 CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")  # and single ones of other sections
 SHORT = {  # settings that the commands and `fedlora.simulate` take by a short name too
@@ -213,6 +214,11 @@ def absolute(config: Config) -> Config:
 def _on_disk(path: str) -> bool:
     """Whether a path names files here, or is a pattern of such; an empty one does not."""
     return any(c in path for c in "*?[") or (bool(path) and Path(path).expanduser().exists())
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of this setting, because its finished rounds do not rest on it."""
+    return key in CHANGEABLE_ON_RESUME or key.startswith("server.")
 
 
 def check_client_settings(mine: Mapping[str, Any]) -> Config:

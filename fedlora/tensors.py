@@ -24,6 +24,9 @@ from .lora import SIDES, LoRA
 MOST_HEADER = 8 * 2**20  # bytes of a header, of which a tensor takes about 100
 MOST_DIMENSIONS = 8
 MOST_NUMBERS = 2**48  # of a tensor, dimensions of 0 taken for 1: torch cannot lay out more
+WITHOUT_HASH = frozenset(  # the metadata of the first files of version 0.1, which held no hash of their content
+    {"round", "tree", "manifest", "name", "job", "examples", "loss", "spent"}
+)
 DTYPES = {  # in which numbers travel, by safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -69,8 +72,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a file of these tensors, with a checksum beside the metadata by which `read_file` sees damage."""
-    return to_bytes(tensors, {**metadata, "sha256": checksum(tensors)})
+    """The content of a file of these tensors and metadata, with a hash of both by which `read_file` sees damage."""
+    return to_bytes(tensors, {**metadata, "sha256": _file_hash(checksum(tensors), metadata)})
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,11 +82,25 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in sorted(f.keys())}
             metadata: dict[str, str] = f.metadata() or {}
-    except (SafetensorError, OSError) as e:
+    except Exception as e:  # a damaged header can name any type, shape or place, and each fails in its own way
         raise CheckpointError(f"{path} cannot be read: {e}") from e
-    if metadata.get("sha256", "") not in ("", checksum(tensors)):  # the first versions wrote none
-        raise CheckpointError(f"{path} is damaged: its numbers are not those that were written")
+    if not _is_as_written(tensors, metadata):
+        raise CheckpointError(f"{path} is damaged: its content is not what was written")
     return tensors, metadata
+
+
+def _is_as_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether the hash in a file is that of its content: of all of it or, in files of version 0.1, of its tensors."""
+    others = {key: value for key, value in metadata.items() if key != "sha256"}
+    if "sha256" not in metadata:
+        return WITHOUT_HASH.issuperset(others)
+    found = checksum(tensors)
+    return metadata["sha256"] in (_file_hash(found, others), found)
+
+
+def _file_hash(tensors: str, metadata: Mapping[str, str]) -> str:
+    """SHA-256 of a file's metadata and of the hash of its tensors."""
+    return sha256(repr((sorted(metadata.items()), tensors)).encode()).hexdigest()
 
 
 def by_name(lora: LoRA) -> dict[str, Tensor]:

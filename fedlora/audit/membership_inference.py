@@ -99,8 +99,9 @@ def attack(run: Path, given: Mapping[str, Any], *, as_json: bool) -> None:
     content: dict[str, Any] = {"members": len(members), "others": len(others), "attacks": [a.record() for a in attacks]}
     if epsilon < inf:
         content |= {"epsilon": epsilon, "delta": delta, "bound": bound(epsilon=epsilon, delta=delta)}
-    write_durably(run / "membership.json", json.dumps(content, indent=1).encode())
-    refresh(folder)
+    with folder.only_writer():
+        write_durably(run / "membership.json", json.dumps(content, indent=1).encode())
+        refresh(folder)
     print(json.dumps(content)) if as_json else _show(console, attacks, content)
 
 

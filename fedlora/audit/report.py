@@ -72,8 +72,9 @@ def audit(run: Path | None, given: Mapping[str, Any], *, repeat: int, controls: 
     seconds = time.monotonic() - began
     content = outcome.content | {"seconds": round(seconds, 2), "settings": _settings(config, setting)}
     if run and "tests" in content and FREE.issuperset(given):
-        write_durably(run / "audit.json", json.dumps(content, indent=1).encode())
-        refresh(RunDirectory(run))
+        with RunDirectory(run).only_writer():
+            write_durably(run / "audit.json", json.dumps(content, indent=1).encode())
+            refresh(RunDirectory(run))
     if as_json:
         print(json.dumps(content))
     else:

@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def packages() -> dict[str, list[Path]]:
     names = sorted(sys.stdlib_module_names - EXCLUDED)
     sources = {name: _sources((ROOT / name).rglob("*.py")) for name in names}
     return {name: paths for name, paths in sources.items() if paths}
+
+
+def digest() -> str:
+    """SHA-256 of all text of the packages, which another version of Python has another of."""
+    texts = (path.relative_to(ROOT).as_posix() + "\0" + _text(path) for path in chain(*packages().values()))
+    return sha256("\0".join(texts).encode()).hexdigest()
 
 
 def heldout() -> list[Document]:

@@ -49,6 +49,31 @@ def read_tables(spec: str, limit: int) -> list[Table]:
     return [_first_rows(table, limit) for table in found] if limit else found
 
 
+def data_files(spec: str) -> list[Path]:
+    """The files that `read_tables` reads; none for an empty `spec`, and for a dataset on the hub."""
+    path, folder = Path(spec).expanduser(), Path(_name_and_split(spec)[0]).expanduser()
+    if not spec or path.is_file():
+        return [path] if spec else []
+    if _is_saved_dataset(folder):
+        inside = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("cache-"))
+        return sorted(inside)  # what begins so was computed from the others
+    return _in_folder(path) if path.is_dir() else _matching(spec)
+
+
+def _in_folder(path: Path) -> list[Path]:
+    return _sorted(filter(_is_data_file, path.iterdir()))
+
+
+def _matching(spec: str) -> list[Path]:
+    """The files that match a pattern; none for what is no pattern."""
+    path = Path(spec).expanduser()
+    return _sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if has_magic(spec) else []
+
+
+def _sorted(paths: Iterable[Path]) -> list[Path]:
+    return sorted(filter(Path.is_file, paths), key=_natural)
+
+
 def _first_rows(table: Table, limit: int) -> Table:
     return replace(table, rows=take(table.rows, range(min(limit, len(table.rows)))))
 
@@ -62,9 +87,9 @@ def _read(spec: str) -> list[Table]:
     if _is_saved_dataset(folder):
         return [_saved(folder, part)]
     if path.is_dir():
-        return _files(spec, filter(_is_data_file, path.iterdir()))
+        return _files(spec, _in_folder(path))
     if has_magic(spec):
-        return _files(spec, Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        return _files(spec, _matching(spec))
     if HUB.fullmatch(name) and path.suffix not in READERS:
         return [_hub(name, part)]
     close = get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
@@ -86,8 +111,7 @@ def _is_data_file(path: Path) -> bool:
     return path.suffix.lower() in READERS and not path.name.startswith(".")
 
 
-def _files(spec: str, paths: Iterable[Path]) -> list[Table]:
-    files = sorted(filter(Path.is_file, paths), key=_natural)
+def _files(spec: str, files: Sequence[Path]) -> list[Table]:
     if not files:
         raise DataError(f"{spec} holds no data; it takes files that end in {', '.join(READERS)}")
     return [_file(path) for path in files]

@@ -14,6 +14,7 @@ from fedlora.errors import ModelError
 from fedlora.sections import ModelConfig
 from fedlora.seeds import seeded
 
+LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
@@ -25,6 +26,12 @@ def load_base_model(config: ModelConfig, schema: Schema, seed: int) -> tuple[nn.
     source = _source(config.path)
     with seeded(seed), _readable(config.path or str(source)):
         return _load(config, schema, source)
+
+
+def model_files(path: str) -> list[Path]:
+    """The files from which a base model and its processor are loaded; none of a model on the hub."""
+    folder = Path(_source(path))
+    return sorted(p for p in folder.iterdir() if p.suffix in LOADED) if folder.is_dir() else []
 
 
 def fingerprint(net: nn.Module) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -56,17 +57,33 @@ def _with_adapter(net: nn.Module, folder: Path) -> Any:
 
 
 def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
-    """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run."""
+    """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run.
+
+    It is written beside the folder first, and each file then put in place whole, whatever lies there. Raises `OSError`
+    or `SafetensorError`.
+    """
     if model.kind != "vera":
         lora = compact(lora)
     model.set_adapter(lora)
     peft_configs: Any = model.net.peft_config
     of_the_run = peft_configs[NAME]
     peft_configs[NAME] = _config_of(model, lora)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        model.net.save_pretrained(str(folder))
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            model.net.save_pretrained(beside)
+            _put_in_place(Path(beside), folder)
     finally:
         peft_configs[NAME] = of_the_run
+
+
+def _put_in_place(beside: Path, folder: Path) -> None:
+    """Move every file to where it belongs; a folder that has its name there is damage, and is removed."""
+    folder.mkdir(exist_ok=True)
+    for path in beside.iterdir():
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        path.replace(folder / path.name)
 
 
 def _config_of(model: Model, lora: LoRA) -> Any:

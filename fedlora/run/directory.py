@@ -1,9 +1,11 @@
 """A run directory: config.toml, rounds.jsonl, checkpoint/, adapter/, TensorBoard events; resumed after any crash."""
 
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
@@ -15,12 +17,14 @@ from fedlora.errors import CheckpointError, ConfigError
 from fedlora.jobs import Charge, PrivacySpent
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
-from fedlora.storage.files import append_durably, write_durably
+from fedlora.storage.client_state import ClientState
+from fedlora.storage.files import append_durably, only_writer, write_durably
 
 from .plan import ResumePoint, RoundResult
 
 CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon")  # of a record
 GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by name
+log = logging.getLogger("fedlora")
 
 
 class RunDirectory:
@@ -31,60 +35,178 @@ class RunDirectory:
         self.checkpoints = path / "checkpoint"
         self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
         self.adapter = path / "adapter"
+        self._begun_with: dict[str, Any] = {}  # the run's name, its settings, hashes of its files: in each checkpoint
+        self._past: list[Mapping[str, Any]] = []  # the records of all rounds so far, once the run goes on
 
-    def create(self, settings: Config, *, again: bool = False) -> None:
-        """Make the folder with its resolved config; refuse one where another run has begun, unless it goes on."""
+    def only_writer(self) -> AbstractContextManager[None]:
+        """Be the only process that writes here, inside a `with`. Raises `ConfigError` where another one does."""
+        return only_writer(self.path)
+
+    def create(self, settings: Config, *, again: bool = False, files: Mapping[str, str] | None = None) -> None:
+        """Make the folder with its resolved config; refuse one where another run has begun, unless it goes on.
+
+        `files` are the hashes of the files that the run rests on. Raises `ConfigError` for a run that goes on where
+        they are others than when it began.
+        """
         if not again and (self.records() or self.checkpoints.exists()):
             raise ConfigError(
                 f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
             )
+        before = checkpoint.begun_with(self.checkpoints)
+        self.check_files(files or {})
         write_durably(self.path / "config.toml", config.dumps(settings).encode())
-        if not self._name.exists():
-            write_durably(self._name, f"{time.strftime('%Y%m%d')}-{token_hex(8)}\n".encode())
+        name = self._keep_name(str(before.get("run", "")))
+        self._begun_with = {"run": name, "settings": config.flatten(settings), "files": dict(files or {})}
+
+    def check_files(self, files: Mapping[str, str], of: str = "") -> None:
+        """Raise `ConfigError` where the files that the run rests on, or those `of` one setting, are not as they were.
+
+        `files` are their hashes now; without any, and where none were kept, nothing is compared.
+        """
+        before = checkpoint.begun_with(self.checkpoints).get("files", {})
+        for name in sorted(before.keys() | files.keys()) if before and files else ():
+            if name.startswith(of) and before.get(name) != files.get(name):
+                raise ConfigError(
+                    f"{name} is not what it was when the run in {self.path} began, whose rounds rest on it; put it "
+                    "back, or begin a new run elsewhere"
+                )
 
     @property
     def run(self) -> str:
-        """The run's name, the same however often it is resumed: clients elsewhere keep what is theirs by it."""
-        return self._name.read_text(encoding="utf-8").strip()
+        """The run's name, the same however often it is resumed; clients elsewhere keep what is theirs by it."""
+        try:
+            return self._name.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return ""
 
     @property
     def _name(self) -> Path:
         return self.path / "run"
 
+    def _keep_name(self, before: str) -> str:
+        """Write the name that the run had `before`, or a new one to a run that had none, and return the name."""
+        found = self.run
+        if before and found != before:
+            log.warning("%s is damaged; the run's name is put back from the checkpoint", self._name)
+        name = before or found or f"{time.strftime('%Y%m%d')}-{token_hex(8)}"
+        if name != found:
+            write_durably(self._name, f"{name}\n".encode())
+        return name
+
     def config(self) -> dict[str, Any]:
-        """The settings of the run that lies here, as dotted keys."""
-        if not (self.path / "config.toml").is_file():
-            raise ConfigError(f"{self.path} is no run directory: it has no config.toml")
-        return config.read(self.path / "config.toml")
+        """The settings of the run that lies here, as dotted keys.
+
+        Where config.toml cannot be read they are taken from the checkpoint. Raises `ConfigError` where there is
+        neither, and where config.toml has another value of what the finished rounds rest on.
+        """
+        path = self.path / "config.toml"
+        before: dict[str, Any] = dict(checkpoint.begun_with(self.checkpoints).get("settings", {}))
+        try:
+            found = config.read(path)
+        except ConfigError as e:
+            if before:
+                log.warning("%s; the settings are taken from the checkpoint", e)
+                return before
+            if not path.exists():
+                raise ConfigError(f"{self.path} is no run directory: it has no config.toml") from e
+            raise
+        if not found:
+            raise ConfigError(f"{path} is empty; put it back from a copy, or remove it, and begin anew with --out")
+        for key, value in before.items():
+            is_bound = not config.may_change(key) and key not in config.MOVABLE
+            if is_bound and found.get(key) != value:
+                raise ConfigError(
+                    f"{path} has {key} = {found.get(key)}, and the finished rounds had {value}; put that back, or "
+                    "remove the file: the checkpoint has its settings"
+                )
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the run's rounds: the lines of rounds.jsonl that are whole."""
-        path = self.path / "rounds.jsonl"
+        try:
+            lines = (self.path / "rounds.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.path}/rounds.jsonl cannot be read: {e.strerror}; remove it, and resume"
+            ) from e
         records: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
+        for line in lines:
+            record = _record(line)
+            if record is None:
                 break  # a crash in the middle of a line: the checkpoint has it whole
+            records.append(record)
         return records
 
     def save(self, done: RoundResult, record: Mapping[str, Any]) -> None:
         """Keep a finished round: first what can be resumed, then the line about it."""
-        checkpoint.save(self.checkpoints, Checkpoint(done.number, done.state, dict(record), done.scores))
+        kept = Checkpoint(
+            round=done.number,
+            state=done.state,
+            record=dict(record),
+            scores=done.scores,
+            earlier=[dict(earlier) for earlier in self._past],
+            begun_with=self._begun_with,
+        )
+        checkpoint.save(self.checkpoints, kept)
+        self._past.append(record)
         self._append(record)
         self._chart(record)
 
     def resume_point(self) -> ResumePoint | None:
-        """Where the run stopped; rounds.jsonl is put in step with the checkpoint, whatever moment the crash chose."""
-        last = checkpoint.latest(self.checkpoints)
-        records = _until(last, self.records()) if last else []
-        text = "".join(f"{json.dumps(record)}\n" for record in records)
+        """Where the run stopped; rounds.jsonl is put in step with the checkpoint, whatever moment the crash chose.
+
+        Raises `CheckpointError` where rounds were finished and nothing is left from which to go on.
+        """
+        last = self._last()
+        if last is None and (lost := self.records()):
+            raise CheckpointError(
+                f"{self.path}/rounds.jsonl has {len(lost)} rounds, and {self.checkpoints} has no checkpoint; put it "
+                "back from a copy, or begin a new run elsewhere"
+            )
+        self._past = [*self._until(last)] if last else []
+        text = "".join(f"{json.dumps(record)}\n" for record in self._past)
         write_durably(self.path / "rounds.jsonl", text.encode())
-        return _resume_point(last, records) if last else None
+        return _resume_point(last, self._past) if last else None
+
+    def _last(self) -> Checkpoint | None:
+        """The newest checkpoint, or the one before where what a simulated client kept is whole for that one alone."""
+        newest = None
+        for found in checkpoint.newest_first(self.checkpoints):
+            damaged = self._damaged_client(found.round)
+            if not damaged:
+                return found
+            log.warning("what client %s kept in round %d is missing or damaged", damaged, found.round)
+            newest = newest or found
+        return newest
+
+    def _damaged_client(self, rounds: int) -> str:
+        """The number of a simulated client that kept a file which is not whole after so many rounds; else empty."""
+        for folder in sorted(self.clients.glob("*")):
+            if not all(ClientState(folder, name).is_whole(rounds) for name in ("kept", "left")):
+                return folder.name
+        return ""
+
+    def _until(self, last: Checkpoint) -> Iterator[Mapping[str, Any]]:
+        """Yield the records of all rounds up to that of the last checkpoint, which has them with it.
+
+        One of version 0.1 has its own alone; the others are then those of rounds.jsonl. Raises `CheckpointError` where
+        one is missing there.
+        """
+        known = self.records() if last.earlier is None else last.earlier
+        by_round = {record["round"]: record for record in (*known, last.record)}
+        for n in range(1, last.round + 1):
+            if n not in by_round:
+                raise CheckpointError(
+                    f"{self.path}/rounds.jsonl is damaged: round {n} is missing, and the checkpoint of round "
+                    f"{last.round} is of a version that did not keep it; put rounds.jsonl back from a copy"
+                )
+            yield by_round[n]
 
     def close(self) -> None:
         """Flush what TensorBoard has not written yet."""
-        if "_events" in self.__dict__:
+        if self.__dict__.get("_events"):
             self._events.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -99,13 +221,20 @@ class RunDirectory:
 
     @cached_property
     def _events(self) -> Any:
+        """TensorBoard's writer; none where its folder cannot be written, as curves are no reason to end a run."""
         from torch.utils.tensorboard import SummaryWriter
 
         writer: Any = SummaryWriter  # untyped
-        return writer(str(self.path / "tensorboard"))
+        try:
+            return writer(str(self.path / "tensorboard"))
+        except OSError as e:
+            log.warning("no curves are kept: %s/tensorboard cannot be written: %s", self.path, e.strerror)
+            return None
 
     def _chart(self, record: Mapping[str, Any]) -> None:
         """Write a round's figures for TensorBoard; with the first round those before it."""
+        if self._events is None:
+            return
         for name, value in _figures(record).items():
             self._events.add_scalar(name, value, record["round"])
         for name, value in record.get("before", {}).items():
@@ -119,9 +248,13 @@ def newest(records: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
     return found[-1] if found else {}
 
 
-def _until(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of all rounds up to that of the last checkpoint, which has its own record with it."""
-    return [record for record in records if record["round"] < last.round] + [last.record]
+def _record(line: str) -> dict[str, Any] | None:
+    """The record in a line of rounds.jsonl; none where the line is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None
 
 
 def _resume_point(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> ResumePoint:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,14 +85,15 @@ def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) ->
 
     `form` is adapter, merged or per-client; `max_rank` the highest rank an adapter may have, 0 for what it takes;
     `out` a folder that is not there yet, by default `path`/export-`form`. Raises `ConfigError` for what cannot be
-    asked of this run, `CheckpointError` where it has no round yet, `ExportError` where what was written is not the
-    run's model.
+    asked of this run, or where another process writes into its directory, `CheckpointError` where it has no round yet,
+    `ExportError` where what was written is not the run's model.
     """
     out = out or path / f"export-{form}"
     config = _checked(path, form, max_rank, out)
     mute_transformers()
     setup = reopen(RunDirectory(path), config)
-    with _whole(out) as place:
+    is_inside = out.absolute().is_relative_to(path.absolute())
+    with RunDirectory(path).only_writer() if is_inside else nullcontext(), _whole(out) as place:
         probe, unverified = _write_all(setup, RunDirectory(path), form, max_rank, place)
         del setup  # the base is loaded afresh now: memory may not have room for two
         gaps = [verify(probe, written, form) for written in unverified]

@@ -5,6 +5,7 @@ the report is `privacy_report.md.jinja` beside this file.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedlora.storage.files import write_durably
 from .directory import RunDirectory
 from .privacy_statement import final_delta, final_epsilon
 
+log = logging.getLogger("fedlora")
 TEMPLATE = Path(__file__).parent / "privacy_report.md.jinja"
 PEOPLE = (2, 5, 10)  # numbers of records of one person, in the table of group privacy
 
@@ -84,6 +86,13 @@ def _short(x: float | None) -> str:
 
 
 def _read(folder: RunDirectory, name: str) -> dict[str, Any]:
+    """The content of a file of findings; empty where there is none, or, with a warning, where it is damaged."""
     path = folder.path / name
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        log.warning("%s is damaged (%s), and is left out of the privacy report; have it made again", path, e)
+        return {}
     return found

@@ -28,6 +28,7 @@ from fedlora.privacy.secure_aggregation import FEWEST
 
 from .client_ranks import ranks
 from .directory import RunDirectory
+from .run_files import file_hashes
 
 ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
 
@@ -49,6 +50,15 @@ class RunSetup:
         examples = self.model.encoder(self.evaluation_rows)
         limit = self.config.data.eval_limit or len(examples)
         return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The hash of every file that the run rests on, by its name; hashed once, when first asked for."""
+        data = self.config.data
+        reads_library = not data.path and (
+            len(self.clients_data) > 0 or (not data.eval and len(self.evaluation_rows) > 0)
+        )
+        return file_hashes(self.config, base=self.model.fingerprint, reads_library=reads_library)
 
     def evaluate(self, lora: LoRA) -> Metrics:
         """The metrics of the global model, with this adapter, on the global held-out set."""
@@ -155,9 +165,14 @@ def for_server(config: Config, ids: int) -> RunSetup:
 
 
 def reopen(folder: RunDirectory, config: Config) -> RunSetup:
-    """The pieces of the run in a folder; of a deployed run those of its server, which has no clients' data."""
-    deployed = (folder.path / "flower" / "order.json").is_file()
-    return for_server(config, config.clients) if deployed else prepare(config)
+    """The pieces of the run in a folder; of a deployed run those of its server, which has no clients' data.
+
+    Raises `ConfigError` where the base model is not the one that the run began with.
+    """
+    deployed = (folder.path / "flower").is_dir()
+    setup = for_server(config, config.clients) if deployed else prepare(config)
+    folder.check_files(setup.files, of="model.path")
+    return setup
 
 
 def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> ClientSetup:

@@ -1,16 +1,21 @@
 """A run's state on disk, after every round: a safetensors file whose header has the state's structure as JSON.
 
-A file is written whole or not at all. Nothing is pickled: a file names types and runs no code.
+A file is written whole or not at all, and a hash over all of it tells damage. It holds what a resumed run rests on:
+the state, the records of all rounds, and what the run was begun with. Nothing is pickled: a file names types and runs
+no code.
 """
 
 import json
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.errors import CheckpointError
@@ -19,6 +24,8 @@ from fedlora.tensors import file_bytes, read_file
 from .files import write_durably
 
 SUFFIX = ".safetensors"
+RECORDS = "records"  # the tensor whose bytes are the records of the rounds before, as JSON
+log = logging.getLogger("fedlora")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +36,8 @@ class Checkpoint:
     state: Any
     record: dict[str, Any]  # the round's line in rounds.jsonl
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last held-out scores
+    earlier: Sequence[dict[str, Any]] | None = None  # records of the rounds before; none: written by an older version
+    begun_with: Mapping[str, Any] = field(default_factory=dict)  # the run's name, its settings, hashes of its files
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -37,12 +46,17 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     scores = {"scores": checkpoint.scores} if checkpoint.scores else {}
     tree = _pack({"state": checkpoint.state, "record": checkpoint.record, **scores}, tensors)
     metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree)}
+    if checkpoint.begun_with:
+        metadata["begun_with"] = json.dumps(checkpoint.begun_with)
+    if checkpoint.earlier is not None:
+        tensors[RECORDS] = torch.frombuffer(bytearray(json.dumps(list(checkpoint.earlier)).encode()), dtype=torch.uint8)
     try:
         write_durably(folder / f"round-{checkpoint.round:06d}{SUFFIX}", file_bytes(tensors, metadata))
     except CheckpointError as e:
         raise CheckpointError(f"{e}, then {resume_hint(folder.parent)}") from e
     for old in list(_rounds(folder))[:-2]:
-        old.unlink(missing_ok=True)
+        with suppress(OSError):
+            old.unlink()
 
 
 def resume_hint(run: Path) -> str:
@@ -51,11 +65,38 @@ def resume_hint(run: Path) -> str:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or none."""
-    for path in reversed(list(_rounds(folder))):  # one that a crash of the disk cut short is passed over
-        if found := _read(path):
+    """The newest checkpoint that is whole; none where there is no file. Raises `CheckpointError` if all are damaged."""
+    return next(newest_first(folder), None)
+
+
+def newest_first(folder: Path) -> Iterator[Checkpoint]:
+    """Yield the checkpoints that are whole, and log which are not; the strategy's types have to be loaded already.
+
+    Raises `CheckpointError` where there are files and not one of them can be used.
+    """
+    found, damage = 0, ""
+    for path in reversed(list(_rounds(folder))):
+        try:
+            whole = _read(path)
+        except CheckpointError as e:
+            damage = damage or str(e)
+            log.warning("%s; the checkpoint before it is used", e)
+        else:
+            found += 1
+            yield whole
+    if damage and not found:
+        raise CheckpointError(
+            f"{damage}; no checkpoint is left: put one back from a copy, or begin a new run elsewhere"
+        )
+
+
+def begun_with(folder: Path) -> Mapping[str, Any]:
+    """What the newest checkpoint that is whole says the run was begun with; empty without one, or in older files."""
+    for path in reversed(list(_rounds(folder))):
+        with suppress(CheckpointError, ValueError):
+            found: Mapping[str, Any] = json.loads(read_file(path)[1].get("begun_with", "{}"))
             return found
-    return None
+    return {}
 
 
 def pack(value: Any) -> tuple[dict[str, Tensor], str]:
@@ -68,17 +109,23 @@ def _rounds(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob(f"round-*{SUFFIX}"))
 
 
-def _read(path: Path) -> Checkpoint | None:
-    """The checkpoint in a file; none where the file is damaged."""
-    try:
-        tensors, metadata = read_file(path)
-    except CheckpointError:
-        return None
+def _read(path: Path) -> Checkpoint:
+    """The checkpoint in a file. Raises `CheckpointError` where it is damaged, or holds types that are not defined."""
+    tensors, metadata = read_file(path)
     try:
         tree = _unpack(json.loads(metadata["tree"]), tensors)
-        return Checkpoint(int(metadata["round"]), tree["state"], tree["record"], tree.get("scores", {}))
-    except (ValueError, KeyError):
-        return None
+        return Checkpoint(
+            round=int(metadata["round"]),
+            state=tree["state"],
+            record=tree["record"],
+            scores=tree.get("scores", {}),
+            earlier=json.loads(tensors[RECORDS].numpy().tobytes()) if RECORDS in tensors else None,
+            begun_with=json.loads(metadata.get("begun_with", "{}")),
+        )
+    except CheckpointError:
+        raise
+    except Exception as e:  # files of version 0.1 have no hash over their structure, which may then be anything
+        raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {e}") from e
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -112,7 +159,7 @@ def _kind(value: Any) -> str:
 
 
 def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `_pack` made this JSON of. Raises `ValueError` or `KeyError` for another."""
+    """The value that `_pack` made this JSON of. Whatever it raises, the JSON is of something else."""
     if not isinstance(tree, list):
         return tree
     unpack = partial(_unpack, tensors=tensors)

@@ -7,6 +7,7 @@ noticed and logged, and the one before it is used. Files of version 0.1 are read
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +33,8 @@ log = logging.getLogger("fedlora")
 class ClientState:
     """A client's folder with what each round left of its own sides; that of the last two rounds stays.
 
-    So a round which is done again, after a crash, starts as it did the first time.
+    So a round which is done again, after a crash, starts as it did the first time. A list beside the files says of
+    which rounds they are, so that one which is gone is noticed.
     """
 
     def __init__(self, folder: Path, name: str = "kept") -> None:
@@ -40,24 +42,50 @@ class ClientState:
 
     def before(self, round: int) -> LoRA:
         """What the latest round before this one left; empty if there was none, or none whose file is whole."""
-        for path in reversed(self._files()):
-            if int(path.stem.removeprefix(f"{self._name}-")) < round:
-                try:
-                    return read(path)[0]
-                except DAMAGE as e:
-                    log.warning("%s is damaged (%s); what was kept before it is used", path, e)
+        for n in self._rounds(round):
+            try:
+                return read(self._path(n))[0]
+            except DAMAGE as e:
+                log.warning("%s is missing or damaged (%s); what was kept before it is used", self._path(n), e)
         return LoRA()
+
+    def is_whole(self, round: int) -> bool:
+        """Whether what `before` this round was left last, if anything, is there as it was written."""
+        try:
+            return all(read(self._path(n)) for n in self._rounds(round)[:1])
+        except DAMAGE:
+            return False
 
     def keep(self, round: int, lora: LoRA) -> None:
         """Write what this round leaves, if anything, and delete all but the files of the last two rounds."""
         if not lora:
             return
-        write(self.folder / f"{self._name}-{round:06d}.safetensors", lora, {})
-        for old in self._files()[:-2]:
-            old.unlink(missing_ok=True)
+        write(self._path(round), lora, {})
+        rounds = sorted({*self._rounds(), round})
+        write_durably(self._list, json.dumps(rounds[-2:]).encode())
+        for n in rounds[:-2]:
+            with suppress(OSError):
+                self._path(n).unlink()
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self._name}-*.safetensors"))
+    def _rounds(self, below: int | None = None) -> list[int]:
+        """The rounds, below one, of which there are files or were by the list beside them; the latest first."""
+        files = (path.stem.removeprefix(f"{self._name}-") for path in self.folder.glob(f"{self._name}-*.safetensors"))
+        rounds = {int(n) for n in files if n.isdecimal()} | self._listed()
+        return sorted((n for n in rounds if below is None or n < below), reverse=True)
+
+    def _listed(self) -> set[int]:
+        """The rounds in the list; none where it is missing, as in folders of version 0.1, or damaged."""
+        try:
+            return {int(n) for n in json.loads(self._list.read_bytes())}
+        except (OSError, ValueError, TypeError):
+            return set()
+
+    @property
+    def _list(self) -> Path:
+        return self.folder / f"{self._name}.json"
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"{self._name}-{round:06d}.safetensors"
 
 
 class CachedReply:

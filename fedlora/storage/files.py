@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
+from hashlib import file_digest
 from pathlib import Path
 from secrets import token_hex
 
 from filelock import FileLock, Timeout
 
 from fedlora.errors import CheckpointError, ConfigError
+
+LOCK = "lock"  # the file in a folder by whose lock one process alone writes there
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o666) -> None:
@@ -20,9 +23,9 @@ def write_durably(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     try:
         replace_file(path, content, mode=mode)
     except OSError as e:
-        size = len(content) / 1e6
+        size, remedy = len(content) / 1e6, "remove that folder" if path.is_dir() else "make room"
         raise CheckpointError(
-            f"{path} ({size:.1f} MB) could not be written: {e.strerror}; what was there is untouched: make room"
+            f"{path} ({size:.1f} MB) could not be written: {e.strerror}; what was there is untouched: {remedy}"
         ) from e
 
 
@@ -75,6 +78,12 @@ def append_line(descriptor: int, line: bytes) -> None:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal. Raises `OSError`."""
+    with path.open("rb") as f:
+        return file_digest(f, "sha256").hexdigest()
+
+
 @contextmanager
 def hold_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the lock file `path` inside a `with`; the lock is free again when the process ends, however it ends.
@@ -86,10 +95,31 @@ def hold_lock(path: Path, *, wait: bool) -> Iterator[None]:
         lock.acquire()
     except Timeout as e:
         raise ConfigError(f"another fedlora is at work in {path.parent}; end it first, or choose another folder") from e
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be locked: {e.strerror}; remove it, or choose another folder") from e
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made where it is missing.
+
+    A folder in which nothing was written is removed again. Raises `ConfigError` where another process has the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be made: {e.strerror}; choose another folder") from e
+    with hold_lock(folder / LOCK, wait=False):
+        try:
+            yield
+        finally:
+            if [p.name for p in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

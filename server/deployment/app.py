@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 
@@ -41,13 +42,11 @@ def _run_by_flower(grid: Grid, context: Context) -> None:
     setup = prepare(configuration.build(dict(context.run_config), {"engine": "flower"}))
     config = setup.config
     folder = RunDirectory(Path("runs") / f"flower-{context.run_id}")
-    folder.create(config)
     screen = ConsoleProgress()
-    try:
+    with folder.only_writer(), closing(screen):
+        folder.create(config, files=setup.files)
         rules = rules_of(config.server, config.clients, threshold=config.secure.needed)
         run_rounds(setup, FlowerFleet(grid, rules, screen.answered, screen.waiting), folder, screen)
-    finally:
-        screen.close()
 
 
 def _run_handed_over(grid: Grid, handoff: Handoff) -> None:
@@ -82,7 +81,7 @@ def _serve(grid: Grid, handoff: Handoff, order: RunOrder, screen: ConsoleProgres
     config = configuration.build(order.given)
     highest = max(order.names.values(), default=-1)
     setup = for_server(config, max(config.clients, highest + 1))
-    folder.create(setup.config, again=True)
+    folder.create(setup.config, again=True, files=setup.files)
     screen.names = {i: name for name, i in order.names.items()}
     log_json(handoff.run / "server.log", run=folder.run)
     logging.getLogger("fedlora").addHandler(screen.handler())

@@ -56,8 +56,10 @@ class Handoff:
 
     def rounds(self) -> int:
         """The number of finished rounds."""
-        path = self.run / "rounds.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+        try:
+            return (self.run / "rounds.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
 
     def put_order(self, order: RunOrder) -> None:
         """Write what the next ServerApp is to run. Raises `CheckpointError`."""
@@ -66,6 +68,13 @@ class Handoff:
     def order(self) -> RunOrder:
         """What the command asked the ServerApp to run."""
         return RunOrder(**json.loads((self.flower / "order.json").read_text()))
+
+    def ordered_rounds(self) -> int:
+        """The number of rounds that the last order was for; 0 where it is missing or damaged."""
+        try:
+            return int(self.order().given["rounds"])
+        except (OSError, ValueError, TypeError, LookupError):
+            return 0
 
     def put_status(self, status: Status) -> None:
         """Write what the command is to know of the ServerApp. Raises `CheckpointError`."""

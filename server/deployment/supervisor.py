@@ -18,12 +18,11 @@ from secrets import token_hex
 from typing import Any
 
 from fedlora import config as configuration
-from fedlora.config import CHANGEABLE_ON_RESUME, Config, absolute, over_defaults
+from fedlora.config import Config, absolute, over_defaults
 from fedlora.deployment.addresses import host_of, join_address
 from fedlora.deployment.processes import (
     Process,
     Tail,
-    exclusive,
     flwr_home,
     free_port,
     is_alive,
@@ -36,6 +35,7 @@ from fedlora.deployment.provision import check_private, read_clients
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError, RoundFailed
+from fedlora.run.directory import RunDirectory
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.superlink import Control, ControlError
 from fedlora.storage.files import write_durably
@@ -72,7 +72,7 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
     handoff = Handoff(options.run)
     names = read_clients(options.credentials) if options.credentials else {}
     os.environ.update(no_proxy(host_of(options.superlink)) | flwr_home(handoff.flower))
-    with exclusive(handoff.flower):
+    with RunDirectory(options.run).only_writer():
         config = _settings(options.run, file, given, len(names))
         if _is_done(handoff, config):
             print(f"{options.run}: all {config.rounds} rounds are done; the adapter is in {options.run / 'adapter'}")
@@ -94,7 +94,7 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
     """The run's settings: those that it began with, if it has begun; else the file's under the command line's."""
     from_file = configuration.read(file) if file else {}
-    if (run / "config.toml").is_file():
+    if (run / "config.toml").exists() or RunDirectory(run).checkpoints.exists():
         return _resumed_settings(run, from_file, given)
     clients = {"clients": registered} if registered else {}
     config = absolute(over_defaults(from_file, clients | dict(given)))
@@ -105,12 +105,11 @@ def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered
 
 def _resumed_settings(run: Path, from_file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     """The settings that the run began with, and those that may change. Raises `ConfigError` for any other change."""
-    begun = configuration.read(run / "config.toml")
+    begun = RunDirectory(run).config()
     before = configuration.flatten(configuration.build(begun))
     config = absolute(configuration.build(begun, from_file, given))
     for key, value in configuration.flatten(config).items():
-        may_change = key in CHANGEABLE_ON_RESUME or key.startswith("server.")
-        if value != before.get(key) and not may_change:
+        if value != before.get(key) and not configuration.may_change(key):
             raise ConfigError(
                 f"{key} was {before.get(key)} when the run in {run} began; choose another --out for {value}"
             )
@@ -120,7 +119,7 @@ def _resumed_settings(run: Path, from_file: Mapping[str, Any], given: Mapping[st
 def _is_done(handoff: Handoff, config: Config) -> bool:
     """Has the run finished all rounds that are asked for now? A run that stopped early, out of patience, has too."""
     status = handoff.status()
-    return status is not None and status.state == "finished" and handoff.order().given["rounds"] >= config.rounds
+    return status is not None and status.state == "finished" and handoff.ordered_rounds() >= config.rounds
 
 
 def _kill_server_apps(handoff: Handoff) -> None:

@@ -294,6 +294,8 @@ def test_a_run_that_cannot_give_it_is_one_sentence(run: Run, tmp_path: Path) -> 
     shutil.rmtree(path / "checkpoint" / "clients")
     with pytest.raises(ConfigError, match="clients' own machines"):
         export(path, "per-client")
+    last: Any = checkpoint.latest(path / "checkpoint")
+    checkpoint.save(path / "checkpoint", replace(last, begun_with={}))  # else the run began with another base
     settings = (path / "config.toml").read_text()
     (path / "config.toml").write_text(settings.replace('quantize = "none"', 'quantize = "4bit"'))
     with pytest.raises(ConfigError, match="= 4bit cannot take an adapter into its weights; use --as adapter"):
