@@ -1,12 +1,14 @@
 """The keys of a deployment: a certificate authority, the server's certificate, and a pair of keys for every client.
 
     DIR/ca.key  ca.crt                       the key stays with whoever provisions
-    DIR/server/ca.crt  server.crt  server.key  superexec.secret  clients.json  removed.json  clients/NAME.pub
+    DIR/server/ca.crt  server.crt  server.key  superexec.secret
+    DIR/server/clients.json  removed.json  clients/NAME.pub  clients.map
     DIR/clients/NAME/ca.crt  client.key  client.json
 
 `clients.json` holds each client's number; `removed.json` holds the numbers of clients that were removed, which are
 never given again. A client's public key is written last, so that the next `provision` completes what a killed one left
-undone. Private files can be read by their owner alone from the moment they exist.
+undone. `clients.map` says the public keys again, as nginx reads them. Private files can be read by their owner alone
+from the moment they exist.
 """
 
 import json
@@ -76,6 +78,7 @@ def provision(out: Path, hosts: Sequence[str], names: Sequence[str], days: int =
         dialled = hosts or certificates.hosts_of(_certificate(out / "server" / "server.crt"))
         for name, id in _enrol(out, list(dict.fromkeys(names))).items():
             done += _client(out, Identity(name, id, dialled[0]))
+        _put(out / "server" / "clients.map", _as_map(out / "server"))
     return done or [f"{out} is complete; nothing was changed"]
 
 
@@ -107,6 +110,7 @@ def remove(out: Path, name: str) -> list[str]:
         removed = roster(server).removed | {str(number): name}
         _write(server / "removed.json", _as_json(removed))  # from here on the client is removed
         _enrol(out, [])
+        _put(server / "clients.map", _as_map(server))
     return [f"removed {name} (client {number}): copy {server} to the server, and start fedlora server again"]
 
 
@@ -165,6 +169,18 @@ def public_key(path: Path) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError(f"{path} is not an ECDSA key, and Flower takes no other; {_MEND}")
     return key
+
+
+def key_header(key: ec.EllipticCurvePublicKey) -> bytes:
+    """The value of the header with which a SuperNode of Flower's sends this public key."""
+    return b64encode(key.public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+
+
+def _as_map(server: Path) -> bytes:
+    """The clients that may take part, as the lines of a map of nginx': what the key's header says, and the name."""
+    files = [(name, server / "clients" / f"{name}.pub") for name in roster(server).present]
+    lines = [f'"{key_header(public_key(path)).decode()}" "{name}";\n' for name, path in files if path.exists()]
+    return "".join(["# Made by fedlora provision: public keys of the clients, and their names.\n", *lines]).encode()
 
 
 def _authority(out: Path) -> list[str]:

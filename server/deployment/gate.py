@@ -1,7 +1,7 @@
 r"""The gateway for a server installed by pip alone: TLS, connections and time limits around the rules of `gate_rules`.
 
     python -m fedlora.server.deployment.gate --port 8443 --superlink 127.0.0.1:42000 \
-        --ca ca.crt --cert server.crt --key server.key
+        --ca ca.crt --cert server.crt --key server.key --clients keys/server
 
 In containers nginx does this work (deploy/proxy). The process loads neither torch nor Flower, writes what it refused to
 its log, a JSON object a line, and ends within 3 s of SIGTERM.
@@ -17,6 +17,7 @@ import ssl
 import sys
 import time
 from asyncio import Transport
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -31,7 +32,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedlora.deployment.processes import listen
 from fedlora.errors import ConfigError, FedloraError
-from fedlora.server.deployment.gate_rules import CLOSE, Gateway, Limits, Refused, log, network
+from fedlora.server.deployment.gate_rules import CLOSE, Gateway, Limits, Peer, Refused, log, network
+from fedlora.server.deployment.node_signatures import KnownClients, known_clients
 from fedlora.storage.event_log import utc_timestamp
 
 
@@ -41,22 +43,41 @@ class Connection(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Count the connection, and end one too many."""
+        """Count the connection, and end one where there are too many."""
         super().connection_made(transport)
         self._gateway = cast(Gateway, self.app)
         self._address = network(self.client[0] if self.client else "")
-        self._gateway.connected[self._address] += 1
-        most = self._gateway.limits.connections
-        if len(self.connections) > most or self._gateway.connected[self._address] > most // 4:
-            self._end(Refused(503, "too many connections"))
+        self._peer = Peer(time.monotonic())
+        if self.client:
+            self._gateway.peers[self.client] = self._peer
+        self._keep_to_limits()
         self._watch()
+
+    def _keep_to_limits(self) -> None:
+        """End a connection of a crowd that this one has made too large, of all or of the strangers at its address."""
+        most, everybody = self._gateway.limits.connections, cast("set[Connection]", self.connections)
+        strangers = [c for c in everybody if c._address == self._address and not c._peer.client]
+        for crowd, limit in ((list(everybody), most), (strangers, most // 4)):
+            if len(crowd) > limit:
+                self._least_needed(crowd)._end(Refused(503, "too many connections"))
+
+    def _least_needed(self, crowd: Sequence["Connection"]) -> "Connection":
+        """The oldest of those on which no client has signed anything; else of the client that has most connections.
+
+        Where clients have no keys all are alike, and this one, the newest, goes.
+        """
+        others = [c for c in crowd if c is not self and not c.transport.is_closing()]
+        if self._gateway.clients is None or not others:
+            return self
+        held = Counter(c._peer.client for c in others)
+        return max(others, key=lambda c: (not c._peer.client, held[c._peer.client], -c._peer.since))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it no longer."""
         super().connection_lost(exc)
         self._stop()
-        self._gateway.connected[self._address] -= 1
-        self._gateway.connected = +self._gateway.connected
+        if self.client:
+            self._gateway.peers.pop(self.client, None)
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes of a request."""
@@ -144,6 +165,13 @@ def tls(options: argparse.Namespace) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return outside, inside
 
 
+def _clients(folder: Path | None) -> KnownClients:
+    """The clients that are let in. Raises `ConfigError` where nobody said which."""
+    if folder is None:
+        raise ConfigError("which clients are let in? give --clients, the server's folder of fedlora provision")
+    return known_clients(folder)
+
+
 class Lines(logging.Formatter):
     """Formats a record as one line of JSON, also one of uvicorn's or asyncio's."""
 
@@ -157,9 +185,10 @@ class Lines(logging.Formatter):
 async def serve(options: argparse.Namespace, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT, then at most a second longer. Raises `ConfigError` before the first request."""
     outside, inside = (None, None) if options.insecure else tls(options)
+    clients = None if options.insecure else _clients(options.clients)
     listener = listen(options.host, options.port)
     async with _upstream(options.superlink, inside, limits) as upstream:
-        gateway = Gateway(upstream, limits, keyless=options.insecure)
+        gateway = Gateway(upstream, limits, clients)
         log.info(json.dumps({"event": "open", "at": utc_timestamp(time.time()), "port": listener.getsockname()[1]}))
         await Server(_uvicorn_config(gateway, outside)).serve(sockets=[listener])
         await asyncio.sleep(0.1)  # in which clients whose request was cut off hear that they may come again
@@ -216,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--superlink", default="127.0.0.1:42000", metavar="HOST:PORT")
     for name in ("ca", "cert", "key", "log"):
         parser.add_argument(f"--{name}", metavar="FILE")
+    parser.add_argument("--clients", type=Path, metavar="FOLDER", help="the server's folder of fedlora provision")
     parser.add_argument("--insecure", action="store_true", help="plain HTTP on both sides, and SuperNodes without keys")
     for limit in fields(Limits):
         parser.add_argument(f"--limit-{limit.name.replace('_', '-')}", type=type(limit.default), default=limit.default)

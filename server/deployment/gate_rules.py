@@ -5,11 +5,13 @@ whoever reaches it runs code on every client. So the SuperLink listens on its ow
 
     client --TLS--> gateway --one of ten paths, a whole body, eight headers by name--> SuperLink on 127.0.0.1
 
-The path that is sent on is a constant of this file, never the text that came. A body is read and counted to its end
+The path that is sent on is a constant of this file, never the text that came. A request gets a place only after its key
+was found among the deployment's clients and its signature was verified: a stranger is answered 401 before a byte of its
+body is read, and /health, which anybody may ask, has a few places of its own. A body is read and counted to its end
 first: what is too big, too slow or broken off never reaches the SuperLink, which has one process and no limit. The
 answer to a client when all is busy is 503, not 429: a SuperNode tries again after 502, 503 and 504 alone, and gives up
-its work after any other. deploy/proxy/nginx.conf has the same rules, and tests/server/deployment/test_gate.py holds
-both to them.
+its work after any other. deploy/proxy/nginx.conf has the same rules as far as nginx can have them, and
+tests/server/deployment/test_gate.py holds both to them.
 """
 
 import asyncio
@@ -17,15 +19,23 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from ipaddress import IPv6Address
+from math import inf
 
 import httpx
 from starlette.types import Message, Receive, Scope, Send
 
+from fedlora.server.deployment.node_signatures import (
+    KEY_HEADER,
+    SIGNATURE_HEADER,
+    TIME_HEADER,
+    KnownClients,
+    NotSigned,
+)
 from fedlora.storage.event_log import utc_timestamp
 
 CALLS = (
@@ -34,13 +44,13 @@ CALLS = (
 )
 # Only a SuperNode without a key calls these. A SuperLink that wants keys refuses both: the server registers the keys.
 KEYLESS_CALLS = ("register-node", "unregister-node")
-KEY_HEADER = "flwr-public-key"
 HEADERS = frozenset(  # that are sent on; all others, such as X-Forwarded-* and the Runtime's task tokens, are dropped
     {
-        *("content-type", "accept", KEY_HEADER, "flwr-signature", "flwr-timestamp"),
+        *("content-type", "accept", KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER),
         *("flwr-package-name", "flwr-package-version", "flwr-component-name"),
     }
 )
+HEALTH = "/health"
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "server", "date"})
 CLOSE = (b"connection", b"close")
 
@@ -49,16 +59,24 @@ log = logging.getLogger("fedlora.gate")
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one client, one address and all together may use. A client is an address and a claimed key."""
+    """The most that one client, all strangers and all together may use.
+
+    A client is a known key that signed the request. Without keys (`--insecure`) it is an address and a claimed key.
+    """
 
     body: int = 8 << 20  # bytes of a request's body; Flower's chunks are 5 MB
-    concurrent: int = 64  # requests at once, of all
+    concurrent: int = 64  # requests at once, of all clients
     per_client: int = 8  # requests at once
-    per_address: int = 32  # requests at once
-    uploads: int = 1 << 30  # bytes a minute of a client; of an address four times as many
+    kept: int = 2  # places that are each known client's own, however busy the others are
+    strangers: int = 8  # requests at once, of all that need no key where clients have keys
+    per_address: int = 32  # requests at once, where clients have no keys
+    uploads: int = 1 << 30  # bytes a minute of a client; of an address, where clients have no keys, four times as many
     patience: float = 30.0  # seconds without a byte
+    slowest: int = 4 << 10  # bytes a second that a body must come in with on average ...
+    grace: float = 10.0  # ... from so many seconds on
+    slow: int = 8  # bodies that may be cut off for that in a minute before the client has to wait for the next minute
     whole: float = 180.0  # seconds for a body; after that the SuperLink has forgotten the upload
-    connections: int = 256  # that are open, busy or not; of an address a quarter as many
+    connections: int = 256  # that are open, busy or not; of the strangers at one address a quarter as many
     head: int = 16 << 10  # bytes of a request's line and headers
 
 
@@ -72,6 +90,23 @@ class Counts:
     refused: Counter[str] = field(default_factory=Counter)  # by reason
 
 
+@dataclass(frozen=True)
+class Share:
+    """A name under which a request is counted, and the most that may be used under it."""
+
+    name: str
+    at_once: int  # requests
+    a_minute: float = inf  # bytes of bodies
+
+
+@dataclass
+class Peer:
+    """The other end of a connection."""
+
+    since: float  # by time.monotonic()
+    client: str = ""  # whose key has signed a request on this connection; empty for a stranger
+
+
 class Refused(Exception):
     """A request goes no further."""
 
@@ -83,20 +118,26 @@ class Refused(Exception):
 class Gateway:
     """The rules, as an ASGI application in front of `upstream`."""
 
-    def __init__(self, upstream: httpx.AsyncClient, limits: Limits | None = None, keyless: bool = False) -> None:
-        self.limits, self.counts, self.connected = limits or Limits(), Counts(), Counter[str]()
+    def __init__(
+        self, upstream: httpx.AsyncClient, limits: Limits | None = None, clients: KnownClients | None = None
+    ) -> None:
+        """Let these clients in; without `clients`, whoever comes."""
+        self.limits, self.clients, self.counts = limits or Limits(), clients, Counts()
+        self.peers: dict[tuple[str, int], Peer] = {}  # of the open connections, by address and port
         self._upstream = upstream
-        self._open = {f"/v1/fleet/{call}": {"POST"} for call in (*CALLS, *(KEYLESS_CALLS if keyless else ()))}
-        self._open["/health"] = {"GET", "HEAD"}
-        self._busy, self._uploaded, self._minute = Counter[str](), Counter[str](), 0
+        self._open = {f"/v1/fleet/{call}": {"POST"} for call in (*CALLS, *(KEYLESS_CALLS if clients is None else ()))}
+        self._open[HEALTH] = {"GET", "HEAD"}
+        self._busy = Counter[str]()  # requests that are served now, by the names of their shares
+        self._uploaded, self._slow, self._minute = Counter[str](), Counter[str](), 0  # bytes and slow bodies, by name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.counts.requests += 1
         headers = {name.decode("latin1"): value for name, value in reversed(scope["headers"])}  # the first one counts
         try:
             path = self._route(scope, headers)
-            with self._turn(_shares(scope, headers)) as shares:
-                body = await self._body(headers, receive, shares)
+            shares, kept = self._shares(path, scope, headers)
+            with self._turn(shares, kept):
+                body = await self._body(headers, receive, shares) if scope["method"] == "POST" else None
                 answer = await self._ask(scope["method"], path, headers, body)
                 await self._pass_on(answer, send)
         except Refused as no:
@@ -133,62 +174,99 @@ class Gateway:
             raise Refused(404, "method")
         if "content-length" in headers and "transfer-encoding" in headers:
             raise Refused(400, "two lengths")
+        if scope["method"] != "POST" and _has_body(headers):
+            raise Refused(400, "a body with no POST")
         return path
 
-    @contextmanager
-    def _turn(self, shares: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Count a request that is served now, of all, of its address and of its client. Raises `Refused`."""
-        mosts = (self.limits.concurrent, self.limits.per_address, self.limits.per_client)
-        if any(self._busy[share] >= most for share, most in zip(shares, mosts, strict=True)):
-            raise Refused(503, "too many requests at once", retry=1)
-        self._check_uploads(shares)
-        self._busy.update(shares)
+    def _shares(self, path: str, scope: Scope, headers: dict[str, bytes]) -> tuple[Sequence[Share], int]:
+        """What a request is counted under, the narrowest last, and how many places there are its client's own.
+
+        Raises `Refused` for a call that no client of the deployment has signed.
+        """
+        limits = self.limits
+        if self.clients is None:
+            return _shares_without_keys(network(_peer(scope)), headers, limits), 0
+        if path == HEALTH:
+            return [Share("strangers", limits.strangers)], 0
         try:
-            yield shares
+            name = self.clients.signer(headers, time.time())
+        except NotSigned as e:
+            raise Refused(401, str(e)) from None
+        if peer := self.peers.get(scope["client"]):
+            peer.client = name
+        clients = Share("clients", limits.concurrent)
+        return [clients, Share(f"client {name}", limits.per_client, limits.uploads)], limits.kept
+
+    @contextmanager
+    def _turn(self, shares: Sequence[Share], kept: int) -> Iterator[None]:
+        """Count a request that is served now, under all of its shares.
+
+        Raises `Refused` where a share has no place left; fewer than `kept` requests of the narrowest share always have.
+        """
+        is_full = any(self._busy[share.name] >= share.at_once for share in shares)
+        if is_full and self._busy[shares[-1].name] >= kept:
+            raise Refused(503, "too many requests at once", retry=1)
+        self._check_minute(shares)
+        names = [share.name for share in shares]
+        self._busy.update(names)
+        try:
+            yield
         finally:
-            self._busy.subtract(shares)
+            self._busy.subtract(names)
             self._busy = +self._busy  # drops the names that nobody uses any more
 
-    def _check_uploads(self, shares: Sequence[str]) -> None:
-        """Raises `Refused` for a client, or an address, that has sent its bytes of this minute."""
+    def _check_minute(self, shares: Sequence[Share]) -> None:
+        """Raises `Refused` for a client that has sent its bytes, or its slow bodies, of this minute."""
         now = time.monotonic()
         if self._minute != now // 60:
-            self._minute, self._uploaded = int(now // 60), Counter()
-        _, address, client = shares
-        if self._uploaded[client] >= self.limits.uploads or self._uploaded[address] >= 4 * self.limits.uploads:
-            raise Refused(503, "too many bytes a minute", retry=60 - int(now % 60))
+            self._minute, self._uploaded, self._slow = int(now // 60), Counter(), Counter()
+        wait = 60 - int(now % 60)
+        if any(self._uploaded[share.name] >= share.a_minute for share in shares):
+            raise Refused(503, "too many bytes a minute", retry=wait)
+        if self._slow[shares[-1].name] >= self.limits.slow:
+            raise Refused(503, "too many slow bodies a minute", retry=wait)
 
-    async def _body(self, headers: dict[str, bytes], receive: Receive, shares: Sequence[str]) -> bytes:
+    async def _body(self, headers: dict[str, bytes], receive: Receive, shares: Sequence[Share]) -> bytes:
         """The whole body, counted as it comes, as a promised length can be false or missing. Raises `Refused`."""
         if int(headers.get("content-length", b"0")) > self.limits.body:
             raise Refused(413, "body too large")
-        body, more, end = bytearray(), True, time.monotonic() + self.limits.whole
+        body, more, began, names = bytearray(), True, time.monotonic(), [share.name for share in shares]
         while more:
-            message = await self._next_part(receive, end)
+            try:
+                message = await self._next_part(receive, self._latest(began, len(body)))
+            except TimeoutError:
+                self._slow[names[-1]] += 1
+                raise Refused(408, "slow body") from None
             part = message.get("body", b"")
             body += part
             self.counts.bytes_in += len(part)
-            self._uploaded.update(dict.fromkeys(shares, len(part)))
+            self._uploaded.update(dict.fromkeys(names, len(part)))
             if len(body) > self.limits.body:
                 raise Refused(413, "body too large")
             more = message.get("more_body", False)
         return bytes(body)
 
-    async def _next_part(self, receive: Receive, end: float) -> Message:
-        """The next part of a body, before `end` by time.monotonic(). Raises `Refused`."""
-        try:
-            async with asyncio.timeout(min(self.limits.patience, end - time.monotonic())):
-                message = await receive()
-        except TimeoutError:
-            raise Refused(408, "slow body") from None
+    def _latest(self, began: float, size: int) -> float:
+        """When, by time.monotonic(), the next part must be there of a body of which `size` bytes are.
+
+        The limit of patience is for one part; the slowest rate is for the body as it is; the last limit for all of it.
+        """
+        limits = self.limits
+        rate_broken = began + limits.grace + size / limits.slowest
+        return min(time.monotonic() + limits.patience, rate_broken, began + limits.whole)
+
+    async def _next_part(self, receive: Receive, latest: float) -> Message:
+        """The next part of a body. Raises `TimeoutError` after `latest`, and `Refused` where the client has gone."""
+        async with asyncio.timeout(latest - time.monotonic()):
+            message = await receive()
         if message["type"] == "http.disconnect":
             raise Refused(400, "broken off")
         return message
 
-    async def _ask(self, method: str, path: str, headers: dict[str, bytes], body: bytes) -> httpx.Response:
+    async def _ask(self, method: str, path: str, headers: dict[str, bytes], body: bytes | None) -> httpx.Response:
         """The SuperLink's answer, as soon as its headers are there. Raises `Refused`."""
         kept = [(name.encode(), value) for name, value in headers.items() if name in HEADERS]
-        request = self._upstream.build_request(method, path, headers=kept, content=body if method == "POST" else None)
+        request = self._upstream.build_request(method, path, headers=kept, content=body)
         try:
             return await self._upstream.send(request, stream=True)
         except httpx.ReadTimeout:
@@ -244,10 +322,18 @@ def network(address: str) -> str:
     return str(shown.ipv4_mapped or ":".join(shown.exploded.split(":")[:4]))
 
 
-def _shares(scope: Scope, headers: dict[str, bytes]) -> tuple[str, str, str]:
-    """The names under which a request is counted: all, its address, and its client.
+def _has_body(headers: Mapping[str, bytes]) -> bool:
+    """Does a request say that it has a body?"""
+    return "transfer-encoding" in headers or headers.get("content-length", b"0") != b"0"
 
-    A client's name holds the address too; by the key alone a stranger could use up the client's share.
+
+def _shares_without_keys(address: str, headers: Mapping[str, bytes], limits: Limits) -> Sequence[Share]:
+    """What a request is counted under where clients have no keys: all, its address, and its client.
+
+    A client's name holds the address too; by the claimed key alone a stranger could use up the client's share.
     """
-    address = network(_peer(scope))
-    return "all", address, f"{address} {sha256(headers.get(KEY_HEADER, b'')).hexdigest()}"
+    return [
+        Share("all", limits.concurrent),
+        Share(address, limits.per_address, 4 * limits.uploads),
+        Share(f"{address} {sha256(headers.get(KEY_HEADER, b'')).hexdigest()}", limits.per_client, limits.uploads),
+    ]

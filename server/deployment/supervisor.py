@@ -201,7 +201,7 @@ def _gate(options: ServerOptions, handoff: Handoff, superlink: str) -> Process:
     command += ["--superlink", superlink, "--log", str(options.run / "gate.log")]
     if folder := options.credentials:
         command += ["--ca", str(folder / "ca.crt"), "--cert", str(folder / "server.crt")]
-        command += ["--key", str(folder / "server.key")]
+        command += ["--key", str(folder / "server.key"), "--clients", str(folder)]
     else:
         command += ["--insecure"]
     return Process(GATE, command, handoff.flower / "gate.out.log")

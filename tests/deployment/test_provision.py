@@ -56,9 +56,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_everything_that_a_deployment_needs_is_there(out: Path) -> None:
     client = [f"clients/client-{i}/{name}" for i in (1, 2) for name in ("ca.crt", "client.json", "client.key")]
-    server = ["ca.crt", "clients.json", "clients/client-1.pub", "clients/client-2.pub", "server.crt", "server.key"]
-    rest = [*(f"server/{name}" for name in (*server, "superexec.secret")), "ca.crt", "ca.key", ".lock"]
-    assert sorted(contents(out)) == sorted(client + rest)
+    public = ["ca.crt", "clients.json", "clients.map", "clients/client-1.pub", "clients/client-2.pub", "server.crt"]
+    server = [f"server/{name}" for name in (*public, "server.key", "superexec.secret")]
+    assert sorted(contents(out)) == sorted([*client, *server, "ca.crt", "ca.key", ".lock"])
     assert read_clients(out / "server") == {"client-1": 0, "client-2": 1}
     assert read_client(out / "clients" / "client-2") == Identity("client-2", 1, "fed.example.org")
 
@@ -102,7 +102,7 @@ def test_a_new_client_changes_nothing_for_the_others(out: Path) -> None:
     before = contents(out)
     said = provision(out, [], ["site.b", *names_for(3)])
     after = contents(out)
-    assert {name for name in before if after[name] != before[name]} == {"server/clients.json"}
+    assert {name for name in before if after[name] != before[name]} == {"server/clients.json", "server/clients.map"}
     assert read_clients(out / "server") == {"client-1": 0, "client-2": 1, "site.b": 2, "client-3": 3}
     assert read_client(out / "clients" / "site.b").server == "fed.example.org"
     assert [line.split(":")[0] for line in said] == ["made site.b (client 2)", "made client-3 (client 3)"]
@@ -147,7 +147,7 @@ def test_only_a_client_that_is_in_can_be_removed(out: Path) -> None:
 def test_killed_at_any_moment_the_next_run_completes_it(tmp_path: Path) -> None:
     """Every file comes by a rename: the process dies at the first of them, then at the second, and so on."""
     told = subprocess.run([sys.executable, "-c", DIES, tmp_path], check=True, capture_output=True, text=True)
-    assert int(told.stdout) == 16  # one each, and clients.json twice
+    assert int(told.stdout) == 17  # one each, and clients.json twice
     for out in (tmp_path / str(n) for n in range(16)):
         provision(out, ["a"], ["one", "two"])
         assert read_clients(out / "server") == {"one": 0, "two": 1}
@@ -239,3 +239,20 @@ def test_a_full_disk_says_so_and_leaves_what_was_there(out: Path) -> None:
 def test_nothing_heavy_is_needed() -> None:
     code = "import sys, fedlora.deployment.provision; sys.exit(bool({'torch', 'flwr', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
+
+
+def test_nginx_has_the_keys_that_supernodes_send(out: Path) -> None:
+    """By the header of Flower's own SuperNode; who is removed is in the map no more."""
+    from base64 import b64encode
+
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    def line(i: int) -> str:
+        key = load_ssh_private_key((out / "clients" / f"client-{i}" / "client.key").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return f'"{b64encode(public_key_to_bytes(key.public_key())).decode()}" "client-{i}";'
+
+    first, second = line(1), line(2)
+    assert (out / "server" / "clients.map").read_text().splitlines()[1:] == [first, second]
+    remove(out, "client-1")
+    assert (out / "server" / "clients.map").read_text().splitlines()[1:] == [second]

@@ -10,19 +10,25 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from fedlora.deployment.provision import provision
-from fedlora.server.deployment.gate_rules import CALLS, KEY_HEADER
+from fedlora.deployment.provision import key_header, provision
+from fedlora.server.deployment.gate_rules import CALLS
+from fedlora.server.deployment.node_signatures import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER
 
 ROOT = Path(__file__).parents[2]
 FILES = {"ca": "ca.crt", "cert": "server.crt", "key": "server.key"}
@@ -74,13 +80,21 @@ class Gate:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def connect(self) -> ssl.SSLSocket:
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        """A connection from this address."""
         context = ssl.create_default_context(cafile=self.certificates / "ca.crt")
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
         return context.wrap_socket(plain, server_hostname="localhost")
 
     def lines(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+class PlainGate(Gate):
+    """The same without TLS."""
+
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
 
 
 def free() -> int:
@@ -102,7 +116,7 @@ def head(line: str, headers: Mapping[str, object]) -> bytes:
     return "\r\n".join([line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]).encode("latin1")
 
 
-def answer(conn: ssl.SSLSocket) -> tuple[int, Mapping[str, str], bytes]:
+def answer(conn: socket.socket) -> tuple[int, Mapping[str, str], bytes]:
     """Status, headers and body; a connection that was closed without an answer has status 0."""
     response = http.client.HTTPResponse(conn)
     try:
@@ -112,12 +126,28 @@ def answer(conn: ssl.SSLSocket) -> tuple[int, Mapping[str, str], bytes]:
         return 0, {}, b""
 
 
+def signed(certificates: Path, client: str = "site", at: datetime | None = None) -> dict[str, object]:
+    """The headers by which a SuperNode with this client's key signs a request."""
+    time_, key = (at or datetime.now(UTC)).isoformat(), private_key(certificates.parent / "clients" / client)
+    signature = key.sign(time_.encode(), ec.ECDSA(hashes.SHA256()))
+    public = key_header(key.public_key()).decode()
+    return {KEY_HEADER: public, SIGNATURE_HEADER: b64encode(signature).decode(), TIME_HEADER: time_}
+
+
+def private_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    key = load_ssh_private_key((folder / "client.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
 def ask(
-    gate: Gate, line: str = PULL, body: bytes = b"", key: str = "", **more: object
+    gate: Gate, line: str = PULL, body: bytes = b"", client: str = "site", **more: object
 ) -> tuple[int, Mapping[str, str], bytes]:
-    fixed = {"Host": "localhost", "Content-Length": len(body), KEY_HEADER: key, "Connection": "close"}
+    """The answer to a request that this client has signed; with an empty name, to a stranger's."""
+    fixed = {"Host": "localhost", "Content-Length": len(body), "Connection": "close"}
+    whose = signed(gate.certificates, client) if client else {}
     with gate.connect() as conn:
-        conn.sendall(head(line, fixed | {name.replace("_", "-"): value for name, value in more.items()}) + body)
+        conn.sendall(head(line, fixed | whose | {name.replace("_", "-"): value for name, value in more.items()}) + body)
         return answer(conn)
 
 
@@ -125,6 +155,7 @@ def start_gate(superlink: SuperLink, folder: Path, *options: str) -> Gate:
     files = [f"--{name}={superlink.certificates / file}" for name, file in FILES.items()]
     port, log = free(), folder / "log"
     where = ["--host=127.0.0.1", f"--port={port}", f"--superlink=127.0.0.1:{superlink.port}", f"--log={log}"]
+    where += [f"--clients={superlink.certificates}"]
     process = subprocess.Popen([sys.executable, "-m", "fedlora.server.deployment.gate", *where, *files, *options])
     return Gate(port, superlink.certificates, log, process)
 
@@ -155,7 +186,7 @@ def start_nginx(superlink: SuperLink, folder: Path) -> Gate:
 @pytest.fixture(scope="session")
 def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
     folder = tmp_path_factory.mktemp("ca")
-    provision(folder, ["localhost"], ["site"])
+    provision(folder, ["localhost"], ["site", "other"])
     made = SuperLink(folder / "server", free())
     made.start()
     yield made
@@ -196,3 +227,16 @@ def own(superlink: SuperLink, tmp_path: Path) -> Iterator[Callable[..., Gate]]:
             return made
 
         yield start
+
+
+@pytest.fixture
+def keyless(superlink: SuperLink, tmp_path: Path) -> Iterator[Gate]:
+    """A gate for a trial, without TLS and keys."""
+    port = free()
+    where = ["--host=127.0.0.1", f"--port={port}", f"--superlink=127.0.0.1:{superlink.port}"]
+    command = [sys.executable, "-m", "fedlora.server.deployment.gate", "--insecure", *where]
+    process = subprocess.Popen([*command, f"--log={tmp_path / 'log'}"])
+    wait(port)
+    yield PlainGate(port, superlink.certificates, tmp_path / "log", process)
+    process.kill()
+    process.wait(10)

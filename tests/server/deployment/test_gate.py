@@ -14,15 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.supercore import constant
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import generate_key_pairs
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora.deployment.provision import provision
-from fedlora.server.deployment.gate_rules import CALLS, HEADERS, KEY_HEADER, KEYLESS_CALLS, Limits
+from fedlora.server.deployment.gate_rules import CALLS, HEADERS, KEYLESS_CALLS, Limits
+from fedlora.server.deployment.node_signatures import KEY_HEADER
 from tests.support.gateways import (  # noqa: F401
     LARGE,
     OPEN,
@@ -36,7 +35,9 @@ from tests.support.gateways import (  # noqa: F401
     free,
     gate,
     head,
+    private_key,
     shared,
+    signed,
     start_gate,
     start_nginx,
     superlink,
@@ -88,7 +89,6 @@ SMUGGLED = {
 def test_the_calls_and_headers_are_flowers() -> None:
     fleet = {path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
     assert {f"/v1/fleet/{call}" for call in (*CALLS, *KEYLESS_CALLS)} == fleet
-    assert KEY_HEADER == constant.FLEET_HTTP_PUBLIC_KEY_HEADER
 
 
 def test_nginx_says_what_the_gate_says() -> None:
@@ -98,7 +98,7 @@ def test_nginx_says_what_the_gate_says() -> None:
     assert {h.lower() for h in re.findall(r"proxy_set_header (\S+) \$http_", text)} == HEADERS
     limits = Limits()
     assert f"client_max_body_size {limits.body >> 20}m;" in text
-    for share, most in {"all": limits.concurrent, "address": limits.per_address, "client": limits.per_client}.items():
+    for share, most in {"all": limits.concurrent, "client": limits.per_client, "strangers": limits.strangers}.items():
         assert f"limit_conn {share} {most};" in text
 
 
@@ -109,7 +109,8 @@ def test_in_containers_nginx_is_the_gateway(name: str) -> None:
 
 
 def test_what_a_supernode_says_goes_through_whole(gate: Gate, superlink: SuperLink) -> None:
-    signs = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(*generate_key_pairs())]
+    key = private_key(superlink.certificates.parent / "clients" / "site")
+    signs = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
     ca = str(gate.certificates / "ca.crt")
     with FleetHttpClient.from_server_address(f"localhost:{gate.port}", False, ca, signs) as client:
         sent: list[httpx.Request] = []
@@ -143,7 +144,8 @@ def test_no_other_method_goes_through(gate: Gate, superlink: SuperLink, method: 
 @pytest.mark.parametrize("way", SMUGGLED)
 def test_no_request_hides_in_another(gate: Gate, superlink: SuperLink, way: str) -> None:
     with gate.connect() as conn:
-        conn.sendall(f"{PULL}\r\nHost: localhost\r\n".encode() + SMUGGLED[way] + HIDDEN)
+        named = head(PULL, signed(gate.certificates) | {"Host": "localhost"}).removesuffix(b"\r\n")
+        conn.sendall(named + SMUGGLED[way] + HIDDEN)
         assert answer(conn)[0] in (0, 400, 501)
     time.sleep(0.05)
     assert not superlink.seen
@@ -151,7 +153,7 @@ def test_no_request_hides_in_another(gate: Gate, superlink: SuperLink, way: str)
 
 def test_the_second_request_of_a_connection_is_judged_too(gate: Gate, superlink: SuperLink) -> None:
     with gate.connect() as conn:
-        conn.sendall(head(PULL, {"Host": "localhost", "Content-Length": 0}) + HIDDEN)
+        conn.sendall(head(PULL, signed(gate.certificates) | {"Host": "localhost", "Content-Length": 0}) + HIDDEN)
         assert [answer(conn)[0]] == [200]
         time.sleep(0.1)
     assert len(superlink.seen) == 1
@@ -171,9 +173,9 @@ def test_only_known_headers_go_on(gate: Gate, superlink: SuperLink) -> None:
         "Authorization": "x",
         "Cookie": "a=b",
     }
-    ask(gate, key="k", Flwr_Task_Token="t", Upgrade="websocket", Keep_Alive="1", Expect="100-continue", **extra)
+    ask(gate, Flwr_Task_Token="t", Upgrade="websocket", Keep_Alive="1", Expect="100-continue", **extra)
     passed = {"host", "content-length", "accept-encoding", "user-agent", "connection"}
-    assert set(superlink.seen[0][2]) <= HEADERS | passed and superlink.seen[0][2][KEY_HEADER] == "k"
+    assert set(superlink.seen[0][2]) <= HEADERS | passed and superlink.seen[0][2][KEY_HEADER]
 
 
 def test_a_large_answer_comes_whole(gate: Gate) -> None:
@@ -215,7 +217,7 @@ def test_an_old_protocol_is_not_spoken(gate: Gate, superlink: SuperLink, version
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with socket.create_connection(("127.0.0.1", gate.port), timeout=10) as plain:
         if version is None:
-            plain.sendall(head(PULL, {"Host": "localhost", "Content-Length": 0}))
+            plain.sendall(head(PULL, signed(gate.certificates) | {"Host": "localhost", "Content-Length": 0}))
             assert b" 200 " not in plain.recv(99)
         else:
             context.minimum_version = context.maximum_version = version
@@ -237,7 +239,9 @@ def test_a_refusal_is_a_line_in_the_log(gate: Gate) -> None:
 
 def test_a_length_that_is_too_short_hides_nothing(gate: Gate, superlink: SuperLink) -> None:
     with gate.connect() as conn:
-        conn.sendall(head(PULL, {"Host": "localhost", "Content-Length": 2}) + b"okXX" + HIDDEN)
+        conn.sendall(
+            head(PULL, signed(gate.certificates) | {"Host": "localhost", "Content-Length": 2}) + b"okXX" + HIDDEN
+        )
         assert answer(conn)[0] == 200
         time.sleep(0.05)
     assert [body for _, _, _, body in superlink.seen] == [b"ok"]
