@@ -65,13 +65,16 @@ def room(job: Job) -> int:
 
 
 def engine(
-    mechanism: Mechanism, where: NDArray[np.int64]
+    mechanism: Mechanism, where: NDArray[np.int64], see: Callable[[Sequence[Example]], None] = lambda _: None
 ) -> Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine]:
-    """Return the mechanism's choice of an engine, wrapped so that it knows canaries at these places."""
+    """Return the mechanism's choice of an engine, wrapped so that it knows canaries at these places.
+
+    `see` is called with the examples of every micro-batch.
+    """
 
     def made(model: Model, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> Engine:
         own = mechanism.engine(model, parameters, privacy)
-        return lambda m, ps: _WithCanaries(m, ps).around(own(m, ps), where, size=LOUD * privacy.clip)
+        return lambda m, ps: _WithCanaries(m, ps).around(own(m, ps), where, size=LOUD * privacy.clip, see=see)
 
     return made
 
@@ -84,9 +87,16 @@ class _WithCanaries:
         self._ends = np.cumsum([p.numel() for p in parameters])
         self._device = parameters[0].device
 
-    def around(self, inner: PerExample, where: NDArray[np.int64], *, size: float) -> Self:
-        """Set the engine for all other examples, and the places and the gradient's size of canaries."""
-        self._inner, self._where, self._size = inner, where, size
+    def around(
+        self,
+        inner: PerExample,
+        where: NDArray[np.int64],
+        *,
+        size: float,
+        see: Callable[[Sequence[Example]], None],
+    ) -> Self:
+        """Set the engine for all other examples, the places and the gradient's size of canaries, and who looks on."""
+        self._inner, self._where, self._size, self._see = inner, where, size, see
         return self
 
     def __enter__(self) -> Self:
@@ -97,6 +107,7 @@ class _WithCanaries:
         self._inner.__exit__(*error)
 
     def __call__(self, examples: Sequence[Example]) -> Gradients:
+        self._see(examples)
         gradients = [torch.zeros(len(examples), *shape, device=self._device) for shape in self._shapes]
         self._fill_in_others(gradients, examples)
         for i, e in enumerate(examples):

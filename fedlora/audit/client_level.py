@@ -6,6 +6,7 @@ what a test needs: updates of all lengths for the clip, and unchanged adapters f
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import combinations_with_replacement
 from math import inf, log, sqrt
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from fedlora.config import Config
 from fedlora.errors import Failure
 from fedlora.jobs import HIGHEST_RANK, Charge, Client, Job, SecAggStep, Update
-from fedlora.lora import LoRA, difference, map_factors
+from fedlora.lora import LoRA, difference, from_matrices, map_factors
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
 from fedlora.privacy.client_level import ClientLevelDP, ClippedSum, client_level_dp
@@ -25,12 +26,14 @@ from fedlora.server.rounds import fit
 from fedlora.strategy import Strategy
 
 from . import statistics
-from .statistics import Finding, Floats
-from .subject import as_vector, model_and_strategy
+from .observer import as_vector
+from .statistics import Counts, Finding, Floats
+from .subject import model_and_strategy
 
-ROUNDS = 3
-DRAWS = 400  # of cohorts, and of the noise on a count
+ROUNDS = 4
+DRAWS = 200  # of cohorts, each made again, and of the noise on a count
 CLIENTS = 12  # with updates of lengths from a hundredth of the clip to a hundred times the clip
+MANY = 300  # clients, each of which changes a number of its own by far more than the clip
 FEW = 50  # clients, where the settings do not say how many there are
 
 
@@ -127,6 +130,7 @@ def sensitivity(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Ite
         allowed="at most 1.001, count 0.5",
         detail=f"most that one client moves the sum, over C = {C:g}; the count of those within C moves by {counted:g}",
     )
+    yield _every_client(job, subject, C)
 
 
 def noise(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Iterator[Finding]:
@@ -143,17 +147,60 @@ def noise(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Iterator[
     if mechanism.quantile:
         counts = {"the count": _counts(mechanism)}
         yield from statistics.noise("count", counts, deviation=mechanism.noise / (2 * sqrt(share)))
-    yield statistics.uncorrelated("two rounds", seen[0].vector, seen[1].vector)
-    yield statistics.uncorrelated("done again", seen[0].vector, again.vector)
+    yield from _compared(seen, again)
     charge = Charge(noise=mechanism.noise, rate=mechanism.rate, steps=len(seen))
     yield statistics.accounted(seen[-1].epsilon, setting.config.dp, charge, delta=mechanism.delta)
 
 
 def draws(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Iterator[Finding]:
-    """T5: is every client drawn for a round by itself?"""
+    """T5: is every client drawn for a round by itself, and are the draws others when the run is done again?"""
     mechanism, clients = setting.mechanism(subject), EchoClients(setting.dp.population, 1).clients()
-    sizes = np.array([float(len(mechanism.sample(clients, t))) for t in range(DRAWS)])
-    yield statistics.poisson_sizes("cohort", sizes, n=mechanism.population, rate=mechanism.rate)
+    once, again = (_drawn(mechanism, clients) for _ in range(2))
+    yield from statistics.draws("cohort", [once, again], rate=mechanism.rate)
+    yield statistics.drawn_otherwise("cohort", once, again, rate=mechanism.rate)
+
+
+def _drawn(mechanism: ClientLevelDP, clients: Sequence[Client]) -> Counts:
+    """Return how often each client is in each of `DRAWS` cohorts, (rounds, clients)."""
+    cohorts = ([c.id for c in mechanism.sample(clients, t)] for t in range(DRAWS))
+    return np.stack([np.bincount(np.array(ids, dtype=np.int64), minlength=len(clients)) for ids in cohorts])
+
+
+def _every_client(job: Job, subject: ClientLevelSubject, C: float) -> Finding:
+    """T1: of many clients, does any move the number that it alone changes by more than the clip?"""
+    start = job.start.only(job.shares)
+    count, got = min(MANY, start.numel()), subject.clipped_sum(C)
+    for i in range(count):
+        got.add(job, _loud(start, i, 100 * C))
+    total = np.concatenate([got.total[s, m].flatten().numpy() for s, m, _ in start.matrices() if (s, m) in got.total])
+    most = float(np.abs(total).max()) / C
+    return Finding(
+        name="T1 sensitivity, every place",
+        passed=most <= 1.001,
+        measured=most,
+        unit="C",
+        allowed="at most 1.001",
+        detail=f"most that one of {count} clients moves the number that it alone changes, over C = {C:g}",
+    )
+
+
+def _loud(start: LoRA, place: int, size: float) -> LoRA:
+    """Return the start with its number at this place moved by this much."""
+    moved = {}
+    for s, m, t in start.matrices():
+        moved[s, m] = t.clone()
+        if 0 <= place < t.numel():
+            moved[s, m].view(-1)[place] += size
+        place -= t.numel()
+    return from_matrices((s, m, t) for (s, m), t in moved.items())
+
+
+def _compared(seen: "Sequence[SilentRound]", again: "SilentRound") -> Iterator[Finding]:
+    """T3: is the noise of any two rounds correlated, or that of a round with that of one which is done again?"""
+    vectors = {f"round {t + 1}": x.vector for t, x in enumerate(seen)} | {"round 1, done again": again.vector}
+    *rounds, repeated = vectors
+    yield statistics.uncorrelated("two rounds", vectors, list(combinations_with_replacement(rounds, 2)))
+    yield statistics.uncorrelated("done again", vectors, [(name, repeated) for name in rounds])
 
 
 Test = Callable[[ClientLevelSetting, ClientLevelSubject], Iterator[Finding]]

@@ -8,6 +8,10 @@ The first is the plain loss threshold. The second asks how much easier a record 
 as the only reference; LiRA proper trains many shadow models, and attacks better. As in the paper, the true positive
 rate where false positives are rare matters most: an attack may be right about few records, and certain of them.
 
+What it measures is a release: the figures are functions of the training records' own losses, with no noise on them,
+and no epsilon covers them. They stay on the screen and in `membership.json`; the run's privacy report, which is made to
+be passed on, says that they exist and not what they are.
+
 This is a measurement and no proof. The other records are the run's evaluation data and the clients' held-out rows. They
 may differ from the training rows in more than membership (in their labels, say, where clients are skewed). That by
 itself moves the AUC off 1/2, so the control is the same attack on the base model, which has seen none of the records.
@@ -55,6 +59,10 @@ CAVEAT = (
     "The others may differ from the members in more than membership, as where labels are skewed over clients: hold an "
     "attack against the control, not against an AUC of 1/2."
 )
+RELEASE = (
+    "These figures are computed from the training records with no noise on them: to pass them on is a release that no "
+    "epsilon covers. privacy.md leaves them out."
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,12 @@ def attack(run: Path, given: Mapping[str, Any], *, as_json: bool) -> None:
         members, others = members_and_others(setup)
         attacks = [*against(setup.model, base, trained, members, others)]
     epsilon, delta = _spent(setup, folder)
-    content: dict[str, Any] = {"members": len(members), "others": len(others), "attacks": [a.record() for a in attacks]}
+    content: dict[str, Any] = {
+        "release": RELEASE,
+        "members": len(members),
+        "others": len(others),
+        "attacks": [a.record() for a in attacks],
+    }
     if epsilon < inf:
         content |= {"epsilon": epsilon, "delta": delta, "bound": bound(epsilon=epsilon, delta=delta)}
     with folder.only_writer():
@@ -217,6 +230,7 @@ def _show(console: Console, attacks: Sequence[Attack], content: Mapping[str, Any
     counts = f"{content['members']} members, {content['others']} others; 95 % intervals by bootstrap. {CAVEAT}"
     console.print(Text(counts))
     console.print(Text(_promise(content)))
+    console.print(Text(RELEASE))
 
 
 def _promise(content: Mapping[str, Any]) -> str:

@@ -4,9 +4,11 @@ An audit that passes is worth no more than the bugs it would have found. `fedlor
 one, each in a copy of the part at fault, and shows which tests fail.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import hypot, inf, sqrt
+from math import hypot, sqrt
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,12 @@ from torch import Tensor
 
 from fedlora.client.ledger import Ledger
 from fedlora.client.runner import JobRunner
-from fedlora.jobs import Charge, Client, Job, PrivacyTerms
-from fedlora.lora import SIDES, LoRA
-from fedlora.privacy.client_level import ClientLevelDP, ClippedSum, NoisedUpdate
+from fedlora.jobs import Charge, Job, PrivacyTerms, Update
 from fedlora.privacy.dpsgd import STANDARD, add_noise
 from fedlora.privacy.noise import SecureRandom
 from fedlora.privacy.per_sample_gradients import Gradients, clip
 from fedlora.seeds import derive
 
-from . import client_level
 from .subject import RATE, RecordLevelSetting, RecordLevelSubject
 
 
@@ -92,6 +91,17 @@ def _one_seed_for_all_rounds(_setting: RecordLevelSetting) -> RecordLevelSubject
     return RecordLevelSubject(replace(STANDARD, source=source))
 
 
+def _runner_with(kind: type[Ledger]) -> type[JobRunner]:
+    """Return a job runner whose ledger is of this kind."""
+
+    class WithOtherLedger(JobRunner):
+        @property
+        def ledger(self) -> Ledger:
+            return kind(self.folder, self.client_data.fingerprint)
+
+    return WithOtherLedger
+
+
 class _Forgetful(Ledger):
     """A ledger that knows its last charge alone, as an accountant that is made anew every round does."""
 
@@ -99,17 +109,8 @@ class _Forgetful(Ledger):
         return super().charges()[-1:]
 
 
-class _Forgets(JobRunner):
-    """A job runner with such a ledger."""
-
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger that forgets."""
-        return _Forgetful(self.folder, self.client_data.fingerprint)
-
-
 def _accountant_made_anew(_setting: RecordLevelSetting) -> RecordLevelSubject:
-    return RecordLevelSubject(runner=_Forgets)
+    return RecordLevelSubject(runner=_runner_with(_Forgetful))
 
 
 def _batches_dealt_out(setting: RecordLevelSetting) -> RecordLevelSubject:
@@ -127,6 +128,122 @@ def _batches_dealt_out(setting: RecordLevelSetting) -> RecordLevelSubject:
     return RecordLevelSubject(replace(STANDARD, draw=deal))
 
 
+def _noise_again_two_rounds_later(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    """A client's round t + 2 has the random numbers of its round t."""
+    keys: dict[tuple[int, int], bytes] = {}
+
+    def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
+        keys[client, job.round] = keys.get((client, job.round - 2), os.urandom(32))
+        return SecureRandom(keys[client, job.round])
+
+    return RecordLevelSubject(replace(STANDARD, source=source))
+
+
+def _one_sample_a_round(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    """The records of a round's first step are those of all its steps, accounted for as if drawn anew in each."""
+    sample: list[int] = []
+
+    def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
+        sample.clear()
+        return SecureRandom.secret()
+
+    def draw(random: SecureRandom, n: int, rate: float) -> list[int]:
+        sample[:] = sample or random.poisson_sample(n, rate)
+        return list(sample)
+
+    return RecordLevelSubject(replace(STANDARD, source=source, draw=draw))
+
+
+def _one_record_in_every_step(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    def draw(random: SecureRandom, n: int, rate: float) -> list[int]:
+        return sorted({0, *random.poisson_sample(n, rate)})
+
+    return RecordLevelSubject(replace(STANDARD, draw=draw))
+
+
+class _AnswersNothingAgain(Ledger):
+    """A ledger that knows what is paid for, and stores no answer."""
+
+    def answer(self, job: str) -> Update | None:
+        return None
+
+    def _already_paid(self, entries: Sequence[Mapping[str, Any]], job: str) -> bool:
+        return any(e["job"] == job for e in entries)
+
+
+def _a_job_sent_again_is_trained_again(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    return RecordLevelSubject(runner=_runner_with(_AnswersNothingAgain))
+
+
+def _all_noise_in_the_last_step(setting: RecordLevelSetting) -> RecordLevelSubject:
+    """The sum of a round's steps has all its noise, and every step but the last has none."""
+    calls: Counter[str] = Counter()
+    trained: list[int] = []
+
+    def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
+        calls.clear()
+        trained[:] = [sum(len(job.start.side(s)) for s in job.trains)]
+        return SecureRandom.secret()
+
+    def late(total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor:
+        step = calls["noise"] // trained[0]
+        calls["noise"] += 1
+        last = step == setting.privacy.steps - 1
+        return add_noise(total, deviation=last * sqrt(setting.privacy.steps) * deviation, random=random)
+
+    return RecordLevelSubject(replace(STANDARD, source=source, add_noise=late))
+
+
+class _OneDropout(SecureRandom):
+    """Secret noise and samples, and one seed for the dropout of all."""
+
+    def seed(self) -> int:
+        return 7
+
+
+def _dropout_seeded_for_all(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
+        return _OneDropout(os.urandom(32))
+
+    return RecordLevelSubject(replace(STANDARD, source=source))
+
+
+def _last_of_a_large_batch_not_clipped(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    """The last record of a micro-batch of more than nine is not clipped."""
+
+    def but_the_last(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
+        factors = [factor.clone() for factor in clip(gradients, groups, bounds)]
+        for factor in factors:
+            factor[9:][-1:] = 1.0
+        return factors
+
+    return RecordLevelSubject(replace(STANDARD, clip=but_the_last))
+
+
+def _large_batches_clipped_by_their_mean(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    """A micro-batch of more than nine records is clipped as one: its mean is C long at most."""
+
+    def by_mean(gradients: Gradients, groups: Sequence[int], bounds: Sequence[float]) -> list[Tensor]:
+        n = len(gradients[0])
+        if n <= 9:
+            return clip(gradients, groups, bounds)
+        factors = clip([g.mean(0, keepdim=True) for g in gradients], groups, bounds)
+        return [factor.expand(n) for factor in factors]
+
+    return RecordLevelSubject(replace(STANDARD, clip=by_mean))
+
+
+class _HalfTheRate(Ledger):
+    """A ledger that charges every job at half its sampling rate."""
+
+    def charge(self, job: str, privacy: PrivacyTerms, **others: Any) -> None:
+        super().charge(job, replace(privacy, rate=privacy.rate / 2), **others)
+
+
+def _charged_at_half_the_rate(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    return RecordLevelSubject(runner=_runner_with(_HalfTheRate))
+
+
 RECORD = (
     PlantedBug("no clipping", "T1", _no_clipping),
     PlantedBug("noise divided by the root of the batch", "T2", _noise_of_a_mean),
@@ -136,82 +253,13 @@ RECORD = (
     PlantedBug("one seed for the noise of all rounds", "T3 noise, two rounds", _one_seed_for_all_rounds),
     PlantedBug("accountant made anew every round", "T4", _accountant_made_anew),
     PlantedBug("batches dealt out instead of drawn", "T5", _batches_dealt_out),
-)
-
-
-class _Unclipped(ClippedSum):
-    """No update is clipped."""
-
-    def add(self, job: Job, update: LoRA) -> None:
-        clip, self.clip = self.clip, inf
-        super().add(job, update)
-        self.clip = clip
-
-
-class _ClipsTensors(ClippedSum):
-    """Every tensor is clipped to C by itself."""
-
-    def add(self, job: Job, update: LoRA) -> None:
-        for s, m, t in update.matrices():
-            super().add(job, LoRA(**{s: {m: t}}))
-
-
-class _NoiseOfAMean(ClientLevelDP):
-    """The noise of a sum, reduced as if it were averaged over the cohort."""
-
-    @property
-    def sum_noise(self) -> float:
-        return super().sum_noise / sqrt(self.expected_cohort)
-
-
-class _SideWithoutNoise(ClientLevelDP):
-    """A, or the first shared side, is the plain mean of the clipped updates."""
-
-    def release(self, got: ClippedSum, start: LoRA, t: int, charges: tuple[Charge, ...]) -> NoisedUpdate:
-        made = super().release(got, start, t, charges)
-        bare = next(s for s in SIDES if start.side(s))
-        plain = {
-            m: x.double() + got.total.get((bare, m), 0.0) / self.expected_cohort for m, x in start.side(bare).items()
-        }
-        return replace(made, update=LoRA(**{bare: plain}).over(made.update))
-
-
-class _OneSeed(ClientLevelDP):
-    """The noise of every round comes from the same seed."""
-
-    def _source(self, purpose: str, t: int) -> SecureRandom:
-        return SecureRandom.seeded(derive(0, purpose)) if purpose == "noise" else super()._source(purpose, t)
-
-
-class _ChargesAnew(ClientLevelDP):
-    """Every round is charged as if it were the first."""
-
-    def charge(self, before: Sequence[Charge]) -> tuple[Charge, ...]:
-        return super().charge(())
-
-
-class _CohortsOfOneSize(ClientLevelDP):
-    """Cohorts of one size from a shuffled order, accounted for as if every client had been drawn by itself."""
-
-    def sample(self, clients: Sequence[Client], t: int) -> list[Client]:
-        chosen = np.random.default_rng(t).permutation(len(clients))[: round(self.expected_cohort)]
-        return [clients[i] for i in sorted(chosen.tolist())]
-
-
-def _clips(kind: type[ClippedSum]) -> Callable[[Any], client_level.ClientLevelSubject]:
-    return lambda _: client_level.ClientLevelSubject(clipped_sum=kind)
-
-
-def _hides(kind: type[ClientLevelDP]) -> Callable[[Any], client_level.ClientLevelSubject]:
-    return lambda _: client_level.ClientLevelSubject(mechanism=kind)
-
-
-CLIENT = (
-    PlantedBug("no clipping", "T1", _clips(_Unclipped)),
-    PlantedBug("each tensor clipped by itself", "T1", _clips(_ClipsTensors)),
-    PlantedBug("noise divided by the root of the cohort", "T2", _hides(_NoiseOfAMean)),
-    PlantedBug("one side without noise", "T2", _hides(_SideWithoutNoise)),
-    PlantedBug("one seed for the noise of all rounds", "T3 noise, two rounds", _hides(_OneSeed)),
-    PlantedBug("accountant made anew every round", "T4", _hides(_ChargesAnew)),
-    PlantedBug("cohorts of one size instead of drawn", "T5", _hides(_CohortsOfOneSize)),
+    PlantedBug("noise of a round used again two rounds later", "T3 noise, two rounds", _noise_again_two_rounds_later),
+    PlantedBug("one sample for all steps of a round", "T5 batch, steps apart", _one_sample_a_round),
+    PlantedBug("one record in every step", "T5 batch, how often each", _one_record_in_every_step),
+    PlantedBug("a job sent again is trained again", "T7", _a_job_sent_again_is_trained_again),
+    PlantedBug("all noise in the last step of a round", "T2 noise, every step", _all_noise_in_the_last_step),
+    PlantedBug("dropout seeded for all", "T8", _dropout_seeded_for_all),
+    PlantedBug("last of more than nine not clipped", "T1", _last_of_a_large_batch_not_clipped),
+    PlantedBug("more than nine clipped by their mean", "T1", _large_batches_clipped_by_their_mean),
+    PlantedBug("charged at half the rate", "T4", _charged_at_half_the_rate),
 )

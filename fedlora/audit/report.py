@@ -105,12 +105,12 @@ def _small(given: Mapping[str, Any]) -> Config:
 
 
 def _level(config: Config) -> Level:
-    from . import client_level, planted_bugs, record_level
+    from . import client_level, planted_bugs, planted_client_level_bugs, record_level
     from .subject import RecordLevelSubject, record_level_setting
 
     if config.dp.by_client:
         build, subject = client_level.client_level_setting, client_level.ClientLevelSubject()
-        return Level(build, client_level.TESTS, subject, planted_bugs.CLIENT)
+        return Level(build, client_level.TESTS, subject, planted_client_level_bugs.CLIENT)
     return Level(record_level_setting, record_level.TESTS, RecordLevelSubject(), planted_bugs.RECORD)
 
 

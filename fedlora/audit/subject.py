@@ -8,17 +8,14 @@ the strategy on the server are left out, as they see no more than clients send. 
 as if the server saw each update.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from fedlora.client.runner import JobRunner
 from fedlora.config import Config
@@ -44,10 +41,10 @@ from fedlora.storage.client_state import ClientState
 from fedlora.strategy import Strategy
 
 from . import canaries, schemas
-from .statistics import Floats
+from .observer import AnswerAgain, ObservedRound, StepObserver, moved, visible
 
-ROUNDS, STEPS, RATE = 3, 10, 0.25
-RECORDS = 8  # of each client, besides its canaries
+ROUNDS, STEPS, RATE = 4, 10, 0.25
+RECORDS = 11  # of each client, besides its canaries
 CANARIES = 1200
 ROOM = 2e9  # numbers in the gradients of all canaries that are drawn: above, there are fewer canaries
 MOVE = 0.01  # the deviation of a trained number by the noise of one step
@@ -80,28 +77,6 @@ class MadeUpClient(ClientData):
     def client(self, id: int, rank: int) -> Client:
         """Return what the server knows of this client."""
         return Client(id=id, examples=len(self.examples), rank=rank, records=len(self.examples))
-
-
-@dataclass(frozen=True, eq=False)
-class ObservedRound:
-    """One client's round, observed from outside."""
-
-    client: int
-    job: Job
-    sums: Mapping[tuple[str, str], Tensor]  # (side, module) -> sum of the noisy gradient sums of all steps
-    visible: Mapping[tuple[str, str], Tensor]  # the part of them that the server can see
-    drawn: Floats  # number of records in each step
-    epsilon: float  # by its ledger, after the round
-
-    @cached_property
-    def vector(self) -> Floats:
-        """All numbers of `sums` as one vector."""
-        return as_vector(self.sums)
-
-    @cached_property
-    def visible_vector(self) -> Floats:
-        """All numbers of `visible` in the places of `vector`, with zeros for those that the server does not see."""
-        return as_vector({key: self.visible.get(key, torch.zeros_like(t)) for key, t in self.sums.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +125,7 @@ class RecordLevelSetting:
     def made_up(self, client: int) -> list[Example]:
         """Return a client's examples: short ones and a long one, as lengths betray a loss that couples records."""
         with seeded(derive(self.seed, "records", client)):
-            short = [e for _ in range(3) for e in preflight.synthetic(self.model.encoder, 3)]
+            short = [e for _ in range(0, RECORDS, 3) for e in preflight.synthetic(self.model.encoder, 3)]
             return [*short[: RECORDS - 1], preflight.synthetic(self.model.encoder, 12)[-1]]
 
 
@@ -191,13 +166,16 @@ def play(
     subject: RecordLevelSubject,
     clients_data: Sequence[ClientData],
     folder: Path,
+    *,
     rounds: int = ROUNDS,
+    asked_twice: bool = False,
 ) -> list[ObservedRound]:
     """Run so many rounds with two clients, and return each round of each as observed.
 
+    With `asked_twice` a client that has answered is asked the same job once more, as after a reply that was lost.
     Raises `PrivacyError` where a client refuses.
     """
-    fleet = _Observed(setting, subject, clients_data, folder)
+    fleet = _Observed(setting, subject, clients_data, folder, asked_twice=asked_twice)
     for _ in fit(setting.strategy, fleet, setting.start, setting.plan(len(clients_data[0].records), rounds)):
         pass
     return fleet.seen
@@ -207,71 +185,71 @@ class _Observed(Serial):
     """Two clients in this process, whose work is observed."""
 
     def __init__(
-        self, setting: RecordLevelSetting, subject: RecordLevelSubject, clients_data: Sequence[ClientData], folder: Path
+        self,
+        setting: RecordLevelSetting,
+        subject: RecordLevelSubject,
+        clients_data: Sequence[ClientData],
+        folder: Path,
+        *,
+        asked_twice: bool,
     ) -> None:
         super().__init__(setting.model, clients_data, [setting.config.lora.rank] * len(clients_data), folder)
         self.seen: list[ObservedRound] = []
-        self._setting, self._subject, self._folder = setting, subject, folder
+        self._setting, self._subject, self._folder, self._asked_twice = setting, subject, folder, asked_twice
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         for i, job in jobs.items():
-            drawn: list[int] = []
-            where = canaries.places(job, self._setting.canaries, self._setting.seed)
-            folder, mechanism = self._folder / str(i), _tapped(self._subject.mechanism, drawn, where)
-            self._runners[i] = self._subject.runner(i, self._clients_data[i], folder, mechanism=mechanism)
-            before = ClientState(folder).before(job.round).over(job.start)
-            for _, answer in super().train({i: job}):
-                if isinstance(answer, Failure):
-                    raise PrivacyError(f"client {i} refused in round {job.round + 1}: {answer.reason}")
-                self._look(i, job, before, answer, drawn)
-                yield i, answer
+            before = ClientState(self._folder / str(i)).before(job.round).over(job.start)
+            answer, observer = self._ask(i, job)
+            observed = self._observed(i, job, before, answer, observer)
+            self.seen.append(replace(observed, again=self._again(i, job, answer) if self._asked_twice else None))
+            yield i, answer
 
-    def _look(self, i: int, job: Job, before: LoRA, answer: Update, drawn: list[int]) -> None:
-        """Note what the client did to the model, whatever it reports."""
-        after, p = self._model.get_adapter(), self._setting.privacy
-        unit = -p.rate * len(self._clients_data[i].records) / job.training.lr
-        sums = {key: unit * t for key, t in _moved(after, before, job.trains)}
-        observed = ObservedRound(
+    def _ask(self, i: int, job: Job) -> tuple[Update, StepObserver]:
+        """Have a client do a job under observation, by a job runner of its own, as after a start."""
+        client_data = self._clients_data[i]
+        observer = StepObserver(self._model, job, client_data.records, self._unit(i, job))
+        where = canaries.places(job, self._setting.canaries, self._setting.seed)
+        mechanism = observer.on(self._subject.mechanism, where)
+        self._runners[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
+        ((_, answer),) = super().train({i: job})
+        observer.finish()
+        if isinstance(answer, Failure):
+            raise PrivacyError(f"client {i} refused in round {job.round + 1}: {answer.reason}")
+        return answer, observer
+
+    def _unit(self, i: int, job: Job) -> float:
+        """The noisy sum of a step over the change that the step makes."""
+        return -self._setting.privacy.rate * len(self._clients_data[i].records) / job.training.lr
+
+    def _observed(self, i: int, job: Job, before: LoRA, answer: Update, observer: StepObserver) -> ObservedRound:
+        """What the client did to the model, whatever it reports."""
+        unit = self._unit(i, job)
+        return ObservedRound(
             client=i,
             job=job,
-            sums=sums,
-            visible={key: unit * t for key, t in _visible(answer.lora, job)},
-            drawn=np.array(drawn, dtype=np.float64),
+            answer=answer,
+            sums={key: unit * t for key, t in moved(self._model.get_adapter(), before, job.trains)},
+            visible={key: unit * t for key, t in visible(answer.lora, job)},
+            steps=observer.steps,
+            dropout_seed=observer.dropout_seed,
             epsilon=answer.spent.epsilon if answer.spent else inf,
         )
-        self.seen.append(observed)
+
+    def _again(self, i: int, job: Job, answer: Update) -> AnswerAgain:
+        second, observer = self._ask(i, job)
+        return AnswerAgain(
+            same=_is_same(answer.lora, second.lora),
+            steps=len(observer.steps),
+            charges=_charges(second) - _charges(answer),
+        )
 
 
-def _tapped(mechanism: Mechanism, drawn: list[int], where: NDArray[np.int64]) -> Mechanism:
-    """Return the mechanism, which now notes in `drawn` how many records each step draws, and knows canaries."""
-
-    def draw(numbers: Any, n: int, rate: float) -> list[int]:
-        chosen = mechanism.draw(numbers, n, rate)
-        drawn.append(len(chosen))
-        return chosen
-
-    return replace(mechanism, draw=draw, engine=canaries.engine(mechanism, where))
+def _charges(update: Update) -> int:
+    return update.spent.charges if update.spent else 0
 
 
-def _moved(after: LoRA, before: LoRA, sides: str) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    for s in sides:
-        for m, t in after.side(s).items():
-            yield (s, m), t.double() - before.side(s)[m].double()
-
-
-def _visible(lora: LoRA, job: Job) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Yield by how much each shared matrix moved, as far as the server can tell."""
-    for s in job.shares:
-        for m, t in lora.side(s).items():
-            was = job.start.side(s)[m].double()
-            if t.shape == was.shape:
-                yield (s, m), t.double() - was
-            elif s == "A":  # from a client that resumes, which sends [A'; A] and [B', -B]
-                yield (s, m), t[: len(t) // 2].double() - t[len(t) // 2 :].double()
-            else:
-                yield (s, m), t[:, : t.shape[1] // 2].double() + t[:, t.shape[1] // 2 :].double()
-
-
-def as_vector(some: Mapping[tuple[str, str], Tensor]) -> Floats:
-    """Return all numbers as one vector, in the order of sides and modules."""
-    return np.concatenate([t.flatten().numpy() for t in some.values()])
+def _is_same(x: LoRA, y: LoRA) -> bool:
+    """Have these the same matrices, bit for bit?"""
+    first, second = ({(s, m): t for s, m, t in lora.matrices()} for lora in (x, y))
+    return first.keys() == second.keys() and all(torch.equal(t, second[key]) for key, t in first.items())

@@ -30,7 +30,9 @@ def audit(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="So many audits, to count false alarms.")] = 1,
     controls: Annotated[bool, typer.Option("--controls", help="Plant known bugs and see each caught.")] = False,
-    membership: Annotated[bool, typer.Option("--membership", help="Attack the adapter that RUN delivered.")] = False,
+    membership: Annotated[
+        bool, typer.Option("--membership", help="Attack RUN's adapter; what is told has no noise.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Put a promise of privacy to the test: sensitivity, noise, draws, ledger, canaries."""

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from fedlora import config as configuration
 from fedlora import jobs
-from fedlora.audit import canaries, client_level, planted_bugs, record_level, report, schemas, statistics, subject
+from fedlora.audit import (
+    canaries,
+    client_level,
+    planted_bugs,
+    planted_client_level_bugs,
+    record_level,
+    report,
+    schemas,
+    statistics,
+    subject,
+)
 from fedlora.audit.planted_bugs import PlantedBug
 from fedlora.audit.statistics import Finding
 from fedlora.audit.subject import RecordLevelSetting
@@ -36,6 +46,8 @@ LOOKS: dict[str, Callable[[Any, Any], Iterator[Finding]]] = {  # by the number o
     "T4": record_level.training,
     "T5": record_level.training,
     "T6": record_level.training,
+    "T7": record_level.noise,
+    "T8": record_level.noise,
 }
 COUNTS = {
     "T1": client_level.sensitivity,
@@ -98,7 +110,7 @@ def test_a_mean_over_all_tokens_of_a_batch_is_caught(monkeypatch: pytest.MonkeyP
 
     assert failed(record_level.sensitivity(here, SOUND)) == []
     monkeypatch.setattr(here.model, "losses", losses)
-    assert failed(record_level.sensitivity(here, SOUND)) == ["T1 sensitivity"]
+    assert failed(record_level.sensitivity(here, SOUND)) == ["T1 sensitivity", "T1 sensitivity, micro-batches"]
 
 
 @pytest.mark.parametrize(
@@ -122,17 +134,19 @@ def test_other_heads_and_adapters_are_audited_too(given: dict[str, Any]) -> None
 
 
 def test_noise_from_a_seed_is_found_out() -> None:
-    assert failed(record_level.noise(staged(dp__seeded=True), SOUND)) == ["T3 noise, done again"]
+    seeded = staged(dp__seeded=True)
+    assert failed(record_level.noise(seeded, SOUND)) == ["T3 noise, done again", "T8 dropout seeds"]
+    assert failed(record_level.training(seeded, SOUND)) == ["T5 batch, steps apart"]
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.5])
 def test_a_sound_crowd_passes(quantile: float) -> None:
     here = crowd(dp__quantile=quantile)
     findings = [f for look in client_level.TESTS for f in look(here, client_level.ClientLevelSubject())]
-    assert failed(iter(findings)) == [] and len(findings) == (9 if quantile else 7)
+    assert failed(iter(findings)) == [] and len(findings) == (13 if quantile else 11)
 
 
-@pytest.mark.parametrize("control", planted_bugs.CLIENT, ids=lambda c: c.name)
+@pytest.mark.parametrize("control", planted_client_level_bugs.CLIENT, ids=lambda c: c.name)
 def test_a_bug_planted_in_the_crowd_is_caught_by_its_test(control: PlantedBug) -> None:
     found = failed(COUNTS[control.caught_by[:2]](crowd(), control.plant(crowd())))
     assert any(name.startswith(control.caught_by) for name in found)
@@ -164,8 +178,11 @@ def test_canaries_bound_epsilon_from_below_and_not_too_high() -> None:
 
 def test_a_stream_that_is_taken_up_later_is_the_same_stream() -> None:
     x = np.random.default_rng(0).standard_normal(5000)
-    assert not statistics.uncorrelated("", x[:-3], x[3:]).passed
-    assert statistics.uncorrelated("", x[:2500], x[2500:]).passed and not statistics.uncorrelated("", x, 0 * x).passed
+
+    def passes(first: Any, second: Any) -> bool:
+        return statistics.uncorrelated("", {"first": first, "second": second}, [("first", "second")]).passed
+
+    assert not passes(x[:-3], x[3:]) and not passes(x, 0 * x) and passes(x[:2500], x[2500:])
 
 
 def test_sizes_of_samples_must_vary_and_have_their_mean() -> None:
@@ -198,7 +215,11 @@ def test_an_audit_that_fails_ends_so_and_says_what() -> None:
     done = fedlora("audit", *CROWD, "--dp.seeded", "--json")
     told = json.loads(done.stdout)
     assert done.returncode == 1 and not told["passed"]
-    assert [t["name"] for t in told["tests"] if not t["passed"]] == ["T3 noise, done again"]
+    assert [t["name"] for t in told["tests"] if not t["passed"]] == [
+        "T3 noise, done again",
+        "T5 cohort, steps apart",
+        "T5 cohort, done again",
+    ]
     keys = {"name", "passed", "measured", "unit", "allowed", "detail", "seconds"}
     assert all(t.keys() == keys for t in told["tests"]) and told["settings"]["dp.seeded"] is True
 
@@ -209,7 +230,7 @@ def test_a_runs_settings_are_audited_and_the_findings_left_with_it(tmp_path: Pat
     told = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert done.returncode == 0 and told == json.loads(done.stdout), done.stderr
     assert told["settings"]["strategy"] == "ffa_lora" and told["settings"]["audit.rounds"] == subject.ROUNDS
-    assert [t["name"][:2] for t in told["tests"]] == ["T1", "T2", "T2", "T3", "T3", "T3", "T4", "T5", "T6"]
+    assert " ".join(t["name"][:2] for t in told["tests"]) == "T1 T1 T1 T2 T2 T2 T3 T3 T3 T3 T7 T8 T4 T5 T5 T5 T6"
 
 
 def test_other_settings_than_the_runs_leave_nothing_with_it(tmp_path: Path) -> None:

@@ -104,6 +104,13 @@ def test_a_private_runs_attack_comes_with_its_bound(client_data: Path) -> None:
     assert json.loads(fedlora("audit", "run", "--membership", "--json", cwd=client_data).stdout) == told
 
 
+def test_an_attacks_figures_are_called_a_release_and_are_not_in_the_privacy_report(client_data: Path) -> None:
+    done = fedlora("audit", "run", "--membership", cwd=client_data)
+    assert "is a release that no epsilon covers" in " ".join(done.stdout.split())
+    page = (client_data / "run" / "privacy.md").read_text()
+    assert "membership.json" in page and "AUC" not in page
+
+
 def test_what_cannot_be_attacked_is_one_sentence(client_data: Path, tmp_path: Path) -> None:
     done = fedlora("audit", "blind", "--membership", cwd=client_data)
     assert done.returncode == 1 and "set data.eval or data.holdout" in done.stderr

@@ -1,0 +1,169 @@
+"""T1 of record-level privacy: without noise, how far does one record more or less move the sum of a step?"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from fedlora.client import training as local_training
+from fedlora.data.encoding import Example
+from fedlora.jobs import Job
+from fedlora.lora import LoRA
+from fedlora.messages.sketch import select_rows
+from fedlora.privacy import preflight
+from fedlora.privacy.dpsgd import Mechanism
+from fedlora.privacy.noise import SecureRandom
+from fedlora.sections import Training
+from fedlora.seeds import seeded
+
+from . import canaries
+from .observer import as_vector, moved
+from .statistics import Finding, Floats
+from .subject import RecordLevelSetting, RecordLevelSubject
+
+NO_CLIP = 1e9  # a clip that cuts nothing
+LEAST_CLIP = 1e-12  # for gradients of zero
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the gradients' norms, at which the clip is set in turn
+MEDIAN = (0.5,)
+MICRO = 3  # records of a micro-batch, of which there are then several
+MANY = 20  # micro-batches of canaries
+
+
+def sensitivity(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[Finding]:
+    """T1: without noise, how far does one record more or less move the sum of a step, over the clip?
+
+    The sum is over all trained parameters, sent or not, and is read off the model itself. The clips that are tried cut
+    all records, some of them, and none. Once more it is tried with micro-batches of `MICRO` records, of which the last
+    has fewer; and with many canaries, each of which leaves its part of the sum at a place of its own.
+    """
+    silent = replace(subject.mechanism, draw=_everyone, add_noise=_silently)
+    records, size = setting.made_up(0), setting.config.train.batch_size
+    allowed, jobs = preflight.OVER[setting.model.net.dtype.itemsize >= 4], _jobs(setting)
+    for name, batch_size, quantiles in (("", size, QUANTILES), (", micro-batches", MICRO, MEDIAN)):
+        tried = [
+            _largest_change(setting, job, silent, records, quantiles=quantiles, batch_size=batch_size) for job in jobs
+        ]
+        yield _bounded(name, tried, allowed)
+    yield _every_record(setting, jobs, silent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """The largest change of a step's sum by one record."""
+
+    over_clip: float
+    clip: float
+    shortest: float  # norms of the gradients of single records
+    longest: float
+    sides: str
+
+
+def _jobs(setting: RecordLevelSetting) -> list[Job]:
+    """Return a job for every set of sides that the strategy trains in the first two rounds, with no factor at zero."""
+    state, jobs = setting.strategy.init(setting.start), dict[str, Job]()
+    for _ in range(2):
+        job = select_rows(setting.strategy.client_init(state, setting.client))
+        with seeded(7):
+            jobs.setdefault(job.trains, replace(job, start=preflight.random_start(job.start)))
+        state = setting.strategy.aggregate(state, [job.start.only(job.shares)], [1.0])
+    return list(jobs.values())
+
+
+def _bounded(which: str, tried: Sequence[_Change], allowed: float) -> Finding:
+    """T1: is the largest of these changes within the clip?"""
+    worst = max(tried, key=lambda change: change.over_clip)
+    return Finding(
+        name=f"T1 sensitivity{which}",
+        passed=worst.over_clip <= allowed,
+        measured=worst.over_clip,
+        unit="C",
+        allowed=f"at most {allowed:g}",
+        detail=f"most that one record moves a sum, over C; at C = {worst.clip:.2g}, with gradients of "
+        f"{worst.shortest:.2g} to {worst.longest:.2g}, over the sides {worst.sides}",
+    )
+
+
+def _largest_change(
+    setting: RecordLevelSetting,
+    job: Job,
+    mechanism: Mechanism,
+    records: Sequence[Example],
+    *,
+    quantiles: Sequence[float],
+    batch_size: int,
+) -> _Change:
+    """Return the largest change of the sum when one record is left out, at these quantiles of the gradients' norms.
+
+    The quantile 0 stands for a clip far below all norms, and 1 for one far above.
+    """
+
+    def step(those: Sequence[Example], clip: float, unit: float) -> Floats:
+        return _step(setting, job, mechanism, those, clip=clip, unit=unit, batch_size=batch_size)
+
+    norms = [float(np.linalg.norm(step([e], NO_CLIP, 1.0))) for e in records]
+
+    def over(clip: float) -> float:
+        whole = step(records, clip, clip)
+        fewer = [[*records[:i], *records[i + 1 :]] for i in range(len(records))]
+        return max(float(np.linalg.norm(whole - step(rest, clip, clip))) for rest in fewer) / clip
+
+    clips = [max(_clip_at(q, norms), LEAST_CLIP) for q in quantiles]
+    changes = {clip: over(clip) for clip in clips}
+    worst = max(changes, key=lambda clip: changes[clip])
+    return _Change(over_clip=changes[worst], clip=worst, shortest=min(norms), longest=max(norms), sides=job.trains)
+
+
+def _clip_at(quantile: float, norms: Sequence[float]) -> float:
+    far = {0.0: min(norms) / 100, 1.0: 100 * max(norms)}
+    return far.get(quantile, float(np.quantile(norms, quantile)))
+
+
+def _every_record(setting: RecordLevelSetting, jobs: Sequence[Job], mechanism: Mechanism) -> Finding:
+    """T1: of many canaries, in batches of several sizes, does any move its own number by more than the clip?"""
+    most, sizes = 0.0, sorted({MICRO, setting.config.train.batch_size, setting.canaries})
+    for job in jobs:
+        for size in sizes:
+            count = min(setting.canaries, MANY * size)
+            where = canaries.places(job, count, setting.seed)
+            known = replace(mechanism, engine=canaries.engine(mechanism, where))
+            everyone = canaries.examples([True] * count)
+            parts = _step(setting, job, known, everyone, clip=1.0, unit=1.0, batch_size=size)
+            most = max(most, float(np.abs(parts).max()))
+    return Finding(
+        name="T1 sensitivity, every place",
+        passed=most <= 1.001,
+        measured=most,
+        unit="C",
+        allowed="at most 1.001",
+        detail=f"most that one of up to {setting.canaries} canaries moves its own number, over C, in micro-batches of "
+        f"{', '.join(map(str, sizes))}",
+    )
+
+
+def _step(
+    setting: RecordLevelSetting,
+    job: Job,
+    mechanism: Mechanism,
+    records: Sequence[Example],
+    *,
+    clip: float,
+    unit: float,
+    batch_size: int,
+) -> Floats:
+    """Return the sum of the gradients that one step over these records followed, over `unit`, times `unit`."""
+    privacy = replace(setting.privacy, clip=clip, steps=1, rate=1.0)
+    plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=batch_size)
+    with preflight.no_dropout(setting.model.net.train()):
+        local_training.train_privately(
+            setting.model, replace(job, privacy=privacy, training=plain), 0, [[e] for e in records], LoRA(), mechanism
+        )
+    return -as_vector(dict(moved(setting.model.get_adapter(), job.start, job.trains))) * unit
+
+
+def _everyone(_random: SecureRandom, n: int, _rate: float) -> list[int]:
+    return list(range(n))
+
+
+def _silently(total: Tensor, *, deviation: float, random: SecureRandom) -> Tensor:
+    return total.double()
