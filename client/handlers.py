@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 
 from fedlora.client import agreement
+from fedlora.client.egress import Answer, Egress, release_reason
 from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
-from fedlora.errors import Failure, FedloraError
+from fedlora.errors import ClientFailed, Failure, FedloraError, ReasonCode, TrainingDiverged
 from fedlora.jobs import Job
-from fedlora.messages import codec, envelope
+from fedlora.message_types import MOST_LOSS, MissingParts
+from fedlora.messages import codec
 from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import RawMessage, unpack
 from fedlora.messages.parts import payload
@@ -19,6 +21,7 @@ from fedlora.models.model import Model
 from fedlora.storage.event_log import EventLog
 
 log = logging.getLogger("fedlora")
+NO_LOG = EventLog(None)  # of no file, it writes nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +32,14 @@ class ClientContext:
     runner: JobRunner
     parts: PartStore  # what it need not be sent again
     rank: int
-    event_log: EventLog = EventLog(None)  # noqa: RUF009  of no file, it writes nothing
+    event_log: EventLog = NO_LOG
     shows_rounds: bool = False  # is there a person to see each round's end?
     agreement: RunAgreement | None = None  # with the run; none in a simulation, where all are of one hand
+
+    @property
+    def egress(self) -> Egress:
+        """The door through which this client's answers leave."""
+        return Egress(self.runner.policy, self.event_log)
 
     def read_job(self, message: RawMessage) -> codec.IncomingJob:
         """The job in a message, with a line in the event log about what came in."""
@@ -46,7 +54,7 @@ class ClientContext:
         if self.agreement:
             agreement.refuse_unagreed(self.agreement, named, job)
 
-    def assemble(self, incoming: codec.IncomingJob) -> Job | codec.MissingParts:
+    def assemble(self, incoming: codec.IncomingJob) -> Job | MissingParts:
         """The job with all of its parts, or the names of those that neither came nor lie here.
 
         Raises `PrivacyError` for a job that is not as it was agreed.
@@ -54,54 +62,60 @@ class ClientContext:
         self.refuse_unagreed(incoming.head.agreement)
         parts, missing = self.parts.take(incoming)
         if missing:
-            return codec.MissingParts(missing)
+            return MissingParts(missing)
         job = incoming.job(parts)
         self.refuse_unagreed(incoming.head.agreement, job)
         return job
 
 
-def describe(client: ClientContext, message: RawMessage) -> RecordDict:
+def describe(client: ClientContext, message: RawMessage) -> Answer:
     """Answer who this client is."""
     runner = client.runner
-    client.event_log.write("left", what="who", client=runner.id)
-    return codec.pack_client(runner.client_data.client(runner.id, client.rank), client.model.fingerprint)
+    return Answer(codec.pack_client(runner.client_data.client(runner.id, client.rank), client.model.fingerprint))
 
 
-def take_step(client: ClientContext, message: RawMessage) -> RecordDict:
+def take_step(client: ClientContext, message: RawMessage) -> Answer:
     """Take a step of secure aggregation, and answer what the step asks for."""
     step = codec.read_secagg_step(message)
     client.refuse_unagreed(step.agreement)
-    client.event_log.write("left", what=f"secure {step.step}", context=step.context)
-    return codec.pack_secagg_reply(client.runner.reply(step))
+    return Answer(codec.pack_secagg_reply(client.runner.reply(step)), step)
 
 
-def train(client: ClientContext, message: RawMessage) -> RecordDict:
+def train(client: ClientContext, message: RawMessage) -> Answer:
     """Do a round's work, and answer with the update, or with the names of the parts that are missing for it."""
     incoming = client.read_job(message)
     job = client.assemble(incoming)
-    if isinstance(job, codec.MissingParts):
-        return codec.pack_missing_parts(job)
+    if isinstance(job, MissingParts):
+        return Answer(codec.pack_missing_parts(job), incoming)
     update = client.runner.run(client.model, job, incoming.digest(job))
-    tensors, nbytes = payload(update)
-    client.event_log.write("left", what="update", round=job.round + 1, bytes=nbytes, tensors=tensors)
+    _check_loss(update.loss)
     if client.shows_rounds:
+        tensors, nbytes = payload(update)
         words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
         log.info("round %d of %d: %s", job.round + 1, job.rounds, words)
-    return codec.pack_update(update, job.round)
+    return Answer(codec.pack_update(update, job.round), job)
 
 
-def evaluate(client: ClientContext, message: RawMessage) -> RecordDict:
+def evaluate(client: ClientContext, message: RawMessage) -> Answer:
     """Evaluate the model that this client would use on its held-out examples, and answer with the metrics."""
     incoming = client.read_job(message)
     job = client.assemble(incoming)
-    if isinstance(job, codec.MissingParts):
-        return codec.pack_missing_parts(job)
+    if isinstance(job, MissingParts):
+        return Answer(codec.pack_missing_parts(job), incoming)
     metrics = client.runner.evaluate(client.model, job, incoming.digest(job))
-    client.event_log.write("left", what="metrics", round=job.round + 1)
-    return codec.pack_metrics(metrics)
+    if not metrics.targets:
+        raise ClientFailed("it holds out no examples to evaluate on; see data.holdout", code=ReasonCode.DATA)
+    _check_loss(metrics.loss)
+    return Answer(codec.pack_metrics(metrics), job)
 
 
-HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], RecordDict]] = {
+def _check_loss(loss: float | None) -> None:
+    """Raise `TrainingDiverged` for a loss that may not travel."""
+    if loss is not None and not abs(loss) <= MOST_LOSS:
+        raise TrainingDiverged(f"the loss is {loss:g}, beyond {MOST_LOSS:g}; a lower train.lr may help")
+
+
+HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], Answer]] = {
     "who": describe,
     "secure": take_step,
     "train": train,
@@ -110,14 +124,25 @@ HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], RecordDict]] = {
 CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "training", "evaluate": "evaluating"}
 
 
-def handle(kind: str, records: RecordDict, client_for: Callable[[RawMessage], ClientContext]) -> RecordDict | str:
-    """Answer a message by the handler of its kind; of what goes wrong, answer the failure's kind and one sentence."""
+def handle(
+    kind: str,
+    records: RecordDict,
+    client_for: Callable[[RawMessage], ClientContext],
+    event_log: EventLog = NO_LOG,
+    *,
+    tells_all: bool = False,
+) -> RecordDict | str:
+    """Answer a message by the handler of its kind, or by the code of what went wrong.
+
+    The sentence that goes with the code is for this machine's log alone; `tells_all` sends it too, and is for a
+    simulation, whose server is this very machine and whose researcher has no log of each client to look into.
+    """
     try:
         message = unpack(records)
-        return envelope.stamp(HANDLERS[kind](client_for(message), message), message.run)
-    except FedloraError as e:
-        log.warning("%s failed: %s", CALLED.get(kind, kind), e)
-        return Failure.because_of(e).dumps()
+        client = client_for(message)
+        return client.egress.release(HANDLERS[kind](client, message).stamped(message.run))
     except Exception as e:
-        log.warning("%s failed", CALLED.get(kind, kind), exc_info=True)
-        return Failure.because_of(e).dumps()
+        log.warning("%s failed: %s", CALLED.get(kind, kind), e, exc_info=not isinstance(e, FedloraError))
+        failure = Failure.because_of(e)
+        code = release_reason(failure, event_log)
+        return failure.dumps() if tells_all else code

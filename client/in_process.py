@@ -1,6 +1,5 @@
 """A client whose worker is the ClientApp's own process: in Flower's simulation, where a process serves many clients."""
 
-from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -21,17 +20,23 @@ _ready: dict[str, RunSetup] = {}  # by config: a process loads the model once, a
 
 def in_process_app(config: Config, folder: Path) -> ClientApp:
     """An app that serves any client of a run and keeps their files in `folder`."""
-    return flower_app.client_app(partial(handle, config=config, folder=folder))
+
+    def handle_here(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
+        """The answer to a message, or the whole sentence of why there is none: the server is on this machine too."""
+        return handlers.handle(kind, content, lambda _: _client(_setup(config), folder, context), tells_all=True)
+
+    return flower_app.client_app(handle_here)
 
 
-def handle(
-    kind: str, content: RecordDict, context: Context, config: Config | None = None, folder: Path | None = None
-) -> RecordDict | str:
-    """The answer to a message. Without a config it is Flower's run config; without a folder, the node's `state-dir`."""
+def handle(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
+    """The answer to a message, by Flower's run config, of a client that keeps its files in the node's `state-dir`.
+
+    Whether the server is on this machine is not known here, so that of what goes wrong a code is told and no more.
+    """
 
     def client_for(message: RawMessage) -> handlers.ClientContext:
-        setup = _setup(config or configuration.build(dict(context.run_config)))
-        return _client(setup, folder or _state(context, message.run), context)
+        setup = _setup(configuration.build(dict(context.run_config)))
+        return _client(setup, _state(context, message.run), context)
 
     return handlers.handle(kind, content, client_for)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.client import training
+from fedlora.client.egress import check_start
 from fedlora.client.ledger import Ledger
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.scored_rounds import ScoredRounds
@@ -43,6 +44,7 @@ class JobRunner:
         `SecureError` for a job that is to be masked and may not be.
         """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
+        check_start(model, job)
         digest = digest or hash_parts_and_job(job)
         if job.masking:
             return self._masked(model, job, digest)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.data.encoding import Example, Records, length
-from fedlora.errors import TrainingDiverged
+from fedlora.errors import ClientFailed, ReasonCode, TrainingDiverged
 from fedlora.jobs import Job, Update
 from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale
 from fedlora.metrics import Metrics
@@ -27,8 +27,10 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
     """Train what the job names; return the update, and the sides that stay with the client.
 
     The update of a job that resumes holds the change of the product in its A and B: [A'; A] and [B', -B].
-    Raises `TrainingDiverged` where the loss is no longer a number.
+    Raises `TrainingDiverged` where the loss is no longer a number, `ClientFailed` where there are no examples.
     """
+    if not examples:
+        raise ClientFailed(f"client {client} has no examples to train on", code=ReasonCode.DATA)
     taken = load_start(model, job, kept)
     with seeded(derive(job.seed, "dropout", client, job.round)):
         loss = run_steps(model, _sides(model, job), job, client, examples)
@@ -41,8 +43,10 @@ def train_privately(
     """Train what the job names by DP-SGD, on the job's terms; return as `train` does, without a loss.
 
     No loss is in the update, because it would not be private.
-    Raises `PrivacyError` for a model that cannot be trained so.
+    Raises `PrivacyError` for a model that cannot be trained so, `ClientFailed` where there are no records.
     """
+    if not records:
+        raise ClientFailed(f"client {client} has no records to train on", code=ReasonCode.DATA)
     taken = load_start(model, job, kept)
     dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
     return make_update(model, job, taken, len(records), None)

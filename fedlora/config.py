@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from .errors import ConfigError, nearest
 from .sections import (
@@ -49,7 +49,7 @@ class Config:
     clients: Annotated[int, Ge(0), "clients there are; 0: one a file or natural id, else 50"] = 0
     rounds: Annotated[int, Ge(1), "federated rounds"] = 10
     cohort: Annotated[int, Ge(0), "clients asked in a round; 0: a fifth of them, at least 2 (3 under masks)"] = 0
-    seed: Annotated[int, Ge(0), "seed of every random draw"] = 0
+    seed: Annotated[int, Ge(0), Lt(2**64), "seed of every random draw"] = 0
     engine: Annotated[
         Literal["auto", "serial", "stacked", "flower"],
         "where clients run: serial (in this process), flower (many processes); auto: serial",

@@ -18,90 +18,92 @@ FedloraError
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from enum import StrEnum
 from errno import EDQUOT, ENOSPC
-from typing import ClassVar
 
-
-class FailureKind(StrEnum):
-    """What kept a client from answering; the words are values of the label `reason` of Prometheus' metrics too."""
-
-    LATE = "late"  # no answer in time
-    OFFLINE = "offline"  # the client could not be reached, and may be asked again
-    CRASHED = "crashed"  # a process of the client ended
-    DAMAGED = "damaged"  # what the server sent arrived damaged
-    REFUSED = "refused"  # an answer came, and did not pass the server's checks
-    DISK = "disk"  # no room on the client's disk
-    SECURE = "secure"  # secure aggregation could not go on
-    MASKED = "masked"  # its update of this round went out under a mask, and no sum with it could be read
-    PRIVACY = "privacy"  # the client would have given away more than it may
-    DIVERGED = "diverged"  # the loss or the adapter is not finite
-    MEMORY = "memory"  # too little memory
-    ERROR = "error"  # anything else
+from .reasons import FailureKind as FailureKind
+from .reasons import ReasonCode as ReasonCode
 
 
 class FedloraError(Exception):
-    """Every mistake that a user can mend; its text is one sentence with the value, the place and the remedy."""
+    """Every mistake that a user can mend; its text is one sentence with the value, the place and the remedy.
 
-    kind: ClassVar[FailureKind] = FailureKind.ERROR  # of the failure, where the error ends a client's work
+    Where it ends a client's work, the sentence stays with the client, and the code is all that the server is told.
+    """
+
+    code = ReasonCode.ERROR
+
+    def __init__(self, sentence: str = "", *, code: ReasonCode | None = None) -> None:
+        """`code`: a more exact one than that of the class."""
+        super().__init__(sentence)
+        self.code = code or type(self).code
 
 
 class ConfigError(FedloraError):
     """An unknown key, a value of the wrong type, or settings that contradict each other."""
 
+    code = ReasonCode.SETTINGS
+
 
 class DataError(FedloraError):
     """A file, a line, a column or a split of the data that cannot be used."""
+
+    code = ReasonCode.DATA
 
 
 class ModelError(FedloraError):
     """A base model that cannot be loaded, or that cannot take the adapter that was asked for."""
 
+    code = ReasonCode.MODEL
+
 
 class StrategyError(FedloraError):
     """A strategy that cannot be found or built, or that returned what no client can load."""
+
+    code = ReasonCode.MODEL
 
 
 class PrivacyError(FedloraError):
     """A privacy guarantee that cannot be given: the settings contradict it, or the model cannot have it."""
 
-    kind = FailureKind.PRIVACY
+    code = ReasonCode.PRIVACY
 
 
 class SecureError(FedloraError):
     """Secure aggregation stops: going on would reveal a client's update, or give a wrong sum."""
 
-    kind = FailureKind.SECURE
+    code = ReasonCode.MASKING
 
 
 class MaskedBefore(SecureError):
     """This client has masked an update of this round before; a second sum with it could give it away."""
 
-    kind = FailureKind.MASKED
+    code = ReasonCode.MASKED
 
 
 class LedgerError(FedloraError):
     """A client's privacy ledger is lost, altered, of other data, or has no room for what a job would spend."""
 
-    kind = FailureKind.PRIVACY
+    code = ReasonCode.LEDGER
 
 
 class ClientFailed(FedloraError):
     """One client could not do its job; the round goes on without it."""
 
+    code = ReasonCode.FAILED
+
 
 class TrainingDiverged(ClientFailed):
     """A client's loss or adapter is not finite."""
 
-    kind = FailureKind.DIVERGED
+    code = ReasonCode.DIVERGED
 
 
 class WireError(FedloraError):
     """A message that is damaged, or is not what it says it is."""
 
-    kind = FailureKind.DAMAGED
+    code = ReasonCode.MESSAGE
 
 
 class RoundFailed(FedloraError):
@@ -111,7 +113,7 @@ class RoundFailed(FedloraError):
 class CheckpointError(FedloraError):
     """A run's state could not be written or read."""
 
-    kind = FailureKind.DISK
+    code = ReasonCode.DISK
 
 
 class ExportError(FedloraError):
@@ -135,43 +137,47 @@ class Failure:
 
     reason: str  # one sentence
     kind: FailureKind = FailureKind.ERROR
+    code: ReasonCode | None = None  # where the client itself gives the reason
     sent: bool = field(default=True, compare=False)  # was the client sent its job, so that it may have been charged?
 
     @classmethod
     def because_of(cls, error: BaseException) -> "Failure":
-        """The failure of a client whose work this error ended."""
+        """The failure of a client whose work this error ended, with the sentence that stays with the client."""
         sentence = str(error) if isinstance(error, FedloraError) else f"{type(error).__name__}: {error}"
-        return cls(sentence, _kind_of(error))
+        code = _code_of(error)
+        return cls(sentence, code.kind, code)
+
+    @classmethod
+    def told(cls, word: str) -> "Failure":
+        """The failure that a client tells of by a code, in that code's own sentence; any other word is no reason.
+
+        >>> Failure.told("memory").kind, Failure.told("ssn 100-45-6000").reason
+        (<FailureKind.MEMORY: 'memory'>, 'it gave no reason that is known here')
+        """
+        if word not in frozenset(ReasonCode):
+            return cls("it gave no reason that is known here")
+        code = ReasonCode(word)
+        return cls(code.sentence, code.kind, code)
 
     @classmethod
     def parse(cls, text: str) -> "Failure":
-        """The failure that a client sent with `dumps`. A first word that no client may say is part of the sentence.
-
-        >>> Failure.parse("memory: too little").kind, Failure.parse("late: so it says").kind
-        (<FailureKind.MEMORY: 'memory'>, <FailureKind.ERROR: 'error'>)
-        """
-        word, colon, sentence = text.partition(": ")
-        if colon and word in CLIENT_KINDS:
-            return cls(sentence, FailureKind(word))
-        return cls(text)
+        """The failure that `dumps` wrote, sentence and all: of a simulation, whose clients are on this very machine."""
+        word, _, sentence = text.partition(": ")
+        return replace(cls.told(word), reason=sentence) if word in frozenset(ReasonCode) else cls(text)
 
     def dumps(self) -> str:
-        """The kind and the sentence as one text, for the server."""
-        return f"{self.kind}: {self.reason}"
+        """The code and the sentence as one text, which may not leave this machine."""
+        return f"{self.code or ReasonCode.ERROR}: {self.reason}"
 
 
-# The kinds that a client may give itself; whether an answer is late or refused, the server alone knows.
-CLIENT_KINDS = frozenset(FailureKind) - {FailureKind.LATE, FailureKind.OFFLINE, FailureKind.REFUSED}
-
-
-def _kind_of(error: BaseException) -> FailureKind:
-    """The kind of the failure that an error means for the client whose work it ended."""
+def _code_of(error: BaseException) -> ReasonCode:
+    """The code of the failure that an error means for the client whose work it ended."""
     if _is_full_disk(error) or _is_full_disk(error.__cause__):
-        return FailureKind.DISK
+        return ReasonCode.DISK
     if isinstance(error, FedloraError):
-        return error.kind
+        return error.code
     out_of_memory = {"MemoryError", "OutOfMemoryError"} & {cls.__name__ for cls in type(error).__mro__}  # torch's too
-    return FailureKind.MEMORY if out_of_memory else FailureKind.ERROR
+    return ReasonCode.MEMORY if out_of_memory else ReasonCode.ERROR
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

@@ -1,24 +1,28 @@
-"""The messages between the server and its clients, as values: jobs, updates, and the terms of privacy in them."""
+"""Jobs and updates as values, with the numbers in them; the plain values in them are in `fedlora.message_types`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .lora import LoRA
+from .message_types import Charge, Client, MaskingTerms, PrivacySpent, PrivacyTerms, SecAggStep
 from .sections import Encoding, Training
 
+__all__ = [
+    "HIGHEST_RANK",
+    "TRAINING",
+    "Charge",
+    "Client",
+    "CompressedUpdate",
+    "Job",
+    "MaskingTerms",
+    "PrivacySpent",
+    "PrivacyTerms",
+    "SecAggStep",
+    "Update",
+]
 TRAINING = Training()  # of a job whose strategy leaves it to the run, which tells by this very object
-
-
-@dataclass(frozen=True, kw_only=True)
-class Charge:
-    """Steps of DP-SGD that a client has run, or is about to run."""
-
-    noise: float  # sigma: the noise's standard deviation over the clip
-    rate: float  # q: the probability that a record is in a step
-    steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,66 +39,7 @@ class CompressedUpdate:
         return sum(t.numel() * t.element_size() for part in (self.numbers, self.scales) for _, _, t in part.matrices())
 
 
-@dataclass(frozen=True)
-class Client:
-    """What the server knows of a client."""
-
-    id: int
-    examples: int
-    rank: int
-    records: int = 0  # what a private run protects and draws: rows or examples; 0: not counted
-
-
 HIGHEST_RANK = Client(id=0, examples=1, rank=2**31)  # whose job holds all of a state, as no rank is cut to a lower one
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacyTerms:
-    """The terms of a client's DP-SGD, which make its work in a round differentially private (docs/privacy.md)."""
-
-    noise: float  # sigma: the noise's standard deviation over the clip
-    clip: float  # C: the largest norm of one record's gradient over all that is trained
-    head_share: float  # of C^2, for the head, where it is trained beside factors: C_A^2 + C_H^2 = C^2
-    rate: float  # q: the probability that a record is in a step, each by itself
-    steps: int  # in a round
-    delta: float
-    engine: str = "auto"  # of the gradients of single examples
-    seeded: bool = False  # noise and samples from the run's seed: an experiment, and NOT PRIVATE
-    known: int = 0  # charges in this client's ledger that the server has seen: one with fewer has lost some
-
-
-@dataclass(frozen=True)
-class SecAggStep:
-    """Server to client: a step of secure aggregation (see `fedlora.privacy.secure_aggregation`)."""
-
-    step: Literal["join", "share", "reveal"]
-    context: str  # the round, with a random word, so that no two attempts at a round have the same one
-    _: KW_ONLY
-    round: int = 0  # from 0; a client joins none of which, or of a later one, it has masked an update
-    roster: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)  # member -> its public keys in hexadecimal
-    threshold: int = 0
-    survivors: tuple[int, ...] = ()
-    agreement: str = ""  # the hash of the run's agreement; none in a simulation
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskingTerms:
-    """How a client masks its update, so that it can be read in the round's sum alone."""
-
-    context: str
-    weight: float  # p: the client's share, of shares that sum to 1
-    reach: float  # the value range: largest change of a number
-    members: int
-    inbox: Mapping[int, str]  # sender -> its shares for this client, sealed, in hexadecimal
-    clip: float = 0.0  # largest norm of the whole update, in a run that hides clients; 0: not clipped
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacySpent:
-    """What a client's ledger has been charged with after a round."""
-
-    epsilon: float  # of all its charges, at the run's delta
-    charges: int
 
 
 @dataclass(frozen=True, eq=False)

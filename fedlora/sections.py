@@ -15,6 +15,7 @@ from .errors import ConfigError
 
 Names = tuple[str, ...]
 Encoding = Literal["float32", "bfloat16", "int8"]
+MOST_RANK = 2**14  # of an adapter: beyond the width of any layer, where a lower rank says the same
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,23 @@ class Training:
     """How a client trains; one definition for the settings file, the command line and the Job."""
 
     optimizer: Annotated[Literal["adamw", "sgd"], "optimizer of a client, made anew every round"] = "adamw"
-    lr: Annotated[float, Gt(0), "learning rate"] = 1e-3
-    head_lr: Annotated[float, Ge(0), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
-    lora_plus: Annotated[float, Gt(0), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
+    lr: Annotated[float, Gt(0), Le(1e3), "learning rate"] = 1e-3
+    head_lr: Annotated[float, Ge(0), Le(1e3), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
+    lora_plus: Annotated[float, Gt(0), Le(1e6), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
     momentum: Annotated[float, Ge(0), Lt(1), "momentum of sgd"] = 0.0
-    weight_decay: Annotated[float, Ge(0), "weight decay: decoupled with adamw, L2 with sgd"] = 0.0
-    epochs: Annotated[float, Ge(0), "passes over the client's data a round"] = 1.0
-    steps: Annotated[int, Ge(0), "optimizer steps a round; 0: as many as the epochs take"] = 0
-    batch_size: Annotated[int, Ge(1), "examples in a forward pass"] = 16
-    accumulate: Annotated[int, Ge(1), "forward passes in an optimizer step"] = 1
-    clip: Annotated[float, Ge(0), "largest norm of a step's gradient; 0: not clipped"] = 1.0
+    weight_decay: Annotated[float, Ge(0), Le(1e6), "weight decay: decoupled with adamw, L2 with sgd"] = 0.0
+    epochs: Annotated[float, Ge(0), Le(1e5), "passes over the client's data a round"] = 1.0
+    steps: Annotated[int, Ge(0), Le(10**7), "optimizer steps a round; 0: as many as the epochs take"] = 0
+    batch_size: Annotated[int, Ge(1), Le(2**20), "examples in a forward pass"] = 16
+    accumulate: Annotated[int, Ge(1), Le(2**20), "forward passes in an optimizer step"] = 1
+    clip: Annotated[float, Ge(0), Le(1e20), "largest norm of a step's gradient; 0: not clipped"] = 1.0
     schedule: Annotated[Literal["constant", "linear", "cosine"], "course of the learning rate over all rounds"] = (
         "constant"
     )
     warmup: Annotated[float, Ge(0), Le(1), "share of the whole run in which the learning rate rises"] = 0.0
-    prox: Annotated[float, Ge(0), "mu of FedProx: mu/2 times the squared distance to where the round started"] = 0.0
+    prox: Annotated[
+        float, Ge(0), Le(1e9), "mu of FedProx: mu/2 times the squared distance to where the round started"
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,16 @@ class PrivacyConfig:
     epsilon: Annotated[
         float, Gt(0), "privacy budget: most that the run may spend of a client's data; inf: no privacy"
     ] = inf
-    noise: Annotated[float, Ge(0), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
+    noise: Annotated[float, Ge(0), Le(1e6), "sigma: noise over clip, instead of what epsilon asks for"] = 0.0
     delta: Annotated[
         float,
         Ge(0),
         Lt(1),
         "delta of the guarantee; 0: 1e-5, or a tenth of 1/N if less; N: records of the largest client",
     ] = 0.0
-    clip: Annotated[float, Gt(0), "C: largest norm of a record's gradient, or of a client's whole update"] = 1.0
+    clip: Annotated[
+        float, Gt(1e-20), Lt(1e20), "C: largest norm of a record's gradient, or of a client's whole update"
+    ] = 1.0
     level: Annotated[
         Literal["record", "client"], "what is hidden: record (one record of a client), or client (all of one)"
     ] = "record"
@@ -199,7 +204,9 @@ class ModelConfig:
         "none"
     )
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
-    max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
+    max_length: Annotated[
+        int, Ge(8), Le(2**20), "tokens in an example; longer text is cut, or split for language modelling"
+    ] = 128
     device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"
 
 
@@ -210,8 +217,8 @@ class LoRAConfig:
     kind: Annotated[
         Literal["lora", "dora", "vera"], "dora: magnitudes too; vera: two vectors a module, A, B shared"
     ] = "lora"
-    rank: Annotated[int, Ge(1), "r"] = 8
-    alpha: Annotated[float, Gt(0), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
+    rank: Annotated[int, Ge(1), Le(MOST_RANK), "r"] = 8
+    alpha: Annotated[float, Gt(0), Le(1e6), "a module computes (W + s B A) x with s = alpha / r"] = 16.0
     ranks: Annotated[
         str, "ranks of the clients, up to lora.rank: 4,8,16 in turn, uniform:4-16, auto:4GB,8GB; empty: alike"
     ] = ""

@@ -6,6 +6,7 @@ leaves open is bounded here before or right after it is called: the size of the 
 tensors, the types, and dimensions that torch cannot hold. How many bytes there may be is for the caller to say.
 """
 
+import json
 from collections.abc import Mapping
 from hashlib import sha256
 from math import prod
@@ -23,6 +24,7 @@ from .lora import SIDES, LoRA
 
 MOST_HEADER = 8 * 2**20  # bytes of a header, of which a tensor takes about 100
 MOST_DIMENSIONS = 8
+Form = tuple[str, tuple[int, ...]]  # of a tensor: its number type by safetensors' name, and its shape
 MOST_NUMBERS = 2**48  # of a tensor, dimensions of 0 taken for 1: torch cannot lay out more
 WITHOUT_HASH = frozenset(  # the metadata of the first files of version 0.1, which held no hash of their content
     {"round", "tree", "manifest", "name", "job", "examples", "loss", "spent"}
@@ -59,6 +61,23 @@ def from_bytes(content: bytes, most_header: int = MOST_HEADER) -> dict[str, Tens
 def number_bytes(content: bytes) -> int:
     """How many of the bytes are numbers, and not the header that names them."""
     return max(len(content) - 8 - _header_size(content), 0)
+
+
+def forms(content: bytes) -> dict[str, Form]:
+    """The number type and the shape of every tensor in these bytes, by name, from the header that they begin with.
+
+    Raises `WireError` where the bytes hold anything beside these tensors.
+    """
+    end = 8 + _header_size(content)
+    try:
+        header = {
+            name: (e["dtype"], tuple(e["shape"]), e["data_offsets"]) for name, e in json.loads(content[8:end]).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WireError(f"these numbers are not in the safetensors format: {e}") from e
+    if sum(last - first for *_, (first, last) in header.values()) != len(content) - end:
+        raise WireError("these numbers have bytes that belong to no tensor")
+    return {name: (dtype, shape) for name, (dtype, shape, _) in header.items()}
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

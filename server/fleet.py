@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import Failure, FailureKind
 from fedlora.jobs import Client, Job, SecAggStep, Update
+from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.envelope import RawMessage
 from fedlora.messages.parts import Parts, PartTracker, payload
@@ -31,7 +32,7 @@ LAST_RETURN = 30.0  # seconds that the others have to be back, once there are en
 LOOK_AT_NODES = 5.0  # seconds between two looks for nodes that were started anew while they had a message
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
-Read = Callable[[RawMessage, Job], T | codec.MissingParts]
+Read = Callable[[RawMessage, Job], T | MissingParts]
 ABSENT = Failure("offline: its node is not there", FailureKind.OFFLINE, sent=False)
 
 
@@ -123,7 +124,7 @@ class FlowerFleet:
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(outbox, 0, clock):
-            said[i] = answer = read_reply(reply, self._rules.run, upload_checks.read_secagg_reply)
+            said[i] = answer = read_reply(reply, self._rules, upload_checks.read_secagg_reply)
             if not isinstance(answer, Failure):
                 clock.answered()
         return said
@@ -146,8 +147,8 @@ class FlowerFleet:
         self._push(outbox, jobs)
         silent = {i: i in outbox.waiting.values() for i in jobs}  # client -> was it sent its job?
         for i, reply in self._replies(outbox, most, clock):
-            answer = read_reply(reply, self._rules.run, read, jobs[i])
-            if isinstance(answer, codec.MissingParts) and messages.may_repeat(i):
+            answer = read_reply(reply, self._rules, read, jobs[i])
+            if isinstance(answer, MissingParts) and messages.may_repeat(i):
                 self._push(outbox, [i])
                 continue
             del silent[i]
@@ -161,9 +162,9 @@ class FlowerFleet:
             self._note(kind, i, jobs[i], failure)
             yield i, failure
 
-    def _taken(self, kind: str, i: int, job: Job, answer: T | codec.MissingParts | Failure) -> T | Failure:
+    def _taken(self, kind: str, i: int, job: Job, answer: T | MissingParts | Failure) -> T | Failure:
         """Count an answer after which its client is not asked again, and write it in the log; return it."""
-        if isinstance(answer, codec.MissingParts):
+        if isinstance(answer, MissingParts):
             reason = f"it still lacks {len(answer.lacks)} parts of a job that was sent in full"
             answer = Failure(reason, FailureKind.REFUSED)
         self._note(kind, i, job, answer)
@@ -194,7 +195,7 @@ class FlowerFleet:
         """Is the time up that the settings give a round? Where they say none, clients that are away are waited for."""
         return bool(self._rules.deadline) and time.monotonic() - began > self._rules.deadline
 
-    def _read_update(self, message: RawMessage, job: Job) -> Update | codec.MissingParts:
+    def _read_update(self, message: RawMessage, job: Job) -> Update | MissingParts:
         update = upload_checks.validated_update(message, job, self._rules.largest_step)
         if isinstance(update, Update):
             self.traffic.receive(update)

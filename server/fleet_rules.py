@@ -39,6 +39,7 @@ class FleetRules:
     ranks: Sequence[int] = ()  # of each client; none: clients are believed
     agreement: RunAgreement = field(default_factory=RunAgreement)  # what clients are told that they will be asked for
     base: str = ""  # fingerprint of the base model that all must have; none: not compared
+    tells_all: bool = False  # a simulation: clients on this machine may tell more than a code of what went wrong
     patient: bool = False  # wait for clients that cannot say who they are until they can; else give up
 
     @property

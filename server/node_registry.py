@@ -72,7 +72,7 @@ class NodeRegistry:
 
     def _take_down(self, node: int, reply: Message | Failure) -> None:
         """Take down who a node is, or why it cannot say."""
-        said = read_reply(reply, self._rules.run, upload_checks.read_client)
+        said = read_reply(reply, self._rules, upload_checks.read_client)
         why = said.reason if isinstance(said, Failure) else _wrong_about(self._rules, node, *said)
         if why or isinstance(said, Failure):
             self._tries[node] += 1

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import Failure, FailureKind, WireError
 from fedlora.messages.envelope import RawMessage, printable, unpack
+from fedlora.server.fleet_rules import FleetRules
 from fedlora.server.memory_bounds import bounded
 from fedlora.server.refusals import failure_of
 
@@ -22,6 +23,12 @@ KIND_OF_CODE = {  # Flower's codes of errors that no client's work raised
     4: FailureKind.LATE,  # the reply expired
     5: FailureKind.OFFLINE,  # the node's heartbeats have ended
     8: FailureKind.CRASHED,  # the process of the ClientApp ended
+}
+SAID_BY_CODE = {  # what is shown for these: their text can come from a client
+    3: "the job expired before it was begun",
+    4: "the answer expired before it was sent",
+    5: "offline: its heartbeats have ended",
+    8: "a process of it ended in the middle of this",
 }
 GLANCE = 2.0  # seconds that a reply is waited for while it is brought in; then the others have their turn
 
@@ -96,7 +103,11 @@ def _reply_to(id: str, replies: list[Message]) -> Message | Failure | None:
 
 
 def read_reply(
-    reply: Message | Failure, run: str, read: Callable[Concatenate[RawMessage, P], X], *args: P.args, **kwargs: P.kwargs
+    reply: Message | Failure,
+    rules: FleetRules,
+    read: Callable[Concatenate[RawMessage, P], X],
+    *args: P.args,
+    **kwargs: P.kwargs,
 ) -> X | Failure:
     """What `read` makes of a reply, or the failure: the reply is an error, of another run, or refused by `read`."""
     if isinstance(reply, Failure):
@@ -104,29 +115,34 @@ def read_reply(
 
     def content() -> X | Failure:
         if reply.has_error():
-            return read_error(reply.error)
+            return read_error(reply.error, tells_all=rules.tells_all)
         message = unpack(reply.content)
-        if message.run != run:
-            raise WireError(f"an answer is of run {message.run!r}; this is {run!r}")
+        if message.run != rules.run:
+            raise WireError(f"an answer is of run {message.run!r}; this is {rules.run!r}")
         return read(message, *args, **kwargs)
 
     return failure_of(content)
 
 
-def read_error(error: Error) -> Failure:
-    """The failure that an error reply tells of, from Flower's code where that says what failed, else from the text."""
-    line = _one_line(error)
+def read_error(error: Error, *, tells_all: bool = False) -> Failure:
+    """The failure that an error reply tells of, in this program's own words, from its code or the client's.
+
+    `tells_all`: of a simulation on this machine, whose sentences may be shown as they are.
+    """
+    if tells_all:
+        line = _one_line(error)
+        return Failure(line, KIND_OF_CODE[error.code]) if error.code in KIND_OF_CODE else Failure.parse(line)
     if kind := KIND_OF_CODE.get(error.code):
-        return Failure(line, kind)
-    return Failure.parse(line)
+        return Failure(SAID_BY_CODE[error.code], kind)
+    return Failure.told(error.reason or "")
 
 
 def _one_line(error: Error) -> str:
     """The text of an error reply without what Flower and Ray add: exceptions come in their class or in tracebacks."""
-    text = printable(error.reason or f"Flower's error {error.code}", "\n")
+    text = printable(error.reason or "", "\n")
     if wrapped := re.fullmatch(r"<class '(?:.*\.)?(\w+)[^']*'>:<'(.*)'>", text, re.DOTALL):
         text = f"{wrapped[1]}: {wrapped[2]}"
-    lines = list(filter(None, map(str.strip, text.splitlines()))) or ["it gave no reason"]
+    lines = list(filter(None, map(str.strip, text.splitlines()))) or [f"Flower's error {error.code}"]
     return lines[-1] if any(map(_is_of_a_traceback, lines)) else lines[0]
 
 

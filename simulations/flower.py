@@ -55,7 +55,7 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
         flower.start()
         ended = False
         try:
-            rules = rules_of(config.server, config.clients, threshold=config.secure.needed)
+            rules = rules_of(config.server, config.clients, threshold=config.secure.needed, tells_all=True)
             fleet = FlowerFleet(flower.grid(), rules, answered, stop=flower.broken)
             with _terminable():
                 serve(fleet)

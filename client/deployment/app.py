@@ -11,13 +11,12 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from fedlora.client.flower_app import client_app
-from fedlora.errors import Failure
 
 log = logging.getLogger("fedlora")
 
 
 def _answer(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
-    """The answer to a message, or a failure as `Failure.dumps` writes it."""
+    """The answer to a message, or the code of why there is none."""
     worker, identity = context.node_config.get("worker"), context.node_config.get("cold")
     if identity:
         from fedlora.client.deployment.worker import answer_once  # slow, as `fedlora client --cold` asks for
@@ -32,14 +31,15 @@ def _answer(kind: str, content: RecordDict, context: Context) -> RecordDict | st
 
 
 def _ask_worker(address: str, kind: str, content: RecordDict, deadline: float | None) -> RecordDict | str:
-    from fedlora.client.deployment.relay import WorkerGone, ask
+    from fedlora.client.deployment.relay import WorkerFailed, WorkerGone, ask
 
     try:
         return ask(address, kind, content, deadline)
     except WorkerGone as e:
-        return Failure.because_of(e).dumps()
-    except RuntimeError as e:
-        return str(e)  # a failure as the worker wrote it
+        log.warning("%s", e)
+        return e.code
+    except WorkerFailed as e:  # it has said more in its own log
+        return e.code
 
 
 app = client_app(_answer)

@@ -6,7 +6,7 @@ import grpc
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Kind, Numbers, Task, TaskPiece
-from fedlora.errors import ClientFailed, FailureKind
+from fedlora.errors import ClientFailed, Failure, ReasonCode
 
 METHOD = "/fedlora.client.v1.Worker/Do"
 CHUNK = 2**20  # bytes of numbers in a piece
@@ -18,11 +18,15 @@ TRIES = 2  # times that a message is sent to a worker that dies of it
 class WorkerGone(ClientFailed):
     """No worker answered: it did not come back after `fedlora client` started it again, or died of the job twice."""
 
-    kind = FailureKind.CRASHED
+    code = ReasonCode.CRASHED
+
+
+class WorkerFailed(ClientFailed):
+    """The worker has no answer to a message; the code says why."""
 
 
 def ask(address: str, kind: str, content: RecordDict, timeout: float | None) -> RecordDict:
-    """The worker's answer to a message. Raises `WorkerGone`, or `RuntimeError` with the failure that the worker told.
+    """The worker's answer to a message. Raises `WorkerGone`, or `WorkerFailed` with the code that the worker told.
 
     A worker that dies of a message gets it once more. It does no harm to ask twice: a job that is done already has the
     same answer again.
@@ -84,10 +88,11 @@ def _pieces(kind: str, content: RecordDict) -> Iterator[TaskPiece]:
 
 
 def _collect(pieces: Iterator[AnswerPiece]) -> RecordDict:
-    """The message that came as an answer and its bytes. Raises `RuntimeError` with the failure that came instead."""
+    """The message that came as an answer and its bytes. Raises `WorkerFailed` with the code that came instead."""
     first, data = next(pieces), bytearray()
     if first.HasField("failed"):
-        raise RuntimeError(first.failed.reason)
+        told = Failure.told(first.failed.reason)
+        raise WorkerFailed(told.reason, code=told.code)
     for piece in pieces:
         data += piece.chunk
     answer: Answer = first.answer

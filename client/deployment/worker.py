@@ -7,13 +7,14 @@ again, because the process that asked died meanwhile, gets the answer that lies 
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from flwr.app import RecordDict
@@ -26,13 +27,16 @@ from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Ki
 from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import client_policy
 from fedlora.client.runner import JobRunner
-from fedlora.errors import WireError
+from fedlora.errors import Failure, FedloraError, ReasonCode, WireError
 from fedlora.messages import codec
+from fedlora.messages.envelope import RUN, RawMessage
 from fedlora.messages.agreement import RunAgreement
 from fedlora.run.setup import ClientSetup, for_client
 from fedlora.storage.event_log import EventLog
 
-MOST = 64 * 2**30  # bytes of numbers in a job
+LITTLE = 64 * 2**20  # bytes of numbers that any message may bring
+TAKEN = ("ledgers", "logs", "runs")  # folders of a client's state that are no run's
+TIMES = 16  # bytes for each number of the base model that a job may bring besides: four times the model in float32
 log = logging.getLogger("fedlora")
 
 
@@ -45,6 +49,16 @@ class ClientIdentity:
     settings: Mapping[str, Any]  # by dotted keys: data, devices, what the client insists on
 
 
+class Worker(Protocol):
+    """What answers tasks at the socket."""
+
+    def most_bytes(self, task: Task) -> int:
+        """The largest number of bytes that a task may bring."""
+
+    def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
+        """The answer to a task, or the code of why there is none."""
+
+
 @dataclass
 class WarmWorker:
     """Answers a client's messages, and keeps the model and the data loaded between them."""
@@ -54,36 +68,47 @@ class WarmWorker:
     _setup: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
 
+    def most_bytes(self, task: Task) -> int:
+        """The largest number of bytes that a task may bring, by the size of the model."""
+        if task.numbers.bytes <= LITTLE:
+            return LITTLE
+        with self._lock:
+            setup = self._setup or self._setup_for(agreement.kept(run_folder(self.identity, task.run)))
+        return LITTLE + TIMES * setup.model.size
+
     def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
-        """The answer to a task, or a failure as `Failure.dumps` writes it. One task is done at a time."""
+        """The answer to a task, or the code of why there is none. One task is done at a time."""
         content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
         with self._lock:
             return self.answer(Kind.Name(task.kind).lower(), content)
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
-        """The answer to a message, or a failure as `Failure.dumps` writes it.
+        """The answer to a message, or the code of why there is none.
 
         The question who this client is brings the run's agreement, by which all later messages are answered.
         """
-        if kind == "who":
-            return handlers.handle(kind, content, lambda m: self._context(m.run, codec.read_join_request(m)))
-        return handlers.handle(kind, content, lambda m: self._context(m.run))
+
+        def client_for(message: RawMessage) -> handlers.ClientContext:
+            return self._context(message.run, codec.read_join_request(message) if kind == "who" else None)
+
+        return handlers.handle(kind, content, client_for, self._event_log(relay.split(content)[1]))
+
+    def _event_log(self, run: str) -> EventLog:
+        return EventLog(self.identity.state / "audit.jsonl", side="client", client=self.identity.id, run=run)
 
     def _context(self, run: str, offered: RunAgreement | None = None) -> handlers.ClientContext:
         """What answers a run's messages; `offered` is the run's agreement, if it came with this message."""
-        if not run:
-            raise WireError("a message names no run, and this client keeps its state by it")
         identity = self.identity
-        folder = identity.state / run / str(identity.id)
+        folder = run_folder(identity, run)
         policy = client_policy(identity.settings, identity.state / "ledgers")
         if offered:
             agreement.join(folder, offered, policy, run)
         agreed = agreement.kept(folder)
         setup = self._setup_for(agreed)
         runner = JobRunner(identity.id, setup.client_data, folder, policy, once=True)
-        event_log = EventLog(identity.state / "audit.jsonl", side="client", client=identity.id, run=run)
+        store, log_of_run = PartStore(folder), self._event_log(run)
         return handlers.ClientContext(
-            setup.model, runner, PartStore(folder), setup.rank, event_log, shows_rounds=True, agreement=agreed
+            setup.model, runner, store, setup.rank, log_of_run, shows_rounds=True, agreement=agreed
         )
 
     def _setup_for(self, agreed: RunAgreement) -> ClientSetup:
@@ -92,6 +117,19 @@ class WarmWorker:
             self._setup = None  # free the memory first: there may be no room for two models
             self._setup, self._key = for_client(agreed.settings, self.identity.settings, self.identity.id), agreed.hash
         return self._setup
+
+
+def run_folder(identity: ClientIdentity, run: str) -> Path:
+    """The folder of what a client keeps of a run, apart from its ledgers and logs, whatever the run is called.
+
+    Raises `WireError` for a name that cannot be a folder's. A run that an older version began stays where it began.
+    """
+    if not run or not re.fullmatch(RUN, run):
+        raise WireError("a message names no run, and this client keeps its state by it")
+    earlier = identity.state / run / str(identity.id)
+    if run not in TAKEN and earlier.is_dir():
+        return earlier
+    return identity.state / "runs" / run / str(identity.id)
 
 
 def answer_once(file: Path, kind: str, content: RecordDict) -> RecordDict | str:
@@ -107,7 +145,7 @@ def serve(socket: Path, identity: ClientIdentity) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
     _log_to_screen(identity.state / "logs" / "screen.log")
-    server, state = start(socket, WarmWorker(identity).handle_task)
+    server, state = start(socket, WarmWorker(identity))
     log.info("worker of client %d is ready", identity.id)
     ended.wait()
     state.enter_graceful_shutdown()
@@ -124,13 +162,13 @@ def _log_to_screen(screen: Path) -> None:
     log.setLevel(logging.DEBUG)
 
 
-def start(socket: Path, do: Callable[[Task, bytes], RecordDict | str]) -> tuple[grpc.Server, health.HealthServicer]:
-    """Start a gRPC server at the socket that answers tasks with `do`; return it with its health service."""
+def start(socket: Path, worker: Worker) -> tuple[grpc.Server, health.HealthServicer]:
+    """Start a gRPC server at the socket that answers tasks by this worker; return it with its health service."""
     socket.unlink(missing_ok=True)
     os.umask(0o077)
     server = grpc.server(ThreadPoolExecutor(4), options=relay.OPTIONS)
     method = grpc.stream_stream_rpc_method_handler(
-        lambda pieces, context: _handle(do, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
+        lambda pieces, context: _handle(worker, pieces), TaskPiece.FromString, AnswerPiece.SerializeToString
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Do": method}),))
     state = health.HealthServicer()
@@ -141,20 +179,32 @@ def start(socket: Path, do: Callable[[Task, bytes], RecordDict | str]) -> tuple[
     return server, state
 
 
-def _handle(do: Callable[[Task, bytes], RecordDict | str], pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
+def _handle(worker: Worker, pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
     """Take in a task with its numbers, in pieces, and give out the answer in pieces."""
-    task, data = next(pieces).task, bytearray()
-    for piece in pieces:
-        data += piece.chunk
-        if len(data) > min(task.numbers.bytes, MOST):
-            break
-    if len(data) != task.numbers.bytes:
-        yield AnswerPiece(failed=Failed(reason=f"a task brought {len(data)} bytes; it said {task.numbers.bytes}"))
-        return
-    answer = do(task, bytes(data))
+    try:
+        task, data = _take_in(pieces, worker.most_bytes)
+        answer = worker.handle_task(task, data)
+    except Exception as e:
+        log.warning("a message could not be taken in: %s", e, exc_info=not isinstance(e, FedloraError))
+        answer = Failure.because_of(e).code or ReasonCode.ERROR
     if isinstance(answer, str):
         yield AnswerPiece(failed=Failed(reason=answer))
         return
     head, run, array = relay.split(answer)
     yield AnswerPiece(answer=Answer(run=run, head=head, numbers=relay.numbers(array)))
     yield from (AnswerPiece(chunk=chunk) for chunk in relay.chunks(array))
+
+
+def _take_in(pieces: Iterator[TaskPiece], most_bytes: Callable[[Task], int]) -> tuple[Task, bytes]:
+    """A task and its numbers. Raises `WireError` for more than it says, or may bring, or for less."""
+    task, data = next(pieces).task, bytearray()
+    said, most = task.numbers.bytes, most_bytes(task)
+    if said > most:
+        raise WireError(f"a job brings {said} bytes of numbers; with this model at most {most} are taken in")
+    for piece in pieces:
+        data += piece.chunk
+        if len(data) > said:
+            break
+    if len(data) != said:
+        raise WireError(f"a task brought {len(data)} bytes; it said {said}")
+    return task, bytes(data)

@@ -9,102 +9,28 @@ raises `WireError`. The server reads what clients send in `fedlora.server.upload
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from fedlora.errors import WireError
-from fedlora.jobs import Client, Job, MaskingTerms, PrivacySpent, PrivacyTerms, SecAggStep, Update
+from fedlora.jobs import Client, Job, SecAggStep, Update
 from fedlora.lora import LoRA
+from fedlora.message_types import ClientInfo, JobHead, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.metrics import Metrics
-from fedlora.sections import Encoding, Training
 from fedlora.tensors import by_name, to_bytes
 
 from .agreement import RunAgreement
-from .envelope import RawMessage, as_array, pack, read_head
+from .envelope import RawMessage, as_array, build, pack, read_head
 from .parts import FlatAdapter, content_hash, job_hash, part_names
 
 CONFUSION, MASKED = "confusion", "masked"  # names of tensors that are no matrix of an adapter
 SCALES = "scales "  # before the name of a matrix, the name of its rows' scales
-STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 PLAIN = (  # the fields of a Job that its head carries as they are
     *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "privacy", "masking", "metrics"),
     *("upload", "feedback", "training", "seed", "round", "rounds"),
 )
-
-
-@checked(frozen=True, config=STRICT)
-class JobHead:
-    """A Job without the numbers, which are in its parts."""
-
-    trains: str
-    shares: str
-    sketch: dict[str, tuple[int, ...]]
-    gain: dict[str, float]
-    resumes: bool
-    example_clip: float
-    privacy: PrivacyTerms | None
-    masking: MaskingTerms | None
-    metrics: bool
-    upload: Encoding
-    feedback: bool
-    training: Training
-    seed: int
-    round: int
-    rounds: int
-    start: tuple[str, ...]  # names of its parts, by the sides' order
-    offset: tuple[str, ...]
-    sent: tuple[tuple[str, int], ...]  # (name, bytes) of each part in the array, in order
-    agreement: str = ""  # the hash of the run's agreement, to which the job is bound; none in a simulation
-
-
-@checked(frozen=True, config=STRICT)
-class UpdateHead:
-    """An Update without its numbers."""
-
-    examples: int
-    loss: float | None
-    spent: PrivacySpent | None
-    name: str  # hash of the array's bytes
-    round: int
-    kind: Literal["update"] = "update"
-
-
-@checked(frozen=True, config=STRICT)
-class MetricsHead:
-    """Metrics without the confusion of a classifier."""
-
-    examples: int
-    targets: int
-    loss: float
-    correct: int
-    kind: Literal["metrics"] = "metrics"
-
-
-@checked(frozen=True, config=STRICT)
-class ClientInfo:
-    """A client's answer to the question who it is."""
-
-    client: Client
-    base: str  # fingerprint of its base model
-
-
-@checked(frozen=True, config=STRICT)
-class MissingParts:
-    """The answer of a client that does not have all parts of a job: it needs the job in full."""
-
-    lacks: tuple[str, ...]  # names of the parts
-    kind: Literal["lacks"] = "lacks"
-
-
-@checked(frozen=True, config=STRICT)
-class SecAggReply:
-    """A client's answer in a step of secure aggregation."""
-
-    said: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +51,9 @@ class IncomingJob:
         for name in self.head.start:
             start = start.over(parts[name])
         offset = tuple(parts[name] for name in self.head.offset)
-        return Job(start=start, offset=offset, **_plain(self.head))
+        job = Job(start=start, offset=offset, **_plain(self.head))
+        _check_sketch(job)
+        return job
 
     def digest(self, job: Job) -> str:
         """The `job_hash` of this job, made of the names of its parts: `read_job` has verified those."""
@@ -147,7 +75,8 @@ class JobEncoder:
         sent = {part.name: part.content for part in missing.values()}
         start, offset = part_names(parts)
         sizes = tuple((name, len(content)) for name, content in sent.items())
-        head = JobHead(**_plain(job), start=start, offset=offset, sent=sizes, agreement=self._agreement)
+        named = {"start": start, "offset": offset, "sent": sizes, "agreement": self._agreement}
+        head = build(JobHead, **_plain(job), **named)
         return pack(head, self._array(sent))
 
     def _array(self, sent: Mapping[str, bytes]) -> ArrayRecord | None:
@@ -167,6 +96,15 @@ def read_job(message: RawMessage) -> IncomingJob:
     return IncomingJob(head, {name: _verified(name, piece) for (name, _), piece in zip(head.sent, pieces, strict=True)})
 
 
+def _check_sketch(job: Job) -> None:
+    """Refuse a sketch of rows that the job's own factors do not have."""
+    for module, rows in job.sketch.items():
+        a = job.start.A.get(module)
+        if a is None or max(rows) >= len(a):
+            found = 0 if a is None else len(a)
+            raise WireError(f"a sketch names row {max(rows)} of {module}; the job's A has {found} rows")
+
+
 def _verified(name: str, content: bytes) -> FlatAdapter:
     if content_hash(content) != name:
         raise WireError(f"part {name[:12]!r} of a job is not what its hash says: it was damaged on its way")
@@ -177,7 +115,7 @@ def pack_update(update: Update, round: int) -> RecordDict:
     """The message of an update, whose numbers travel in the type they have."""
     content = to_bytes(_tensors(update))
     loss = None if update.masked is not None else update.loss
-    head = UpdateHead(update.examples, loss, update.spent, content_hash(content), round)
+    head = build(UpdateHead, update.examples, loss, update.spent, content_hash(content), round)
     return pack(head, as_array(content))
 
 
@@ -208,12 +146,12 @@ def read_secagg_step(message: RawMessage) -> SecAggStep:
 
 def pack_secagg_reply(said: Mapping[str, str]) -> RecordDict:
     """The message of a client's answer to a step of secure aggregation."""
-    return pack(SecAggReply(dict(said)))
+    return pack(build(SecAggReply, dict(said)))
 
 
 def pack_metrics(metrics: Metrics) -> RecordDict:
     """The message of metrics, in which the confusion of a classifier is the array."""
-    head = MetricsHead(metrics.examples, metrics.targets, metrics.loss, metrics.correct)
+    head = build(MetricsHead, metrics.examples, metrics.targets, metrics.loss, metrics.correct)
     table = metrics.confusion
     return pack(head, None if table is None else as_array(to_bytes({CONFUSION: table})))
 
@@ -225,7 +163,7 @@ def pack_missing_parts(lacks: MissingParts) -> RecordDict:
 
 def pack_client(client: Client, base: str = "") -> RecordDict:
     """The message of a client's description of itself, and the fingerprint of its base model."""
-    return pack(ClientInfo(client, base))
+    return pack(build(ClientInfo, client, base))
 
 
 def pack_join_request(agreement: RunAgreement) -> RecordDict:

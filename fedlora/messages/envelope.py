@@ -54,6 +54,14 @@ def from_json(text: bytes, kind: type[T]) -> T:
     return value
 
 
+def build(kind: type[T], *values: object, **named: object) -> T:
+    """The head of this type with these values. Raises `WireError` for a value that may not travel."""
+    try:
+        return kind(*values, **named)
+    except ValidationError as e:
+        raise WireError(_first(e, kind.__name__)) from e
+
+
 def as_array(content: bytes) -> ArrayRecord:
     """The array in which a message carries bytes in the safetensors format."""
     return ArrayRecord({"numbers": Array("uint8", (len(content),), FORM, content)})
@@ -112,11 +120,16 @@ def _validated(message: RawMessage, kind: Any, name: str) -> Any:
     try:
         return _adapter(kind).validate_json(message.head, strict=True)
     except ValidationError as e:
-        if e.error_count() > MOST_ERRORS:
-            raise WireError(f"a message is no {name}: {e.error_count()} things are wrong in it") from None
-        first = e.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "head"
-        raise WireError(printable(f"a message is no {name}: {place}: {first['msg']}")) from e
+        raise WireError(_first(e, name)) from e
+
+
+def _first(error: ValidationError, name: str) -> str:
+    """What is wrong with a head, in words: the first thing, or how many."""
+    if error.error_count() > MOST_ERRORS:
+        return f"a message is no {name}: {error.error_count()} things are wrong in it"
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "head"
+    return printable(f"a message is no {name}: {place}: {first['msg']}")
 
 
 @cache

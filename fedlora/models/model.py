@@ -143,6 +143,10 @@ class Model:
             for name, p in self._sides[letter].items():
                 p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
 
+    def modules(self, side: str) -> frozenset[str]:
+        """The names of the modules that have a matrix of their own on this side."""
+        return frozenset(self._sides.get(side, {}))
+
     def set_trainable(self, sides: str) -> list[nn.Parameter]:
         """Let gradients reach these sides alone, and return their parameters in a fixed order."""
         for p in self.net.parameters():

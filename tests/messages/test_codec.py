@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.errors import WireError
 from fedlora.lora import SIDES, LoRA
+from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.compression import compress, compress_with_error_feedback
 from fedlora.messages.envelope import as_array, unpack
@@ -107,7 +108,7 @@ def test_a_client_comes_back() -> None:
 
 
 def test_what_a_client_lacks_comes_back() -> None:
-    lacks = codec.MissingParts(("ab", "cd"))
+    lacks = MissingParts(("ab", "cd"))
     message = unpack(codec.pack_missing_parts(lacks))
     assert upload_checks.validated_update(message, Job(factors(1))) == upload_checks.read_metrics(message) == lacks
 

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.client.part_cache import PartStore
 from fedlora.errors import Failure, FailureKind, RoundFailed
+from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.envelope import unpack
 from fedlora.server.fleet import FleetRules, FlowerFleet
@@ -75,7 +76,7 @@ def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | N
         order = codec.read_job(unpack(message.content))
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
-            return Message(codec.pack_missing_parts(codec.MissingParts(lacks)), reply_to=message)
+            return Message(codec.pack_missing_parts(MissingParts(lacks)), reply_to=message)
         return Message(codec.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
 
     return app
@@ -206,7 +207,7 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         asked.append(len(codec.read_job(unpack(message.content)).sent))
-        return Message(codec.pack_missing_parts(codec.MissingParts(("x",))), reply_to=message)
+        return Message(codec.pack_missing_parts(MissingParts(("x",))), reply_to=message)
 
     fleet = FlowerFleet(Threads(app), FleetRules(1))
     fleet.clients()

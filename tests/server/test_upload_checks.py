@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedlora.errors import WireError
 from fedlora.jobs import MaskingTerms
 from fedlora.lora import LoRA
+from fedlora.message_types import UpdateHead
 from fedlora.messages import codec, envelope
 from fedlora.messages.envelope import RawMessage, as_array, unpack
 from fedlora.messages.parts import content_hash
@@ -30,7 +31,7 @@ def with_tensor(name: str, shape: list[int], numbers: int = 4) -> RecordDict:
     """An update of one tensor of so many numbers, whose header may lie, hash and all."""
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * numbers]}
     content = malform.joined({name: entry}, bytes(4 * numbers))
-    return envelope.pack(codec.UpdateHead(17, 0.5, None, content_hash(content), 0), as_array(content))
+    return envelope.pack(UpdateHead(17, 0.5, None, content_hash(content), 0), as_array(content))
 
 
 def with_head(text: str) -> RecordDict:
@@ -93,7 +94,7 @@ def test_a_count_is_a_whole_number_and_nothing_that_can_be_read_as_one(value: st
 def test_nothing_that_an_array_says_is_evaluated(header: str) -> None:
     """numpy's reader would: Python's parser, which deep headers upset, for other threads too."""
     content = malform.joined(header, bytes(4 * 24))
-    records = envelope.pack(codec.UpdateHead(17, 0.5, None, content_hash(content), 0), as_array(content))
+    records = envelope.pack(UpdateHead(17, 0.5, None, content_hash(content), 0), as_array(content))
     with pytest.raises(WireError, match="not in the safetensors format"):
         upload_checks.validated_update(unpack(records), JOB)
 
@@ -101,7 +102,7 @@ def test_nothing_that_an_array_says_is_evaluated(header: str) -> None:
 @pytest.mark.parametrize("size", [2**16 + 10**4, 2**40, 2**63, 2**64 - 1])
 def test_a_header_that_is_longer_than_the_job_asks_for_is_not_parsed(size: int) -> None:
     content = malform.joined("{" + " " * 2**17 + "}", b"", size)
-    records = envelope.pack(codec.UpdateHead(17, 0.5, None, content_hash(content), 0), as_array(content))
+    records = envelope.pack(UpdateHead(17, 0.5, None, content_hash(content), 0), as_array(content))
     with pytest.raises(WireError, match=r"has \d+ bytes; \d+ are the most|brings \d+ bytes of numbers"):
         upload_checks.validated_update(unpack(records), JOB)
 

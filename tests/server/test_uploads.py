@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from fedlora.errors import Failure, FailureKind, WireError
 from fedlora.jobs import MaskingTerms
 from fedlora.lora import SIDES, LoRA
+from fedlora.message_types import MissingParts
 from fedlora.messages import codec, envelope
 from fedlora.messages.compression import compress, restore
 from fedlora.messages.envelope import unpack
@@ -78,7 +79,7 @@ def update_kind(job: Job, update: Update) -> Kind:
     """An upload that answers a job; of what is read, its numbers are the valid one's to the last bit."""
 
     def same(got: Any) -> bool:
-        if isinstance(got, codec.MissingParts):
+        if isinstance(got, MissingParts):
             return False
         hidden = update.masked is None or torch.equal(got.masked, update.masked)
         return hidden and equal(got.lora, update.lora) and 0 <= got.examples <= upload_checks.MOST_EXAMPLES
@@ -107,7 +108,7 @@ def kinds() -> dict[str, Kind]:
     masked = Job(start, masking=MaskingTerms(context="round 2", weight=0.5, reach=1.0, members=3, inbox={}), round=1)
     numbers = torch.arange(size(masked), dtype=torch.int32) * 7919
     table = torch.arange(9).view(3, 3)
-    lacks, introduced = codec.MissingParts(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
+    lacks, introduced = MissingParts(("ab" * 32, "cd" * 32)), Client(3, 99, 8)
     made = {
         "plain": update_kind(Job(start, round=1), Update(trained, 17, 0.5)),
         "half": update_kind(Job(start, round=1), Update(factors(2, dtype=torch.float16), 17, 0.5)),
