@@ -22,6 +22,7 @@ from typing import Any
 from filelock import lock_descriptor, unlock_descriptor
 
 from fedlora.errors import ConfigError
+from fedlora.log_lines import escaped
 
 from .files import append_line
 
@@ -142,9 +143,9 @@ def _more(values: Sized) -> str:
 
 
 def _text(text: str) -> str:
-    """The text with line breaks, escape sequences and characters that turn the writing around as Python writes them."""
+    """The text in one line, cut short."""
     more = len(text) - TEXT
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:TEXT])
+    shown = escaped(text[:TEXT])
     return f"{shown}... and {more} more characters" if more > 0 else shown
 
 

@@ -1,7 +1,6 @@
 """Messages come back as they were, carry only what is lacking, and are refused where they are not what they say."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -93,7 +92,7 @@ def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
     assert len(arrays(records)) == 1
 
 
-@pytest.mark.parametrize("loss", [1.5, math.inf])
+@pytest.mark.parametrize("loss", [1.5, 1e6])
 @pytest.mark.parametrize("table", [None, torch.arange(9).view(3, 3)], ids=["lm", "classify"])
 def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
     back = upload_checks.read_metrics(unpack(codec.pack_metrics(Metrics(4, 9, loss, 3, table))))
@@ -108,7 +107,7 @@ def test_a_client_comes_back() -> None:
 
 
 def test_what_a_client_lacks_comes_back() -> None:
-    lacks = MissingParts(("ab", "cd"))
+    lacks = MissingParts(("ab" * 32, "cd" * 32))
     message = unpack(codec.pack_missing_parts(lacks))
     assert upload_checks.validated_update(message, Job(factors(1))) == upload_checks.read_metrics(message) == lacks
 

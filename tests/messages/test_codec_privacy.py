@@ -72,7 +72,9 @@ def test_an_update_that_was_not_asked_for_so_is_refused(wrong: str) -> None:
 
 
 def test_steps_of_secure_aggregation_come_back() -> None:
-    ask = SecAggStep("share", "round 1 (ff)", roster={3: ("aa", "bb", "cc")}, threshold=3, survivors=(1, 2))
+    ask = SecAggStep(
+        "share", "round 1 (ff)", roster={3: ("aa" * 32, "bb" * 32, "cc" * 32)}, threshold=3, survivors=(1, 2)
+    )
     assert codec.read_secagg_step(unpack(codec.pack_secagg_step(ask))) == ask
     assert upload_checks.read_secagg_reply(unpack(codec.pack_secagg_reply({"1": "00", "2": "ff"}))) == {
         "1": "00",

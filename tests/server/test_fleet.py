@@ -207,7 +207,7 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         asked.append(len(codec.read_job(unpack(message.content)).sent))
-        return Message(codec.pack_missing_parts(MissingParts(("x",))), reply_to=message)
+        return Message(codec.pack_missing_parts(MissingParts(("ab" * 32,))), reply_to=message)
 
     fleet = FlowerFleet(Threads(app), FleetRules(1))
     fleet.clients()
