@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from fedlora.client.policy import ClientPolicy
-from fedlora.errors import PrivacyError, WireError
+from fedlora.errors import PolicyRefusal, WireError
 from fedlora.jobs import Job
 from fedlora.messages import envelope
 from fedlora.messages.agreement import RunAgreement
@@ -17,7 +17,7 @@ log = logging.getLogger("fedlora")
 def join(folder: Path, offered: RunAgreement, policy: ClientPolicy, run: str) -> None:
     """Take part in a run as it is offered: show its agreement to the operator where it is new, and keep it in `folder`.
 
-    Raises `PrivacyError` for an agreement that the policy does not allow, or that is not the one this client has with
+    Raises `PolicyRefusal` for an agreement that the policy does not allow, or that is not the one this client has with
     the run already; more or fewer rounds are a new agreement that may follow.
     """
     policy.refuse_agreement(offered)
@@ -25,7 +25,7 @@ def join(folder: Path, offered: RunAgreement, policy: ClientPolicy, run: str) ->
     if before == offered:
         return
     if before and (changed := before.differences(offered)):
-        raise PrivacyError(
+        raise PolicyRefusal(
             f"run {run} was agreed with other {', '.join(changed)}; have the server go on as it began, or begin anew"
         )
     write_durably(folder / FILE, envelope.to_json(offered))
@@ -43,9 +43,9 @@ def kept(folder: Path) -> RunAgreement:
 
 
 def refuse_unagreed(agreement: RunAgreement, named: str, job: Job | None = None) -> None:
-    """Raise `PrivacyError` for a message that names another agreement, or a job that differs from the agreement."""
+    """Raise `PolicyRefusal` for a message that names another agreement, or a job that differs from the agreement."""
     if named != agreement.hash:
-        raise PrivacyError(f"a message names agreement {named[:12] or 'none'}; this run's is {agreement.hash[:12]}")
+        raise PolicyRefusal(f"a message names agreement {named[:12] or 'none'}; this run's is {agreement.hash[:12]}")
     broken = agreement.broken_by(job) if job else []
     if broken:
-        raise PrivacyError(f"a job breaks the agreement {agreement.hash[:12]}: it {'; it '.join(broken)}")
+        raise PolicyRefusal(f"a job breaks the agreement {agreement.hash[:12]}: it {'; it '.join(broken)}")

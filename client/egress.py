@@ -8,13 +8,12 @@ goes wrong a code leaves (`fedlora.reasons`), by `release_reason`. No other func
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from flwr.app import RecordDict
 
 from fedlora.client.policy import ClientPolicy
-from fedlora.errors import Failure, PrivacyError, ReasonCode
+from fedlora.errors import Failure, PolicyRefusal, ReasonCode
 from fedlora.jobs import Job, SecAggStep
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.messages.codec import CONFUSION, MASKED, SCALES, IncomingJob
@@ -50,7 +49,7 @@ class Egress:
     def release(self, answer: Answer) -> RecordDict:
         """The message, once it is found to hold no more than it may, and is in the event log.
 
-        Raises `PrivacyError` for anything else; then nothing leaves.
+        Raises `PolicyRefusal` for anything else; then nothing leaves.
         """
         message = unpack(answer.records)
         self.event_log.write("left", **_entry(message, answer.to, self.policy))
@@ -65,14 +64,14 @@ def release_reason(failure: Failure, event_log: EventLog) -> ReasonCode:
 
 
 def check_start(model: Model, job: Job) -> None:
-    """Raise `PrivacyError` for a job whose start lacks a matrix of a side that it trains or shares.
+    """Raise `PolicyRefusal` for a job whose start lacks a matrix of a side that it trains or shares.
 
     The model still holds what it had last in such a side, which may be what a client keeps for itself.
     """
     for side in {*job.trains, *job.shares} - set("RD"):
         lacking = model.modules(side) - job.start.side(side).keys()
         if lacking:
-            raise PrivacyError(
+            raise PolicyRefusal(
                 f"the job trains or shares side {side}, and its start has {len(lacking)} modules of it less than the "
                 "model; only what the server sent can be trained and sent back",
                 code=ReasonCode.EGRESS,
@@ -125,9 +124,7 @@ def _update(head: UpdateHead, content: bytes, job: Job, policy: ClientPolicy) ->
         raise _kept_back(wrong)
     found = forms(content)
     _check_forms(found, _expected(job))
-    for s, m, _ in layout(job):  # what is in a masked vector, too
-        if not any(fnmatchcase(f"{s} {m}", pattern) for pattern in policy.egress):
-            raise _kept_back(f'it has "{s} {m}" in it, which client.egress does not let out')
+    policy.refuse_update(f"{s} {m}" for s, m, _ in layout(job))  # of a masked vector too, where these are in it
     return {"what": "update", "round": job.round + 1, "bytes": number_bytes(content), "tensors": list(found)}
 
 
@@ -171,7 +168,7 @@ def _scale_shape(name: str, shape: Shape) -> Shape:
 
 
 def _check_forms(found: Mapping[str, Form], expected: Mapping[str, tuple[str, Shape]]) -> None:
-    """Raise `PrivacyError` where a message's tensors are not those that the job's answer has."""
+    """Raise `PolicyRefusal` where a message's tensors are not those that the job's answer has."""
     if found.keys() != expected.keys():
         raise _kept_back(f"it has {_listed(found)}; the answer to this job has {_listed(expected)}")
     for name, (dtype, shape) in expected.items():
@@ -185,5 +182,5 @@ def _listed(names: Mapping[str, object]) -> str:
     return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
 
 
-def _kept_back(why: str) -> PrivacyError:
-    return PrivacyError(f"an answer was kept back: {why}", code=ReasonCode.EGRESS)
+def _kept_back(why: str) -> PolicyRefusal:
+    return PolicyRefusal(f"an answer was kept back: {why}", code=ReasonCode.EGRESS)

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import LedgerError
+from fedlora.errors import LedgerError, ReasonCode
 from fedlora.jobs import Charge, PrivacySpent, PrivacyTerms, Update
 from fedlora.privacy.accounting import epsilon
 from fedlora.storage.client_state import CachedReply
@@ -90,7 +90,8 @@ class Ledger:
         if after > budget * (1 + 1e-9):
             raise LedgerError(
                 f"its privacy budget is spent: epsilon is {before:.3g} by {self._path}, {after:.3g} with this round, "
-                f"and dp.budget = {budget:.3g}"
+                f"and dp.budget = {budget:.3g}",
+                code=ReasonCode.BUDGET,
             )
 
     @property

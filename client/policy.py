@@ -20,10 +20,9 @@ from typing import Any
 
 from fedlora import config as configuration
 from fedlora.config import Config
-from fedlora.errors import PrivacyError
-from fedlora.jobs import Job, PrivacyTerms, Update
+from fedlora.errors import PolicyRefusal
+from fedlora.jobs import Job, PrivacyTerms
 from fedlora.messages.agreement import COLUMNS, RunAgreement
-from fedlora.messages.parts import payload
 from fedlora.sections import DataConfig, PrivacyConfig
 
 DELTA = 1e-5  # of a client that names none
@@ -55,38 +54,34 @@ class ClientPolicy:
     models: tuple[str, ...] = field(default=("*",))  # base models that a server may name, as ID or ID@REVISION
 
     def refuse_agreement(self, agreement: RunAgreement) -> None:
-        """Raise `PrivacyError` for a run that will ask for what this client does not allow."""
+        """Raise `PolicyRefusal` for a run that will ask for what this client does not allow."""
         wrong = [*self._too_open(agreement), *self._not_its_data(agreement), *self._not_its_model(agreement)]
         if wrong:
-            raise PrivacyError(f"this run asks for {'; and for '.join(wrong)}")
+            raise PolicyRefusal(f"this run asks for {'; and for '.join(wrong)}")
 
     def refuse(self, job: Job, records: int) -> None:
-        """Raise `PrivacyError` for a job that asks for less privacy than this client wants, or for more tensors."""
+        """Raise `PolicyRefusal` for a job that asks for less privacy than this client wants, or for more tensors."""
         for asked in self._too_little_privacy(job, records):
-            raise PrivacyError(f"the server asks for {asked}; have it ask for what was agreed, or leave the run")
-        self._refuse_tensors(_asked_tensors(job))
+            raise PolicyRefusal(f"the server asks for {asked}; have it ask for what was agreed, or leave the run")
+        self.refuse_update(_asked_tensors(job))
 
     def refuse_evaluation(self, heldout: int) -> None:
-        """Raise `PrivacyError` for an evaluation on so many held-out examples, where no scores may be told."""
+        """Raise `PolicyRefusal` for an evaluation on so many held-out examples, where no scores may be told."""
         if self.masked:
-            raise PrivacyError("the server asks for scores, and secure.aggregation is set here: they have no mask")
+            raise PolicyRefusal("the server asks for scores, and secure.aggregation is set here: they have no mask")
         if not self.metrics:
-            raise PrivacyError("the server asks for scores, and dp.metrics is not set here: they have no noise")
+            raise PolicyRefusal("the server asks for scores, and dp.metrics is not set here: they have no noise")
         if heldout < self.fewest_scored:
-            raise PrivacyError(
+            raise PolicyRefusal(
                 f"the server asks for scores on {heldout} held-out examples, and fewer than {self.fewest_scored} tell "
                 "too much of each; raise data.holdout here, or leave it at 0 and have none told"
             )
 
-    def refuse_update(self, update: Update) -> None:
-        """Raise `PrivacyError` for an update with a tensor that may not leave; a masked one was held to its job."""
-        if update.masked is None:
-            self._refuse_tensors(payload(update)[0])
-
-    def _refuse_tensors(self, names: Iterable[str]) -> None:
+    def refuse_update(self, names: Iterable[str]) -> None:
+        """Raise `PolicyRefusal` for a tensor that may not leave, as `SIDE MODULE`."""
         for name in names:
             if not any(fnmatchcase(name, pattern) for pattern in self.egress):
-                raise PrivacyError(f'the server asks for "{name}", which client.egress does not let out of here')
+                raise PolicyRefusal(f'the server asks for "{name}", which client.egress does not let out of here')
 
     def _too_open(self, agreement: RunAgreement) -> Iterator[str]:
         """What a run asks for in spite of this client's privacy."""

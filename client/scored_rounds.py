@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fedlora.errors import LedgerError, PrivacyError
+from fedlora.errors import LedgerError, PolicyRefusal
 from fedlora.storage.files import write_durably
 
 
@@ -16,12 +16,12 @@ class ScoredRounds:
     def note(self, round: int, job: str) -> None:
         """Write down, before anything is evaluated, that this job of this round (from 0) is.
 
-        Raises `PrivacyError` for another job of that round or of an earlier one: a server that may have a model of its
+        Raises `PolicyRefusal` for another job of that round or of an earlier one: a server that may have a model of its
         choice scored as often as it likes learns of single examples.
         """
         last, done = self._read()
         if round < last or (round == last and job != done):
-            raise PrivacyError(
+            raise PolicyRefusal(
                 f"the server asks for scores of round {round + 1}, and those of round {last + 1} were told; scores are "
                 "told once a round"
             )

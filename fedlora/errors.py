@@ -6,6 +6,7 @@ FedloraError
 ├── ModelError
 ├── StrategyError
 ├── PrivacyError
+│   └── PolicyRefusal
 ├── SecureError
 │   └── MaskedBefore
 ├── LedgerError
@@ -68,6 +69,12 @@ class PrivacyError(FedloraError):
     """A privacy guarantee that cannot be given: the settings contradict it, or the model cannot have it."""
 
     code = ReasonCode.PRIVACY
+
+
+class PolicyRefusal(PrivacyError):
+    """A client's own policy, or its agreement with the run, does not allow what was asked for."""
+
+    code = ReasonCode.POLICY
 
 
 class SecureError(FedloraError):

@@ -1,10 +1,11 @@
 """Every value that a message can hold, with its bounds: all that server and client believe of each other unseen.
 
 A message is a head of plain values, of one of the types `...Head`, `...Info`, `...Reply` and `...Step` below or the
-run's agreement (`fedlora.messages.agreement`), and at most one array of numbers (see `fedlora.messages.codec`). Both sides read a head by its type before any
-other code sees it. A number that is not finite or lies outside its bounds, a text of other letters, a list that is too
-long, a field that is missing or not known: the message is refused as a whole. What a job asks for within these bounds
-is then held against the client's own policy, and the numbers against the model's shapes.
+run's agreement (`fedlora.messages.agreement`), and at most one array of numbers (see `fedlora.messages.codec`). Both
+sides read a head by its type before any other code sees it. A number that is not finite or lies outside its bounds, a
+text of other letters, a list that is too long, a field that is missing or not known: the message is refused as a whole.
+What a job asks for within these bounds is then held against the client's own policy, and the numbers against the
+model's shapes.
 
 The bounds are where nothing sensible is lost: they keep a message from hanging, filling or misleading whoever reads it.
 They are not what a client agrees to; that is its policy.

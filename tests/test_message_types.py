@@ -21,7 +21,6 @@ from fedlora.message_types import (
     MOST_STEPS,
     ClientInfo,
     JobHead,
-    JoinRequest,
     MetricsHead,
     MissingParts,
     SecAggReply,
@@ -81,6 +80,7 @@ JOBS = st.builds(
     start=st.lists(PART, max_size=5, unique=True).map(tuple),
     offset=st.lists(PART, max_size=5).map(tuple),
     sent=st.lists(st.tuples(PART, COUNTS), max_size=3).map(tuple),
+    agreement=st.just("") | PART,
 )
 VALUES: dict[type, st.SearchStrategy[Any]] = {
     JobHead: JOBS,
@@ -106,12 +106,7 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
         roster=st.dictionaries(st.integers(0, 99), st.tuples(KEY, KEY, KEY), max_size=3),
         threshold=st.integers(0, MOST_MEMBERS),
         survivors=st.lists(st.integers(0, 99), max_size=3).map(tuple),
-    ),
-    JoinRequest: st.builds(
-        JoinRequest,
-        st.dictionaries(
-            st.sampled_from(["seed", "train.lr", "model.path"]), st.booleans() | FLOATS | COUNTS | st.text(max_size=99)
-        ),
+        agreement=st.just("") | PART,
     ),
 }
 PRIVACY_BOUNDS = {
@@ -171,6 +166,7 @@ JOB_BOUNDS = {
     "rounds": (*NO_COUNT, 0, 10**7 + 1),
     "start": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
     "offset": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
+    "agreement": NO_PART[:5],
     "sent": (7, [[NAMES[0], -1]], [[NAMES[0], 2**60]], [["ab", 1]], [[NAMES[0], 1]] * (MOST_PARTS + 1)),
 }
 CLIENT_BOUNDS = {
@@ -185,6 +181,7 @@ STEP_BOUNDS = {
     "round": (*NO_COUNT, 10**7),
     "roster": (7, {"x": ["ab" * 32] * 3}, {"1": ["ab"] * 3}, {"1": ["ab" * 32] * 2}, {"-1": ["ab" * 32] * 3}),
     "threshold": (*NO_COUNT, MOST_MEMBERS + 1),
+    "agreement": NO_PART[:5],
     "survivors": (7, [-1], ["x"], list(range(MOST_MEMBERS + 1))),
 }
 BOUNDS: dict[type, dict[str, Mapping[str, Any]]] = {  # type -> place in it, as "" or a field -> field -> wrong values
@@ -212,15 +209,6 @@ BOUNDS: dict[type, dict[str, Mapping[str, Any]]] = {  # type -> place in it, as 
         "": {"said": (7, {"A": "ab"}, {"x\n": "ab"}, {"1": "-30"}, {"1": "nan"}, {"1": "a" * 10**4}, {"1": ""})}
     },
     SecAggStep: {"": STEP_BOUNDS},
-    JoinRequest: {
-        "": {
-            "settings": (
-                *({key: 1} for key in ("A", "a.b.c", "a\n", "x" * 99, "")),
-                *({"train.lr": value} for value in (nan, inf, 10**300, None, [], {}, "x" * 2**19)),
-                {f"a{i}": 1 for i in range(300)},
-            )
-        }
-    },
 }
 PLACES = [(kind, where, name) for kind, places in BOUNDS.items() for where, all in places.items() for name in all]
 
@@ -248,7 +236,6 @@ def example(kind: type) -> dict[str, Any]:
         MissingParts: lambda: MissingParts((NAMES[0],)),
         SecAggReply: lambda: SecAggReply({"1": "ab"}),
         SecAggStep: lambda: SecAggStep("join", "round 1 (a)"),
-        JoinRequest: lambda: JoinRequest({"seed": 1}),
     }[kind]()
     head: dict[str, Any] = json.loads(text(kind, made))
     return head

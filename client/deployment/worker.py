@@ -29,8 +29,8 @@ from fedlora.client.policy import client_policy
 from fedlora.client.runner import JobRunner
 from fedlora.errors import Failure, FedloraError, ReasonCode, WireError
 from fedlora.messages import codec
-from fedlora.messages.envelope import RUN, RawMessage
 from fedlora.messages.agreement import RunAgreement
+from fedlora.messages.envelope import RUN, RawMessage
 from fedlora.run.setup import ClientSetup, for_client
 from fedlora.storage.event_log import EventLog
 

@@ -68,7 +68,7 @@ def kept(trial: Trial) -> Seen:
     n = len(fed.rounds()) + 1
     n += fed.entered(VICTIM, n) > 0
     fed.wait_round(n)
-    newest = max((fed.folder / f"state-{VICTIM + 1}").glob("*/*/kept-*.safetensors"))
+    newest = max((fed.folder / f"state-{VICTIM + 1}").glob("runs/*/*/kept-*.safetensors"))
     cut_short(newest)
     line = fed.wait_round(n + 1)
     log = (fed.folder / f"state-{VICTIM + 1}" / "logs" / "worker.log").read_text(errors="replace")
@@ -91,7 +91,7 @@ def answer(trial: Trial) -> Seen:
     os.kill(slow, 19)
     try:
         until("an answer of this round", answers)
-        path = next(state.glob("*/*/answer.safetensors"))
+        path = next(state.glob("runs/*/*/answer.safetensors"))
         copy = Path(shutil.copyfile(path, fed.folder / "answer.safetensors"))
         fed.server.kill("flwr-serverapp")
         cut_short(path)

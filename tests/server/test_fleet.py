@@ -227,7 +227,7 @@ def test_a_client_that_cannot_keep_what_it_is_sent_is_asked_twice_and_no_more(tm
     ],
 )
 def test_an_error_reply_is_one_readable_line(said: str, line: str) -> None:
-    assert read_error(Error(2, said)).reason == line
+    assert read_error(Error(2, said), tells_all=True).reason == line
 
 
 class Poisoned(Threads):

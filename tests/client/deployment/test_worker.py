@@ -20,6 +20,8 @@ from flwr.app import RecordDict
 from fedlora import config
 from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import is_serving
+from fedlora.client.deployment.worker import ClientIdentity, run_folder
+from fedlora.errors import ReasonCode
 from fedlora.messages import codec, envelope
 from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import unpack
@@ -113,7 +115,7 @@ def test_a_worker_that_is_killed_in_a_job_does_it_after_it_is_back(beside: Besid
     long, answers = job(setup, steps=300), list[RecordDict]()
     asking = Thread(target=lambda: answers.append(beside.ask("train", letter(setup, long))))
     asking.start()
-    while not list((beside.folder / "state" / RUN / "0").glob("*.part")):
+    while not list((beside.folder / "state" / "runs" / RUN / "0").glob("*.part")):
         time.sleep(0.01)
     beside.process.send_signal(signal.SIGKILL)
     beside.process.wait()
@@ -131,13 +133,38 @@ def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside,
     assert same(before, update(beside.ask("train", letter(setup, job(setup))), job(setup)))
 
 
-def test_what_it_refuses_is_a_reason(beside: Beside, setup: RunSetup) -> None:
-    with pytest.raises(RuntimeError, match="settings are not known here"):
-        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(setup, job(setup)), "other-run"), None)
-    with pytest.raises(RuntimeError, match="a run's name has up to 40"):
-        relay.ask(f"unix:{beside.socket}", "train", envelope.stamp(letter(setup, job(setup)), "../../etc"), None)
-    with pytest.raises(RuntimeError, match="a message is no JobHead"):
+def test_what_it_refuses_is_a_code_and_the_sentence_is_in_its_log(beside: Beside, setup: RunSetup) -> None:
+    address, refused = f"unix:{beside.socket}", []
+    for run, content in (("other-run", letter(setup, job(setup))), ("../../etc", letter(setup, job(setup)))):
+        with pytest.raises(relay.WorkerFailed) as failed:
+            relay.ask(address, "train", envelope.stamp(content, run), None)
+        refused.append(failed.value.code)
+    with pytest.raises(relay.WorkerFailed, match="more") as failed:
         beside.ask("train", codec.pack_join_request(RunAgreement()))
+    assert [*refused, failed.value.code] == [ReasonCode.MESSAGE] * 3
+    for said in ("settings are not known here", "a run's name has up to 40", "a message is no JobHead"):
+        assert said in beside.log
+
+
+def test_a_job_of_many_times_the_model_is_not_taken_in(beside: Beside, setup: RunSetup) -> None:
+    """It is refused by what it says of itself, before its bytes are kept."""
+    content = letter(setup, job(setup))
+    content["array"] = envelope.as_array(bytes(100 * 2**20))
+    with pytest.raises(relay.WorkerFailed) as failed:
+        beside.ask("train", content)
+    assert failed.value.code == ReasonCode.MESSAGE and "at most" in beside.log
+
+
+def test_a_run_called_ledgers_keeps_away_from_the_ledgers(tmp_path: Path) -> None:
+    identity = ClientIdentity(0, tmp_path, {})
+    assert run_folder(identity, "ledgers") == tmp_path / "runs" / "ledgers" / "0"
+    (tmp_path / "ledgers" / "0").mkdir(parents=True)
+    assert run_folder(identity, "ledgers") == tmp_path / "runs" / "ledgers" / "0"
+
+
+def test_a_run_that_an_older_version_began_stays_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / RUN / "0").mkdir(parents=True)
+    assert run_folder(ClientIdentity(0, tmp_path, {}), RUN) == tmp_path / RUN / "0"
 
 
 def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(beside: Beside) -> None:
