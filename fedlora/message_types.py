@@ -59,6 +59,7 @@ def _few_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Count = Annotated[int, Ge(0), Le(MOST_COUNT)]
+Some = Annotated[int, Ge(1), Le(MOST_COUNT)]
 ClientId = Annotated[int, Ge(0), Le(MOST_ID)]
 Loss = Annotated[float, Ge(-MOST_LOSS), Le(MOST_LOSS)]
 Norm = Annotated[float, Gt(1e-20), Lt(1e20)]  # beyond these a product of two in float32 is 0, denormal or infinite
@@ -154,6 +155,7 @@ class MaskingTerms:
 class SecAggStep:
     """Server to client: a step of secure aggregation (see `fedlora.privacy.secure_aggregation`)."""
 
+    __pydantic_config__ = STRICT  # as it is a head of its own
     step: Literal["join", "share", "reveal"]
     context: Context  # the round, with a random word, so that no two attempts at a round have the same one
     _: KW_ONLY
@@ -207,7 +209,7 @@ class ClientInfo:
 class UpdateHead:
     """An Update without its numbers."""
 
-    examples: Count
+    examples: Some
     loss: Loss | None
     spent: PrivacySpent | None
     name: PartName  # hash of the array's bytes
@@ -219,8 +221,8 @@ class UpdateHead:
 class MetricsHead:
     """Metrics without the confusion of a classifier."""
 
-    examples: Annotated[int, Ge(1), Le(MOST_COUNT)]
-    targets: Annotated[int, Ge(1), Le(MOST_COUNT)]
+    examples: Some
+    targets: Some
     loss: Loss
     correct: Count
     kind: Literal["metrics"] = "metrics"
