@@ -34,7 +34,7 @@ from fedlora.data.schema import Schema
 from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
-from fedlora.sections import LoRAConfig, ModelConfig, Training
+from fedlora.sections import GradientEngine, LoRAConfig, ModelConfig, Training
 from fedlora.strategy import Job
 
 LABEL = Schema("label", ("text", "label"), ("no", "yes"))
@@ -92,7 +92,7 @@ class Workload:
     examples: list[Example]
     job: Job
 
-    def private(self, engine: str) -> Job:
+    def private(self, engine: GradientEngine) -> Job:
         """The job with DP-SGD by one of its engines."""
         return replace(self.job, privacy=replace(TERMS, steps=self.job.training.steps, engine=engine))
 
@@ -136,7 +136,7 @@ def plainly(s: Workload) -> None:
     local_training.train(s.model, s.job, 0, s.examples, LoRA())
 
 
-def privately(s: Workload, engine: str) -> None:
+def privately(s: Workload, engine: GradientEngine) -> None:
     local_training.train_privately(s.model, s.private(engine), 0, [[e] for e in s.examples], LoRA())
 
 

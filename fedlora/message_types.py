@@ -22,7 +22,7 @@ from pydantic import AfterValidator, ConfigDict, StringConstraints
 from pydantic.dataclasses import dataclass as checked
 
 from .errors import PrivacyError
-from .sections import Encoding, Training
+from .sections import Encoding, GradientEngine, Training
 
 MOST_COUNT = 10**12  # of examples, records, targets, charges
 MOST_ROUNDS = 10**7
@@ -102,7 +102,7 @@ class PrivacyTerms:
     rate: Annotated[float, Gt(0), Le(1)]  # q: the probability that a record is in a step, each by itself
     steps: Annotated[int, Ge(1), Le(MOST_STEPS)]  # in a round
     delta: Annotated[float, Gt(0), Lt(1)]
-    engine: Literal["auto", "lora", "hooks", "one"] = "auto"  # of the gradients of single examples
+    engine: GradientEngine = "auto"  # of the gradients of single examples
     seeded: bool = False  # noise and samples from the run's seed: an experiment, and NOT PRIVATE
     known: Count = 0  # charges in this client's ledger that the server has seen: one with fewer has lost some
 

@@ -15,6 +15,7 @@ from .errors import ConfigError
 
 Names = tuple[str, ...]
 Encoding = Literal["float32", "bfloat16", "int8"]
+GradientEngine = Literal["auto", "lora", "hooks", "one"]
 MOST_RANK = 2**14  # of an adapter: beyond the width of any layer, where a lower rank says the same
 
 
@@ -99,9 +100,7 @@ class PrivacyConfig:
     ledger: Annotated[str, "folder of the clients' ledgers, kept over runs; empty: in the run directory"] = ""
     metrics: Annotated[bool, "let clients tell losses and scores as they are: they are not private"] = False
     seeded: Annotated[bool, "noise and samples from the seed: an experiment that is NOT PRIVATE"] = False
-    engine: Annotated[
-        Literal["auto", "lora", "hooks", "one"], "how single records' gradients are found; hooks: Opacus's"
-    ] = "auto"
+    engine: Annotated[GradientEngine, "how single records' gradients are found; hooks: Opacus's"] = "auto"
     quantile: Annotated[
         float, Ge(0), Lt(1), "quantile of clients' norms that the clip follows (level client); 0: fixed"
     ] = 0.0
