@@ -95,7 +95,7 @@ RAISED = {  # file -> the kinds of the errors that it raises
     "fedlora/privacy/per_sample_gradients.py": {"privacy"},
     "fedlora/privacy/preflight.py": {"privacy"},
     "fedlora/privacy/dpsgd.py": {"privacy", "diverged"},
-    "client/training.py": {"diverged"},
+    "client/training.py": {"diverged", "error"},
 }
 
 
