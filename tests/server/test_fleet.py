@@ -195,7 +195,9 @@ def test_stop_ends_the_waiting_at_once(tmp_path: Path) -> None:
 
 
 def test_too_few_who_can_say_who_they_are_end_the_run_with_their_reason(tmp_path: Path) -> None:
-    with pytest.raises(RoundFailed, match="1 of 2 clients cannot say who they are: ValueError: No query function"):
+    with pytest.raises(
+        RoundFailed, match="1 of 2 clients cannot say who they are: it gave no reason that is known here"
+    ):
         FlowerFleet(Threads(ClientApp(), echo(tmp_path)), FleetRules(2)).clients()
     with pytest.raises(RoundFailed, match="two nodes have partition-id 7"):
         FlowerFleet(Threads(echo(tmp_path, say=7), echo(tmp_path, say=7)), FleetRules(2)).clients()

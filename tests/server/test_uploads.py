@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedlora.errors import Failure, FailureKind, WireError
 from fedlora.jobs import MaskingTerms
 from fedlora.lora import SIDES, LoRA
-from fedlora.message_types import MissingParts
+from fedlora.message_types import MOST_COUNT, MissingParts
 from fedlora.messages import codec, envelope
 from fedlora.messages.compression import compress, restore
 from fedlora.messages.envelope import unpack
@@ -82,7 +82,7 @@ def update_kind(job: Job, update: Update) -> Kind:
         if isinstance(got, MissingParts):
             return False
         hidden = update.masked is None or torch.equal(got.masked, update.masked)
-        return hidden and equal(got.lora, update.lora) and 0 <= got.examples <= upload_checks.MOST_EXAMPLES
+        return hidden and equal(got.lora, update.lora) and 1 <= got.examples <= MOST_COUNT
 
     def read(records: RecordDict) -> Any:
         return upload_checks.validated_update(unpack(records), job, STEP)
