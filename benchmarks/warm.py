@@ -48,15 +48,16 @@ def play(folder: Path, model: str, rounds: int, how: str) -> list[float]:
     folder.mkdir()
     port = free_port()
     own = ["--cold"] if how == "cold" else []
+    agreed = ["--data.labels", "bad,good", "--data.holdout", "0.3"]  # a client's own, whatever the server names
     with started(folder) as start:
         settings = ["--clients", "3", "--cohort", "3", "--rounds", str(rounds)]
         settings += ["--model", model, "--model.task", "classify"]
-        settings += ["--data.labels", "bad,good", "--data.holdout", "0.2", "--train.steps", "1", "--server.wait", "600"]
+        settings += [*agreed, "--train.steps", "1", "--server.wait", "600"]
         server = start("server", ["--insecure", "--out", "run", "--host", "127.0.0.1", "--port", str(port), *settings])
         for i in range(3):
             write(folder / f"client_{i}.jsonl", i)
             who = ["--insecure", "--server", f"127.0.0.1:{port}", "--id", str(i), "--state", f"state-{i}"]
-            start("client", [*who, "--data", f"client_{i}.jsonl", "--model", model, "--threads", "1", *own])
+            start("client", [*who, "--data", f"client_{i}.jsonl", "--model", model, "--threads", "1", *agreed, *own])
         if server.wait() != 0:
             sys.exit((folder / "out").read_text())
     return [json.loads(line)["seconds"] for line in (folder / "run" / "rounds.jsonl").read_text().splitlines()]

@@ -93,8 +93,9 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
     classes = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
     model_class = classes.get(schema.kind, AutoModelForCausalLM)
     processor_class = AutoImageProcessor if schema.kind == "image" else AutoTokenizer
-    where = _revision(config) | _cached(source)
+    where = {**_revision(config), **_cached(source), "trust_remote_code": False}  # no code that comes with a model
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_quantized(config), **_classes(schema)}
+    options["use_safetensors"] = True  # the other format is pickle, which is code
     processor = processor_class.from_pretrained(source, **where)
     net, info = model_class.from_pretrained(source, output_loading_info=True, **options)
     if schema.kind != "image":

@@ -65,7 +65,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     make("llama", folder / "model")
     draw = Random(0)
     for name in ("client_1", "client_2", "client_3", "eval"):
-        rows = [{"text": " ".join(f"w{draw.randrange(60)}" for _ in range(draw.randint(4, 12)))} for _ in range(20)]
+        rows = [{"text": " ".join(f"w{draw.randrange(60)}" for _ in range(draw.randint(4, 12)))} for _ in range(60)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = CONFIG.format(model=folder / "model", eval=folder / "eval.jsonl", steps=60)
     (folder / "run.toml").write_text(text)

@@ -45,7 +45,7 @@ class Federation:
         """Start client 1, 2 or 3; what it says is in client-N.out."""
         words = ["client", "--server", f"localhost:{self.port}", "--credentials", self.keys / "clients" / f"client-{n}"]
         words += ["--state", self.state(n), "--model", self.model, "--data", self.folder / f"client_{n}.jsonl"]
-        return self.start(f"client-{n}", [*map(str, words), "--threads", "1", *more])
+        return self.start(f"client-{n}", [*map(str, words), "--threads", "1", "--data.holdout", "0.2", *more])
 
     def state(self, n: int) -> Path:
         return self.folder / f"state-{n}"
