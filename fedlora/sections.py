@@ -62,6 +62,12 @@ class Policy:
     ] = inf
     wait: Annotated[float, Ge(0), "seconds a run waits at its start for clients beyond the quorum (flower)"] = 120.0
     largest_step: Annotated[float, Gt(0), "norm of a client's change in a round above which it is refused"] = 1000.0
+    step_ratio: Annotated[
+        float, Ge(1), "norm of a client's change over the median of its round above which it is refused; inf: any"
+    ] = 30.0
+    max_share: Annotated[
+        float, Ge(0.5), Le(1), "largest share of one client in a mean of three or more, whatever examples it has"
+    ] = 0.5
     eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
     patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
 

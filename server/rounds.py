@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import Failure, FailureKind, PrivacyError, RoundFailed, StrategyError
-from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep, Update
+from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep
 from fedlora.lora import LoRA
 from fedlora.messages.parts import PartTracker
 from fedlora.messages.sketch import select_rows
@@ -19,7 +19,7 @@ from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
 from fedlora.run.plan import Plan, ResumePoint, RoundResult, job_for
 from fedlora.server import secure_aggregation
-from fedlora.server.aggregation import Answers, Collected, collect
+from fedlora.server.aggregation import Answers, Collected, UpdateRules, collect
 from fedlora.server.exactness import aggregation_error
 from fedlora.strategy import Strategy, check_declarations, innermost, next_state
 
@@ -152,15 +152,21 @@ class _Run:
         only its client can see it.
         """
         plan = self.plan
-        uniform = plan.policy.weights == "uniform"
+        policy = plan.policy
+        uniform = policy.weights == "uniform"
         if plan.secure:
             return secure_aggregation.collect_masked(
                 self.fleet, jobs, plan.secure, uniform=uniform, clipped_sum=clipped_sum
             )
         answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
-        weigh: Callable[[Update], float] = (lambda _: 1.0) if uniform else (lambda update: float(update.examples))
+        rules = UpdateRules(
+            uniform=uniform,
+            max_share=policy.max_share,
+            largest_step=policy.largest_step,
+            step_ratio=policy.step_ratio,
+        )
         keep = plan.exactness is not None
-        return collect(jobs, answers, weigh, sums=self.strategy.sums_only, keep=keep, clipped_sum=clipped_sum)
+        return collect(jobs, answers, rules, sums=self.strategy.sums_only, keep=keep, clipped_sum=clipped_sum)
 
     def _aggregate(
         self, past: ResumePoint, jobs: Mapping[int, Job], got: Collected, clipped_sum: ClippedSum | None

@@ -5,14 +5,14 @@ not hold raises `WireError`, in words that name what came and what was asked for
 """
 
 from collections.abc import Mapping, Sequence
-from math import hypot, inf
+from math import inf
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import WireError
 from fedlora.jobs import Client, CompressedUpdate, Job, Update
-from fedlora.lora import SIDES, LoRA, difference, euclidean_norm, map_factors, norm
+from fedlora.lora import SIDES, LoRA, at_least_float32, map_factors
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.messages.codec import CONFUSION, MASKED, SCALES
 from fedlora.messages.compression import restore
@@ -20,6 +20,7 @@ from fedlora.messages.envelope import RawMessage, read_either, read_head, readin
 from fedlora.messages.parts import content_hash
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
+from fedlora.server.step_limits import check_norm, update_norm
 from fedlora.tensors import from_bytes, to_adapter
 
 MOST_HEAD = 2**16  # characters of a head, but for names of parts
@@ -48,8 +49,9 @@ def validated_update(message: RawMessage, job: Job, largest_step: float = inf) -
     if job.masking:
         return Update(LoRA(), head.examples, None, head.spent, masked=_masked(tensors, job))
     lora, packed = _plain(tensors, job) if job.upload == "float32" else _small(tensors, job)
+    lora = _in_the_types(lora, job)
     _check_finite(lora)
-    _check_norm(update_norm(lora, job), largest_step)
+    check_norm(update_norm(lora, job), largest_step)
     return Update(lora, head.examples, head.loss, head.spent, packed)
 
 
@@ -77,13 +79,6 @@ def read_secagg_reply(message: RawMessage) -> Mapping[str, str]:
     """The answer to a step of secure aggregation."""
     _check_size(message, 0, MOST_SAID)
     return read_head(message, SecAggReply).said
-
-
-def update_norm(lora: LoRA, job: Job) -> float:
-    """The norm of what a client changed: of all the numbers it sends, or of a product where it sends its change."""
-    if not job.resumes:
-        return euclidean_norm(difference(lora, job.start))
-    return hypot(norm(lora.only("AB")), euclidean_norm(difference(lora.only("HRD"), job.start)))
 
 
 def most_bytes(job: Job) -> int:
@@ -165,6 +160,11 @@ def _of_the_shapes(lora: LoRA, job: Job) -> LoRA:
     return map_factors(lambda _, sent: sent, asked, lora)
 
 
+def _in_the_types(lora: LoRA, job: Job) -> LoRA:
+    """The matrices in the types that the job's have: what a client sends in float64 makes no state of float64."""
+    return map_factors(lambda sent, start: sent.to(at_least_float32(start).dtype), lora, job.start)
+
+
 def _check_shapes(side: str, found: Shapes, asked: Shapes) -> None:
     if found != asked:
         other, missing = _listed(_without(found, asked)), _listed(_without(asked, found))
@@ -187,11 +187,6 @@ def _check_finite(lora: LoRA) -> None:
     for s, m, t in lora.matrices():
         if not bool(torch.isfinite(t).all()):
             raise WireError(f"an update's {s} of {m} has a number that is not finite")
-
-
-def _check_norm(step: float, largest: float) -> None:
-    if not step <= largest:  # nor where it is no number
-        raise WireError(f"an update's change has norm {step:.4g}; server.largest_step = {largest:g}")
 
 
 def _confusion(content: bytes) -> Tensor:
