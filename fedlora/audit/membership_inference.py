@@ -219,7 +219,7 @@ def _spent(setup: RunSetup, folder: RunDirectory) -> tuple[float, float]:
         client_data.client(i, rank)
         for i, (client_data, rank) in enumerate(zip(setup.clients_data, setup.ranks, strict=True))
     ]
-    return spent, record_level_dp(config.dp, config.train, config.rounds, clients).config.delta
+    return spent, record_level_dp(config.dp, config.train, config.rounds, clients).delta
 
 
 def _show(console: Console, attacks: Sequence[Attack], content: Mapping[str, Any]) -> None:

@@ -90,11 +90,12 @@ def _record_level(dp: RecordLevelDP, clients: Sequence[Client], job: Job) -> dic
     """
     c = dp.config
     numbers = _numbers(job, job.trains)
-    smallest = min(clients, key=lambda client: client.records)
-    largest = max(clients, key=lambda client: client.records)
+    trained = [client for client in clients if not dp.why_left_out(client)]
+    smallest = min(trained, key=lambda client: client.records)
+    largest = max(trained, key=lambda client: client.records)
     return {
         "unit": c.unit,
-        "delta": c.delta,
+        "delta": dp.delta,
         "target_epsilon": _finite(c.epsilon),
         "budget": _finite(c.limit),
         "joins": dp.max_participations,
@@ -113,6 +114,7 @@ def _client_facts(dp: RecordLevelDP, client: Client, *, numbers: int) -> dict[st
     expected_batch = p.rate * client.records
     return {
         "records": client.records,
+        "delta": p.delta,
         "rate": p.rate,
         "noise": p.noise,
         "steps": p.steps,

@@ -52,9 +52,28 @@ def test_a_rate_can_be_common_and_noise_be_given() -> None:
 
 def test_delta_is_small_against_every_client() -> None:
     """The largest has the most records of which one might be given away."""
-    assert record_level_dp(THREE, TRAINING, 10, CLIENTS).config.delta == 1e-5
+    made = record_level_dp(THREE, TRAINING, 10, CLIENTS)
+    assert [made.delta_for(c) for c in CLIENTS] == [1e-5, 1e-5]
     many = [*CLIENTS, Client(2, 10**6, 4, records=10**6)]
-    assert record_level_dp(THREE, TRAINING, 10, many).config.delta == pytest.approx(1e-7)
+    assert record_level_dp(THREE, TRAINING, 10, many).delta_for(many[2]) == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize("records", [0, 1, 9, 10**9, 10**12])
+@pytest.mark.parametrize("given", [{}, {"delta": 1e-6}, {"rate": 0.05}])
+def test_a_client_whose_records_cannot_be_is_left_out_and_changes_nobody_elses_terms(
+    records: int, given: dict[str, float]
+) -> None:
+    odd = Client(7, 1, 4, records=records)
+    alone, among = (record_level_dp(replace(THREE, **given), TRAINING, 10, c) for c in (CLIENTS, [*CLIENTS, odd]))
+    assert [alone.terms_for(c) for c in CLIENTS] == [among.terms_for(c) for c in CLIENTS]
+    if records < 10 or "delta" in given:
+        assert "client 7" in among.why_left_out(odd)
+    assert not any(map(among.why_left_out, CLIENTS))
+
+
+def test_a_client_of_more_records_than_a_round_can_go_through_is_left_out() -> None:
+    made = record_level_dp(THREE, replace(TRAINING, steps=0), 10, CLIENTS)
+    assert "10000000000 steps a round" in made.why_left_out(Client(7, 1, 4, records=10**11))
 
 
 @pytest.mark.parametrize(
@@ -63,17 +82,22 @@ def test_delta_is_small_against_every_client() -> None:
         (
             replace(THREE, delta=0.01),
             TRAINING,
-            CLIENTS,
+            CLIENTS[:1],
             r"dp.delta = 0.01 is not below 1/N = 0.0025 of client 0, which has",
         ),
         (
             THREE,
             replace(TRAINING, batch_size=101),
-            CLIENTS,
+            CLIENTS[1:],
             r"= 101 is more than the records of client 1, which has 100",
         ),
-        (THREE, replace(TRAINING, accumulate=11), CLIENTS, r"train.batch_size \* train.accumulate = 110 is more"),
-        (replace(THREE, rate=0.005), TRAINING, CLIENTS, r"dp.rate = 0.005 is less than one record a step for client 1"),
+        (THREE, replace(TRAINING, accumulate=11), CLIENTS[1:], r"train.batch_size \* train.accumulate = 110 is more"),
+        (
+            replace(THREE, rate=0.005),
+            TRAINING,
+            CLIENTS[1:],
+            r"dp.rate = 0.005 is less than one record a step for client 1",
+        ),
         (THREE, TRAINING, [Client(4, 0, 4, records=0)], r"client 4 has no records to train on"),
     ],
 )
