@@ -151,6 +151,8 @@ class FlowerFleet:
             if isinstance(answer, MissingParts) and messages.may_repeat(i):
                 self._push(outbox, [i])
                 continue
+            if isinstance(answer, Update):
+                answer = self._weighed_as_agreed(i, jobs[i], answer)
             del silent[i]
             taken = self._taken(kind, i, jobs[i], answer)
             if not isinstance(taken, Failure):
@@ -200,6 +202,12 @@ class FlowerFleet:
         if isinstance(update, Update):
             self.traffic.receive(update)
         return update
+
+    def _weighed_as_agreed(self, i: int, job: Job, update: Update) -> Update:
+        """The update with no more examples than its client had when it joined, by which it weighs."""
+        client = self._registry.clients[i]
+        agreed = client.records if job.privacy else client.examples
+        return replace(update, examples=min(update.examples, agreed))
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
         """Write in the server's log what came in, or did not."""

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
 from fedlora.run.plan import Plan, ResumePoint, RoundResult, job_for
-from fedlora.server import secure_aggregation
+from fedlora.server import charges, secure_aggregation
 from fedlora.server.aggregation import Answers, Collected, UpdateRules, collect
 from fedlora.server.exactness import aggregation_error
 from fedlora.strategy import Strategy, check_declarations, innermost, next_state
@@ -103,6 +103,7 @@ class _Run:
     fleet: Fleet
     lora: LoRA  # the adapter as PEFT made it
     plan: Plan
+    left_out: set[int] = field(default_factory=set)  # clients that cannot train by the run's DP-SGD
 
     def play(self, past: ResumePoint) -> tuple[RoundResult, ResumePoint]:
         """Play the next round; return its result, and what the round after it starts from."""
@@ -110,10 +111,11 @@ class _Run:
         began, up, down = time.monotonic(), traffic.up, traffic.down
         if client_level:
             past = replace(past, charges=client_level.charge(past.charges), clip=past.clip or client_level.clip)
-        jobs = self._jobs(past)
+        clients, jobs = self._jobs(past)
         clipped_sum = ClippedSum(past.clip) if past.clip else None
         got = self._collect(jobs, clipped_sum)
-        past = past.with_spent(got.spent)
+        spent = charges.after_round(self.plan.record_level, past, clients, got)
+        past = past.with_spent(spent)
         outcome = self._aggregate(past, jobs, got, clipped_sum)
         found = self._evaluate(outcome.state, past.rounds)
         after = self._after(past, outcome, found)
@@ -131,16 +133,52 @@ class _Run:
             notes=self.strategy.notes(outcome.state),
             exactness=outcome.exactness,
             spent=past.spent,
+            charged=spent.keys(),
             client_level=outcome.release,
             scores=after.scores,
             skipped=outcome.skipped,
         )
         return done, after
 
-    def _jobs(self, past: ResumePoint) -> dict[int, Job]:
-        """The job of every client of the round."""
-        clients = _cohort(self.fleet, self.plan, past.rounds, past.joined)
-        return {c.id: self._job(past.state, c, past.rounds, past.spent.get(c.id)) for c in clients}
+    def _clients(self) -> list[Client]:
+        """The clients of the run, without those that cannot train by its DP-SGD: each is named once.
+
+        Raises `PrivacyError` where none of them can.
+        """
+        clients = self.fleet.clients()
+        if not self.plan.record_level:
+            return [*clients]
+        reasons = {c: self.plan.record_level.why_left_out(c) for c in clients}
+        for c, why in reasons.items():
+            if why:
+                self._leave_out(c, why)
+        if all(reasons.values()):
+            raise PrivacyError(next(iter(reasons.values())))
+        return [c for c in clients if c.id not in self.left_out]
+
+    def _leave_out(self, client: Client, why: str) -> None:
+        if client.id not in self.left_out:
+            log.warning("client %d is left out: %s", client.id, why)
+        self.left_out.add(client.id)
+
+    def _jobs(self, past: ResumePoint) -> tuple[list[Client], dict[int, Job]]:
+        """The clients of the round, and the job of each.
+
+        A client whose counts make noise that cannot be computed is left out; where that is so for all, it is raised.
+        """
+        clients = _cohort(self._clients(), self.plan, past.rounds, past.joined)
+        jobs: dict[int, Job] = {}
+        errors: list[PrivacyError] = []
+        for c in clients:
+            try:
+                jobs[c.id] = self._job(past.state, c, past.rounds, past.spent.get(c.id))
+            except PrivacyError as e:
+                errors.append(e)
+        if errors and not jobs:
+            raise errors[0]
+        for c, error in zip([c for c in clients if c.id not in jobs], errors, strict=True):
+            self._leave_out(c, str(error))
+        return [c for c in clients if c.id in jobs], jobs
 
     def _job(self, state: Any, client: Client, t: int, spent: PrivacySpent | None = None) -> Job:
         return job_for(self.strategy, state, client, self.plan, t, spent)
@@ -156,7 +194,7 @@ class _Run:
         uniform = policy.weights == "uniform"
         if plan.secure:
             return secure_aggregation.collect_masked(
-                self.fleet, jobs, plan.secure, uniform=uniform, clipped_sum=clipped_sum
+                self.fleet, jobs, plan.secure, uniform=uniform, max_share=policy.max_share, clipped_sum=clipped_sum
             )
         answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
         rules = UpdateRules(
@@ -193,7 +231,7 @@ class _Run:
         values = plan.evaluate(self.strategy.adapter(state)).values() if plan.evaluate else None
         if not plan.evaluate_clients:
             return _Evaluation(values)
-        jobs = {c.id: self._job(state, c, t) for c in self.fleet.clients()}
+        jobs = {c.id: self._job(state, c, t) for c in self._clients()}
         return _Evaluation(values, answers_and_failures(jobs, self.fleet.evaluate(jobs))[0])
 
     def _after(self, past: ResumePoint, outcome: _Outcome, found: _Evaluation) -> ResumePoint:
@@ -242,9 +280,8 @@ def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
     return False
 
 
-def _cohort(fleet: Fleet, plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
+def _cohort(clients: Sequence[Client], plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
     """The clients of round t, without those that have joined as many rounds as their noise is computed for."""
-    clients = fleet.clients()
     if plan.client_level:
         return plan.client_level.sample(clients, t)
     if plan.record_level:

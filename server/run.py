@@ -100,7 +100,8 @@ def _privacy_statement(
     clients = fleet.clients()
     job, findings = strategy.client_init(state, clients[0]), None
     if plan.record_level:
-        job = replace(job, privacy=plan.record_level.terms_for(clients[0]))
+        first = next(c for c in clients if not plan.record_level.why_left_out(c))
+        job = replace(strategy.client_init(state, first), privacy=plan.record_level.terms_for(first))
         findings = preflight.check_once(setup.model, job)
     return privacy_statement.privacy_facts(setup.config, plan, clients, job, findings)
 

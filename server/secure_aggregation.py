@@ -28,7 +28,7 @@ from fedlora.privacy.client_level import ClippedSum
 from fedlora.privacy.masked_update import MOST_LOSS, decode, layout, masking_terms, roster_of, size
 from fedlora.privacy.secure_aggregation import FEWEST, Ring, Roster, unmask
 from fedlora.sections import SecureConfig
-from fedlora.server.aggregation import Answers, Collected
+from fedlora.server.aggregation import Answers, Collected, capped
 
 T = TypeVar("T")
 log = logging.getLogger("fedlora")
@@ -71,26 +71,29 @@ def collect_masked(
     config: SecureConfig,
     *,
     uniform: bool,
+    max_share: float = 1.0,
     clipped_sum: ClippedSum | None = None,
 ) -> Collected:
     """Run a round's jobs, and return one update for all clients: the weighted mean.
 
-    `uniform` gives every client the same weight. If `clipped_sum` is given (client-level DP), clients clip their
-    updates and the sum is put there; all weigh the same then. Where too few clients stay for a sum, none counts as
-    having answered, and `failed` says why.
+    `uniform` gives every client the same weight; else no client of three or more has more than `max_share`. If
+    `clipped_sum` is given (client-level DP), clients clip their updates and the sum is put there; all weigh the same
+    then. Where too few clients stay for a sum, none counts as having answered, and `failed` says why.
     """
     got = Collected()
     if not jobs:
         return got
     clip = clipped_sum.clip if clipped_sum else 0.0
+    sent: dict[int, Job] = {}
     try:
-        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform or clipped_sum is not None, clip=clip)
+        uniform = uniform or clipped_sum is not None
+        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform, max_share=max_share, clip=clip)
         sent = _mask_jobs(fleet, jobs, secagg, got, clip=clip)
         _sum_masked(fleet, sent, secagg, got)
         plain = _unmask(fleet, secagg)
     except (SecureError, ValueError, KeyError) as e:
         stopped = Failure(f"secure aggregation: {e}", FailureKind.SECURE)
-        got.failed = {i: got.failed.get(i, stopped) for i in jobs}
+        got.failed = {i: got.failed.get(i, replace(stopped, sent=i in sent)) for i in jobs}
         log.warning("secure aggregation: %s", e)
         return got
     got.answered = len(secagg.arrived)
@@ -100,7 +103,14 @@ def collect_masked(
 
 
 def _advertise_keys(
-    fleet: Askable, jobs: Mapping[int, Job], config: SecureConfig, got: Collected, *, uniform: bool, clip: float
+    fleet: Askable,
+    jobs: Mapping[int, Job],
+    config: SecureConfig,
+    got: Collected,
+    *,
+    uniform: bool,
+    max_share: float,
+    clip: float,
 ) -> SecAggRound:
     """Ask all clients for their public keys; the roster is made of those that answer.
 
@@ -113,7 +123,7 @@ def _advertise_keys(
     advertised = {i: (said["sealing"], said["masking"], said["mark"]) for i, said in joined.items()}
     roster = roster_of(SecAggStep("share", context, roster=advertised, threshold=threshold))
     counts = [1.0 if uniform else _count(jobs[i], said) for i, said in joined.items()]
-    weights = dict(zip(joined, normalised(counts), strict=True))
+    weights = dict(zip(joined, normalised(capped(counts, max_share)), strict=True))
     return SecAggRound(roster, weights, reach=max(config.reach, clip), total=np.zeros(0, "<u4"))
 
 
@@ -178,7 +188,7 @@ def _answers(got: Collected, replies: Mapping[int, T | Failure]) -> dict[int, T]
     answers: dict[int, T] = {}
     for i, reply in replies.items():
         if isinstance(reply, Failure):
-            _note(got, i, reply)
+            _note(got, i, replace(reply, sent=False))  # no job yet, so that nothing was charged
         else:
             answers[i] = reply
     return answers

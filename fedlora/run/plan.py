@@ -1,7 +1,7 @@
 """The plan of a run, the jobs that follow from it, and the results of its rounds, for any strategy and any fleet."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -40,14 +40,14 @@ class ResumePoint:
     rounds: int  # finished
     state: Any
     losses: tuple[float, ...] = ()  # of the global model, one an evaluation
-    spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # client -> what its ledger said last
+    spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # client -> what its ledger said, or must say
     joined: Mapping[int, int] = field(default_factory=dict)  # client -> rounds that it was in, of a private run
     clip: float | None = None  # of clients' updates, where the run hides clients
     charges: tuple[Charge, ...] = ()  # for that, of all rounds
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last held-out scores
 
     def with_spent(self, spent: Mapping[int, PrivacySpent]) -> "ResumePoint":
-        """The same after these clients' ledgers were charged for a round."""
+        """The same after these clients were charged for a round."""
         joined = Counter(self.joined)
         joined.update(spent.keys())
         return replace(self, spent={**self.spent, **spent}, joined=joined)
@@ -69,7 +69,8 @@ class RoundResult:
     seconds: float
     notes: Mapping[str, float] = field(default_factory=dict)  # the strategy's own figures
     exactness: float | None = None  # relative distance from the mean of the clients' models; none: not measured
-    spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # of every client that ever told, after this round
+    spent: Mapping[int, PrivacySpent] = field(default_factory=dict)  # of every client ever charged, after this round
+    charged: Collection[int] = ()  # clients that were charged in this round, whatever became of their updates
     client_level: NoisedUpdate | None = None  # where the run hides clients
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last, for who needs senders
     skipped: bool = False  # too few clients answered, and the state is as it was
@@ -101,7 +102,7 @@ class RoundResult:
         if not self.spent:
             return {}
         epsilons = [s.epsilon for s in self.spent.values()]
-        of_this_round = {str(i): [s.epsilon, s.charges] for i, s in self.spent.items() if i in self.asked}
+        of_this_round = {str(i): [s.epsilon, s.charges] for i, s in self.spent.items() if i in self.charged}
         return {"epsilon": max(epsilons), "epsilon_median": median(epsilons), "spent": of_this_round}
 
 

@@ -6,6 +6,7 @@ the report is `privacy_report.md.jinja` beside this file.
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
@@ -59,9 +60,11 @@ def group(g: int, *, epsilon: float, delta: float) -> tuple[float, float]:
 def _spent(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the run has spent after these rounds, and who refused."""
     spent: dict[str, tuple[float, int]] = {}
+    joined: Counter[str] = Counter()
     refused: set[str] = set()
     for record in records:
         spent |= record.get("spent", {})
+        joined.update(record.get("spent", {}).keys())
         refused |= {f"{i}: {why}" for i, why in record["failed"].items() if _is_refusal(why)}
     last = records[-1] if records else {}
     return {
@@ -69,7 +72,7 @@ def _spent(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "epsilon": last.get("epsilon"),
         "epsilon_median": last.get("epsilon_median"),
         "clip": last.get("next_clip"),
-        "clients": {i: {"epsilon": epsilon, "rounds_joined": n} for i, (epsilon, n) in spent.items()},
+        "clients": {i: {"epsilon": epsilon, "rounds_joined": joined[i]} for i, (epsilon, _) in spent.items()},
         "refused": sorted(refused),
     }
 
