@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import RecordDict
 
@@ -69,9 +69,10 @@ class ClientContext:
 
 
 def describe(client: ClientContext, message: RawMessage) -> Answer:
-    """Answer who this client is."""
+    """Answer who this client is. The examples that it tells are those that it trains on, by which it will weigh."""
     runner = client.runner
-    return Answer(codec.pack_client(runner.client_data.client(runner.id, client.rank), client.model.fingerprint))
+    described = replace(runner.client_data.client(runner.id, client.rank), examples=len(runner.client_data.train))
+    return Answer(codec.pack_client(described, client.model.fingerprint))
 
 
 def take_step(client: ClientContext, message: RawMessage) -> Answer:

@@ -32,7 +32,7 @@ LAST_RETURN = 30.0  # seconds that the others have to be back, once there are en
 LOOK_AT_NODES = 5.0  # seconds between two looks for nodes that were started anew while they had a message
 log = logging.getLogger("fedlora")
 T = TypeVar("T", Update, Metrics)
-Read = Callable[[RawMessage, Job], T | MissingParts]
+Read = Callable[[RawMessage, int, Job], T | MissingParts]
 ABSENT = Failure("offline: its node is not there", FailureKind.OFFLINE, sent=False)
 
 
@@ -124,7 +124,7 @@ class FlowerFleet:
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
         for i, reply in self._replies(outbox, 0, clock):
-            said[i] = answer = read_reply(reply, self._rules, upload_checks.read_secagg_reply)
+            said[i] = answer = read_reply(reply, self._rules, self._read_step, asks[i], i)
             if not isinstance(answer, Failure):
                 clock.answered()
         return said
@@ -133,7 +133,7 @@ class FlowerFleet:
         """The metrics of every job's model on its client's held-out examples."""
         clock = AnswerClock(self._rules, self._times[MessageType.EVALUATE], len(jobs))
         most = upload_checks.MOST_METRICS
-        return dict(self._carry(MessageType.EVALUATE, jobs, upload_checks.read_metrics, most, clock))
+        return dict(self._carry(MessageType.EVALUATE, jobs, self._read_metrics, most, clock))
 
     def _carry(
         self, kind: str, jobs: Mapping[int, Job], read: Read[T], most: int, clock: AnswerClock
@@ -147,12 +147,10 @@ class FlowerFleet:
         self._push(outbox, jobs)
         silent = {i: i in outbox.waiting.values() for i in jobs}  # client -> was it sent its job?
         for i, reply in self._replies(outbox, most, clock):
-            answer = read_reply(reply, self._rules, read, jobs[i])
+            answer = read_reply(reply, self._rules, read, i, jobs[i])
             if isinstance(answer, MissingParts) and messages.may_repeat(i):
                 self._push(outbox, [i])
                 continue
-            if isinstance(answer, Update):
-                answer = self._weighed_as_agreed(i, jobs[i], answer)
             del silent[i]
             taken = self._taken(kind, i, jobs[i], answer)
             if not isinstance(taken, Failure):
@@ -197,17 +195,25 @@ class FlowerFleet:
         """Is the time up that the settings give a round? Where they say none, clients that are away are waited for."""
         return bool(self._rules.deadline) and time.monotonic() - began > self._rules.deadline
 
-    def _read_update(self, message: RawMessage, job: Job) -> Update | MissingParts:
+    def _read_update(self, message: RawMessage, i: int, job: Job) -> Update | MissingParts:
+        """A client's update, of no more examples than it had when it joined, by which it weighs."""
         update = upload_checks.validated_update(message, job, self._rules.largest_step)
-        if isinstance(update, Update):
-            self.traffic.receive(update)
-        return update
-
-    def _weighed_as_agreed(self, i: int, job: Job, update: Update) -> Update:
-        """The update with no more examples than its client had when it joined, by which it weighs."""
+        if isinstance(update, MissingParts):
+            return update
+        self.traffic.receive(update)
         client = self._registry.clients[i]
-        agreed = client.records if job.privacy else client.examples
-        return replace(update, examples=min(update.examples, agreed))
+        return replace(update, examples=min(update.examples, client.records if job.privacy else client.examples))
+
+    def _read_metrics(self, message: RawMessage, i: int, job: Job) -> Metrics | MissingParts:
+        return upload_checks.read_metrics(message, job)
+
+    def _read_step(self, message: RawMessage, ask: SecAggStep, i: int) -> Mapping[str, str]:
+        """The answer to a step; who joins has no more examples and records than when it joined the run."""
+        said, client = upload_checks.read_secagg_reply(message), self._registry.clients[i]
+        if ask.step != "join":
+            return said
+        agreed = {"examples": client.examples, "records": client.records}
+        return {**said, **{name: str(min(int(said[name]), n)) for name, n in agreed.items()}}
 
     def _note(self, kind: str, i: int, job: Job, answer: Update | Metrics | Failure) -> None:
         """Write in the server's log what came in, or did not."""

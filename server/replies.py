@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from threading import Event, Thread
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -121,7 +122,13 @@ def read_reply(
             raise WireError(f"an answer is of run {message.run!r}; this is {rules.run!r}")
         return read(message, *args, **kwargs)
 
-    return failure_of(content)
+    answer = failure_of(content)
+    return _naming_nobody(answer) if isinstance(answer, Failure) else answer
+
+
+def _naming_nobody(failure: Failure) -> Failure:
+    """The failure with no `client N` in its words, which may be the client's own: the screen puts a name for that."""
+    return replace(failure, reason=re.sub(r"\bclient(?=\s+\d)", "client no.", failure.reason))
 
 
 def read_error(error: Error, *, tells_all: bool = False) -> Failure:

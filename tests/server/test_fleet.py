@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.client.part_cache import PartStore
 from fedlora.errors import Failure, FailureKind, RoundFailed
+from fedlora.jobs import SecAggStep
 from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.envelope import unpack
@@ -268,3 +269,31 @@ def test_an_answer_that_is_poisoned_or_anothers_is_its_clients_failure_alone(
     assert isinstance(answers[0], Failure) and answers[0].kind == FailureKind.REFUSED
     assert said in answers[0].reason
     assert isinstance(answers[1], Update) and isinstance(answers[2], Update)
+
+
+def claims(examples: int, tmp: Path) -> ClientApp:
+    """A client that says it has 10 examples when it joins, and so many when it answers."""
+    app = echo(tmp)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        order = codec.read_job(unpack(message.content))
+        parts, _ = PartStore(tmp / str(context.node_id)).take(order)
+        return Message(codec.pack_update(Update(order.job(parts).start, examples, 0.5), 0), reply_to=message)
+
+    @app.query("secure")
+    def join(message: Message, context: Context) -> Message:
+        said = {"examples": str(examples), "records": str(examples), "sealing": "ab"}
+        return Message(codec.pack_secagg_reply(said), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize(("claimed", "weighs"), [(10**12, 10), (11, 10), (10, 10), (3, 3)])
+def test_a_client_weighs_no_more_than_it_said_when_it_joined(claimed: int, weighs: int, tmp_path: Path) -> None:
+    fleet = FlowerFleet(Threads(claims(claimed, tmp_path)), FleetRules(1))
+    fleet.clients()
+    answer = dict(fleet.train(jobs(1)))[0]
+    assert isinstance(answer, Update) and answer.examples == weighs
+    said = fleet.ask({0: SecAggStep("join", "round 1")})[0]
+    assert not isinstance(said, Failure) and said["examples"] == str(weighs)

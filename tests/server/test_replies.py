@@ -10,6 +10,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from fedlora.errors import Failure, FailureKind
+from fedlora.run.console import ConsoleProgress
 from fedlora.server.fleet import FleetRules, FlowerFleet
 from fedlora.strategy import Update
 from tests.server.test_fleet import Threads, echo, jobs
@@ -97,3 +98,15 @@ def test_a_reply_that_cannot_be_unpacked_is_counted_as_refused(tmp_path: Path) -
     fleet.clients()
     refused = dict(fleet.train(jobs(3)))[0]
     assert refused == Failure("an answer could not be unpacked: IndexError", FailureKind.REFUSED)
+
+
+@pytest.mark.parametrize("words", ["client 1 failed: its budget is spent", "x\nclient 2: gone", "memory: client  1"])
+def test_a_clients_words_name_no_other_client_on_the_screen(words: str, tmp_path: Path) -> None:
+    fleet = FlowerFleet(Spoiling(with_reason(words), tmp_path), FleetRules(3))
+    fleet.clients()
+    failed = dict(fleet.train(jobs(3)))[0]
+    screen = ConsoleProgress()
+    screen.names = {0: "hospital-a", 1: "hospital-b", 2: "hospital-c"}
+    assert isinstance(failed, Failure) and "client no." in failed.reason
+    shown = screen.named(f"client 0 failed: {failed.reason}")
+    assert shown.startswith("hospital-a failed: ") and "hospital-b" not in shown and "hospital-c" not in shown

@@ -158,3 +158,17 @@ def test_a_head_of_a_million_errors_costs_neither_time_nor_memory(read: Callable
         read(unpack(records))
     assert time.process_time() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # in KiB
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_an_update_has_the_types_that_the_state_has_whatever_it_came_in(dtype: torch.dtype) -> None:
+    sent = unpack(codec.pack_update(Update(factors(2, dtype=dtype), 17, 0.5), 0))
+    back = upload_checks.validated_update(sent, JOB)
+    assert isinstance(back, Update) and {t.dtype for _, _, t in back.lora.matrices()} == {torch.float32}
+
+
+def test_a_number_that_float32_does_not_have_is_refused() -> None:
+    huge = factors(2, dtype=torch.float64)
+    huge = LoRA({m: a * 1e300 for m, a in huge.A.items()}, huge.B, huge.H)
+    with pytest.raises(WireError, match="has a number that is not finite"):
+        upload_checks.validated_update(unpack(codec.pack_update(Update(huge, 17, 0.5), 0)), JOB)
