@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPSConnection
 from pathlib import Path
 from random import Random
@@ -147,6 +151,42 @@ def test_a_killed_client_is_missed_named_and_back(federation: Federation, resume
     assert len(records) == 9 and records[1]["answered"] == 2 and list(records[1]["failed"]) == ["1"]
     assert records[-1]["answered"] == 3
     assert (federation.folder / "killed" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def heartbeats(run: Path, name: str) -> tuple[float, str]:
+    """Until when the SuperLink holds a client's node to be there, and when that node was started."""
+    with closing(sqlite3.connect(run / "flower" / "superlink.db")) as database:
+        found: tuple[float, str] = database.execute(
+            "select online_until, last_activated_at from node where name = ?", (name,)
+        ).fetchone()
+    return found
+
+
+def test_a_client_that_was_killed_and_is_back_before_it_was_missed_holds_no_round(
+    federation: Federation, resumed: Path
+) -> None:
+    """The ServerApp is stopped while the last heartbeat runs out, so that it sees the node before and after it."""
+    client, server, run = (
+        federation.running[2],
+        federation.server("silent", "--rounds", "4"),
+        federation.folder / "silent",
+    )
+    federation.until(lambda: federation.is_training(3, "silent", 2))
+    kill_all(client)
+    federation.client(3)
+    _, started = heartbeats(run, "client-3")
+    federation.until(lambda: heartbeats(run, "client-3")[0] - time.time() < 2)
+    apps = named(server.pid, "flwr-serverapp")
+    assert apps
+    for pid in apps:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        federation.until(lambda: heartbeats(run, "client-3")[1] != started)
+    finally:
+        for pid in apps:
+            os.kill(pid, signal.SIGCONT)
+    assert server.wait(SLOW) == 0, federation.everything()
+    assert [record["answered"] for record in federation.records("silent")] == [3, 3, 3, 3]
 
 
 @pytest.fixture(scope="module")
