@@ -17,6 +17,7 @@ from fedlora.errors import Failure as Failure
 from fedlora.errors import FailureKind, WireError
 from fedlora.jobs import Job, PrivacySpent, Update
 from fedlora.lora import LoRA, from_matrices
+from fedlora.message_types import MOST_LOSS
 from fedlora.messages.sketch import scatter_rows
 from fedlora.privacy.client_level import ClippedSum
 from fedlora.server.refusals import failure_of
@@ -24,7 +25,6 @@ from fedlora.server.step_limits import MedianStep, check_norm, update_norm
 from fedlora.strategy import Sender
 
 HELD = 32  # updates that are held until they can be judged beside one another
-MOST_LOSS = 1e6  # mean over targets, in nats
 FEWEST_SHARED = 3  # updates from which on none may have more than the largest share: of two, one has half or more
 log = logging.getLogger("fedlora")
 

@@ -15,7 +15,7 @@ from fedlora.sections import PrivacyConfig, Training
 from .accounting import calibrate, default_delta, epsilon
 
 LARGEST_DELTA = 1e-5  # of a client, where none is set
-MOST_STEPS = 10**6  # of a client in a round: more cannot be trained, nor accounted in reasonable time
+MOST_STEPS = 10**5  # of a client in a round: more cannot be trained, nor accounted in reasonable time
 
 
 @dataclass(frozen=True, kw_only=True)
