@@ -7,12 +7,15 @@ too, and counts as having taken part; of those that tell no epsilon the server k
 from collections.abc import Sequence
 from math import isfinite
 
-from fedlora.errors import Failure, FailureKind
+from fedlora.errors import Failure, ReasonCode
 from fedlora.jobs import Client, PrivacySpent
 from fedlora.privacy.record_level import RecordLevelDP
 from fedlora.run.plan import ResumePoint
 from fedlora.server.aggregation import Collected
 
+BEFORE_CHARGE = frozenset(  # reasons of a client that has not charged its ledger
+    (ReasonCode.POLICY, ReasonCode.PRIVACY, ReasonCode.BUDGET, ReasonCode.LEDGER, ReasonCode.MESSAGE)
+)
 NOTHING = PrivacySpent(epsilon=0.0, charges=0)
 
 
@@ -27,8 +30,8 @@ def after_round(
 
 
 def _was_charged(failure: Failure | None) -> bool:
-    """May this client have been charged? Not where it was sent no job, or says that the charge itself was refused."""
-    return failure is None or (failure.sent and failure.kind != FailureKind.PRIVACY)
+    """May this client have been charged? Not where it was sent no job, or says that it refused before the charge."""
+    return failure is None or (failure.sent and failure.code not in BEFORE_CHARGE)
 
 
 def _spent(dp: RecordLevelDP, past: ResumePoint, client: Client, told: PrivacySpent | None) -> PrivacySpent:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.errors import Failure, FailureKind, PrivacyError, RoundFailed
+from fedlora.errors import Failure, FailureKind, PrivacyError, ReasonCode, RoundFailed
 from fedlora.jobs import PrivacySpent
 from fedlora.lora import LoRA
 from fedlora.privacy.record_level import RecordLevelDP
@@ -56,7 +56,8 @@ def run(fleet: Private, plan: Plan = PLAN) -> list[RoundResult]:
         Failure("an update's change has norm 1e9", FailureKind.REFUSED),
         Failure("no answer after 600 s", FailureKind.LATE),
         Failure("Node Unavailable", FailureKind.OFFLINE),
-        Failure("the loss is nan", FailureKind.DIVERGED),
+        Failure.told(ReasonCode.DIVERGED),
+        Failure.told(ReasonCode.EGRESS),
     ],
     ids=lambda f: f.kind,
 )
@@ -71,7 +72,7 @@ def test_a_client_whose_answer_is_refused_or_late_has_spent_and_taken_part_all_t
 
 def test_who_was_sent_no_job_or_refused_the_charge_has_spent_nothing() -> None:
     away = Failure("offline", FailureKind.OFFLINE, sent=False)
-    refused = Failure("its privacy budget is spent", FailureKind.PRIVACY)
+    refused = Failure.told(ReasonCode.BUDGET)
     done = run(Private(4, answers={2: away, 3: refused}))[-1]
     assert set(done.spent) == set(map(int, done.record()["spent"])) == {0, 1}
 

@@ -102,7 +102,7 @@ def test_a_reply_that_cannot_be_unpacked_is_counted_as_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("words", ["client 1 failed: its budget is spent", "x\nclient 2: gone", "memory: client  1"])
 def test_a_clients_words_name_no_other_client_on_the_screen(words: str, tmp_path: Path) -> None:
-    fleet = FlowerFleet(Spoiling(with_reason(words), tmp_path), FleetRules(3))
+    fleet = FlowerFleet(Spoiling(with_reason(words), tmp_path), FleetRules(3, tells_all=True))
     fleet.clients()
     failed = dict(fleet.train(jobs(3)))[0]
     screen = ConsoleProgress()
