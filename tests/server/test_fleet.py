@@ -62,7 +62,9 @@ class Threads(Grid):
     set_run = run = create_message = send_and_receive = lambda *_, **__: None  # type: ignore[assignment]
 
 
-def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | None = None) -> ClientApp:
+def echo(
+    tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | None = None, examples: int = 1
+) -> ClientApp:
     """An app that answers a job with the job's own start."""
     app = ClientApp()
 
@@ -78,7 +80,7 @@ def echo(tmp: Path, before: Callable[[int], None] = lambda _: None, say: int | N
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
             return Message(codec.pack_missing_parts(MissingParts(lacks)), reply_to=message)
-        return Message(codec.pack_update(Update(order.job(parts).start, 1, 0.5), 0), reply_to=message)
+        return Message(codec.pack_update(Update(order.job(parts).start, examples, 0.5), 0), reply_to=message)
 
     return app
 
@@ -273,13 +275,7 @@ def test_an_answer_that_is_poisoned_or_anothers_is_its_clients_failure_alone(
 
 def claims(examples: int, tmp: Path) -> ClientApp:
     """A client that says it has 10 examples when it joins, and so many when it answers."""
-    app = echo(tmp)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        order = codec.read_job(unpack(message.content))
-        parts, _ = PartStore(tmp / str(context.node_id)).take(order)
-        return Message(codec.pack_update(Update(order.job(parts).start, examples, 0.5), 0), reply_to=message)
+    app = echo(tmp, examples=examples)
 
     @app.query("secure")
     def join(message: Message, context: Context) -> Message:

@@ -164,3 +164,25 @@ def test_strategies_that_cannot_be_built_say_why() -> None:
         load("fedavg", lam=1)
     with pytest.raises(StrategyError, match='no module named "nowhere"'):
         load("nowhere.at_all:Mine")
+
+
+def test_the_largest_step_holds_for_every_fleet() -> None:
+    with pytest.raises(RoundFailed, match=r"1 of 3 clients answered.*server.largest_step = 1e-06"):
+        run(Few(3), Plan(1, 3, policy=Policy(largest_step=1e-6)))
+
+
+def test_a_step_beyond_all_others_and_a_weight_beyond_all_others_are_held_back() -> None:
+    far = run(Few(9), Plan(1, 9, policy=Policy(step_ratio=1.5)))[0]
+    assert set(far.failed) == {7, 8} and "times the median of its round" in far.failed[8].reason
+    even, half = (run(Heavy(3), Plan(1, 3, policy=Policy(max_share=s)))[0].state.A["q"] for s in (1.0, 0.5))
+    assert_close(even, fresh().A["q"] + 2.0, rtol=0, atol=1e-6)
+    assert_close(half, fresh().A["q"] + (0 * 1 + 1 * 2 + 2 * 3) / 6)
+
+
+@dataclass
+class Heavy(Few):
+    """The last client says it has a trillion examples."""
+
+    def _one(self, i: int, job: Job) -> Update | Failure:
+        done = super()._one(i, job)
+        return replace(done, examples=10**12) if i == self.size - 1 and isinstance(done, Update) else done
