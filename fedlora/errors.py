@@ -147,6 +147,11 @@ class Failure:
     code: ReasonCode | None = None  # where the client itself gives the reason
     sent: bool = field(default=True, compare=False)  # was the client sent its job, so that it may have been charged?
 
+    @property
+    def public(self) -> str:
+        """The sentence for a run directory, which is passed on: without what a client's own sentence may tell."""
+        return self.code.sentence if self.code else self.reason
+
     @classmethod
     def because_of(cls, error: BaseException) -> "Failure":
         """The failure of a client whose work this error ended, with the sentence that stays with the client."""

@@ -83,7 +83,7 @@ class RoundResult:
             "round": self.number,
             "clients": len(self.asked),
             "answered": len(self.asked) - len(self.failed),
-            "failed": {str(i): failure.reason for i, failure in self.failed.items()},
+            "failed": {str(i): failure.public for i, failure in self.failed.items()},
             "train_loss": self.train_loss,
             "eval": self.eval,
             "eval_clients": self.eval_clients,
