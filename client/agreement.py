@@ -49,3 +49,9 @@ def refuse_unagreed(agreement: RunAgreement, named: str, job: Job | None = None)
     broken = agreement.broken_by(job) if job else []
     if broken:
         raise PolicyRefusal(f"a job breaks the agreement {agreement.hash[:12]}: it {'; it '.join(broken)}")
+
+
+def refuse_scores(agreement: RunAgreement) -> None:
+    """Raise `PolicyRefusal` where the run was agreed without scores on held-out examples."""
+    if not agreement.asks_scores:
+        raise PolicyRefusal(f"the server asks for scores, and the agreement {agreement.hash[:12]} has none")

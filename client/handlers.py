@@ -100,6 +100,8 @@ def train(client: ClientContext, message: RawMessage) -> Answer:
 def evaluate(client: ClientContext, message: RawMessage) -> Answer:
     """Evaluate the model that this client would use on its held-out examples, and answer with the metrics."""
     incoming = client.read_job(message)
+    if client.agreement:
+        agreement.refuse_scores(client.agreement)
     job = client.assemble(incoming)
     if isinstance(job, MissingParts):
         return Answer(codec.pack_missing_parts(job), incoming)

@@ -96,14 +96,14 @@ class ClientPolicy:
 
     def _weak_guarantee(self, dp: PrivacyConfig) -> Iterator[str]:
         """What a run's DP-SGD protects less than this client wants."""
-        if dp.unit != self.unit:
+        if self._has_data and dp.unit != self.unit:
             yield f"privacy of each {dp.unit}, and dp.unit = {self.unit} here: say --dp.unit {dp.unit} to agree to it"
         if dp.seeded and not self.seeded:
             yield "noise from a seed, and dp.seeded is not set here"
 
     def _not_its_data(self, agreement: RunAgreement) -> Iterator[str]:
         """Columns and classes that a run names, and the client has not named itself."""
-        if self.data is None or not self.data.path:
+        if not self._has_data:
             return
         theirs, mine = configuration.flatten(agreement.config), configuration.flatten(self.data, "data.")
         for key in COLUMNS:
@@ -123,6 +123,11 @@ class ClientPolicy:
         name = f"{model.path}@{model.revision}" if model.revision else model.path
         if not any(fnmatchcase(name, pattern) for pattern in self.models):
             yield f"the base model {name}: say --model with a folder or an id here, or name it in client.models"
+
+    @property
+    def _has_data(self) -> bool:
+        """Has the client data of its own, and not a share of the public ones that come with fedlora?"""
+        return self.data is not None and bool(self.data.path)
 
     def _too_little_privacy(self, job: Job, records: int) -> Iterator[str]:
         """Every reason to refuse the job, as a phrase that completes "the server asks for"."""

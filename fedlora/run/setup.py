@@ -30,6 +30,7 @@ from .client_ranks import ranks
 from .directory import RunDirectory
 from .run_files import file_hashes
 
+ITS_OWN = (*DATA, "model.path", "model.revision")  # a client's to choose, whatever the run says
 ELSEWHERE = "local:"  # before the name of a base model that lies in a folder of the server's
 
 
@@ -190,16 +191,12 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) ->
 
 def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:
     """The run's settings under the client's own. What its data are, and mean, it takes from itself alone."""
-    run = {key: value for key, value in settings.items() if may_name(key) and not _is_its_own(key)}
+    fixed = {*ITS_OWN, "dp.unit"} if mine.get("data.path") else {*ITS_OWN}
+    run = {key: value for key, value in settings.items() if may_name(key) and key not in fixed}
     if run.get("lora.init") in ("eva", "pissa", "olora"):  # the factors come with the job, whatever they are
         run["lora.init"] = "kaiming"
     own = {key: value for key, value in mine.items() if _shapes_data(key)}
     return configuration.build(run, own, _base(settings, mine))
-
-
-def _is_its_own(key: str) -> bool:
-    """Whether a setting is the client's own to choose, whatever the run says: how its rows are read, split, counted."""
-    return key in DATA or key in ("dp.unit", "model.path", "model.revision")
 
 
 def _shapes_data(key: str) -> bool:

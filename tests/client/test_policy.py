@@ -35,7 +35,7 @@ def policy(folder: Path, **mine: Any) -> ClientPolicy:
     [
         ({"dp__epsilon": 3.0}, {}, "no DP-SGD, and dp.epsilon or dp.noise is set here"),
         (
-            {"dp__epsilon": 3.0},
+            {"data__path": "x.jsonl"},
             {"dp__epsilon": 3.0, "dp__unit": "example"},
             "privacy of each example, and dp.unit = row",
         ),
@@ -70,7 +70,11 @@ def test_a_run_that_asks_for_what_was_not_allowed_is_refused_before_it_begins(
         ({}, {}),
         ({"data__path": "x.jsonl", "data__text": "body"}, {"data__text": "note"}),  # its own column is the one it reads
         ({"data__path": "x.jsonl", "data__labels": "no,yes"}, {"data__labels": "no,yes"}),
-        ({"dp__epsilon": 3.0, "dp__unit": "example"}, {"dp__epsilon": 1.0, "dp__unit": "example"}),
+        ({"data__path": "x.jsonl", "dp__unit": "example"}, {"dp__epsilon": 1.0, "dp__unit": "example"}),
+        (
+            {"dp__epsilon": 3.0},
+            {"dp__epsilon": 3.0, "dp__unit": "example"},
+        ),  # of the public text that comes with fedlora
         ({"model__path": "/models/bert"}, {"model__path": "local:bert"}),
         ({"client__models": "lab/*"}, {"model__path": "lab/bert"}),
         ({"dp__epsilon": 3.0}, {"dp__epsilon": 3.0, "data__holdout": 0.2, "dp__metrics": False}),

@@ -69,7 +69,36 @@ def random(honest: Upload) -> RecordDict:
     return RecordDict({"head": ConfigRecord({"json": json.dumps(honest.head)}), "array": as_array(noise)})
 
 
-FORGED: dict[str, Callable[[Upload], RecordDict]] = {"nan": nan, "shape": shape, "round": round, "random": random}
+def many(honest: Upload) -> RecordDict:
+    """More examples than there are anywhere."""
+    return Upload(honest.head | {"examples": 10**12}, honest.tensors).signed()
+
+
+def none(honest: Upload) -> RecordDict:
+    """No example at all."""
+    return Upload(honest.head | {"examples": 0}, honest.tensors).signed()
+
+
+def loss(honest: Upload) -> RecordDict:
+    """A loss of which no two can be added."""
+    return Upload(honest.head | {"loss": 1.7e308}, honest.tensors).signed()
+
+
+def double(honest: Upload) -> RecordDict:
+    """The same numbers in float64, which would turn the run's state into that."""
+    return Upload(honest.head, {name: t.double() for name, t in honest.tensors.items()}).signed()
+
+
+FORGED: dict[str, Callable[[Upload], RecordDict]] = {
+    "nan": nan,
+    "shape": shape,
+    "round": round,
+    "random": random,
+    "many": many,
+    "none": none,
+    "loss": loss,
+    "double": double,
+}
 
 
 def forge(honest: RecordDict, word: str) -> RecordDict:
@@ -98,8 +127,8 @@ def handle(honest_worker: worker.WarmWorker, words: list[str], pieces: Iterator[
         return
     if task.kind == Kind.TRAIN and json.loads(unpack(honest).head)["kind"] != "lacks":
         word = words[min(json.loads(task.head)["round"], len(words) - 1)]
-        if word == "nothing":
-            yield AnswerPiece(failed=Failed(reason="it sends nothing"))
+        if word in ("nothing", "blank"):
+            yield AnswerPiece(failed=Failed(reason=" " if word == "blank" else "it sends nothing"))
             return
         if word in ("same", "huge"):
             yield from huge(honest, word == "same")
