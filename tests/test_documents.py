@@ -72,3 +72,11 @@ def test_paths_are_found_in_the_documents() -> None:
     """So that the tests above look at something."""
     found = set(paths(ROOT / "README.md"))
     assert {"client/training.py", "server/upload_checks.py", "fedlora/cli/", "strategies/fedex_lora.py"} <= found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_test_that_a_document_names_is_there(document: Path) -> None:
+    """A test is named by its file, then its function, each between backquotes."""
+    named = re.findall(r"`(tests/[\w/]+\.py)`\s+`(test_\w+)`", text(document))
+    missing = [(file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
+    assert not missing, f"{document.name} names tests that are not there: {missing}"

@@ -50,6 +50,7 @@ RUN = {
 }
 OWN = ["--data.text", "note", "--dp.epsilon", "3", "--client.egress", "A *", "--threads", "1"]
 LIES = "blank,many,none,loss,double,nan,nothing"  # what the third client sends, round by round
+HARMLESS = {"many": "weighed by what it said when it joined", "double": "taken as float32"}  # and not refused
 TRICKLE = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
 HEAD = "| who | attack | told | what the other side's operator saw | held |\n|---|---|---|---|---|\n"
 TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.1, steps=2, delta=1e-5)
@@ -105,8 +106,8 @@ class LyingServer:
     def _ask(self, kind: str, run: str, records: RecordDict) -> str:
         try:
             answer = relay.ask(f"unix:{self._socket}", kind, envelope.stamp(records, run), 30)
-        except RuntimeError as e:
-            return str(e)
+        except relay.WorkerFailed as e:
+            return f"{e.code}: {e}"
         return f"ANSWERED: {envelope.unpack(answer).head[:120]}"
 
 
@@ -115,7 +116,7 @@ def by_the_server(server: LyingServer, ledger: Path) -> Iterator[Seen]:
 
     def seen(attack: str, answer: str, *, answered: bool = False) -> Seen:
         held = answer.startswith("ANSWERED") == answered and SECRET not in answer and "ssn" not in answer
-        return Seen(attack, "server", answer[:60], server.said()[-160:], held)
+        return Seen(attack, "server", answer.partition(":")[0], server.said()[-160:], held)
 
     yield seen("a column of records as the label", server.offer("a1", data__label="ssn", model__task="classify"))
     yield seen("another text column", server.offer("a2", data__text="ssn"))
@@ -146,9 +147,10 @@ def by_a_client(fed: Federation) -> Iterator[Seen]:
     for n, word in enumerate(LIES.split(","), 1):
         line = fed.wait_round(n, 300)
         reason = line["failed"].get("2", "taken")
-        bounded = reason != "taken" or word == "double"
+        said = HARMLESS.get(word, reason) if reason == "taken" else reason
+        bounded = reason != "taken" or word in HARMLESS
         yield Seen(
-            f"an answer: {word}", "client", "nothing", f"client-3: {reason[:120]}", line["answered"] >= 2 and bounded
+            f"an answer: {word}", "client", "nothing", f"client-3: {said[:120]}", line["answered"] >= 2 and bounded
         )
 
 
@@ -217,6 +219,9 @@ def play(folder: Path) -> list[Seen]:
         found = [*by_a_client(fed), *by_a_stranger(fed, port)]
         fed.wait_round(int(RUN["rounds"]), 300)
         return [*by_the_server(lying, ledger), *found]
+    except BaseException:
+        print(worker.said()[-3000:], fed.server.said()[-3000:])
+        raise
     finally:
         fed.stop()
         worker.stop()
