@@ -20,6 +20,13 @@ lint: .venv/installed
 	cp -r server client strategies simulations build/typed/fedlora/
 	cd build/typed && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fedlora -p benchmarks
 
+# What the images install, with the hashes of all its files for all platforms: constraints.txt without torch and the
+# libraries that a build of torch for a GPU asks for, which differ from build to build, and without uv, which installs.
+hashes.txt: pyproject.toml constraints.txt
+	.venv/bin/uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --generate-hashes \
+		--constraint constraints.txt pyproject.toml --output-file .venv/hashes.txt
+	awk '/^[a-z]/ { kept = !/^(torch==|triton==|nvidia-|cuda-|uv==)/ } kept' .venv/hashes.txt >hashes.txt
+
 # The exact versions that were run. A torch that is installed already is kept where it satisfies them.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -44,7 +44,11 @@ app.command(context_settings=DOTTED)(worker)
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one sentence and exit code 1, never a traceback."""
+    """Run a command; a user's mistake is one sentence and exit code 1, never a traceback.
+
+    Whatever a command and its processes write, their user alone can read.
+    """
+    os.umask(0o077)
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup, which has it ignored
         signal.signal(signal.SIGHUP, _hang_up)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedlora.cli.app import main
+from tests.support.files import open_to_others
 from tests.support.models import make
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ class Done:
 
 def fedlora(*words: str | Path, cwd: Path | None = None) -> Done:
     """The command, in this process: what it says and how it ends, without the seconds that importing torch takes."""
-    was = sys.argv
+    was, mask = sys.argv, os.umask(0o022)  # that of most machines
     out, err, code = StringIO(), StringIO(), 0
     sys.argv = ["fedlora", *map(str, words)]
     with chdir(cwd or Path.cwd()), redirect_stdout(out), redirect_stderr(err):
@@ -43,6 +44,7 @@ def fedlora(*words: str | Path, cwd: Path | None = None) -> Done:
             code = int(e.code or 0)
         finally:
             sys.argv = was
+            os.umask(mask)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             sys.path.remove(str(cwd or Path.cwd()))
     return Done(code, out.getvalue(), err.getvalue())
@@ -103,6 +105,10 @@ def test_a_run_leaves_what_it_promises(whole: tuple[Path, str]) -> None:
     assert {"config.toml", "rounds.jsonl", "adapter", "checkpoint", "tensorboard"} <= {p.name for p in out.iterdir()}
     assert list((out / "tensorboard").iterdir()) and (out / "adapter" / "adapter_config.json").exists()
     assert "accuracy: " in said and f"adapter: {out}/adapter" in said and "4/4" in said
+
+
+def test_what_a_run_writes_its_user_alone_can_read(whole: tuple[Path, str]) -> None:
+    assert open_to_others(whole[0]) == []
 
 
 def test_its_config_makes_the_same_run_again(whole: tuple[Path, str], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fedlora.deployment.processes import free_port, program
 from fedlora.environment import QUIET
 from tests.cli.test_simulate import fedlora
 from tests.support.federation import SLOW, Federation, kill_all, named
+from tests.support.files import open_to_others
 from tests.support.models import make
 
 CONFIG = """
@@ -124,6 +125,13 @@ def test_both_sides_log_what_left_and_entered_by_name(resumed: Path, federation:
     assert updates and all(t.startswith("A ") for e in updates for t in e["tensors"]) and updates[0]["bytes"] > 0
     left = [e for e in federation.events(1) if e["event"] == "left" and e["what"] == "update"]
     assert len(left) >= 3 and left[0]["tensors"] == updates[0]["tensors"]
+
+
+def test_what_server_and_clients_write_their_user_alone_can_read(resumed: Path, federation: Federation) -> None:
+    """SuperLink's database and the logs of Flower's programs too."""
+    assert (resumed / "flower" / "superlink.db").exists() and (federation.state(1) / "logs" / "supernode.log").exists()
+    for folder in (resumed, *(federation.state(n) for n in (1, 2, 3))):
+        assert open_to_others(folder) == []
 
 
 def test_no_job_is_done_twice(resumed: Path, federation: Federation) -> None:

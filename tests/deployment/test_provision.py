@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from fedlora.deployment.provision import Identity, names_for, provision, read_client, read_clients, remove
 from fedlora.errors import ConfigError
+from tests.support.files import open_to_others
 
 HOSTS = ["fed.example.org", "10.0.0.5"]
 DIES = """if True:
@@ -256,3 +257,10 @@ def test_nginx_has_the_keys_that_supernodes_send(out: Path) -> None:
     assert (out / "server" / "clients.map").read_text().splitlines()[1:] == [first, second]
     remove(out, "client-1")
     assert (out / "server" / "clients.map").read_text().splitlines()[1:] == [second]
+
+
+def test_what_the_command_makes_its_user_alone_can_read(tmp_path: Path) -> None:
+    """Public keys too: the folders of some disks and archives lose their modes."""
+    words = ["provision", "--out", str(tmp_path / "out"), "--host", "localhost", "--clients", "2"]
+    subprocess.run([sys.executable, "-m", "fedlora", *words], check=True, umask=0o022)
+    assert open_to_others(tmp_path / "out") == []

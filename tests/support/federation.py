@@ -54,7 +54,8 @@ class Federation:
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with (self.folder / f"{name}.out").open("ab") as out:
             command = [sys.executable, "-m", "fedlora", *words]
-            process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=self.folder)
+            told = {"env": env, "cwd": self.folder, "umask": 0o022}  # that of most machines
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **told)
         self.running.append(process)
         return process
 
