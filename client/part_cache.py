@@ -1,7 +1,9 @@
 """The parts of jobs that a client holds, so that a frozen matrix or an old residual crosses the wire once."""
 
 from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 
 from fedlora.lora import LoRA
 from fedlora.messages.codec import IncomingJob
@@ -32,6 +34,8 @@ class PartStore:
             else:
                 parts[name] = _recent.get(name) or unflatten(content)
         for part in incoming.sent.values():
+            if self._path(part.name).is_dir():  # damage, as a part is a file
+                rmtree(self._path(part.name))
             replace_file(self._path(part.name), part.content, wait_for_disk=False)  # the hash tells what a crash left
         if not missing:
             self._drop_all_but(parts)
@@ -52,7 +56,8 @@ class PartStore:
     def _drop_all_but(self, names: Container[str]) -> None:
         for path in self.folder.glob("*.part"):
             if path.stem not in names:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.part"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.storage.files import append_durably, hold_lock, replace_file, write_durably
+from fedlora.storage.files import append_durably, hold_lock, only_writer, replace_file, write_durably
 
 
 @contextmanager
@@ -77,3 +77,34 @@ def test_a_lock_is_refused_while_another_process_holds_it(tmp_path: Path) -> Non
         other.kill()
     with hold_lock(tmp_path / "lock", wait=False):
         pass
+
+
+def test_a_folder_has_one_writer_and_is_gone_again_where_nothing_was_written(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    refused = pytest.raises(ConfigError, match="another fedlora is at work in")
+    with only_writer(folder), refused, only_writer(folder):
+        pass
+    assert not (tmp_path / "a" / "run").exists()
+    with only_writer(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    with only_writer(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / "file").exists()
+
+
+def test_a_place_where_no_lock_can_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(ConfigError, match=r"lock cannot be locked: .*; remove it"), only_writer(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"file cannot be made: .*; choose another folder"),
+        only_writer(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_a_folder_in_a_files_place_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(CheckpointError, match=r"Is a directory; what was there is untouched: remove that folder"):
+        write_durably(tmp_path / "file", b"new")
