@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fedlora.errors import ConfigError
-from fedlora.storage.files import write_durably
+from fedlora.storage.files import hold_lock, write_durably
 
 Results = dict[str, dict[str, dict[str, Any]]]  # line of the table -> run -> record of the run
 Settings = Mapping[str, Any]  # that all results of a file have in common
@@ -35,11 +35,13 @@ def sweep(
 ) -> Results:
     """Do every run that is not in the file, `jobs` at a time, and write the file after each.
 
-    `ready` gives the runs that can be done with the results so far; `measure` does one, in another process.
+    `ready` gives the runs that can be done with the results so far; `measure` does one, in another process. Raises
+    `ConfigError` where another sweep writes the file.
     """
-    results = load(*file)
     running: dict[Future[dict[str, Any]], R] = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    lock = hold_lock(file[0].with_name(f".{file[0].name}.lock"), wait=False)
+    with lock, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        results = load(*file)
         while True:
             waiting = (run for run in ready(results) if run not in running.values())
             while len(running) < jobs and (run := next(waiting, None)):

@@ -15,6 +15,7 @@ from fedlora.privacy.client_level import ClientLevelDP, client_level_dp
 from fedlora.privacy.record_level import record_level_dp
 from fedlora.run import privacy_report, privacy_statement
 from fedlora.run.compose import compose
+from fedlora.run.console import so_far
 from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
 from fedlora.run.setup import RunSetup
@@ -52,7 +53,8 @@ def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, observer: Ru
     state = past.state if past else strategy.init(setup.start)
     statement = _privacy_statement(setup, plan, strategy, state, fleet)
     before = _before(plan, strategy.adapter(state), folder)
-    lines = privacy_statement.summary_lines(statement) if statement else ()
+    lines = privacy_statement.summary_lines(statement) if statement else []
+    lines += filter(None, [so_far(folder.records())])
     observer.started(setup, strategy, before, past.rounds if past else 0, lines)
     try:
         for done in fit(strategy, fleet, setup.start, plan, past):

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from statistics import median
@@ -48,7 +47,6 @@ class ConsoleProgress:
         self._answers = 0  # of the round under way
         self._before: Mapping[str, float] = {}
         self._seconds: list[float] = []
-        self._began = time.monotonic()
         self._status: Status | None = None
         self._columns: list[str] = []
         self._measures = False  # is exactness measured?
@@ -134,7 +132,7 @@ class ConsoleProgress:
         if after:
             name, _ = headline(after)
             was = f"{self._before[name]:.4g} before, " if name in self._before else ""
-            self.say(f"{name}: {was}{after[name]:.4g} after, in {time.monotonic() - self._began:.0f} s")
+            self.say(f"{name}: {was}{after[name]:.4g} after, in {seconds_of(records):.0f} s")
         if clients:
             self.say(
                 f"per client on its own held-out examples: {clients['metric']} mean {clients['mean']:.4g}, "
@@ -264,6 +262,20 @@ def spending(records: Sequence[Mapping[str, Any]]) -> str:
     if not last:
         return "privacy: no client has been charged"
     return f"privacy: epsilon spent {last['epsilon']:.3g} at most, {last['epsilon_median']:.3g} the median client"
+
+
+def so_far(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the rounds of a run that goes on have taken until now, in words; empty before the first."""
+    if not records:
+        return ""
+    up, down = (sum(record[key] for record in records) for key in ("bytes_up", "bytes_down"))
+    taken = f"so far: {len(records)} rounds in {seconds_of(records):.0f} s, {size(up)} up, {size(down)} down"
+    return f"{taken}; {spending(records)}" if newest(records, "epsilon") else taken
+
+
+def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """The seconds that all rounds of a run took, whichever process did them."""
+    return float(sum(record["seconds"] for record in records))
 
 
 def closeness(distances: list[float]) -> str:

@@ -4,6 +4,7 @@ Every file and every damage: tests/deploy/damaged_files.py.
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -187,3 +188,18 @@ def test_an_adapter_is_put_in_place_whole(copy: Path) -> None:
     after = load_file(copy / "adapter" / "adapter_model.safetensors")
     assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
     assert (copy / "adapter" / "notes.txt").read_text() == "mine" and not list(copy.glob(".adapter*"))
+
+
+def test_a_resumed_run_counts_what_was_before_it(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the rounds before took and what was measured before training, at its start; all seconds at its end."""
+    lines = [json.loads(line) for line in (copy / "rounds.jsonl").read_text().splitlines()]
+    lines[0]["seconds"] = 1000.0
+    (copy / "rounds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    last = next(checkpoint.newest_first(copy / "checkpoint"))
+    checkpoint.save(copy / "checkpoint", replace(last, earlier=lines[:-1]))
+    simulate(resume=copy, rounds=4)
+    said = capsys.readouterr().out
+    taken = re.search(r"so far: 3 rounds in (\d+) s, [\d.]+ kB up, [\d.]+ kB down", said)
+    whole = re.search(r"perplexity: ([\d.]+) before, [\d.]+ after, in (\d+) s", said)
+    assert taken and whole and int(whole[2]) >= int(taken[1]) >= 1000
+    assert float(whole[1]) == pytest.approx(lines[0]["before"]["perplexity"], rel=1e-3)
