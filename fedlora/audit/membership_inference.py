@@ -95,6 +95,7 @@ def attack(run: Path, given: Mapping[str, Any], *, as_json: bool) -> None:
     with console.status("loading"):
         mute_transformers()
         setup = prepare(settings)
+        folder.check_files(setup.files, of="model.path")
         if not (folder.adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{run} has no adapter yet; finish the run with fedlora simulate --resume {run}")
         trained = load_peft(setup.model, folder.adapter)

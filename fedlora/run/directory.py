@@ -103,6 +103,8 @@ class RunDirectory:
         before: dict[str, Any] = dict(checkpoint.begun_with(self.checkpoints).get("settings", {}))
         try:
             found = config.read(path)
+            if not found:
+                raise ConfigError(f"{path} is empty; put it back from a copy, or begin anew with --out")
         except ConfigError as e:
             if before:
                 log.warning("%s; the settings are taken from the checkpoint", e)
@@ -110,8 +112,6 @@ class RunDirectory:
             if not path.exists():
                 raise ConfigError(f"{self.path} is no run directory: it has no config.toml") from e
             raise
-        if not found:
-            raise ConfigError(f"{path} is empty; put it back from a copy, or remove it, and begin anew with --out")
         for key, value in before.items():
             is_bound = not config.may_change(key) and key not in config.MOVABLE
             if is_bound and found.get(key) != value:

@@ -72,7 +72,7 @@ def kept(trial: Trial) -> Seen:
     cut_short(newest)
     line = fed.wait_round(n + 1)
     log = (fed.folder / f"state-{VICTIM + 1}" / "logs" / "worker.log").read_text(errors="replace")
-    told = "is damaged" in log and "what was kept before it is used" in log
+    told = "is missing or damaged" in log and "what was kept before it is used" in log
     words = "told in worker.log; what was kept the round before is used" if told else "it was not noticed"
     after = time.monotonic() - began
     said = f"{words}; round {n + 1} with {line['answered']} of 3, {after:.0f} s"

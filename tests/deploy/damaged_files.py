@@ -31,7 +31,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "FedSA, uploads as int8": {},
     "FedSA with DP-SGD": {"dp": {"noise": 1.0, "seeded": True, "delta": 0.01}, "messages": {}},
 }
-SKIPPED = "tensorboard", "lock"  # curves alone, and a file without content
+SKIPPED = "tensorboard/", "lock", "checkpoint/clients/1/"  # curves, a file without content, and one client more
+PRIVATE = "checkpoint/clients/0/answer", "checkpoint/clients/0/ledger", "privacy."  # what a run has besides with DP-SGD
+ONLY = {"FedSA with DP-SGD": PRIVATE}
 MARKS = "<!-- what follows is written by tests/deploy/damaged_files.py -->", "<!-- up to the end -->"
 
 
@@ -61,10 +63,10 @@ class Row:
         return self.kind in ("same", "sentence", "told")
 
 
-def files(run: Path) -> list[str]:
-    """The files of a run directory that are damaged, by their names there."""
-    found = (path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file())
-    return [name.as_posix() for name in found if name.parts[0] not in SKIPPED]
+def files(run: Path, only: tuple[str, ...]) -> list[str]:
+    """The files of a run directory that are damaged, by their names there, which begin with one of `only`."""
+    found = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")) if path.is_file())
+    return [name for name in found if name.startswith(only) and not name.startswith(SKIPPED)]
 
 
 def attempt(run: Path, expected: Outcome) -> tuple[str, str]:
@@ -93,7 +95,7 @@ def rows(place: Path, label: str, only: str) -> Iterator[Row]:
     """Damage every file of a run that has `only` in its name in every way."""
     begun = begin(place, place / f"begun {label}", **RUNS[label])
     expected = outcome(resume(Path(shutil.copytree(begun, place / f"undisturbed {label}"))))
-    for name in filter(lambda name: only in name, files(begun)):
+    for name in filter(lambda name: only in name, files(begun, ONLY.get(label, ("",)))):
         for how in DAMAGE:
             with TemporaryDirectory(dir=place) as folder:
                 copy = damaged_copy(begun, Path(folder) / "run", name, how)

@@ -48,6 +48,7 @@ def copy(begun: Path, tmp_path: Path) -> Path:
     [
         ("run", "random"),
         ("config.toml", "truncated"),
+        ("config.toml", "emptied"),
         ("rounds.jsonl", "random"),
         ("rounds.jsonl", "emptied"),
         ("checkpoint/round-000003.safetensors", "head"),
@@ -67,7 +68,7 @@ def test_a_damaged_run_is_resumed_to_the_same_run(
 @pytest.mark.parametrize(
     ("name", "how", "says"),
     [
-        ("config.toml", "emptied", r"config\.toml is empty; put it back"),
+        ("config.toml", "folder", r"config\.toml .* could not be written: Is a directory; .*: remove that folder"),
         ("rounds.jsonl", "folder", r"rounds\.jsonl .* could not be written: Is a directory; .*: remove that folder"),
         ("run", "folder", r"run .* could not be written: Is a directory; .*: remove that folder"),
     ],
@@ -86,6 +87,12 @@ def test_settings_that_the_finished_rounds_rest_on_cannot_be_edited(copy: Path) 
     toml.unlink()
     assert [record["round"] for record in resume(copy).rounds] == [1, 2, 3, 4]
     assert read(toml)["train.lr"] == 0.05
+
+
+def test_an_empty_config_is_no_run_of_the_default_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"config\.toml is empty; put it back"):
+        RunDirectory(tmp_path).config()
 
 
 def test_settings_of_the_server_may_be_edited(copy: Path) -> None:

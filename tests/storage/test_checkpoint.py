@@ -74,7 +74,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "no metadata": lambda content: file_bytes({"000000": torch.zeros(2)}, {}),
     "no tree": lambda content: file_bytes({}, {"round": "2", "tree": "null"}),
     "a tree without an end": lambda content: file_bytes({}, {"round": "2", "tree": "[" * 100_000}),
-    "an unknown field": lambda content: content.replace(b"turn", b"turm"),
+    "an unknown kind": lambda content: content.replace(b"namedtuple", b"namedtuplf"),
 }
 
 
@@ -96,7 +96,9 @@ def test_where_every_checkpoint_is_damaged_that_is_one_sentence(tmp_path: Path) 
     (tmp_path / "round-000001.safetensors").write_bytes(b"")
     (tmp_path / "round-000002.safetensors").unlink()
     (tmp_path / "round-000002.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"round-000002.* cannot be read: .*; none is left: put one back"):
+    with pytest.raises(
+        CheckpointError, match=r"round-000002.* cannot be read: .*; no checkpoint is left: put one back"
+    ):
         checkpoint.latest(tmp_path)
 
 

@@ -42,7 +42,10 @@ def resume(run: Path, rounds: int = 4) -> Result:
     return simulate(resume=run, rounds=rounds, progress=False)
 
 
+UNLIKE = "seconds", "bytes_down"  # a run that is resumed sends its clients once more what they hold
+
+
 def outcome(result: Result) -> Outcome:
-    """The adapter's numbers, and what the rounds say but for the seconds."""
+    """The adapter's numbers, and what the rounds say, but for what differs in every run that is resumed."""
     numbers = {name: t.tolist() for name, t in load_file(result.adapter / "adapter_model.safetensors").items()}
-    return numbers, [{key: value for key, value in record.items() if key != "seconds"} for record in result.rounds]
+    return numbers, [{key: value for key, value in record.items() if key not in UNLIKE} for record in result.rounds]
