@@ -99,13 +99,13 @@ def _privacy_statement(
     """The facts of the run's privacy; none without any. Where records are hidden, the model is checked first."""
     if not setup.config.dp.on and not plan.secure:
         return {}
-    clients = fleet.clients()
-    job, findings = strategy.client_init(state, clients[0]), None
-    if plan.record_level:
-        first = next(c for c in clients if not plan.record_level.why_left_out(c))
-        job = replace(strategy.client_init(state, first), privacy=plan.record_level.terms_for(first))
+    clients, dp, findings = fleet.clients(), plan.record_level, None
+    trained = [c for c in clients if not dp.why_left_out(c)] if dp else clients
+    job = strategy.client_init(state, trained[0])
+    if dp:
+        job = replace(job, privacy=dp.terms_for(trained[0]))
         findings = preflight.check_once(setup.model, job)
-    return privacy_statement.privacy_facts(setup.config, plan, clients, job, findings)
+    return privacy_statement.privacy_facts(setup.config, plan, trained, job, findings)
 
 
 def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:

@@ -90,9 +90,8 @@ def _record_level(dp: RecordLevelDP, clients: Sequence[Client], job: Job) -> dic
     """
     c = dp.config
     numbers = _numbers(job, job.trains)
-    trained = [client for client in clients if not dp.why_left_out(client)]
-    smallest = min(trained, key=lambda client: client.records)
-    largest = max(trained, key=lambda client: client.records)
+    smallest = min(clients, key=lambda client: client.records)
+    largest = max(clients, key=lambda client: client.records)
     return {
         "unit": c.unit,
         "delta": dp.delta,
