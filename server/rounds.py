@@ -3,14 +3,10 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from random import Random
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from fedlora.errors import Failure, FailureKind, PrivacyError, RoundFailed, StrategyError
+from fedlora.errors import Failure, FailureKind, PrivacyError, RoundFailed
 from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep
 from fedlora.lora import LoRA
 from fedlora.messages.parts import PartTracker
@@ -19,7 +15,10 @@ from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
 from fedlora.run.plan import Plan, ResumePoint, RoundResult, job_for
 from fedlora.server import charges, secure_aggregation
+from fedlora.server.adapter_checks import validate_adapter
 from fedlora.server.aggregation import Answers, Collected, UpdateRules, collect
+from fedlora.server.cohort import Cohort
+from fedlora.server.cohort import sample as sample
 from fedlora.server.exactness import aggregation_error
 from fedlora.strategy import Strategy, check_declarations, innermost, next_state
 
@@ -54,7 +53,7 @@ def fit(
     """
     check_declarations(strategy)
     _check_senders_are_known(strategy, plan)
-    run = _Run(strategy, fleet, lora, plan)
+    run = _Run(strategy, fleet, lora, plan, Cohort(plan))
     past = past or ResumePoint(0, strategy.init(lora))
     answered = past.rounds > 0
     while past.rounds < plan.rounds:
@@ -103,7 +102,7 @@ class _Run:
     fleet: Fleet
     lora: LoRA  # the adapter as PEFT made it
     plan: Plan
-    left_out: set[int] = field(default_factory=set)  # clients that cannot train by the run's DP-SGD
+    cohort: Cohort
 
     def play(self, past: ResumePoint) -> tuple[RoundResult, ResumePoint]:
         """Play the next round; return its result, and what the round after it starts from."""
@@ -140,33 +139,12 @@ class _Run:
         )
         return done, after
 
-    def _clients(self) -> list[Client]:
-        """The clients of the run, without those that cannot train by its DP-SGD: each is named once.
-
-        Raises `PrivacyError` where none of them can.
-        """
-        clients = self.fleet.clients()
-        if not self.plan.record_level:
-            return [*clients]
-        reasons = {c: self.plan.record_level.why_left_out(c) for c in clients}
-        for c, why in reasons.items():
-            if why:
-                self._leave_out(c, why)
-        if all(reasons.values()):
-            raise PrivacyError(next(iter(reasons.values())))
-        return [c for c in clients if c.id not in self.left_out]
-
-    def _leave_out(self, client: Client, why: str) -> None:
-        if client.id not in self.left_out:
-            log.warning("client %d is left out: %s", client.id, why)
-        self.left_out.add(client.id)
-
     def _jobs(self, past: ResumePoint) -> tuple[list[Client], dict[int, Job]]:
         """The clients of the round, and the job of each.
 
         A client whose counts make noise that cannot be computed is left out; where that is so for all, it is raised.
         """
-        clients = _cohort(self._clients(), self.plan, past.rounds, past.joined)
+        clients = self.cohort.draw(self.fleet.clients(), past.rounds, past.joined)
         jobs: dict[int, Job] = {}
         errors: list[PrivacyError] = []
         for c in clients:
@@ -177,7 +155,7 @@ class _Run:
         if errors and not jobs:
             raise errors[0]
         for c, error in zip([c for c in clients if c.id not in jobs], errors, strict=True):
-            self._leave_out(c, str(error))
+            self.cohort.leave_out(c, str(error))
         return [c for c in clients if c.id in jobs], jobs
 
     def _job(self, state: Any, client: Client, t: int, spent: PrivacySpent | None = None) -> Job:
@@ -231,7 +209,7 @@ class _Run:
         values = plan.evaluate(self.strategy.adapter(state)).values() if plan.evaluate else None
         if not plan.evaluate_clients:
             return _Evaluation(values)
-        jobs = {c.id: self._job(state, c, t) for c in self._clients()}
+        jobs = {c.id: self._job(state, c, t) for c in self.cohort.eligible(self.fleet.clients())}
         return _Evaluation(values, answers_and_failures(jobs, self.fleet.evaluate(jobs))[0])
 
     def _after(self, past: ResumePoint, outcome: _Outcome, found: _Evaluation) -> ResumePoint:
@@ -280,37 +258,10 @@ def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
     return False
 
 
-def _cohort(clients: Sequence[Client], plan: Plan, t: int, joined: Mapping[int, int]) -> list[Client]:
-    """The clients of round t, without those that have joined as many rounds as their noise is computed for."""
-    if plan.client_level:
-        return plan.client_level.sample(clients, t)
-    if plan.record_level:
-        clients = _with_budget(clients, plan.record_level.max_participations, t, joined)
-    return sample(clients, plan.cohort, plan.seed, t)
-
-
-def _with_budget(clients: Sequence[Client], most: int, t: int, joined: Mapping[int, int]) -> list[Client]:
-    """The clients that have joined fewer rounds than the most that they may. Raises `RoundFailed` without one."""
-    left = [c for c in clients if joined.get(c.id, 0) < most]
-    if not left:
-        raise RoundFailed(
-            f"round {t + 1}: every client has joined dp.joins = {most} rounds, and has no budget for more; the rounds "
-            "before are kept"
-        )
-    return left
-
-
 def _start(strategy: Strategy[Any], state: Any) -> LoRA:
     """The shared sides as this round's clients were given them, whole: a client of the highest rank has all of them."""
     job = strategy.client_init(state, HIGHEST_RANK)
     return job.start.only(job.shares)
-
-
-def sample(clients: Sequence[Client], cohort: int, seed: int, t: int) -> list[Client]:
-    """The clients of round t, drawn without replacement by (seed, round) alone, in the order of their ids."""
-    ordered = sorted(clients, key=lambda c: c.id)
-    chosen = Random(f"{seed}/cohort/{t}").sample(ordered, min(cohort, len(ordered)))
-    return sorted(chosen, key=lambda c: c.id)
 
 
 def answers_and_failures(jobs: Mapping[int, Job], answers: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
@@ -330,53 +281,6 @@ def answers_and_failures(jobs: Mapping[int, Job], answers: Mapping[int, Any]) ->
 def stalled(losses: Sequence[float], patience: int) -> bool:
     """Have the last `patience` evaluations all failed to go below the best before them?"""
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
-
-
-def validate_adapter(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
-    """The adapter of a state. Raises `StrategyError`, naming the matrix, where no client could load the adapter."""
-    adapter = strategy.adapter(state)
-    for misfit in _misfits(adapter, like):
-        raise StrategyError(f"round {t + 1}: strategy {type(strategy).__name__} returned {misfit}")
-    for _, module, matrix in adapter.matrices():
-        if not bool(torch.isfinite(matrix).all()):
-            raise StrategyError(f"round {t + 1}: the new adapter is not finite at {module}; a lower train.lr may help")
-    return adapter
-
-
-def _misfits(adapter: LoRA, like: LoRA) -> Iterator[str]:
-    """Yield every matrix of an adapter that does not fit the modules of `like`, and what fits them, in words."""
-    yield from _misfit_factors(adapter, like)
-    for m, h in like.H.items():
-        head = adapter.H.get(m)
-        if head is None or head.shape != h.shape:
-            yield f"{'nothing' if head is None else tuple(head.shape)} for {m}; it takes {tuple(h.shape)}"
-
-
-def _misfit_factors(adapter: LoRA, like: LoRA) -> Iterator[str]:
-    for m in like.A:
-        a, b = adapter.A.get(m), adapter.B.get(m)
-        if a is None or b is None:
-            yield f"no {'A' if a is None else 'B'} for {m}"
-        elif not _fits(a, b, like.A[m], like.B[m]):
-            takes = _factors_of(a.dim(), d_in=like.A[m].shape[-1], d_out=like.B[m].shape[0])
-            yield f"A {tuple(a.shape)} and B {tuple(b.shape)} for {m}; it takes {takes}"
-
-
-def _factors_of(dimensions: int, *, d_in: int, d_out: int) -> str:
-    """The shapes of A and B that a module of this size takes, in words: matrices, or VeRA's vectors."""
-    if dimensions > 1:
-        return f"A (r, {d_in}) and B ({d_out}, r)"
-    return f"A ({d_in},) and B ({d_out},)"
-
-
-def _fits(a: Tensor, b: Tensor, like_a: Tensor, like_b: Tensor) -> bool:
-    """Are these two factors of one rank, or two vectors (VeRA), for a module of this shape?"""
-    if like_a.dim() == 1:
-        return a.shape == like_a.shape and b.shape == like_b.shape
-    if not a.dim() == b.dim() == 2:
-        return False
-    (rank, d_in), (d_out, rank_b) = a.shape, b.shape
-    return rank == rank_b and d_in == like_a.shape[1] and d_out == like_b.shape[0]
 
 
 def _too_few(t: int, answered: int, failed: Mapping[int, Failure], plan: Plan) -> str:
