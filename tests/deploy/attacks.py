@@ -101,7 +101,7 @@ class LyingServer:
     def said(self) -> str:
         """The last line of the worker's log that says something failed."""
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if " failed: " in line]
-        return lines[-1] if lines else ""
+        return lines[-1].partition(" ")[2] if lines else ""
 
     def _ask(self, kind: str, run: str, records: RecordDict) -> str:
         try:
@@ -116,10 +116,11 @@ def by_the_server(server: LyingServer, ledger: Path) -> Iterator[Seen]:
 
     def seen(attack: str, answer: str, *, answered: bool = False) -> Seen:
         held = answer.startswith("ANSWERED") == answered and SECRET not in answer and "ssn" not in answer
-        return Seen(attack, "server", answer.partition(":")[0], server.said()[-160:], held)
+        told = "its introduction, as ever" if answered else answer.partition(":")[0]
+        return Seen(attack, "server", told, "the run's terms, in words" if answered else server.said(), held)
 
     yield seen("a column of records as the label", server.offer("a1", data__label="ssn", model__task="classify"))
-    yield seen("another text column", server.offer("a2", data__text="ssn"))
+    yield seen("another text column than its own, which stays", server.offer("a2", data__text="ssn"), answered=True)
     yield seen("blocks as the unit of privacy", server.offer("a3", dp__unit="example"))
     yield seen("a base model of its choice", server.offer("a4", model__path="/etc"))
     yield seen("a run without DP-SGD", server.offer("a5", dp__epsilon=float("inf")))
