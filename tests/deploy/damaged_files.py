@@ -104,7 +104,7 @@ def rows(place: Path, label: str, only: str) -> Iterator[Row]:
 
 
 def table(found: list[Row]) -> str:
-    """The rows in short: of each file how often what came of it, then every sentence that was not the same run."""
+    """The rows in short: of each file how often what came of it, then the rows that were not the same run."""
     lines = [f"{len(found)} damages: {', '.join(f'{n} {kind}' for kind, n in Counter(r.kind for r in found).items())}."]
     lines += ["", "| run | file | the same run | one sentence ends it | a client fails, told | otherwise |"]
     lines.append("|---|---|---|---|---|---|")
@@ -112,9 +112,11 @@ def table(found: list[Row]) -> str:
         counts = Counter(row.kind for row in found if (row.run, row.name) == (run, name))
         others = sum(n for kind, n in counts.items() if kind not in ("same", "sentence", "told"))
         lines.append(f"| {run} | `{name}` | {counts['same']} | {counts['sentence']} | {counts['told']} | {others} |")
-    lines += ["", "| file | damage | said |", "|---|---|---|"]
-    unlike = (row for row in found if row.kind != "same")
-    lines += [f"| `{row.name}` | {row.how} | {row.kind}: {row.said[:240]} |" for row in unlike]
+    lines += ["", "| file | damage | what was said, of the first |", "|---|---|---|"]
+    unlike = [row for row in found if row.kind != "same"]
+    for name, kind in dict.fromkeys((row.name, row.kind) for row in unlike):
+        alike = [row for row in unlike if (row.name, row.kind) == (name, kind)]
+        lines.append(f"| `{name}` | {', '.join(row.how for row in alike)} | {kind}: {alike[0].said[:240]} |")
     return "\n".join(lines)
 
 
