@@ -108,7 +108,7 @@ def run_steps(
         loss, n = _step_gradient(model, parameters, chunk, job)
         if not isfinite(loss):
             raise TrainingDiverged(
-                f"client {client}: the loss is {loss} at step {step + 1} of round {job.round + 1}; "
+                f"the loss is {loss} at step {step + 1} of round {job.round + 1}; "
                 f"a train.lr below {training.lr:g} may help"
             )
         optimize.add_proximal_gradient(parameters, start, training.prox)

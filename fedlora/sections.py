@@ -173,6 +173,11 @@ class ClientConfig:
 
     egress: Annotated[Names, "tensors that may leave it, as SIDE MODULE, with *"] = ("A *", "B *", "R *", "H *")
     models: Annotated[Names, "base models that a server may name, as hub ID or ID@REVISION, with *"] = ()
+    stall: Annotated[
+        float,
+        Ge(0),
+        "seconds without a forward pass after which a job is given up, and its worker started again; 0: never",
+    ] = 3600.0
 
 
 @dataclass(frozen=True)

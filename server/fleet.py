@@ -54,6 +54,8 @@ class FlowerFleet:
         self.traffic = PartTracker()
         self.event_log = EventLog(None)
         self.online: Callable[[int], None] = lambda _: None  # told how many are connected, at every look
+        self.joined: Callable[[Client], None] = lambda _: None  # told of each client that has said who it is
+        self.begins_without: Callable[[Sequence[int]], None] = lambda _: None  # told once who is missing at the start
         self._grid, self._rules, self._answered, self._waiting = grid, rules, answered, waiting
         self._stop, self._inbox = stop or Event(), ReplyInbox(grid)
         self._registry = NodeRegistry(grid, rules, self._inbox, self._note_joined)
@@ -88,7 +90,9 @@ class FlowerFleet:
         known = len(self._registry.clients)
         self._enough_since = min(self._enough_since, time.monotonic()) if known >= least else inf
         waited = time.monotonic() - self._enough_since >= self._rules.wait
-        self._begun = self._begun or waited or known >= self._rules.clients
+        if not self._begun and (waited or known >= self._rules.clients):
+            self._begun = True
+            self.begins_without(self._registry.missing())
         return self._begun
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
@@ -229,6 +233,7 @@ class FlowerFleet:
 
     def _note_joined(self, client: Client) -> None:
         self.event_log.write("joined", client=client.id, examples=client.examples, rank=client.rank)
+        self.joined(client)
 
     def _push(self, outbox: "Outbox", clients: Iterable[int]) -> None:
         """Send those of the clients that are online their messages."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
 from fedlora.errors import CheckpointError, ConfigError, Failure
+from fedlora.jobs import Client
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.models.peft_files import save_peft
@@ -32,6 +34,12 @@ class RunObserver(Protocol):
     ) -> None:
         """The run begins, or goes on after `done` rounds; `before` is the evaluation of what it started from."""
 
+    def joined(self, client: Client) -> None:
+        """A client on another machine has said who it is."""
+
+    def begins_without(self, missing: Sequence[int]) -> None:
+        """The first round is near, and these clients on other machines are not there."""
+
     def answered(self, client: int) -> None:
         """A client's answer of this round has come."""
 
@@ -45,8 +53,17 @@ class RunObserver(Protocol):
         """The adapter is written; `stopped` early, or after the last round."""
 
 
-def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, observer: RunObserver) -> None:
-    """Run the rounds that are left, keeping each; then write the adapter."""
+def run_rounds(
+    setup: RunSetup,
+    fleet: Fleet,
+    folder: RunDirectory,
+    observer: RunObserver,
+    names: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Run the rounds that are left, keeping each; then write the adapter.
+
+    A round's record has the `names` of the clients that were asked, where they have names.
+    """
     strategy = compose(setup.config, setup.start, setup.ranks)
     past = folder.resume_point()
     plan = _plan(setup, fleet)
@@ -59,7 +76,7 @@ def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, observer: Ru
     try:
         for done in fit(strategy, fleet, setup.start, plan, past):
             state = done.state
-            record = done.record() | ({"before": before} if done.number == 1 else {})
+            record = done.record() | ({"before": before} if done.number == 1 else {}) | _names(names, done.asked)
             folder.save(done, record)
             if statement:
                 privacy_report.write(folder, statement)
@@ -69,6 +86,11 @@ def run_rounds(setup: RunSetup, fleet: Fleet, folder: RunDirectory, observer: Ru
             _deliver(setup.model, strategy.adapter(state), folder)
         folder.close()
     observer.finished(folder, stopped=len(folder.records()) < plan.rounds)
+
+
+def _names(names: Mapping[int, str], asked: Sequence[int]) -> dict[str, dict[str, str]]:
+    """The key of a round's record with the names of these clients; nothing where they have none."""
+    return {"names": {str(i): names[i] for i in asked if i in names}} if names else {}
 
 
 def _plan(setup: RunSetup, fleet: Fleet) -> Plan:

@@ -89,3 +89,9 @@ def test_flowers_run_config_has_the_same_keys_and_defaults() -> None:
     assert set(declared) == {s.key for s in settings()}
     assert build(declared) == build()
     assert project["project"]["version"] == fedlora.__version__  # Flower wants it written out
+
+
+def test_a_file_that_notepad_wrote_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfrounds = 3\r\n")
+    assert read(path) == {"rounds": 3}

@@ -1,5 +1,6 @@
 """What a client's operator is told of the connection to the server, by the log of Flower's SuperNode."""
 
+import re
 import time
 
 from fedlora.deployment.processes import Process
@@ -7,6 +8,7 @@ from fedlora.deployment.supervisor import Restart
 
 # What a SuperNode's log says when the server has taken its key, does not answer, and answers again:
 TAKEN, SILENT, ANSWERS = "SuperNode ID:", "Connection attempt failed", "Connection successful after"
+ROUND = re.compile(r"^round (\d+) of (\d+):", re.MULTILINE)  # as the worker says it of a round that it has answered
 REFUSED = ("2004", "2001")  # Flower's codes for a key that is not known, and for one that is in use
 FORGETS = 70.0  # seconds after which the SuperLink takes a key again that was lost without a farewell
 LONGEST = 120.0  # seconds between two tries with a key that is refused
@@ -21,6 +23,7 @@ class ServerConnection:
         self._taken = False  # by the server, since the SuperNode was started last
         self._refused = 0  # times, since the server took the key last
         self._waited = 0.0  # seconds, between those times
+        self._round: tuple[int, int] | None = None  # the last one that was answered here, and of how many
         self._silent_since: float | None = None
         self._told = FIRST  # seconds of silence after which it is said again
 
@@ -29,17 +32,36 @@ class ServerConnection:
         said = filter(None, map(self._about, lines.splitlines()))
         return [*said, *self._reminder()]
 
+    def answered(self, lines: str) -> None:
+        """Take down which round was answered last, by the lines that are new on the worker's screen."""
+        for number, of in ROUND.findall(lines):
+            self._round = int(number), int(of)
+
     def _about(self, line: str) -> str:
         if TAKEN in line:
-            self._taken, self._refused, self._waited, self._silent_since = True, 0, 0.0, None
+            self._taken, self._refused, self._waited = True, 0, 0.0
+            self._silent_since, self._round = None, None
             return f"connected: {self._server} has taken the key of {self._name}, which takes part in its runs"
         if SILENT in line and self._silent_since is None:
             self._silent_since, self._told = time.monotonic(), FIRST
-            return f"{self._server} does not answer: its run has ended, or the line is lost; trying again until it does"
+            return self._lost()
         if ANSWERS in line and self._silent_since is not None:
             silent, self._silent_since = time.monotonic() - self._silent_since, None
             return f"{self._server} answers again, after {silent:.0f} s"
         return ""
+
+    def _lost(self) -> str:
+        """What it means that the server does not answer, by the last round that this client was asked for."""
+        trying = f"{self._server} does not answer: "
+        if not self._round:
+            return f"{trying}the line is lost, or the server was ended; trying again until it does"
+        number, of = self._round
+        if number == of:
+            return f"{trying}its run has ended, after round {number} of {of}; waiting for its next run"
+        return (
+            f"{trying}the line is lost, or the server was ended; round {number} of {of} was the last that this client "
+            "was asked for; trying again until it does"
+        )
 
     def _reminder(self) -> list[str]:
         """The line that the server still does not answer, when it is due."""

@@ -36,6 +36,7 @@ HANGS = 300.0  # seconds without a sign of life after which a worker is started 
 GIVES_UP = "SSL/TLS handshake error detected"  # in the log of a SuperNode, which then hangs for ever
 SOCKET = "worker.sock"
 MISTAKE = 2  # exit code of a worker whose settings or data are wrong
+STALLED = 3  # exit code of a worker whose job stood still
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class ClientProcesses:
             print(f"{self._options.name} dials {self._options.server}; logs in {self._logs}", flush=True)
             while True:
                 time.sleep(0.3)
-                screen.show()
+                self._connection.answered(screen.show())
                 self._follow(node_log.new())
                 self._end_hanging_worker()
                 supervisor.look()
@@ -219,6 +220,8 @@ class ClientProcesses:
         """
         if process is self._worker and process.code == MISTAKE:
             raise ConfigError(process.log_tail(1).removeprefix("error: "))
+        if process is self._worker and process.code == STALLED:
+            return Restart("its job stood still for as long as client.stall allows", process.pause())
         return self._connection.ended(process) if process is self._node else restart_later(process)
 
     def _follow(self, lines: str) -> None:

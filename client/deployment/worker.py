@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fedlora.client import agreement, handlers
 from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import SERVICE
+from fedlora.client.deployment.progress import STALLED, ProgressWatch
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
 from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import client_policy
@@ -32,6 +33,7 @@ from fedlora.messages import codec
 from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import RUN, RawMessage
 from fedlora.run.setup import ClientSetup, for_client
+from fedlora.sections import ClientConfig
 from fedlora.storage.event_log import EventLog
 
 LITTLE = 64 * 2**20  # bytes of numbers that any message may bring
@@ -67,6 +69,7 @@ class WarmWorker:
     _key: str = ""  # the hash of the agreement by which the setup was made
     _setup: ClientSetup | None = None
     _lock: Lock = field(default_factory=Lock)
+    watch: ProgressWatch = field(default_factory=lambda: ProgressWatch(0, print))
 
     def most_bytes(self, task: Task) -> int:
         """The largest number of bytes that a task may bring, by the size of the model."""
@@ -79,8 +82,9 @@ class WarmWorker:
     def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
         """The answer to a task, or the code of why there is none. One task is done at a time."""
         content = relay.records(task.head, task.run, task.numbers if task.HasField("numbers") else None, data)
-        with self._lock:
-            return self.answer(Kind.Name(task.kind).lower(), content)
+        kind = Kind.Name(task.kind).lower()
+        with self._lock, self.watch.working_on(handlers.CALLED[kind]):
+            return self.answer(kind, content)
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
         """The answer to a message, or the code of why there is none.
@@ -116,6 +120,7 @@ class WarmWorker:
         if self._setup is None or agreed.hash != self._key:
             self._setup = None  # free the memory first: there may be no room for two models
             self._setup, self._key = for_client(agreed.settings, self.identity.settings, self.identity.id), agreed.hash
+            self.watch.follow(self._setup.model.net)
         return self._setup
 
 
@@ -145,12 +150,20 @@ def serve(socket: Path, identity: ClientIdentity) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
     _log_to_screen(identity.state / "logs" / "screen.log")
-    server, state = start(socket, WarmWorker(identity))
+    watch = ProgressWatch(float(identity.settings.get("client.stall", ClientConfig.stall)), _end_stalled)
+    server, state = start(socket, WarmWorker(identity, watch=watch))
+    watch.start()
     log.info("worker of client %d is ready", identity.id)
     ended.wait()
     state.enter_graceful_shutdown()
     server.stop(grace=1).wait()
     os._exit(0)  # a job that is being done ends here; it is done anew when it comes again
+
+
+def _end_stalled(what: str) -> None:
+    """End this process, whose work stands still; `fedlora client` starts it again."""
+    log.error("%s made no progress for as long as client.stall allows; the worker ends, and is started again", what)
+    os._exit(STALLED)
 
 
 def _log_to_screen(screen: Path) -> None:

@@ -10,6 +10,7 @@ def provision(
     out: Annotated[Path, typer.Option(help="Folder for all of it; ca.key in it signs, keep it to yourself.")],
     host: Annotated[list[str] | None, typer.Option(help="Name or address that clients dial; repeatable.")] = None,
     clients: Annotated[int, typer.Option(min=0, help="So many clients, client-1 and so on.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port that clients dial; default 8443.")] = 0,
     client: Annotated[list[str] | None, typer.Option(help="A client's name; repeatable.")] = None,
     remove: Annotated[str | None, typer.Option(help="A client that is to be let in no more.")] = None,
     days: Annotated[int, typer.Option(help="How long the server's certificate holds.")] = 825,
@@ -21,6 +22,7 @@ def provision(
     if remove:
         lines = make.remove(out, remove)
     else:
-        lines = make.provision(out, host or (), [*make.names_for(clients), *(client or ())], days, renew)
+        lines = make.provision(out, host or (), [*make.names_for(clients), *(client or ())], days, renew, port=port)
+        lines += make.next_step(out, lines)
     for line in lines:
         print(line)

@@ -27,14 +27,18 @@ def server(
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys: for trials alone.")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8443,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default: as its keys have it, or 8443.")] = None,
     superlink: Annotated[str, typer.Option(help="HOST:PORT of a SuperLink that runs elsewhere, behind a proxy.")] = "",
     metrics_port: Annotated[int, typer.Option(min=0, help="Port of Prometheus' metrics; 0: none.")] = 0,
     metrics_host: Annotated[str, typer.Option(help="Address of Prometheus' metrics.")] = "127.0.0.1",
 ) -> None:
     """Serve a run to clients on other machines."""
     check_credentials(credentials, insecure, "server")
+    from fedlora.deployment.addresses import PORT
+    from fedlora.deployment.provision import listen_port
     from fedlora.server.deployment.supervisor import ServerOptions, serve
 
     metrics = f"{metrics_host}:{metrics_port}" if metrics_port else ""
+    if port is None:
+        port = listen_port(credentials) if credentials else PORT
     serve(ServerOptions(out, credentials, host, port, superlink, metrics), config, given)

@@ -160,10 +160,12 @@ class Tail:
         self._seen += len(whole)
         return whole.decode(errors="replace")
 
-    def show(self) -> None:
-        """Print the lines that were added since the last call."""
-        sys.stdout.write(self.new())
+    def show(self) -> str:
+        """Print the lines that were added since the last call, and return them."""
+        new = self.new()
+        sys.stdout.write(new)
         sys.stdout.flush()
+        return new
 
 
 def stop(processes: Sequence[Process], grace: float = 5.0) -> None:

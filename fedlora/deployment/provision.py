@@ -1,6 +1,7 @@
 """The keys of a deployment: a certificate authority, the server's certificate, and a pair of keys for every client.
 
     DIR/ca.key  ca.crt                       the key stays with whoever provisions
+    DIR/server/port.json                     if it is not the usual one
     DIR/server/ca.crt  server.crt  server.key  superexec.secret
     DIR/server/clients.json  removed.json  clients/NAME.pub  clients.map
     DIR/clients/NAME/ca.crt  client.key  client.json
@@ -30,6 +31,7 @@ from fedlora.errors import ConfigError, nearest
 from fedlora.storage.files import hold_lock, replace_file
 
 from . import certificates
+from .addresses import PORT, join_address, server_address
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")  # of a client; no command line can take one for an option
 _PEM = serialization.Encoding.PEM
@@ -43,7 +45,7 @@ class Identity:
 
     name: str
     id: int  # the client's number, Flower's partition-id
-    server: str  # the server's name or address, without a port
+    server: str  # the server's name or address, with its port if that is not the usual one
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ class _Members:
         return max([*self.numbers.values(), *map(int, self.removed)], default=-1) + 1
 
 
-def provision(out: Path, hosts: Sequence[str], names: Sequence[str], days: int = 825, renew: bool = False) -> list[str]:
+def provision(
+    out: Path, hosts: Sequence[str], names: Sequence[str], days: int = 825, renew: bool = False, *, port: int = 0
+) -> list[str]:
     """Make the keys and certificates that are missing; return what was done, a line each. Raises `ConfigError`.
+
+    New clients dial the server at `port`; 0: at the port that was given last, or at the usual one.
 
     What is there is kept. The server's certificate holds for `days`. It is made anew, for the same key, if a host is
     new, if it ends within 30 days, if the key or the authority is new, or with `renew`; hosts that it was for stay. To
@@ -76,10 +82,35 @@ def provision(out: Path, hosts: Sequence[str], names: Sequence[str], days: int =
     with _alone(out):
         done = [*_authority(out), *_server(out, hosts, days, renew), *_secret(out / "server" / "superexec.secret")]
         dialled = hosts or certificates.hosts_of(_certificate(out / "server" / "server.crt"))
+        address = _dialled(out / "server", dialled[0], port)
         for name, id in _enrol(out, list(dict.fromkeys(names))).items():
-            done += _client(out, Identity(name, id, dialled[0]))
+            done += _client(out, Identity(name, id, address))
         _put(out / "server" / "clients.map", _as_map(out / "server"))
     return done or [f"{out} is complete; nothing was changed"]
+
+
+def next_step(out: Path, done: Sequence[str]) -> list[str]:
+    """What whoever provisions does now, as a line, if anything was made; a server that runs knows nothing of it."""
+    if not any(line.startswith("made ") for line in done):
+        return []
+    return [f"now copy {out / 'server'} to the server, and start fedlora server there, again if it is running"]
+
+
+def listen_port(server: Path) -> int:
+    """The port at which clients dial the server, by the server's folder. Raises `ConfigError` for a damaged file."""
+    path = server / "port.json"
+    port = _read(path, json.loads) if path.exists() else PORT
+    if not (_is_number(port) and 0 < port < 2**16):
+        raise ConfigError(f"{path} is damaged: it is not a port; {_MEND}")
+    return int(port)
+
+
+def _dialled(server: Path, host: str, port: int) -> str:
+    """What clients dial: the host, with its port if that is not the usual one. Keeps a `port` that is given."""
+    if port:
+        _put(server / "port.json", _as_json(port))
+    port = listen_port(server)
+    return host if port == PORT else join_address(host, port)
 
 
 def _check(out: Path, hosts: Sequence[str], names: Sequence[str], days: int) -> None:
@@ -143,7 +174,7 @@ def read_client(folder: Path) -> Identity:
     fields = _read(path, json.loads)
     try:
         who = Identity(**fields)
-        if not (_NAME.fullmatch(who.name) and _is_number(who.id) and certificates.host(who.server)):
+        if not (_NAME.fullmatch(who.name) and _is_number(who.id) and server_address(who.server)):
             raise TypeError("its number is not one")
     except (TypeError, AttributeError, ConfigError) as e:
         raise ConfigError(f"{path} is damaged ({e}); take it again from what fedlora provision made") from e

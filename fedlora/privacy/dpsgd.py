@@ -121,8 +121,7 @@ def train(
             steps.zero_grad()
     if not all(map(_is_finite, parameters)):
         raise TrainingDiverged(
-            f"client {client}: the adapter is not finite after round {job.round + 1}; a train.lr below "
-            f"{job.training.lr:g} may help"
+            f"the adapter is not finite after round {job.round + 1}; a train.lr below {job.training.lr:g} may help"
         )
 
 

@@ -12,6 +12,7 @@ from rich.status import Status
 
 from fedlora.config import Config
 from fedlora.errors import Failure
+from fedlora.jobs import Client
 from fedlora.metrics import headline
 from fedlora.storage.event_log import utc_timestamp
 from fedlora.strategy import Strategy, title
@@ -94,6 +95,15 @@ class ConsoleProgress:
         elif clients and longest >= self._told:
             self._told = 2 * longest
             self.say(f"waiting for {self._who(clients)}, for {longest:.0f} s now")
+
+    def joined(self, client: Client) -> None:
+        """Say that a client is there."""
+        self.say(f"{self._who([client.id])} is here, with {client.examples:,} examples")
+
+    def begins_without(self, missing: Sequence[int]) -> None:
+        """Say who is not there as the run begins; they may join later."""
+        if missing:
+            self.say(f"going on without {self._who(missing)}, who may join later")
 
     def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
         """Print the round's line."""
@@ -252,7 +262,11 @@ def show_log(with_times: bool = False) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_UTC("%(asctime)s %(message)s" if with_times else "%(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    root = logging.getLogger()
+    for other in [h for h in root.handlers if type(h) is logging.StreamHandler]:
+        root.removeHandler(other)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
     logging.getLogger("fedlora").setLevel(logging.INFO)
 
 

@@ -37,12 +37,16 @@ log = logging.getLogger("fedlora")
 class EventLog:
     """A log that appends to one file, which only its owner can read; several processes may share the file."""
 
-    def __init__(self, path: Path | None, limit: int = 64 * 2**20, **fixed: object) -> None:
+    def __init__(
+        self, path: Path | None, limit: int = 64 * 2**20, names: Mapping[int, str] | None = None, **fixed: object
+    ) -> None:
         """Put `fixed` into every line, and begin a new file past `limit` bytes. Without a path nothing is kept.
 
+        A line about a client whose number is in `names` gets the client's name too, which its number alone does not
+        tell once the client was removed.
         Raises `ConfigError` where the file cannot be opened.
         """
-        self._path, self._limit, self._fixed = path, limit, fixed
+        self._path, self._limit, self._names, self._fixed = path, limit, names or {}, fixed
         self._lost = 0  # lines that could not be written since the last one that could
         try:
             if path:
@@ -62,7 +66,9 @@ class EventLog:
             return
         gap = {"lost": self._lost} if self._lost else {}
         named = {"at": utc_timestamp(time.time()), "event": event}
-        values = {"at": "", **self._fixed, "event": "", **fields, **gap} | named
+        client = fields.get("client")
+        name = {"name": self._names[client]} if isinstance(client, int) and client in self._names else {}
+        values = {"at": "", **self._fixed, "event": "", **fields, **name, **gap} | named
         line = json.dumps(sanitised(values), ensure_ascii=False).encode() + b"\n"
         try:
             self._append(self._path, line)

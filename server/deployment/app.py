@@ -21,6 +21,7 @@ from fedlora.run.directory import RunDirectory
 from fedlora.run.setup import RunSetup, for_server, prepare
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.prometheus import PrometheusExporter
+from fedlora.server.deployment.run_log import RunLog
 from fedlora.server.fleet import FlowerFleet
 from fedlora.server.fleet_rules import FleetRules, rules_of
 from fedlora.server.run import run_rounds
@@ -88,13 +89,14 @@ def _serve(grid: Grid, handoff: Handoff, order: RunOrder, screen: ConsoleProgres
     exporter = _exporter(screen, order.metrics)
     fleet = FlowerFleet(grid, _rules(setup, order, folder.run), exporter.answered, exporter.waiting)
     fleet.online = exporter.online
-    fleet.event_log = EventLog(handoff.run / "audit.jsonl", side="server", run=folder.run)
-    run_rounds(setup, fleet, folder, exporter)
+    fleet.joined, fleet.begins_without = exporter.joined, exporter.begins_without
+    fleet.event_log = EventLog(handoff.run / "audit.jsonl", names=screen.names, side="server", run=folder.run)
+    run_rounds(setup, fleet, folder, exporter, screen.names)
 
 
 def _exporter(screen: ConsoleProgress, address: str) -> PrometheusExporter:
     """An exporter that tells the screen too, and serves metrics at HOST:PORT, if there is an address."""
-    exporter = PrometheusExporter(screen)
+    exporter = PrometheusExporter(RunLog(screen, screen.names), screen.names)
     if address:
         host, _, port = address.rpartition(":")
         exporter.serve(host or "127.0.0.1", int(port))
@@ -103,13 +105,14 @@ def _exporter(screen: ConsoleProgress, address: str) -> PrometheusExporter:
 
 def _rules(setup: RunSetup, order: RunOrder, run: str) -> FleetRules:
     """The rules by which the fleet takes clients and answers."""
-    nodes = None
+    nodes, clients = None, setup.config.clients
     if order.nodes is not None:
         nodes = {int(node): client for node, client in order.nodes.items()}
+        clients = min(clients, len(nodes))  # those that were removed since the run began are not waited for
     policy = setup.config.server
     return rules_of(
         policy,
-        setup.config.clients,
+        clients,
         threshold=setup.config.secure.needed,
         quorum=policy.quorum,
         wait=policy.wait,

@@ -252,12 +252,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Is this more than that connections were open, and waiting, when the gateway was ended?"""
+    return not str(record.msg).startswith("Cancel %s running task")
+
+
 def _log_to(file: str | None) -> None:
     """Write JSON lines to the file, a new one after 10 MB, or to stderr."""
     handler: logging.Handler = logging.StreamHandler()
     if file:
         handler = RotatingFileHandler(Path(file), maxBytes=10 << 20, backupCount=5)
     handler.setFormatter(Lines())
+    handler.addFilter(_is_news)
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)
 

@@ -1,12 +1,13 @@
 """Prometheus' metrics of a run, on a port of their own: rounds, clients, failures by kind, bytes and seconds."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import nan
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from fedlora.errors import ConfigError, Failure, FailureKind
+from fedlora.jobs import Client
 from fedlora.run.directory import RunDirectory
 from fedlora.run.setup import RunSetup
 from fedlora.server.run import RunObserver
@@ -18,8 +19,9 @@ SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 class PrometheusExporter:
     """A run's observer that counts what it is told, and tells an `inner` observer the same."""
 
-    def __init__(self, inner: RunObserver) -> None:
-        self._inner = inner
+    def __init__(self, inner: RunObserver, names: Mapping[int, str] = MappingProxyType({})) -> None:
+        """`names` are those of clients elsewhere."""
+        self._inner, self._names = inner, names
         self.registry = at = CollectorRegistry()
         self._rounds = Counter("fedlora_rounds", "Rounds finished by this process", registry=at)
         self._round = Gauge("fedlora_round", "The last round finished", registry=at)
@@ -37,10 +39,14 @@ class PrometheusExporter:
             "fedlora_bytes", "Numbers sent to clients (down) and received (up), in bytes", ["direction"], registry=at
         )
         self._seconds = Histogram("fedlora_round_seconds", "Duration of a round", buckets=SECONDS, registry=at)
-        self._loss = Gauge("fedlora_train_loss", "Of the last round, mean over clients by weight", registry=at)
+        self._loss = Gauge(
+            "fedlora_train_loss", "Of the last round that was not skipped, mean over clients by weight", registry=None
+        )
         self._eval = Gauge("fedlora_eval", "The global model on the held-out set", ["metric"], registry=at)
-        self._epsilon = Gauge("fedlora_epsilon", "Spent so far, by the client that spent most", registry=at)
+        self._epsilon = Gauge("fedlora_epsilon", "Spent so far, by the client that spent most", registry=None)
+        self._shown = set[Gauge]()  # those of the last kind that have a value
         self._waiting = Gauge("fedlora_waiting_seconds", "For the client waited for longest", registry=at)
+        self._waiting_for = Gauge("fedlora_waiting_for_seconds", "For each client waited for", ["client"], registry=at)
         self._done = set[int]()  # clients, in the current round
         self._begin()
 
@@ -52,8 +58,15 @@ class PrometheusExporter:
             self._failures.labels(kind)
         for direction in ("up", "down"):
             self._bytes.labels(direction)
-        self._loss.set(nan)  # 0 would be taken for one
-        self._epsilon.set(nan)
+
+    def _show(self, gauge: Gauge, value: float | None) -> None:
+        """Set a gauge that is not there before its first value: 0 would be taken for one, and NaN breaks sums."""
+        if value is None:
+            return
+        gauge.set(value)
+        if gauge not in self._shown:
+            self._shown.add(gauge)
+            self.registry.register(gauge)
 
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
@@ -70,6 +83,14 @@ class PrometheusExporter:
         """Take down how many clients are connected now."""
         self._clients.labels("online").set(clients)
 
+    def joined(self, client: Client) -> None:
+        """A client is there; `online` counts them."""
+        self._inner.joined(client)
+
+    def begins_without(self, missing: Sequence[int]) -> None:
+        """These clients are not there as the run begins."""
+        self._inner.begins_without(missing)
+
     def answered(self, client: int) -> None:
         """A client has answered in this round."""
         self._done.add(client)
@@ -78,7 +99,7 @@ class PrometheusExporter:
 
     def waiting(self, clients: Mapping[int, float]) -> None:
         """Take down which clients are waited for now, and for how many seconds already."""
-        self._waiting.set(max(clients.values(), default=0.0))
+        self._wait(clients)
         self._inner.waiting(clients)
 
     def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
@@ -93,16 +114,16 @@ class PrometheusExporter:
         self._bytes.labels("up").inc(record["bytes_up"])
         self._bytes.labels("down").inc(record["bytes_down"])
         self._seconds.observe(record["seconds"])
-        self._loss.set(nan if record["train_loss"] is None else record["train_loss"])
+        self._show(self._loss, record["train_loss"])
         self._evaluated(record["eval"] or {})
-        self._epsilon.set(record.get("epsilon", nan))
-        self._waiting.set(0)
+        self._show(self._epsilon, record.get("epsilon"))
+        self._wait({})
         self._done.clear()
         self._inner.round(record, failed)
 
     def finished(self, folder: RunDirectory, stopped: bool) -> None:
         """The run is over."""
-        self._waiting.set(0)
+        self._wait({})
         self._inner.finished(folder, stopped)
 
     def serve(self, host: str = "127.0.0.1", port: int = 9100) -> Callable[[], None]:
@@ -123,6 +144,12 @@ class PrometheusExporter:
             thread.join()
 
         return close
+
+    def _wait(self, clients: Mapping[int, float]) -> None:
+        self._waiting.set(max(clients.values(), default=0.0))
+        self._waiting_for.clear()
+        for client, seconds in clients.items():
+            self._waiting_for.labels(self._names.get(client, f"client {client}")).set(seconds)
 
     def _evaluated(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -44,6 +44,7 @@ GATE = "gate"  # the name of its process
 TRIES = 5  # ServerApps that may end one after another without a finished round between them
 SILENCE = 300.0  # seconds that a submitted run is given until its ServerApp writes its first status
 LOOKS = 20.0  # seconds between two questions to the SuperLink about the run
+FEW = 10  # clients that are all asked in every round, unless the settings say otherwise
 SUBMITS = 90.0  # seconds that a SuperLink which is down is given to take the run
 
 
@@ -100,7 +101,12 @@ def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered
     config = absolute(over_defaults(from_file, clients | dict(given)))
     if not config.clients:
         raise ConfigError("how many clients are there to be? without keys, say --clients")
-    return replace(config, engine="flower")
+    return replace(config, engine="flower", cohort=config.cohort or _cohort(config.clients))
+
+
+def _cohort(clients: int) -> int:
+    """How many clients are asked in a round where nobody says it: all, if they are few; 0, a fifth of them, if not."""
+    return clients if clients <= FEW else 0
 
 
 def _resumed_settings(run: Path, from_file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:

@@ -163,13 +163,25 @@ def test_a_finished_run_can_be_given_more_rounds(whole: tuple[Path, str], tmp_pa
     assert "rounds = 5" in (tmp_path / "more" / "config.toml").read_text()
 
 
-def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(given: list[str], tmp_path: Path) -> None:
+def test_a_command_under_nohup_goes_on_when_its_terminal_is_gone() -> None:
+    code = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv = ['fedlora', '--help']\n"
+    code += "from fedlora.cli.app import main\ntry: main()\nfinally: print(signal.getsignal(signal.SIGHUP).name)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.endswith(
+        "SIG_IGN\n"
+    )
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGHUP])
+def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(
+    by: signal.Signals, given: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     process = start("simulate", *given, "--out", out, "--rounds", "500")
     while not (out / "checkpoint" / "round-000002.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and f"--resume {out}" in said and "Traceback" not in errors
     assert (out / "adapter" / "adapter_model.safetensors").exists()

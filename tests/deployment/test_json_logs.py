@@ -46,7 +46,7 @@ def test_a_line_says_when_where_and_what(stream: StringIO) -> None:
         "side": "server",
         "level": "warning",
         "logger": "fedlora",
-        "message": "client 3 failed: no\nanswer \x1b[2J é",
+        "message": "client 3 failed: no\\nanswer \\x1b[2J é",
     }
     assert stream.getvalue().rstrip("\n").isprintable()
 

@@ -9,7 +9,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from fedlora.deployment.provision import Identity, names_for, provision, read_client, read_clients, remove
+from fedlora.deployment.provision import (
+    Identity,
+    listen_port,
+    names_for,
+    next_step,
+    provision,
+    read_client,
+    read_clients,
+    remove,
+)
 from fedlora.errors import ConfigError
 from tests.support.files import open_to_others
 
@@ -264,3 +273,19 @@ def test_what_the_command_makes_its_user_alone_can_read(tmp_path: Path) -> None:
     words = ["provision", "--out", str(tmp_path / "out"), "--host", "localhost", "--clients", "2"]
     subprocess.run([sys.executable, "-m", "fedlora", *words], check=True, umask=0o022)
     assert open_to_others(tmp_path / "out") == []
+
+
+def test_a_port_is_kept_for_clients_that_are_added_later_and_for_the_server(tmp_path: Path) -> None:
+    provision(tmp_path, ["fed.example.org"], ["a"], port=9443)
+    provision(tmp_path, [], ["b"])
+    assert [read_client(tmp_path / "clients" / name).server for name in "ab"] == ["fed.example.org:9443"] * 2
+    assert listen_port(tmp_path / "server") == 9443
+
+
+def test_the_next_step_is_said_after_whatever_was_made(tmp_path: Path) -> None:
+    first = provision(tmp_path, ["localhost"], ["a"])
+    nothing = provision(tmp_path, [], ["a"])
+    renewed = provision(tmp_path, [], [], renew=True)
+    added = provision(tmp_path, [], ["b"])
+    step = f"now copy {tmp_path / 'server'} to the server, and start fedlora server there, again if it is running"
+    assert [next_step(tmp_path, done) for done in (first, nothing, renewed, added)] == [[step], [], [step], [step]]

@@ -25,11 +25,12 @@ class Federation:
     folder: Path
     config: Path
     model: Path
+    host: str = "localhost"  # what clients dial
     port: int = field(default_factory=free_port)
     running: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        provision(self.keys, ["localhost"], names_for(3))
+        provision(self.keys, [self.host], names_for(3))
 
     @property
     def keys(self) -> Path:
@@ -38,20 +39,26 @@ class Federation:
     def server(self, run: str, *more: str) -> "subprocess.Popen[bytes]":
         """Start the server's command; what it says is in RUN.out."""
         words = ["server", "--credentials", self.keys / "server", "--out", self.folder / run, "--config", self.config]
-        words += ["--host", "127.0.0.1", "--port", self.port]
+        words += ["--host", "127.0.0.1" if self.host == "localhost" else self.host, "--port", self.port]
         return self.start(run, [*map(str, words), *more])
 
-    def client(self, n: int, *more: str) -> "subprocess.Popen[bytes]":
+    def client(self, n: int, *more: str, **env: str) -> "subprocess.Popen[bytes]":
         """Start client 1, 2 or 3; what it says is in client-N.out."""
-        words = ["client", "--server", f"localhost:{self.port}", "--credentials", self.keys / "clients" / f"client-{n}"]
+        words = [
+            "client",
+            "--server",
+            f"{self.host}:{self.port}",
+            "--credentials",
+            self.keys / "clients" / f"client-{n}",
+        ]
         words += ["--state", self.state(n), "--model", self.model, "--data", self.folder / f"client_{n}.jsonl"]
-        return self.start(f"client-{n}", [*map(str, words), "--threads", "1", "--data.holdout", "0.2", *more])
+        return self.start(f"client-{n}", [*map(str, words), "--threads", "1", "--data.holdout", "0.2", *more], **env)
 
     def state(self, n: int) -> Path:
         return self.folder / f"state-{n}"
 
-    def start(self, name: str, words: Sequence[str]) -> "subprocess.Popen[bytes]":
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    def start(self, name: str, words: Sequence[str], **more: str) -> "subprocess.Popen[bytes]":
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
         with (self.folder / f"{name}.out").open("ab") as out:
             command = [sys.executable, "-m", "fedlora", *words]
             told = {"env": env, "cwd": self.folder, "umask": 0o022}  # that of most machines
@@ -118,7 +125,7 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
 
 def named(pid: int, word: str) -> list[int]:
     """Of the processes below, those with this word in their command line."""
-    return [p for p in below(pid) if word in _command(p)]
+    return [p for p in below(pid) if word in command_of(p)]
 
 
 def _parents() -> Iterator[tuple[int, int]]:
@@ -130,7 +137,8 @@ def _parents() -> Iterator[tuple[int, int]]:
         yield int(path.name), int(fields[1])
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """A process's command line; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

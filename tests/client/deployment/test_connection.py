@@ -43,7 +43,16 @@ def test_a_server_that_is_away_and_back_is_said_once_each(connection: ServerConn
         "fed.example.org:8443 does not answer",
         "fed.example.org:8443 answers again, after 0 s",
     ]
-    assert "its run has ended, or the line is lost" in said[1]
+    assert "the line is lost, or the server was ended" in said[1]
+
+
+def test_a_server_that_is_away_after_the_last_round_has_ended_its_run(connection: ServerConnection) -> None:
+    connection.news(TAKEN)
+    connection.answered("round 2 of 3: 96 bytes leave for the server, of 2 tensors\n")
+    assert "round 2 of 3 was the last that this client was asked for" in connection.news(SILENT)[0]
+    connection.news(ANSWERS)
+    connection.answered("round 3 of 3: 96 bytes leave for the server, of 2 tensors\n")
+    assert "its run has ended, after round 3 of 3; waiting for its next run" in connection.news(SILENT)[0]
 
 
 def test_a_key_that_is_refused_is_tried_ever_rarer(connection: ServerConnection, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import torch
 from flwr.app import RecordDict
 
 from fedlora import config
-from fedlora.client.deployment import relay
+from fedlora.client.deployment import relay, supervisor
 from fedlora.client.deployment.health import is_serving
+from fedlora.client.deployment.progress import STALLED
 from fedlora.client.deployment.worker import ClientIdentity, run_folder
 from fedlora.errors import ReasonCode
 from fedlora.messages import codec, envelope
@@ -50,15 +51,16 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> RunSetup:
 class Beside:
     """A worker in a process of its own, which can be killed and started again."""
 
-    def __init__(self, folder: Path, model: str) -> None:
+    def __init__(self, folder: Path, model: str, *more: str) -> None:
         rows = [{"text": " ".join(f"w{(i * j) % 50}" for j in range(12))} for i in range(30)]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.folder, self.socket, self._model = folder, folder / "s", model
+        self._more = more
         self.start()
 
     def start(self) -> None:
         words = ["worker", "--socket", self.socket, "--state", self.folder / "state", "--id", "0"]
-        words += ["--data", self.folder / "data.jsonl", "--model", self._model, "--threads", "1"]
+        words += ["--data", self.folder / "data.jsonl", "--model", self._model, "--threads", "1", *self._more]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         with (self.folder / "log").open("ab") as out:
             command = [sys.executable, "-m", "fedlora", *map(str, words)]
@@ -179,6 +181,15 @@ def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> No
     command = [sys.executable, "-m", "fedlora", *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "bad.jsonl line 2" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_worker_whose_job_stands_still_ends_and_says_so(setup: RunSetup, tmp_path: Path) -> None:
+    """It loads a model, which takes longer than it is given here; whoever started it starts it again."""
+    beside = Beside(tmp_path, setup.config.model.path, "--client.stall", "0.05")
+    hello = codec.pack_join_request(settings_for_clients(setup.config))
+    Thread(target=beside.ask, args=("who", hello), daemon=True).start()
+    assert beside.process.wait(120) == supervisor.STALLED == STALLED
+    assert "joining the run made no progress for as long as client.stall allows" in beside.log
 
 
 def test_the_clientapp_loads_neither_torch_nor_transformers() -> None:

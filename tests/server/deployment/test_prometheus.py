@@ -170,7 +170,7 @@ def test_it_shows_what_the_last_round_came_to(run: tuple[Seen, Rows]) -> None:
     seen, rows = run
     assert seen["fedlora_train_loss"] == rows[-1]["train_loss"]
     assert {k.split()[1]: v for k, v in seen.items() if k.startswith("fedlora_eval ")} == rows[-1]["eval"]
-    assert isnan(seen["fedlora_epsilon"])
+    assert "fedlora_epsilon" not in seen
 
 
 def test_failures_are_counted_by_kind_from_none_on() -> None:
@@ -183,7 +183,21 @@ def test_failures_are_counted_by_kind_from_none_on() -> None:
     assert all(before[f"fedlora_failures_total {k}"] == 0 for k in FailureKind)
     assert {k: n for k, n in kinds.items() if n} == {"late": 1, "refused": 1}
     assert (before["fedlora_refused_uploads_total"], after["fedlora_refused_uploads_total"]) == (0, 1)
-    assert after["fedlora_clients answered"] == 1 and isnan(after["fedlora_train_loss"])
+    assert after["fedlora_clients answered"] == 1 and "fedlora_train_loss" not in after
+
+
+def test_before_the_first_round_no_value_is_shown_that_is_none() -> None:
+    assert not any(isnan(value) for value in scrape(PrometheusExporter(Quiet())).values())
+
+
+def test_who_is_waited_for_has_a_name_until_the_round_is_over() -> None:
+    exporter = PrometheusExporter(Quiet(), {1: "hospital-b"})
+    exporter.waiting({1: 4.5, 2: 31.0})
+    seen = scrape(exporter)
+    assert seen["fedlora_waiting_for_seconds hospital-b"] == 4.5
+    assert seen["fedlora_waiting_for_seconds client 2"] == 31
+    tell(exporter, {})
+    assert not [name for name in scrape(exporter) if name.startswith("fedlora_waiting_for_seconds ")]
 
 
 def test_who_is_waited_for_is_shown_and_told_on() -> None:
