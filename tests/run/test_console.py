@@ -15,6 +15,7 @@ from fedlora.run.console import ConsoleProgress
 
 ROOT = Path(__file__).parents[2]
 WARNS = """
+import logging
 logging.basicConfig(format="%(asctime)s:%(levelname)s:%(message)s", datefmt="%m/%d/%Y")  # as a library may do
 from fedlora.run.console import show_log
 show_log(with_times={with_times})

@@ -186,7 +186,7 @@ def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> No
 def test_a_worker_whose_job_stands_still_ends_and_says_so(setup: RunSetup, tmp_path: Path) -> None:
     """It loads a model, which takes longer than it is given here; whoever started it starts it again."""
     beside = Beside(tmp_path, setup.config.model.path, "--client.stall", "0.05")
-    hello = codec.pack_join_request(settings_for_clients(setup.config))
+    hello = codec.pack_join_request(agreement_for_clients(setup))
     Thread(target=beside.ask, args=("who", hello), daemon=True).start()
     assert beside.process.wait(120) == supervisor.STALLED == STALLED
     assert "joining the run made no progress for as long as client.stall allows" in beside.log
