@@ -72,8 +72,11 @@ def run_rounds(
     before = _before(plan, strategy.adapter(state), folder)
     lines = privacy_statement.summary_lines(statement) if statement else []
     lines += filter(None, [so_far(folder.records())])
-    observer.started(setup, strategy, before, past.rounds if past else 0, lines)
+    begun = past.rounds if past else 0
+    observer.started(setup, strategy, before, begun, lines)
     try:
+        if begun < plan.rounds:
+            fleet.clients()  # waits until enough are there, which is no part of the first round's time
         for done in fit(strategy, fleet, setup.start, plan, past):
             state = done.state
             record = done.record() | ({"before": before} if done.number == 1 else {}) | _names(names, done.asked)

@@ -158,7 +158,7 @@ class Tail:
             new = f.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._seen += len(whole)
-        return whole.decode(errors="replace")
+        return FOR_TERMINALS.sub(b"", whole).decode(errors="replace")  # the other side has a say in some lines
 
     def show(self) -> str:
         """Print the lines that were added since the last call, and return them."""

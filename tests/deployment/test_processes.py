@@ -158,6 +158,13 @@ def test_whole_lines_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "one\ntwo\n"
 
 
+def test_nothing_that_is_shown_commands_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tail = Tail(tmp_path / "screen")
+    (tmp_path / "screen").write_bytes(b"a\x1b[2J\x1b]0;owned\x07b\x9b2J\n")
+    tail.show()
+    assert "\x1b" not in (said := capsys.readouterr().out) and said.startswith("ab")
+
+
 def test_a_free_port_is_free() -> None:
     assert free_port() != free_port()
 
