@@ -7,9 +7,9 @@
     DIR/clients/NAME/ca.crt  client.key  client.json
 
 `clients.json` holds each client's number; `removed.json` holds the numbers of clients that were removed, which are
-never given again. A client's public key is written last, so that the next `provision` completes what a killed one left
-undone. `clients.map` says the public keys again, as nginx reads them. Private files can be read by their owner alone
-from the moment they exist.
+never given again, and `removed/NUMBER/NAME.pub` their keys, by which the server names one that comes back. A client's
+public key is written last, so that the next `provision` completes what a killed one left undone. `clients.map` says the
+public keys again, as nginx reads them. Private files can be read by their owner alone from the moment they exist.
 """
 
 import json
@@ -19,6 +19,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -207,6 +208,21 @@ def key_header(key: ec.EllipticCurvePublicKey) -> bytes:
     return b64encode(key.public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
 
 
+def key_fingerprint(header: bytes) -> str:
+    """A short name of the key in this header of a SuperNode's, for logs; empty without a key."""
+    return sha256(header).hexdigest()[:16] if header else ""
+
+
+def names_by_fingerprint(server: Path) -> dict[str, str]:
+    """The names of the clients that have a key, and of those that had one, by the server's folder.
+
+    Raises `ConfigError` for a damaged one.
+    """
+    keys = [(name, server / "clients" / f"{name}.pub") for name in read_clients(server)]
+    keys += [(path.stem, path) for path in sorted(server.glob("removed/*/*.pub"))]
+    return {key_fingerprint(key_header(public_key(path))): name for name, path in keys}
+
+
 def _as_map(server: Path) -> bytes:
     """The clients that may take part, as the lines of a map of nginx': what the key's header says, and the name."""
     files = [(name, server / "clients" / f"{name}.pub") for name in roster(server).present]
@@ -289,7 +305,7 @@ def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
     _begin_list(server)
     members = roster(server)
     for name in members.numbers.keys() - members.present.keys():
-        (server / "clients" / f"{name}.pub").unlink(missing_ok=True)
+        _keep_removed(server, name, members.numbers[name])
         (out / "clients" / name / "client.key").unlink(missing_ok=True)
     clients = _Members(members.present, members.removed)
     for name in names:
@@ -298,6 +314,15 @@ def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
             clients.numbers[name] = clients.next_number()
     _put(server / "clients.json", _as_json(clients.numbers))
     return clients.numbers
+
+
+def _keep_removed(server: Path, name: str, number: int) -> None:
+    """Move the public key of a client that was removed away, to where the server knows it by name to refuse it."""
+    path, kept = server / "clients" / f"{name}.pub", server / "removed" / str(number) / f"{name}.pub"
+    if path.exists():
+        for folder in (kept.parent.parent, kept.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        path.replace(kept)
 
 
 def _begin_list(server: Path) -> None:

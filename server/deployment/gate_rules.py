@@ -29,6 +29,7 @@ from math import inf
 import httpx
 from starlette.types import Message, Receive, Scope, Send
 
+from fedlora.deployment.provision import key_fingerprint
 from fedlora.server.deployment.node_signatures import (
     KEY_HEADER,
     SIGNATURE_HEADER,
@@ -110,9 +111,12 @@ class Peer:
 class Refused(Exception):
     """A request goes no further."""
 
-    def __init__(self, status: int, reason: str, retry: int = 0) -> None:
-        """Answer with `status`; log the `reason`; with `retry`, say after how many seconds to try again."""
-        self.status, self.reason, self.retry = status, reason, retry
+    def __init__(self, status: int, reason: str, retry: int = 0, key: str = "") -> None:
+        """Answer with `status`; log the `reason` and the fingerprint of the `key`, if it is about one.
+
+        With `retry`, say after how many seconds to try again.
+        """
+        self.status, self.reason, self.retry, self.key = status, reason, retry, key
 
 
 class Gateway:
@@ -162,6 +166,7 @@ class Gateway:
             "path": scope.get("raw_path", b"").decode("latin1")[:120],
             "status": no.status,
             "reason": no.reason,
+            **({"key": no.key} if no.key else {}),
         }
         log.warning(json.dumps(line))
 
@@ -191,7 +196,7 @@ class Gateway:
         try:
             name = self.clients.signer(headers, time.time())
         except NotSigned as e:
-            raise Refused(401, str(e)) from None
+            raise Refused(401, str(e), key=key_fingerprint(headers.get(KEY_HEADER, b""))) from None
         if peer := self.peers.get(scope["client"]):
             peer.client = name
         clients = Share("clients", limits.concurrent)

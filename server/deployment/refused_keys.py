@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from fedlora.deployment.provision import key_fingerprints
+from fedlora.deployment.provision import names_by_fingerprint
 
 MOST = 20  # keys that are said; a stranger can make as many as he likes
 WORDS = {  # the gateway's reason -> what the screen says
@@ -20,7 +20,7 @@ class RefusedKeys:
 
     def __init__(self, credentials: Path) -> None:
         """`credentials` is the server's folder of `fedlora provision`. Raises `ConfigError` for a damaged one."""
-        self._names = key_fingerprints(credentials)
+        self._names = names_by_fingerprint(credentials)
         self._said = set[tuple[str, str]]()
 
     def news(self, lines: str) -> list[str]:

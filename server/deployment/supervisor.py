@@ -37,6 +37,7 @@ from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.run.directory import RunDirectory
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
+from fedlora.server.deployment.refused_keys import RefusedKeys
 from fedlora.server.deployment.superlink import Control, ControlError
 from fedlora.storage.files import write_durably
 
@@ -89,7 +90,8 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
             nodes = _register(control, options.credentials, names) if options.credentials else None
             handoff.put_order(RunOrder(configuration.flatten(config), names, nodes, options.metrics))
             _print_start(options, names, config)
-            SubmittedRun(control, handoff, supervisor, config).watch()
+            refused = RefusedKeys(options.credentials) if options.credentials else None
+            SubmittedRun(control, handoff, supervisor, config, refused).watch()
 
 
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
@@ -237,8 +239,17 @@ def _print_start(options: ServerOptions, names: Mapping[str, int], config: Confi
 class SubmittedRun:
     """A run from its submission to its end; a ServerApp that ends before its run does is begun anew."""
 
-    def __init__(self, control: Control, handoff: Handoff, supervisor: Supervisor, config: Config) -> None:
+    def __init__(
+        self,
+        control: Control,
+        handoff: Handoff,
+        supervisor: Supervisor,
+        config: Config,
+        refused: RefusedKeys | None = None,
+    ) -> None:
+        """`refused` says which clients the gate, if it is one that is started here, does not let in."""
         self._control, self._handoff, self._supervisor = control, handoff, supervisor
+        self._refused, self._gate_log = refused, Tail(handoff.run / "gate.log")
         self._deadline = config.server.deadline if config.server.deadline < inf else 0.0  # 0: none for a client's work
         self._screen = Tail(handoff.screen)
         self._id = 0  # Flower's, of the run that was submitted last
@@ -263,6 +274,9 @@ class SubmittedRun:
     def _is_finished(self) -> bool:
         """Show what is new, start again whatever ended before its time, and say whether the run has finished."""
         self._screen.show()
+        if self._refused:
+            for words in self._refused.news(self._gate_log.new()):
+                print(words, flush=True)
         self._supervisor.look()
         status = self._handoff.status() or Status("submitted")
         if status.state == "finished":

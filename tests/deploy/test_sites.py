@@ -96,6 +96,7 @@ def test_the_server_says_who_is_here(sites: Federation) -> None:
     said = sites.said("run")
     assert "client-1 is here, with 12 examples" in said and "client-2 is here" in said
     assert "2 a round" in said
+    assert said.count("client-3, which was removed, asked to take part and was refused") == 1
 
 
 def test_names_stay_with_the_run_whoever_is_removed_later(sites: Federation) -> None:
