@@ -90,6 +90,6 @@ class ServerConnection:
         self._waited += pause
         return Restart(
             f"the server does not take this key: it {here}was removed or is not registered there, or another machine "
-            "uses it now",
+            "uses it now, or this machine's clock is wrong",
             pause,
         )
