@@ -8,6 +8,7 @@ from fedlora.deployment.supervisor import Restart
 
 # What a SuperNode's log says when the server has taken its key, does not answer, and answers again:
 TAKEN, SILENT, ANSWERS = "SuperNode ID:", "Connection attempt failed", "Connection successful after"
+GIVES_UP = "SSL/TLS handshake error detected"  # in the log of a SuperNode, which then hangs for ever
 ROUND = re.compile(r"^round (\d+) of (\d+):", re.MULTILINE)  # as the worker says it of a round that it has answered
 REFUSED = ("2004", "2001")  # Flower's codes for a key that is not known, and for one that is in use
 FORGETS = 70.0  # seconds after which the SuperLink takes a key again that was lost without a farewell
@@ -20,6 +21,7 @@ class ServerConnection:
 
     def __init__(self, name: str, server: str) -> None:
         self._name, self._server = name, server
+        self.gave_up = False  # the SuperNode that was started last, after which it hangs
         self._taken = False  # by the server, since the SuperNode was started last
         self._refused = 0  # times, since the server took the key last
         self._waited = 0.0  # seconds, between those times
@@ -29,6 +31,7 @@ class ServerConnection:
 
     def news(self, lines: str) -> list[str]:
         """What there is to say, by the lines that are new in the SuperNode's log."""
+        self.gave_up = self.gave_up or GIVES_UP in lines
         said = filter(None, map(self._about, lines.splitlines()))
         return [*said, *self._reminder()]
 
@@ -73,14 +76,16 @@ class ServerConnection:
 
     def ended(self, node: Process) -> Restart:
         """Why the SuperNode ended, and when it is started again: later each time that its key is refused."""
-        taken, self._taken = self._taken, False
+        taken, gave_up, self._taken, self.gave_up = self._taken, self.gave_up, False, False
+        if gave_up:
+            return Restart("it gave up on a connection that broke off", node.pause())
         words = node.log_tail(15)
         if any(f"code: {code}]" in words for code in REFUSED):
             return self._key_refused()
         if node.code:
             return Restart(f"code {node.code}", node.pause())
         if taken:
-            return Restart("the server has ended the session: it was started again, or takes this key no more", 1.0)
+            return Restart("its session has ended: the server was started again, or takes this key no more", 1.0)
         return self._key_refused()  # with 401, at which a SuperNode ends with code 0
 
     def _key_refused(self) -> Restart:

@@ -33,7 +33,6 @@ from fedlora.storage.files import write_durably
 BEHIND = 5.0  # seconds that this machine's clock may be behind the server's, for Flower's signatures
 AHEAD = 300.0  # seconds that it may be ahead
 HANGS = 300.0  # seconds without a sign of life after which a worker is started again
-GIVES_UP = "SSL/TLS handshake error detected"  # in the log of a SuperNode, which then hangs for ever
 SOCKET = "worker.sock"
 MISTAKE = 2  # exit code of a worker whose settings or data are wrong
 STALLED = 3  # exit code of a worker whose job stood still
@@ -94,9 +93,7 @@ def wait_for_server(options: ClientOptions, meanwhile: Callable[[], None]) -> No
     pause, verify, began, told = 1.0, _tls_context(options), time.monotonic(), 0.0
     while True:
         try:
-            answer = httpx.get(
-                f"{options.url}/health", verify=verify, timeout=10
-            )  # by the site's proxy, as Flower does
+            answer = httpx.get(f"{options.url}/health", verify=verify, timeout=10)  # by the site's proxy, as Flower
             break
         except httpx.HTTPError as e:
             _raise_if_untrusted(options, e)
@@ -228,8 +225,7 @@ class ClientProcesses:
         """Say what new lines of the SuperNode mean; end one that has given up, which hangs: it is started again."""
         for words in self._connection.news(lines):
             print(words, flush=True)
-        if GIVES_UP in lines:
-            print("SuperNode gave up on a connection that broke off; it is started again", flush=True)
+        if self._connection.gave_up:
             stop([self._node], grace=5)
 
     def _end_hanging_worker(self) -> None:

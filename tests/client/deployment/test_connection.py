@@ -68,8 +68,15 @@ def test_a_key_that_is_refused_is_tried_ever_rarer(connection: ServerConnection,
 def test_a_session_that_the_server_ended_is_not_a_refusal(connection: ServerConnection, tmp_path: Path) -> None:
     node = ended("", tmp_path / "log")
     connection.news(TAKEN)
-    assert "the server has ended the session" in connection.ended(node).reason
+    assert "its session has ended" in connection.ended(node).reason
     assert "does not take this key" in connection.ended(node).reason
+
+
+def test_a_supernode_that_gave_up_is_not_taken_for_a_refusal(connection: ServerConnection, tmp_path: Path) -> None:
+    connection.news("ERROR :     SSL/TLS handshake error detected.\n")
+    assert connection.gave_up
+    assert "gave up on a connection" in connection.ended(ended("", tmp_path / "log")).reason
+    assert not connection.gave_up
 
 
 def test_what_a_client_is_told_stands_in_no_command_line(tmp_path: Path) -> None:
