@@ -7,9 +7,10 @@
     DIR/clients/NAME/ca.crt  client.key  client.json
 
 `clients.json` holds each client's number; `removed.json` holds the numbers of clients that were removed, which are
-never given again, and `removed/NUMBER/NAME.pub` their keys, by which the server names one that comes back. A client's
-public key is written last, so that the next `provision` completes what a killed one left undone. `clients.map` says the
-public keys again, as nginx reads them. Private files can be read by their owner alone from the moment they exist.
+never given again, and `removed_keys.json` the fingerprints of their keys, by which the server names one that comes
+back. A client's public key is written last, so that the next `provision` completes what a killed one left undone.
+`clients.map` says the public keys again, as nginx reads them. Private files can be read by their owner alone from the
+moment they exist.
 """
 
 import json
@@ -17,7 +18,7 @@ import re
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -218,9 +219,20 @@ def names_by_fingerprint(server: Path) -> dict[str, str]:
 
     Raises `ConfigError` for a damaged one.
     """
-    keys = [(name, server / "clients" / f"{name}.pub") for name in read_clients(server)]
-    keys += [(path.stem, path) for path in sorted(server.glob("removed/*/*.pub"))]
-    return {key_fingerprint(key_header(public_key(path))): name for name, path in keys}
+    return _removed_keys(server) | {_fingerprint(server, name): name for name in read_clients(server)}
+
+
+def _fingerprint(server: Path, name: str) -> str:
+    return key_fingerprint(key_header(public_key(server / "clients" / f"{name}.pub")))
+
+
+def _removed_keys(server: Path) -> dict[str, str]:
+    """The names of the clients that were removed, by the fingerprints of the keys that they had."""
+    path = server / "removed_keys.json"
+    names = _read(path, json.loads) if path.exists() else {}
+    if not isinstance(names, dict):
+        raise ConfigError(f"{path} is damaged: it is not keys with their names; {_MEND}")
+    return names
 
 
 def _as_map(server: Path) -> bytes:
@@ -305,7 +317,7 @@ def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
     _begin_list(server)
     members = roster(server)
     for name in members.numbers.keys() - members.present.keys():
-        _keep_removed(server, name, members.numbers[name])
+        _forget_key(server, name)
         (out / "clients" / name / "client.key").unlink(missing_ok=True)
     clients = _Members(members.present, members.removed)
     for name in names:
@@ -316,13 +328,13 @@ def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
     return clients.numbers
 
 
-def _keep_removed(server: Path, name: str, number: int) -> None:
-    """Move the public key of a client that was removed away, to where the server knows it by name to refuse it."""
-    path, kept = server / "clients" / f"{name}.pub", server / "removed" / str(number) / f"{name}.pub"
+def _forget_key(server: Path, name: str) -> None:
+    """Delete the public key of a client that was removed; its fingerprint stays, by which the server names it."""
+    path = server / "clients" / f"{name}.pub"
     if path.exists():
-        for folder in (kept.parent.parent, kept.parent):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        path.replace(kept)
+        with suppress(ConfigError):  # a key that is damaged has no fingerprint
+            _put(server / "removed_keys.json", _as_json(_removed_keys(server) | {_fingerprint(server, name): name}))
+        path.unlink()
 
 
 def _begin_list(server: Path) -> None:
