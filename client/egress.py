@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedlora.client.policy import ClientPolicy
-from fedlora.errors import Failure, PolicyRefusal, ReasonCode
+from fedlora.errors import Failure, PolicyRefusal, ReasonCode, WireError
 from fedlora.jobs import Job, SecAggStep
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.messages.codec import CONFUSION, MASKED, SCALES, IncomingJob
@@ -51,8 +51,11 @@ class Egress:
 
         Raises `PolicyRefusal` for anything else; then nothing leaves.
         """
-        message = unpack(answer.records)
-        self.event_log.write("left", **_entry(message, answer.to, self.policy))
+        try:
+            entry = _entry(unpack(answer.records), answer.to, self.policy)
+        except WireError as e:  # a malformed answer is no fault of the server's message
+            raise _kept_back(str(e)) from e
+        self.event_log.write("left", **entry)
         return answer.records
 
 

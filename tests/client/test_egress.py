@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
 from fedlora.data.client_data import ClientData
-from fedlora.errors import DataError, FedloraError, PolicyRefusal, ReasonCode
+from fedlora.errors import DataError, PolicyRefusal, ReasonCode
 from fedlora.jobs import Client, MaskingTerms, PrivacySpent, PrivacyTerms, SecAggStep
 from fedlora.lora import LoRA
 from fedlora.message_types import MetricsHead, MissingParts, UpdateHead
@@ -118,6 +119,11 @@ WRONG = {
     "a loss that is not told": (update(NUMBERS, 0.5), JOB, {"metrics": False}),
     "the loss of a private job": (update(NUMBERS, 0.5, spent=SPENT), replace(JOB, privacy=TERMS), {}),
     "what a ledger says of a plain job": (update(NUMBERS, spent=SPENT), JOB, {}),
+    "an epsilon that is not finite": (
+        update(NUMBERS, spent=PrivacySpent(epsilon=inf, charges=1)),
+        replace(JOB, privacy=TERMS),
+        {},
+    ),
     "numbers without a mask": (update(NUMBERS), MASKED, {}),
     "a side under the mask": (
         update({"masked": torch.zeros(size(MASKED), dtype=torch.int32)}),
@@ -153,8 +159,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("records", "to", "own"), WRONG.values(), ids=WRONG)
 def test_whatever_else_is_in_an_answer_is_kept_back(records: RecordDict, to: Any, own: dict[str, Any]) -> None:
-    with pytest.raises(FedloraError):
+    with pytest.raises(PolicyRefusal) as refused:
         release(records, to, **own)
+    assert refused.value.code in (ReasonCode.EGRESS, ReasonCode.POLICY)
 
 
 @pytest.mark.parametrize(
