@@ -10,7 +10,7 @@ from fedlora.client import agreement
 from fedlora.client.egress import Answer, Egress, release_reason
 from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
-from fedlora.errors import ClientFailed, Failure, FedloraError, ReasonCode, TrainingDiverged
+from fedlora.errors import ClientFailed, Failure, FedloraError, ReasonCode, TrainingDiverged, WireError
 from fedlora.jobs import Job
 from fedlora.message_types import MOST_LOSS, MissingParts
 from fedlora.messages import codec
@@ -22,6 +22,8 @@ from fedlora.storage.event_log import EventLog
 
 log = logging.getLogger("fedlora")
 NO_LOG = EventLog(None)  # of no file, it writes nothing
+LITTLE = 64 * 2**20  # bytes of numbers that any message may bring
+TIMES = 16  # bytes for each number of the base model that a job may bring besides: four times the model in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,8 @@ class ClientContext:
         return Egress(self.runner.policy, self.event_log)
 
     def read_job(self, message: RawMessage) -> codec.IncomingJob:
-        """The job in a message, with a line in the event log about what came in."""
+        """The job in a message, with a line in the event log about what came in. Raises `WireError`."""
+        check_bytes(len(message.numbers or b""), self.model)
         incoming = codec.read_job(message)
         nbytes = sum(part.nbytes for part in incoming.sent.values())
         entry = {"what": "job", "round": incoming.head.round + 1, "bytes": nbytes, "parts": list(incoming.sent)}
@@ -66,6 +69,13 @@ class ClientContext:
         job = incoming.job(parts)
         self.refuse_unagreed(incoming.head.agreement, job)
         return job
+
+
+def check_bytes(nbytes: int, model: Model) -> None:
+    """Raise `WireError` for a job of more bytes of numbers than any job for this model has."""
+    most = LITTLE + TIMES * model.size
+    if nbytes > most:
+        raise WireError(f"a job brings {nbytes} bytes of numbers; with this model at most {most} are taken in")
 
 
 def describe(client: ClientContext, message: RawMessage) -> Answer:

@@ -25,10 +25,11 @@ from fedlora.client.deployment import relay
 from fedlora.client.deployment.health import SERVICE
 from fedlora.client.deployment.progress import STALLED, ProgressWatch
 from fedlora.client.deployment.worker_pb2 import Answer, AnswerPiece, Failed, Kind, Task, TaskPiece
+from fedlora.client.egress import release_reason
 from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import client_policy
 from fedlora.client.runner import JobRunner
-from fedlora.errors import Failure, FedloraError, ReasonCode, WireError
+from fedlora.errors import Failure, FedloraError, WireError
 from fedlora.messages import codec
 from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import RUN, RawMessage
@@ -36,9 +37,7 @@ from fedlora.run.setup import ClientSetup, for_client
 from fedlora.sections import ClientConfig
 from fedlora.storage.event_log import EventLog
 
-LITTLE = 64 * 2**20  # bytes of numbers that any message may bring
 TAKEN = ("ledgers", "logs", "runs")  # folders of a client's state that are no run's
-TIMES = 16  # bytes for each number of the base model that a job may bring besides: four times the model in float32
 log = logging.getLogger("fedlora")
 
 
@@ -54,11 +53,14 @@ class ClientIdentity:
 class Worker(Protocol):
     """What answers tasks at the socket."""
 
-    def most_bytes(self, task: Task) -> int:
-        """The largest number of bytes that a task may bring."""
+    def check_size(self, task: Task) -> None:
+        """Raise `WireError` for a task that says it brings too many bytes."""
 
     def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
         """The answer to a task, or the code of why there is none."""
+
+    def refuse(self, error: Exception) -> str:
+        """The code of why a task could not be taken in."""
 
 
 @dataclass
@@ -71,13 +73,12 @@ class WarmWorker:
     _lock: Lock = field(default_factory=Lock)
     watch: ProgressWatch = field(default_factory=lambda: ProgressWatch(0, print))
 
-    def most_bytes(self, task: Task) -> int:
-        """The largest number of bytes that a task may bring, by the size of the model."""
-        if task.numbers.bytes <= LITTLE:
-            return LITTLE
-        with self._lock:
-            setup = self._setup or self._setup_for(agreement.kept(run_folder(self.identity, task.run)))
-        return LITTLE + TIMES * setup.model.size
+    def check_size(self, task: Task) -> None:
+        """Raise `WireError` for a task that says it brings more bytes than the model can have use for."""
+        if task.numbers.bytes > handlers.LITTLE:
+            with self._lock:
+                setup = self._setup or self._setup_for(agreement.kept(run_folder(self.identity, task.run)))
+            handlers.check_bytes(task.numbers.bytes, setup.model)
 
     def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
         """The answer to a task, or the code of why there is none. One task is done at a time."""
@@ -85,6 +86,11 @@ class WarmWorker:
         kind = Kind.Name(task.kind).lower()
         with self._lock, self.watch.working_on(handlers.CALLED[kind]):
             return self.answer(kind, content)
+
+    def refuse(self, error: Exception) -> str:
+        """The code of why a task could not be taken in, once it is in the event log."""
+        log.warning("a message could not be taken in: %s", error, exc_info=not isinstance(error, FedloraError))
+        return release_reason(Failure.because_of(error), self._event_log(""))
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict | str:
         """The answer to a message, or the code of why there is none.
@@ -195,11 +201,10 @@ def start(socket: Path, worker: Worker) -> tuple[grpc.Server, health.HealthServi
 def _handle(worker: Worker, pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece]:
     """Take in a task with its numbers, in pieces, and give out the answer in pieces."""
     try:
-        task, data = _take_in(pieces, worker.most_bytes)
+        task, data = _take_in(pieces, worker.check_size)
         answer = worker.handle_task(task, data)
     except Exception as e:
-        log.warning("a message could not be taken in: %s", e, exc_info=not isinstance(e, FedloraError))
-        answer = Failure.because_of(e).code or ReasonCode.ERROR
+        answer = worker.refuse(e)
     if isinstance(answer, str):
         yield AnswerPiece(failed=Failed(reason=answer))
         return
@@ -208,16 +213,14 @@ def _handle(worker: Worker, pieces: Iterator[TaskPiece]) -> Iterator[AnswerPiece
     yield from (AnswerPiece(chunk=chunk) for chunk in relay.chunks(array))
 
 
-def _take_in(pieces: Iterator[TaskPiece], most_bytes: Callable[[Task], int]) -> tuple[Task, bytes]:
-    """A task and its numbers. Raises `WireError` for more than it says, or may bring, or for less."""
+def _take_in(pieces: Iterator[TaskPiece], check_size: Callable[[Task], None]) -> tuple[Task, bytes]:
+    """A task and its numbers. Raises `WireError` for more bytes than it says, or may bring, or for less."""
     task, data = next(pieces).task, bytearray()
-    said, most = task.numbers.bytes, most_bytes(task)
-    if said > most:
-        raise WireError(f"a job brings {said} bytes of numbers; with this model at most {most} are taken in")
+    check_size(task)
     for piece in pieces:
         data += piece.chunk
-        if len(data) > said:
+        if len(data) > task.numbers.bytes:
             break
-    if len(data) != said:
-        raise WireError(f"a task brought {len(data)} bytes; it said {said}")
+    if len(data) != task.numbers.bytes:
+        raise WireError(f"a task brought {len(data)} bytes; it said {task.numbers.bytes}")
     return task, bytes(data)

@@ -31,6 +31,7 @@ from fedlora.run.agreement import agreement_for_clients
 from fedlora.run.setup import RunSetup, for_server
 from fedlora.sections import Training
 from fedlora.server import upload_checks
+from fedlora.storage.event_log import entries
 from fedlora.strategy import Job, Update
 from tests.support.models import make
 
@@ -155,6 +156,8 @@ def test_a_job_of_many_times_the_model_is_not_taken_in(beside: Beside, setup: Ru
     with pytest.raises(relay.WorkerFailed) as failed:
         beside.ask("train", content)
     assert failed.value.code == ReasonCode.MESSAGE and "at most" in beside.log
+    *_, last = entries(beside.folder / "state" / "audit.jsonl")
+    assert (last["event"], last["what"], last["reason"]) == ("left", "reason", "message")
 
 
 def test_a_run_called_ledgers_keeps_away_from_the_ledgers(tmp_path: Path) -> None:
