@@ -47,6 +47,7 @@ class ClientPolicy:
     unit: str = "row"  # what a record is
     seeded: bool = True  # noise may come from the run's seed
     ledgers: Path | None = None  # where its ledger lies, if not with what else it keeps: a folder that outlives the run
+    marks: Path | None = None  # a folder elsewhere in which each ledger has its mark
 
     # Its data and model
     data: DataConfig | None = None  # where its data are and what their columns mean; none: nothing is held against it
@@ -129,6 +130,10 @@ class ClientPolicy:
         """Has the client data of its own, and not a share of the public ones that come with fedlora?"""
         return self.data is not None and bool(self.data.path)
 
+    def mark_of(self, ledger: str) -> Path | None:
+        """The file that knows how far the ledger in a folder of this name has come; it lies elsewhere."""
+        return self.marks / f"{ledger}.head" if self.marks else None
+
     def _too_little_privacy(self, job: Job, records: int) -> Iterator[str]:
         """Every reason to refuse the job, as a phrase that completes "the server asks for"."""
         if self.private and job.privacy is None:
@@ -170,6 +175,7 @@ def client_policy(mine: Mapping[str, Any], ledgers: Path) -> ClientPolicy:
     return replace(
         policy_of(config),
         ledgers=where,
+        marks=ledgers.with_name("ledger-marks"),
         seeded=config.dp.seeded,
         delta=config.dp.delta or DELTA,
         noise=config.dp.noise,
@@ -184,6 +190,7 @@ def client_policy(mine: Mapping[str, Any], ledgers: Path) -> ClientPolicy:
 def policy_of(config: Config) -> ClientPolicy:
     """The policy of clients that are simulated with these settings, which are their own and the server's in one."""
     dp = config.dp
+    ledgers = Path(dp.ledger) if dp.ledger else None
     return ClientPolicy(
         egress=config.client.egress,
         masked=config.secure.aggregation,
@@ -193,5 +200,6 @@ def policy_of(config: Config) -> ClientPolicy:
         delta=dp.delta or 1.0,
         unit=dp.unit,
         seeded=not dp.on or dp.seeded,
-        ledgers=Path(dp.ledger) if dp.ledger else None,
+        ledgers=ledgers,
+        marks=ledgers.with_name(f"{ledgers.name}-marks") if ledgers else None,
     )

@@ -7,10 +7,13 @@ from pathlib import Path
 from fedlora.client import training
 from fedlora.client.egress import check_start
 from fedlora.client.ledger import Ledger
+from fedlora.client.ledger_records import ledger_folder
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.scored_rounds import ScoredRounds
 from fedlora.client.secure_aggregation import SecAggClient
 from fedlora.data.client_data import ClientData
+from fedlora.data.encoding import Records
+from fedlora.errors import FedloraError, PrivateJobFailed
 from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.messages.compression import compress_with_error_feedback
@@ -40,8 +43,8 @@ class JobRunner:
         """Do a round's work. A private job is charged first; one that was done already has the same answer again.
 
         `digest` is the job's name; without one, as of a job that no message brought, the parts are hashed here.
-        Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained;
-        `SecureError` for a job that is to be masked and may not be.
+        Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained and
+        nothing charged; `SecureError` for a job that is to be masked and may not be.
         """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
         check_start(model, job)
@@ -86,20 +89,32 @@ class JobRunner:
         return update
 
     def _private(self, model: Model, job: Job, privacy: PrivacyTerms, digest: str) -> Update:
-        """The update of a job with DP-SGD, charged once however often the job comes."""
+        """The update of a job with DP-SGD, charged once however often the job comes.
+
+        Raises `PrivateJobFailed` for whatever goes wrong after the charge, and for that job ever after.
+        """
         preflight.check_once(model, job)
-        store, ledger = ClientState(self.folder), self.ledger
-        charged = ledger.charged(job.round)
-        if charged and digest not in charged and (earlier := earlier_job_hash(job)) in charged:
-            digest = earlier  # an older version charged this very job
-        ledger.charge(digest, privacy, round=job.round, budget=self.policy.budget)
-        answer = ledger.answer(digest)
-        if answer is None:
-            records, before = self.client_data.records, store.before(job.round)
+        records, ledger = self.client_data.records, self.ledger  # encoded now: what cannot be read costs nothing
+        delta = self.policy.delta if self.policy.delta < 1 else privacy.delta
+        with ledger.locked():
+            digest = _name_in(ledger, job, digest)
+            ledger.charge(digest, privacy, round=job.round, budget=self.policy.budget, delta=delta)
+            answer = ledger.answer(digest) or self._charged(model, job, records, ledger, digest)
+            return replace(answer, spent=ledger.spent(privacy.delta))
+
+    def _charged(self, model: Model, job: Job, records: Records, ledger: Ledger, digest: str) -> Update:
+        """The update of a job that the ledger has just been charged for; it lies on the disk when this returns."""
+        store = ClientState(self.folder)
+        try:
+            before = store.before(job.round)
             answer, kept = training.train_privately(model, job, self.id, records, before, self.mechanism)
             store.keep(job.round, kept)
             ledger.keep(digest, answer)
-        return replace(answer, spent=ledger.spent(privacy.delta))
+        except Exception:  # whatever it is: its kind may depend on the records
+            log.warning("a private job failed after it was charged", exc_info=True)
+            _write_failure(ledger, digest)
+            raise PrivateJobFailed from None
+        return answer
 
     def evaluate(self, model: Model, job: Job, digest: str = "") -> Metrics:
         """The metrics on the held-out examples of the model that this client would use.
@@ -127,5 +142,23 @@ class JobRunner:
     @property
     def ledger(self) -> Ledger:
         """The ledger of what the client's data have been charged with."""
-        folder = self.policy.ledgers / str(self.id) if self.policy.ledgers else self.folder
-        return Ledger(folder, self.client_data.fingerprint)
+        if self.policy.ledgers is None:
+            return Ledger(self.folder, self.client_data)
+        folder = ledger_folder(self.policy.ledgers, self.id, self.client_data)
+        return Ledger(folder, self.client_data, self.policy.mark_of(folder.name))
+
+
+def _name_in(ledger: Ledger, job: Job, digest: str) -> str:
+    """The digest under which the ledger has the job: an older version may have charged this very job by another."""
+    charged = ledger.charged(job.round)
+    earlier = earlier_job_hash(job) if charged and digest not in charged else ""
+    return earlier if earlier in charged else digest
+
+
+def _write_failure(ledger: Ledger, digest: str) -> None:
+    """Write that the job failed. Where there is no room even for that, the same is said without it: as of an answer
+    that finds no room."""
+    try:
+        ledger.fail(digest)
+    except FedloraError:
+        log.warning("the ledger could not be written", exc_info=True)

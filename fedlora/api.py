@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlora.client.policy import policy_of
+from fedlora.client.runner import JobRunner
 from fedlora.run.compose import check_kind_and_ranks
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory, newest
@@ -21,7 +22,8 @@ from fedlora.server.run import run_rounds
 
 from . import config as configuration
 from .config import CHANGEABLE_ON_RESUME, SHORT, Config
-from .errors import ConfigError, StrategyError
+from .errors import ConfigError, LedgerError, StrategyError
+from .jobs import Charge
 from .strategy import load
 
 
@@ -110,7 +112,8 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
         setup = prepare(config)
         folder.create(setup.config, again=goes_on, files=setup.files)
         try:
-            _with_fleet(setup, folder, screen, lambda fleet: run_rounds(setup, fleet, folder, screen))
+            charged = _charged(setup, folder)
+            _with_fleet(setup, folder, screen, lambda fleet: run_rounds(setup, fleet, folder, screen, charged=charged))
         except KeyboardInterrupt:
             screen.close()
             screen.say(f"interrupted; go on with: fedlora simulate --resume {folder.path}")
@@ -118,6 +121,15 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
         finally:
             screen.close()
         return Result(folder.path, tuple(folder.records()))
+
+
+def _charged(setup: RunSetup, folder: RunDirectory) -> dict[int, list[Charge]]:
+    """What every client's ledger holds, of this run and of others; one that is not whole is its client's to refuse."""
+    charged: dict[int, list[Charge]] = {}
+    for i, data in enumerate(setup.clients_data if setup.config.dp.by_record else ()):
+        with suppress(LedgerError):
+            charged[i] = JobRunner(i, data, folder.clients / str(i), policy_of(setup.config)).ledger.charges()
+    return {i: charges for i, charges in charged.items() if charges}
 
 
 def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, serve: Callable[[Fleet], None]) -> None:

@@ -11,7 +11,8 @@ FedloraError
 │   └── MaskedBefore
 ├── LedgerError
 ├── ClientFailed
-│   └── TrainingDiverged
+│   ├── TrainingDiverged
+│   └── PrivateJobFailed
 ├── WireError
 ├── RoundFailed
 ├── CheckpointError
@@ -105,6 +106,13 @@ class TrainingDiverged(ClientFailed):
     """A client's loss or adapter is not finite."""
 
     code = ReasonCode.DIVERGED
+
+
+class PrivateJobFailed(ClientFailed):
+    """A job failed after its charge. The sentence is the same for all causes, as the cause may tell of the records."""
+
+    def __init__(self) -> None:
+        super().__init__("a private job failed after it was charged; the cause is in this client's own log")
 
 
 class WireError(FedloraError):

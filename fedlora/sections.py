@@ -294,6 +294,10 @@ class DataConfig:
     ] = "auto"
     holdout: Annotated[float, Ge(0), Lt(1), "share of each client's examples kept for its own evaluation"] = 0.0
     eval_share: Annotated[float, Ge(0), Lt(1), "share of all examples kept for the global one, without data.eval"] = 0.1
+    split: Annotated[
+        Literal["content", "sample"],
+        "who is held out: content (by a keyed hash of each example: one more moves no other), or a seeded sample",
+    ] = "content"
     eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
     limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
     text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()

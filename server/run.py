@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
 from fedlora.errors import CheckpointError, ConfigError, Failure
-from fedlora.jobs import Client
+from fedlora.jobs import Charge, Client
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.models.peft_files import save_peft
@@ -59,16 +60,20 @@ def run_rounds(
     folder: RunDirectory,
     observer: RunObserver,
     names: Mapping[int, str] = MappingProxyType({}),
+    charged: Mapping[int, Sequence[Charge]] = MappingProxyType({}),
 ) -> None:
     """Run the rounds that are left, keeping each; then write the adapter.
 
-    A round's record has the `names` of the clients that were asked, where they have names.
+    A round's record has the `names` of the clients that were asked, where they have names. `charged` are the charges in
+    the ledgers of clients, where they lie on this machine. Raises `PrivacyError` before the first round where these
+    leave too few clients for one.
     """
     strategy = compose(setup.config, setup.start, setup.ranks)
     past = folder.resume_point()
     plan = _plan(setup, fleet)
     state = past.state if past else strategy.init(setup.start)
-    statement = _privacy_statement(setup, plan, strategy, state, fleet)
+    ledgers = _ledger_facts(plan, fleet.clients(), charged, past.joined if past else {})
+    statement = _privacy_statement(setup, plan, strategy, state, fleet, ledgers)
     before = _before(plan, strategy.adapter(state), folder)
     lines = privacy_statement.summary_lines(statement) if statement else []
     lines += filter(None, [so_far(folder.records())])
@@ -119,7 +124,7 @@ def _plan(setup: RunSetup, fleet: Fleet) -> Plan:
 
 
 def _privacy_statement(
-    setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet
+    setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet, ledgers: Mapping[str, float]
 ) -> dict[str, Any]:
     """The facts of the run's privacy; none without any. Where records are hidden, the model is checked first."""
     if not setup.config.dp.on and not plan.secure:
@@ -130,7 +135,18 @@ def _privacy_statement(
     if dp:
         job = replace(job, privacy=dp.terms_for(trained[0]))
         findings = preflight.check_once(setup.model, job)
-    return privacy_statement.privacy_facts(setup.config, plan, trained, job, findings)
+    return privacy_statement.privacy_facts(setup.config, plan, trained, job, findings, ledgers)
+
+
+def _ledger_facts(
+    plan: Plan, clients: Sequence[Client], charged: Mapping[int, Sequence[Charge]], joined: Mapping[int, int]
+) -> Mapping[str, float]:
+    """What ledgers hold besides this run. Raises `PrivacyError` where they leave too few clients for a round."""
+    if not (plan.record_level and charged):
+        return {}
+    needed = max(1, ceil(plan.policy.quorum * plan.cohort)) if plan.policy.below_quorum == "stop" else 1
+    privacy_statement.refuse_spent_budgets(plan.record_level, clients, charged, needed)
+    return privacy_statement.ledger_facts(plan.record_level, clients, charged, joined)
 
 
 def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:

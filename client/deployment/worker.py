@@ -36,6 +36,7 @@ from fedlora.messages.envelope import RUN, RawMessage
 from fedlora.run.setup import ClientSetup, for_client
 from fedlora.sections import ClientConfig
 from fedlora.storage.event_log import EventLog
+from fedlora.storage.files import secret_key
 
 TAKEN = ("ledgers", "logs", "runs")  # folders of a client's state that are no run's
 log = logging.getLogger("fedlora")
@@ -125,7 +126,9 @@ class WarmWorker:
         """The model and the data by a run's agreement: those that are loaded, if it is the same."""
         if self._setup is None or agreed.hash != self._key:
             self._setup = None  # free the memory first: there may be no room for two models
-            self._setup, self._key = for_client(agreed.settings, self.identity.settings, self.identity.id), agreed.hash
+            key = secret_key(self.identity.state / "split.key")  # the server's seed does not say who is held out
+            setup = for_client(agreed.settings, self.identity.settings, self.identity.id, key)
+            self._setup, self._key = setup, agreed.hash
             self.watch.follow(self._setup.model.net)
         return self._setup
 

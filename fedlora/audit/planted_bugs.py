@@ -97,7 +97,7 @@ def _runner_with(kind: type[Ledger]) -> type[JobRunner]:
     class WithOtherLedger(JobRunner):
         @property
         def ledger(self) -> Ledger:
-            return kind(self.folder, self.client_data.fingerprint)
+            return kind(self.folder, self.client_data)
 
     return WithOtherLedger
 

@@ -1,38 +1,24 @@
-"""One client's rows, encoded when they are first needed, and the fingerprint that names them in a ledger."""
+"""One client's rows, encoded when they are first needed, and the keyed hashes that name them in a ledger."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 from fedlora.jobs import Client
 
 from .encoding import Encoder, Example, Records
-from .rows import Rows
+from .rows import Rows, row_hashes
 
 
 def fingerprint(rows: Rows, columns: Sequence[str]) -> str:
-    """A hash of the values in these columns, which does not depend on the order of the rows.
+    """The hash by which version 0.1 knew data again, without a key; it does not depend on the order of the rows.
 
     It stays with the client, as from the hash of few or short records these could be guessed.
     """
-    by_row = sorted(sha256(repr([_content(row[c]) for c in columns]).encode()).digest() for row in rows)
-    return sha256(b"".join(by_row)).hexdigest()
-
-
-def _content(value: Any) -> Any:
-    """A value as text, numbers and hashes; of an image its pixels, or the file's bytes."""
-    if isinstance(value, Mapping):
-        return [(key, _content(value[key])) for key in sorted(value)]
-    if isinstance(value, bytes):
-        return sha256(value).hexdigest()
-    if hasattr(value, "tobytes"):
-        return sha256(value.tobytes()).hexdigest()
-    if isinstance(value, list | tuple):
-        return [_content(v) for v in value]
-    return value
+    return sha256(b"".join(sorted(row_hashes(rows, columns)))).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +29,7 @@ class ClientData:
     train_rows: Rows
     heldout_rows: Rows = ()
     unit: Literal["row", "example"] = "row"  # what a record is: a row of the data, or each example that is made of it
+    dealt: bool = False  # do the rows come out of a pool that is dealt among clients, and not from its own source?
 
     @cached_property
     def train(self) -> list[Example]:
@@ -59,10 +46,24 @@ class ClientData:
         """The records that a private run protects: each a list of its examples."""
         return self._by_row if self.unit == "row" else [[example] for example in self.train]
 
+    def keyed_hashes(self, key: bytes) -> list[bytes]:
+        """A hash of 16 bytes of each row that the client has, held out or not; without the key it says nothing."""
+        return [blake2b(row, key=key, digest_size=16).digest() for row in self._row_hashes]
+
     @cached_property
     def fingerprint(self) -> str:
-        """The hash by which a ledger knows these data again."""
+        """The hash by which a ledger of version 0.1 knows these data again."""
         return fingerprint(self.train_rows, self.encoder.schema.columns)
+
+    @cached_property
+    def whole_fingerprint(self) -> str:
+        """The same of all rows: training rows and held-out ones."""
+        return sha256(b"".join(sorted(self._row_hashes))).hexdigest()
+
+    @cached_property
+    def _row_hashes(self) -> list[bytes]:
+        columns = self.encoder.schema.columns
+        return [*row_hashes(self.train_rows, columns), *row_hashes(self.heldout_rows, columns)]
 
     def client(self, id: int, rank: int) -> Client:
         """The client as the server knows it: its counts and its rank."""

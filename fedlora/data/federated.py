@@ -1,13 +1,15 @@
 """Whose examples are whose: read from files, a folder, the hub or Python's own library, and shared among clients."""
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fedlora.errors import ConfigError
 from fedlora.sections import DataConfig
+from fedlora.seeds import derive
 
 from . import python_stdlib
-from .partition import hold_out, split
+from .partition import hold_out, sample_out, split
 from .rows import Rows as Rows
 from .rows import pool, take
 from .schema import PLAIN_TEXT, Schema, check_tables, declared_schema, labels_in, schema_of
@@ -24,6 +26,7 @@ class Federated:
     clients: tuple[Rows, ...]  # training rows of each client
     heldout: tuple[Rows, ...]  # each client's own held-out rows; empty where data.holdout = 0
     evaluation: Rows  # the global held-out rows
+    dealt: bool = False  # do the clients' rows come out of one pool, and not each from a source of its own?
 
 
 def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
@@ -33,15 +36,16 @@ def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     """
     if data.path:
         tables, schema = _read_with_schema(data.path, data, task)
+        dealt = not (_is_by_file(data, tables) or data.partition.startswith("natural"))
         shares, evaluation = _share(data, schema, tables, clients=clients, seed=seed)
     else:
-        tables, schema = [], PLAIN_TEXT
+        tables, schema, dealt = [], PLAIN_TEXT, True
         shares, evaluation = _library(data, task, clients)
     if data.eval:
         known = schema.classes() if data.labels else labels_in(tables, schema)
         evaluation = _read_as(schema, data.eval, data.limit, known)
-    kept, held = hold_out(shares, data.holdout, "data.holdout", seed=seed)
-    return Federated(schema, tuple(kept), tuple(held), evaluation)
+    kept, held = _hold_out(shares, data, "holdout", schema, seed=seed)
+    return Federated(schema, tuple(kept), tuple(held), evaluation, dealt)
 
 
 def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
@@ -59,10 +63,13 @@ def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
     return Federated(schema, clients=(), heldout=(), evaluation=evaluation)
 
 
-def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int) -> Federated:
+def client_data(
+    data: DataConfig, task: str, *, id: int, clients: int, seed: int, key: bytes | None = None
+) -> Federated:
     """The rows that one client of a deployed run has: its own, some of them held out for its own evaluation.
 
-    Without data of its own, a client has its share of the embedded data, as in a simulation of so many clients.
+    Which are held out depends on the client's secret key; without one, on the seed. Without data of its own, a client
+    has its share of the embedded data, as in a simulation of so many clients.
     """
     if data.path:
         tables, schema = _read_with_schema(data.path, data, task)
@@ -71,7 +78,7 @@ def client_data(data: DataConfig, task: str, *, id: int, clients: int, seed: int
         schema, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
     if schema.labels and not data.labels:
         raise ConfigError("this client does not say which classes there are, and in what order; give it --data.labels")
-    kept, held = hold_out([rows], data.holdout, "data.holdout", seed=seed, first=id)
+    kept, held = _hold_out([rows], data, "holdout", schema, seed=seed, first=id, key=key)
     return Federated(schema, tuple(kept), tuple(held), evaluation=())
 
 
@@ -127,17 +134,40 @@ def _share(
     data: DataConfig, schema: Schema, tables: list[Table], *, clients: int, seed: int
 ) -> tuple[list[Rows], Rows]:
     """Each client's rows, and the rows drawn for the global evaluation; none of these if data.eval has others."""
-    evaluation_share = 0.0 if data.eval else data.eval_share
-    if data.partition == "files" or (data.partition == "auto" and len(tables) > 1):
+    data = replace(data, eval_share=0.0) if data.eval else data
+    if _is_by_file(data, tables):
         if clients not in (0, len(tables)):
             raise ConfigError(
                 f"clients = {clients}, but {data.path} is one client a file and has {len(tables)}; "
                 "leave clients at 0, or set data.partition = iid"
             )
-        shares, drawn = hold_out([table.rows for table in tables], evaluation_share, "data.eval_share", seed=seed)
+        shares, drawn = _hold_out([table.rows for table in tables], data, "eval_share", schema, seed=seed)
         return shares, pool(drawn)
-    [rows], [evaluation] = hold_out([_pooled(tables)], evaluation_share, "data.eval_share", seed=seed)
+    [rows], [evaluation] = _hold_out([_pooled(tables)], data, "eval_share", schema, seed=seed)
     return _partitioned(rows, data, schema, clients=clients, seed=seed), evaluation
+
+
+def _hold_out(
+    parts: Sequence[Rows],
+    data: DataConfig,
+    share: Literal["holdout", "eval_share"],
+    schema: Schema,
+    *,
+    seed: int,
+    first: int = 0,
+    key: bytes | None = None,
+) -> tuple[list[Rows], list[Rows]]:
+    """The rows that every part keeps, and those held out of it: the share that a setting names, as data.split says."""
+    value, purpose = getattr(data, share), f"data.{share}"
+    if data.split == "sample":
+        return sample_out(parts, value, purpose, seed=seed, first=first)
+    key = key or derive(seed, "split").to_bytes(8)
+    return hold_out(parts, value, purpose, columns=schema.columns, key=key)
+
+
+def _is_by_file(data: DataConfig, tables: Sequence[Table]) -> bool:
+    """Is each file a client's?"""
+    return data.partition == "files" or (data.partition == "auto" and len(tables) > 1)
 
 
 def _partitioned(rows: Rows, data: DataConfig, schema: Schema, *, clients: int, seed: int) -> list[Rows]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 from math import ceil, isfinite
 from random import Random
@@ -24,7 +25,7 @@ from fedlora.environment import quiet_libraries
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.seeds import derive
 
-from .rows import Rows, column, take
+from .rows import Rows, column, row_hashes, take
 
 Shares = list[list[int]]
 SIZES = {"linear": "LinearPartitioner", "square": "SquarePartitioner", "exponential": "ExponentialPartitioner"}
@@ -80,20 +81,58 @@ def split(rows: Rows, spec: str, *, clients: int, label: str | None, seed: int) 
 
 
 def hold_out(
+    parts: Sequence[Rows], share: float, purpose: str, *, columns: Sequence[str], key: bytes
+) -> tuple[list[Rows], list[Rows]]:
+    """The rows that every part keeps, and the rows that are held out of it: about a share of them, one at least.
+
+    A row is held out where the hash of its values in these columns, keyed by `key` and `purpose`, lies below the share.
+    So one row more or less changes no other row's side: private training sets that differ by one record in the source
+    differ by one record here. In parts of few rows there is an exception: of rows that all lie below the share the
+    highest is kept, and where none does the lowest is held out. A share of 0 holds out nothing. Raises `DataError` for
+    a part of a single row.
+    """
+    kept, held = [], []
+    for n, rows in enumerate(parts):
+        _check_that_some_are_left(rows, share, purpose, n)
+        out = _below(keyed_places(rows, columns, key=key, purpose=purpose), share) if share else set()
+        kept.append(take(rows, [i for i in range(len(rows)) if i not in out]))
+        held.append(take(rows, sorted(out)))
+    return kept, held
+
+
+def keyed_places(rows: Rows, columns: Sequence[str], *, key: bytes, purpose: str) -> list[float]:
+    """A number from 0 to 1 of every row, by its values in these columns alone; without the key it looks random."""
+    hashes = (blake2b(row, key=key, person=purpose.encode(), digest_size=8) for row in row_hashes(rows, columns))
+    return [int.from_bytes(h.digest()) / 2**64 for h in hashes]
+
+
+def _below(places: Sequence[float], share: float) -> set[int]:
+    """The numbers of the places below a share: one at least, and not all."""
+    out = {i for i, place in enumerate(places) if place < share}
+    by_place = sorted(range(len(places)), key=lambda i: places[i])
+    return (out or {by_place[0]}) - ({by_place[-1]} if len(out) == len(places) else set())
+
+
+def _check_that_some_are_left(rows: Rows, share: float, purpose: str, n: int) -> None:
+    """Raise `DataError` where a share would take the one row of part n."""
+    if share and len(rows) < 2:
+        raise DataError(
+            f"{purpose} = {share:g} takes the one example of client {n}; "
+            f"ask for fewer clients, give it more examples, or set {purpose} = 0"
+        )
+
+
+def sample_out(
     parts: Sequence[Rows], share: float, purpose: str, *, seed: int, first: int = 0
 ) -> tuple[list[Rows], list[Rows]]:
-    """The rows that every part keeps, and the rows that are held out of it: a share of them, one or more but never all.
+    """As `hold_out`, by a seeded sample of the rows' numbers, as runs of version 0.1 have it: exactly that share.
 
-    A share of 0 holds out nothing. `first` is the number of the first part; a part's number and `purpose` seed the
-    draw of its rows. Raises `DataError` for a part of a single row.
+    One row more moves others to the other side. `first` is the number of the first part; a part's number and `purpose`
+    seed the draw of its rows.
     """
     kept, held = [], []
     for n, rows in enumerate(parts, first):
-        if share and len(rows) < 2:
-            raise DataError(
-                f"{purpose} = {share:g} takes the one example of client {n}; "
-                f"ask for fewer clients, give it more examples, or set {purpose} = 0"
-            )
+        _check_that_some_are_left(rows, share, purpose, n)
         out = _sample(len(rows), share, Random(derive(seed, purpose, n)))
         kept.append(take(rows, [i for i in range(len(rows)) if i not in out]))
         held.append(take(rows, sorted(out)))

@@ -1,7 +1,9 @@
 """Rows of a table, whatever holds them: selected, joined, read by column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from fedlora.errors import DataError, nearest
@@ -40,3 +42,40 @@ def column(rows: Rows, name: str) -> list[Any]:
         raise DataError(f'no column "{name}"; {nearest(name, names)}')
     dataset: Any = rows
     return list(dataset[name]) if hasattr(rows, "column_names") else [row.get(name) for row in rows]
+
+
+def row_hashes(rows: Rows, columns: Sequence[str]) -> Iterator[bytes]:
+    """A hash of every row's values in these columns. It says nothing of the row's place, and has no key."""
+    return (
+        sha256(repr([_content(row.get(c)) for c in columns]).encode()).digest() for row in _undecoded(rows, columns)
+    )
+
+
+def _undecoded(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows with these columns alone, and images as the bytes or files that they are stored in, if it is a table."""
+    features = getattr(rows, "features", None)
+    if not features:
+        return rows
+    from datasets import Image
+
+    table: Any = rows
+    table = table.select_columns([c for c in columns if c in features])
+    for name in (c for c in table.column_names if isinstance(features[c], Image)):
+        table = table.cast_column(name, Image(decode=False))
+    undecoded: Rows = table
+    return undecoded
+
+
+def _content(value: Any) -> Any:
+    """A value as text, numbers and hashes; of an image its pixels, or the file's bytes."""
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:  # an image that is not decoded
+        return sha256(value["bytes"] or Path(value["path"]).read_bytes()).hexdigest()
+    if isinstance(value, Mapping):
+        return [(key, _content(value[key])) for key in sorted(value)]
+    if isinstance(value, bytes):
+        return sha256(value).hexdigest()
+    if hasattr(value, "tobytes"):
+        return sha256(value.tobytes()).hexdigest()
+    if isinstance(value, list | tuple):
+        return [_content(v) for v in value]
+    return value

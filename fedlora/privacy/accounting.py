@@ -7,26 +7,55 @@ https://arxiv.org/abs/2106.02848) by Opacus's accountant, and a second time by R
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from math import exp, inf, isfinite, log
+from math import exp, inf, isfinite, log, sqrt
 from typing import Any
 
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Charge
 
+EPSILON_ERROR = 0.01  # that PRV is asked for, and a thousandth of delta beside it
 SLACK = 0.02  # by how much PRV's epsilon may exceed RDP's: twice the numerical error that PRV is asked for
 TOLERANCE = 0.004  # relative: the epsilon of calibrated noise ends this little below its target
 LEAST = 0.3  # sigma below which PRV takes minutes, and epsilon is beyond all meaning
 MOST = 1e6  # sigma above which no noise is looked for
+WIDE = 1e3  # sigma above which PRV, and RDP at orders between whole numbers, may take minutes
+MOST_STEPS = 10**9
+LEAST_DELTA = 1e-11  # below which PRV's sums are lost in rounding: at 1e-12 its epsilon is too small
+MOST_POINTS = 2**22  # of PRV's grid: half a gigabyte, and a second for each mechanism
+MOST_WORK = 2**25  # points of all mechanisms together
+WHOLE_ORDERS = tuple(float(n) for n in range(2, 64))
+ORDERS = (*(1 + n / 10 for n in range(1, 100)), *(float(n) for n in range(12, 64)))  # Opacus's
+
+
+def refuse_charge(charge: Charge) -> None:
+    """Raise `PrivacyError` for a charge that no mechanism has: one of -5 steps would pay back what others spent."""
+    for name, value, fits, takes in (
+        ("noise", charge.noise, 0 < charge.noise <= MOST, f"a number above 0, {MOST:g} at most"),
+        ("rate", charge.rate, 0 < charge.rate <= 1, "a probability above 0"),
+        ("steps", charge.steps, _is_count(charge.steps), f"a whole number from 1 to {MOST_STEPS:,}"),
+    ):
+        if not fits:
+            raise PrivacyError(f"{name} = {value!r}, and it is {takes}")
+
+
+def _is_count(steps: int) -> bool:
+    return isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= MOST_STEPS
 
 
 def merge_charges(charges: Sequence[Charge]) -> tuple[Charge, ...]:
-    """Return the same charges with one entry per mechanism: PRV's running time grows with the number of entries."""
+    """Return the same charges with one entry per mechanism: PRV's running time grows with the number of entries.
+
+    Raises `PrivacyError` for a charge that would take something off the others.
+    """
     steps: dict[tuple[float, float], int] = {}
     for c in charges:
+        if c.noise:  # without any, epsilon is infinite
+            refuse_charge(c)
         steps[c.noise, c.rate] = steps.get((c.noise, c.rate), 0) + c.steps
-    return tuple(Charge(noise=noise, rate=rate, steps=n) for (noise, rate), n in sorted(steps.items()) if n)
+    return tuple(Charge(noise=noise, rate=rate, steps=n) for (noise, rate), n in sorted(steps.items()))
 
 
 def epsilon(charges: Sequence[Charge], *, delta: float) -> float:
@@ -38,19 +67,61 @@ def prv(charges: Sequence[Charge], *, delta: float) -> float:
     """Return the epsilon by privacy loss random variables; inf where that fails, or would take minutes."""
     from opacus.accountants import PRVAccountant  # here, as the import takes a second
 
-    if any(c.noise < LEAST for c in charges):
+    if delta < LEAST_DELTA or not _is_quick(charges, delta=delta):
         return inf
+    accountant: Any = PRVAccountant()
+    accountant.history = [(c.noise, c.rate, c.steps) for c in merge_charges(charges)]
     try:
-        return _epsilon_by(PRVAccountant(), charges, delta=delta)
+        with _no_warnings():
+            return float(accountant.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
     except (ValueError, RuntimeError, OverflowError, MemoryError):
         return inf
 
 
+def _is_quick(charges: Sequence[Charge], *, delta: float) -> bool:
+    """Does PRV take seconds for these charges, and no gigabytes? Its grid is known beforehand.
+
+    Gopi et al. cut the losses off at RDP's epsilon for a small delta, and space the points by the number of steps.
+    """
+    merged = merge_charges(charges)
+    if any(not LEAST <= c.noise <= WIDE for c in merged):
+        return False
+    reach = rdp(merged, delta=delta / 4000) + 3
+    steps = sum(c.steps for c in merged)
+    points = 2 * reach / EPSILON_ERROR * sqrt(steps * log(12000 / delta) / 2)
+    return points <= MOST_POINTS and points * len(merged) <= MOST_WORK
+
+
 def rdp(charges: Sequence[Charge], *, delta: float) -> float:
     """Return the epsilon by Renyi differential privacy."""
-    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    return _epsilon_by(RDPAccountant(), charges, delta=delta)
+    merged = merge_charges(charges)
+    wide = any(c.noise > WIDE for c in merged)
+    orders = WHOLE_ORDERS if wide else ORDERS
+    total = [sum(values) for values in zip(*(_renyi(c, orders=orders) for c in merged), strict=True)]
+    with _no_warnings():
+        return float(get_privacy_spent(orders=list(orders), rdp=total, delta=delta)[0])
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep quiet that the best order is at the end of the list, which makes the bound looser."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _renyi(charge: Charge, *, orders: tuple[float, ...]) -> list[float]:
+    """Return the Renyi divergence of a charge at each order."""
+    return [charge.steps * value for value in _renyi_of_a_step(charge.noise, charge.rate, orders)]
+
+
+@cache
+def _renyi_of_a_step(noise: float, rate: float, orders: tuple[float, ...]) -> tuple[float, ...]:
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    return tuple(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=list(orders)))
 
 
 @cache
@@ -61,13 +132,6 @@ def _epsilon(charges: tuple[Charge, ...], *, delta: float) -> float:
         return inf
     tight, loose = prv(charges, delta=delta), rdp(charges, delta=delta)
     return max(0.0, tight if isfinite(tight) and tight <= loose + SLACK else loose)
-
-
-def _epsilon_by(accountant: Any, charges: Sequence[Charge], *, delta: float) -> float:
-    accountant.history = [(c.noise, c.rate, c.steps) for c in merge_charges(charges)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the best order is at the end of the list: a looser bound
-        return float(accountant.get_epsilon(delta=delta))
 
 
 def calibrate(*, target: float, delta: float, rate: float, steps: int) -> float:

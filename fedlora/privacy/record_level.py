@@ -12,8 +12,9 @@ from fedlora.errors import PrivacyError
 from fedlora.jobs import Charge, Client, PrivacyTerms
 from fedlora.sections import PrivacyConfig, Training
 
-from .accounting import calibrate, default_delta, epsilon
+from .accounting import calibrate, default_delta, epsilon, refuse_charge
 
+LEAST_CLIP, MOST_CLIP = 1e-20, 1e20  # among the smallest numbers of float32, sums of clipped gradients pass the clip
 LARGEST_DELTA = 1e-5  # of a client, where none is set
 MOST_STEPS = 10**5  # of a client in a round: more cannot be trained, nor accounted in reasonable time
 
@@ -82,6 +83,12 @@ class RecordLevelDP:
         """Return the epsilon of a client that took part in so many rounds of this run, and in no other run."""
         return epsilon([self.charge(client, rounds=rounds)], delta=self.delta_for(client))
 
+    def epsilon_with(self, client: Client, charges: Sequence[Charge], *, rounds: int) -> float:
+        """Return the epsilon of a client whose ledger holds these charges, after so many rounds more."""
+        p = self.terms_for(client)
+        more = [Charge(noise=p.noise, rate=p.rate, steps=p.steps * rounds)] if rounds else []
+        return epsilon([*charges, *more], delta=self.delta_for(client))
+
     def _rate(self, client: Client) -> float:
         return self.config.rate or self.training.batch_size * self.training.accumulate / client.records
 
@@ -135,3 +142,14 @@ def record_level_dp(config: PrivacyConfig, training: Training, rounds: int, clie
     if all(reasons):
         raise PrivacyError(reasons[0] if reasons else "there is no client to train")
     return dp
+
+
+def refuse_terms(terms: PrivacyTerms) -> None:
+    """Raise `PrivacyError` for terms that no DP-SGD has, whoever they come from."""
+    refuse_charge(Charge(noise=terms.noise, rate=terms.rate, steps=terms.steps))
+    if not LEAST_CLIP <= terms.clip <= MOST_CLIP:
+        raise PrivacyError(f"clip = {terms.clip}, and a clip lies between {LEAST_CLIP:g} and {MOST_CLIP:g}")
+    for name in ("delta", "head_share"):
+        value = getattr(terms, name)
+        if not 0 < value < 1:
+            raise PrivacyError(f"{name} = {value}, and it lies between 0 and 1")

@@ -119,7 +119,7 @@ class RunDirectory:
                     f"{path} has {key} = {found.get(key)}, and the finished rounds had {value}; put that back, or "
                     "remove the file: the checkpoint has its settings"
                 )
-        return found
+        return {"data.split": "sample"} | found  # version 0.1 had no other, and no such setting
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the run's rounds: the lines of rounds.jsonl that are whole."""
@@ -165,7 +165,7 @@ class RunDirectory:
                 f"{self.path}/rounds.jsonl has {len(lost)} rounds, and {self.checkpoints} has no checkpoint; put it "
                 "back from a copy, or begin a new run elsewhere"
             )
-        self._past = [*self._until(last)] if last else []
+        self._past = _with_lost_charges([*self._until(last)], self.records()) if last else []
         text = "".join(f"{json.dumps(record)}\n" for record in self._past)
         write_durably(self.path / "rounds.jsonl", text.encode())
         return _resume_point(last, self._past) if last else None
@@ -246,6 +246,16 @@ def newest(records: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
     """The last of some rounds' records that has something under a key; an empty one where none has."""
     found = [record for record in records if record.get(key) not in (None, {})]
     return found[-1] if found else {}
+
+
+def _with_lost_charges(
+    records: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The records, with the charges of rounds that are done again: what they released may have been seen."""
+    charges = newest(known, "charges").get("charges")
+    if not charges or len(known) <= len(records):
+        return [*records]
+    return [*records[:-1], {**records[-1], "charges": charges}]
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -37,11 +37,12 @@ def refresh(folder: RunDirectory) -> None:
     if not facts:
         return
     found = {name: _read(folder, f"{name}.json") for name in ("audit", "membership")}
-    end = final_epsilon(facts)
+    planned, spent = final_epsilon(facts), facts["spent"]["epsilon"] or 0.0
+    end = max(planned, spent)  # what a client tells counts the other runs on its ledger, which the plan may not know
     people = [(g, *group(g, epsilon=end, delta=final_delta(facts))) for g in PEOPLE]
     env = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     env.filters["short"] = _short
-    env.globals |= {"people": people, "end": end, "odds": exp}
+    env.globals |= {"people": people, "end": end, "is_beyond": spent > planned, "odds": exp}
     text = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts, **found)
     write_durably(folder.path / "privacy.md", text.encode())
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedlora import config as configuration
 from fedlora.config import Config
-from fedlora.jobs import Client, Job
+from fedlora.errors import PrivacyError
+from fedlora.jobs import Charge, Client, Job
 from fedlora.privacy.accounting import prv, rdp
 from fedlora.privacy.client_level import ClientLevelDP
 from fedlora.privacy.preflight import Findings
@@ -25,9 +26,17 @@ FEW = 1000  # clients, below which hiding one takes more noise than a mean can b
 
 
 def privacy_facts(
-    config: Config, plan: Plan, clients: Sequence[Client], job: Job, findings: Findings | None
+    config: Config,
+    plan: Plan,
+    clients: Sequence[Client],
+    job: Job,
+    findings: Findings | None,
+    ledgers: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Return all facts of the report that the rounds do not tell; `job` is the first job of any client."""
+    """Return all facts of the report that the rounds do not tell; `job` is the first job of any client.
+
+    `ledgers` is what clients' ledgers add, as `ledger_facts` has it.
+    """
     trained, shared = _present(job, job.trains), _present(job, job.shares)
     return {
         "level": config.dp.level if config.dp.on else None,
@@ -43,10 +52,43 @@ def privacy_facts(
         "public_start": config.lora.init_data or None,
         "config_sha256": sha256(configuration.dumps(config).encode()).hexdigest(),
         "versions": _versions(),
-        "record": plan.record_level and _record_level(plan.record_level, clients, job),
+        "record": plan.record_level and _record_level(plan.record_level, clients, job) | dict(ledgers or {}),
         "client": plan.client_level and _client_level(plan.client_level, plan.rounds, job),
         "preflight": findings and vars(findings),
     }
+
+
+def ledger_facts(
+    dp: RecordLevelDP, clients: Sequence[Client], charged: Mapping[int, Sequence[Charge]], joined: Mapping[int, int]
+) -> dict[str, float]:
+    """Return what clients' ledgers hold besides this run: the largest epsilon of theirs, now and at the run's end.
+
+    `charged` are the charges in the ledgers, `joined` the rounds of this run that are among them. Nothing is returned
+    where no ledger holds more than these.
+    """
+    earlier = [c for c in clients if len(charged.get(c.id, ())) > joined.get(c.id, 0)]
+    ends = [_at_end(dp, c, charged[c.id], joined.get(c.id, 0)) for c in earlier]
+    before = [dp.epsilon_with(c, charged[c.id], rounds=0) for c in earlier]
+    return {"ledgers": max(before), "ledgers_end": max(ends)} if earlier else {}
+
+
+def _at_end(dp: RecordLevelDP, client: Client, charges: Sequence[Charge], joined: int) -> float:
+    return dp.epsilon_with(client, charges, rounds=max(0, dp.max_participations - joined))
+
+
+def refuse_spent_budgets(
+    dp: RecordLevelDP, clients: Sequence[Client], charged: Mapping[int, Sequence[Charge]], needed: int
+) -> None:
+    """Raise `PrivacyError` where fewer clients than are needed have budget left for one round."""
+    limit = dp.config.limit * (1 + 1e-9)
+    after = {c.id: dp.epsilon_with(c, charged[c.id], rounds=1) for c in clients if charged.get(c.id)}
+    spent = [i for i, there in after.items() if there > limit]
+    if spent and len(clients) - len(spent) < needed:
+        raise PrivacyError(
+            f"no round can be done: the privacy budget is spent of {len(spent)} of {len(clients)} clients (client "
+            f"{spent[0]}: one round more would bring epsilon to {after[spent[0]]:.3g} by its ledger, and dp.budget = "
+            f"{dp.config.limit:.3g}); raise dp.budget, if those who answer for the data agree"
+        )
 
 
 def summary_lines(found: Mapping[str, Any]) -> list[str]:
@@ -73,7 +115,8 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
 def final_epsilon(found: Mapping[str, Any]) -> float:
     """Return the epsilon that the run comes to at its end: of the client that spends most, or of hiding clients."""
     if record := found.get("record"):
-        return max(float(record["smallest"]["epsilon"]), float(record["largest"]["epsilon"]))
+        ends = (record["smallest"]["epsilon"], record["largest"]["epsilon"], record.get("ledgers_end", 0.0))
+        return max(map(float, ends))
     client = found.get("client") or {}
     return float(client.get("epsilon_prv") or client.get("epsilon_rdp") or inf)
 
@@ -151,9 +194,10 @@ def _client_level(dp: ClientLevelDP, rounds: int, job: Job) -> dict[str, Any]:
 def _record_lines(r: Mapping[str, Any]) -> list[str]:
     small, large = r["smallest"], r["largest"]
     unit = "a row" if r["unit"] == "row" else "a block of tokens"
+    held = f"; the ledgers hold up to epsilon {r['ledgers']:.3g} already, which is in it" if r.get("ledgers") else ""
     return [
         f"privacy: epsilon {final_epsilon({'record': r}):.3g} at delta {r['delta']:.2g} for {unit} of a client's data, "
-        f"if it joins {r['joins']} of {r['rounds']} rounds",
+        f"if it joins {r['joins']} of {r['rounds']} rounds{held}",
         f"privacy: sigma {_range(small, large, 'noise')}, rate {_range(small, large, 'rate')}, "
         f"{_range(small, large, 'steps')} steps a round, clip {r['clip']:g}; noise over signal "
         f"{_range(small, large, 'noise_to_signal')}",
@@ -163,7 +207,7 @@ def _record_lines(r: Mapping[str, Any]) -> list[str]:
 def _client_lines(c: Mapping[str, Any]) -> list[str]:
     said = [
         f"privacy: epsilon {final_epsilon({'client': c}):.3g} at delta {c['delta']:.2g} for all of any one client's "
-        f"data, after {c['rounds']} rounds",
+        f"data, after {c['rounds']} rounds; other runs on the same clients add to it, and are not counted",
         f"privacy: {c['clients']} clients, rate {c['rate']:.3g}, noise {c['noise']:.3g}, clip {c['clip']:g}; noise on "
         f"the mean is {c['noise_to_signal']:.3g} times the clip",
     ]

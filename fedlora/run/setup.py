@@ -70,9 +70,18 @@ class RunSetup:
 def prepare(config: Config) -> RunSetup:
     """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
     config = localise(config)
-    rows = federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed)
+    rows = federated.load(config.data, config.model.task, clients=config.clients, seed=_deal_seed(config))
     config = resolve(config, rows.schema, len(rows.clients))
     return assemble(config, rows, ids=config.clients)
+
+
+def _deal_seed(config: Config) -> int:
+    """The seed by which rows are dealt and held out.
+
+    Where ledgers outlive the run it is the same in every run: each record stays with the client whose ledger it is in.
+    """
+    is_kept = config.dp.by_record and config.dp.ledger and config.data.split == "content"
+    return 0 if is_kept else config.seed
 
 
 def localise(config: Config) -> Config:
@@ -92,7 +101,7 @@ def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
-    clients_data = tuple(ClientData(model.encoder, train, held, unit) for train, held in shares)
+    clients_data = tuple(ClientData(model.encoder, train, held, unit, rows.dealt) for train, held in shares)
     memory = partial(model.memory, batch_size=config.train.batch_size)
     dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
     return RunSetup(config, model, model.get_adapter(), clients_data, tuple(dealt), rows.evaluation)
@@ -176,15 +185,18 @@ def reopen(folder: RunDirectory, config: Config) -> RunSetup:
     return setup
 
 
-def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int) -> ClientSetup:
+def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int, key: bytes | None = None) -> ClientSetup:
     """One client's pieces of a deployed run, by the run's settings under those that are the client's own to choose.
 
+    Which of its rows are held out depends on its secret key; without one, on the run's seed.
     Raises `ConfigError`, `DataError` or `ModelError` for what the client itself has to mend.
     """
     config = localise(_merged(settings, mine))
     if id >= config.clients and not config.data.path:
         raise ClientFailed(f"client {id} has no share of the embedded data of {config.clients} clients; give it --data")
-    rows = federated.client_data(config.data, config.model.task, id=id, clients=config.clients, seed=config.seed)
+    rows = federated.client_data(
+        config.data, config.model.task, id=id, clients=config.clients, seed=config.seed, key=key
+    )
     setup = assemble(config, rows, ids=max(id + 1, config.clients))
     return ClientSetup(setup.model, setup.clients_data[0], setup.ranks[id])
 

@@ -117,8 +117,8 @@ def _update(lora: LoRA, metadata: Mapping[str, str]) -> Update:
 
 
 def write(path: Path, lora: LoRA, metadata: Mapping[str, str]) -> None:
-    """Write an adapter as a file, with a checksum of its numbers and the metadata. Raises `CheckpointError`."""
-    write_durably(path, file_bytes(by_name(lora), metadata))
+    """Write an adapter as its owner's file, with a checksum of its numbers and metadata. Raises `CheckpointError`."""
+    write_durably(path, file_bytes(by_name(lora), metadata), mode=0o600)
 
 
 def read(path: Path) -> tuple[LoRA, dict[str, str]]:

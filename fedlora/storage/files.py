@@ -52,12 +52,12 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o666, wait_for_disk
         _sync_folder(path.parent)
 
 
-def append_durably(path: Path, line: bytes) -> None:
+def append_durably(path: Path, line: bytes, *, mode: int = 0o666) -> None:
     """Add a line, which ends with a line break, to a file; when this returns, the line is on the disk.
 
-    Raises `OSError`; then nothing of the line is in the file.
+    A file that is made has this `mode`. Raises `OSError`; then nothing of the line is in the file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
     try:
         append_line(descriptor, line)
         os.fsync(descriptor)
@@ -120,6 +120,27 @@ def only_writer(folder: Path) -> Iterator[None]:
             if [p.name for p in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()
+
+
+def file_lock(path: Path) -> FileLock:
+    """Return a lock between processes that one object may hold several times; its file is its owner's alone."""
+    return FileLock(path, mode=0o600)
+
+
+def secret_key(path: Path) -> bytes:
+    """Return the random key of 32 bytes that lies in this file, which is made first where it is missing.
+
+    Raises `CheckpointError` for a file that holds something else.
+    """
+    if not path.exists():
+        write_durably(path, f"{token_hex(32)}\n".encode(), mode=0o600)
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read as a key ({e}); put it back from a copy") from e
+    if len(key) != 32:
+        raise CheckpointError(f"{path} holds {len(key)} bytes, and a key has 32; put it back from a copy")
+    return key
 
 
 def _sync_folder(folder: Path) -> None:

@@ -86,6 +86,14 @@ def test_ledgers_can_lie_where_they_outlive_the_run(tmp_path: Path) -> None:
     assert runner(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
 
 
+def test_a_ledger_goes_with_its_records_and_not_with_the_clients_number(tmp_path: Path) -> None:
+    """A site in two federations has two numbers, and one ledger for its data."""
+    for number in (0, 2):
+        replace(runner(tmp_path / "state", ledgers=tmp_path / "ledgers"), id=number).run(SMALL.model, job(number))
+    assert runner(tmp_path / "ledgers" / "0").ledger.spent(1e-3).charges == 2
+    assert not (tmp_path / "ledgers" / "2").exists()
+
+
 def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) -> None:
     same = runner(tmp_path)
     first = same.run(SMALL.model, replace(job(), shares="A"))

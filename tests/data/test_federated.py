@@ -100,12 +100,19 @@ def test_other_clients_than_files_are_refused(tmp_path: Path) -> None:
         read(str(tmp_path), 5)
 
 
+@pytest.mark.parametrize("split", ["content", "sample"])
 @pytest.mark.parametrize("partition", ["auto", "dirichlet:5", "natural:label"])
-def test_nothing_is_lost_between_training_holdout_and_evaluation(tmp_path: Path, partition: str) -> None:
+def test_nothing_is_lost_between_training_holdout_and_evaluation(tmp_path: Path, partition: str, split: str) -> None:
     rows = labelled(80)
     path = jsonl(tmp_path / "all.jsonl", *rows)
-    federated = read(path, 2, eval_share=0.1, holdout=0.25, partition=partition)
+    federated = read(path, 2, eval_share=0.1, holdout=0.25, partition=partition, split=split)
     assert everything(federated) == sorted(rows, key=str)
+
+
+@pytest.mark.parametrize("partition", ["auto", "dirichlet:5", "natural:label"])
+def test_a_sample_has_exactly_the_share_that_was_asked_for(tmp_path: Path, partition: str) -> None:
+    path = jsonl(tmp_path / "all.jsonl", *labelled(80))
+    federated = read(path, 2, eval_share=0.1, holdout=0.25, partition=partition, split="sample")
     assert len(federated.evaluation) == 8
     assert all(
         abs(len(h) - (len(h) + len(c)) / 4) <= 1 for c, h in zip(federated.clients, federated.heldout, strict=True)

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedlora.data.federated import load
-from fedlora.data.partition import hold_out, split
+from fedlora.data.partition import hold_out, keyed_places, sample_out, split
 from fedlora.errors import ConfigError, DataError
 from fedlora.sections import DataConfig
 
@@ -129,16 +129,48 @@ def test_examples_without_an_owner_are_counted() -> None:
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.floats(0.001, 0.999), st.integers(0, 99))
 def test_what_is_held_out_is_some_and_never_all(sizes: list[int], share: float, seed: int) -> None:
     parts = [rows(n) for n in sizes]
-    kept, held = hold_out(parts, share, "data.holdout", seed=seed)
+    kept, held = sample_out(parts, share, "data.holdout", seed=seed)
     for part, stays, out in zip(parts, kept, held, strict=True):
         assert len(stays) and len(out)
         assert sorted(r["text"] for r in [*stays, *out]) == sorted(r["text"] for r in part)
         assert abs(len(out) - share * len(part)) <= 1
 
 
+def held_out(texts: list[str], share: float, key: bytes = b"key") -> set[str]:
+    """Those of the texts that are held out."""
+    _, [held] = hold_out([[{"text": t} for t in texts]], share, "data.holdout", columns=["text"], key=key)
+    return {row["text"] for row in held}
+
+
+@given(st.integers(40, 200), st.floats(0.2, 0.8), st.data())
+def test_one_record_more_changes_no_other_records_side(n: int, share: float, data: st.DataObject) -> None:
+    """By a sample of their numbers, some ten others would change sides: then one record is not all that differs."""
+    texts = [f"row {i}" for i in range(n)]
+    where = data.draw(st.integers(0, n))
+    more = [*texts[:where], "one more", *texts[where:]]
+    assert held_out(more, share) - {"one more"} == held_out(texts, share)
+
+
+def test_whose_side_a_record_is_on_depends_on_the_key_and_the_purpose() -> None:
+    table = [{"text": f"row {i}"} for i in range(50)]
+    draws = [(b"a", "data.holdout"), (b"b", "data.holdout"), (b"a", "data.eval_share")]
+    places = [keyed_places(table, ["text"], key=key, purpose=purpose) for key, purpose in draws]
+    assert len({tuple(p) for p in places}) == 3
+    assert all(0 <= min(p) < 0.2 and 0.8 < max(p) < 1 for p in places)
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.floats(0.001, 0.999))
+def test_by_content_too_some_are_held_out_and_never_all(sizes: list[int], share: float) -> None:
+    parts = [rows(n) for n in sizes]
+    kept, held = hold_out(parts, share, "data.holdout", columns=["text"], key=b"key")
+    for part, stays, out in zip(parts, kept, held, strict=True):
+        assert len(stays) and len(out)
+        assert sorted(r["text"] for r in [*stays, *out]) == sorted(r["text"] for r in part)
+
+
 def test_nothing_is_held_out_of_a_single_example() -> None:
     with pytest.raises(DataError, match=r"data\.holdout = 0\.1 takes the one example of client 1"):
-        hold_out([rows(5), rows(1)], 0.1, "data.holdout", seed=0)
+        hold_out([rows(5), rows(1)], 0.1, "data.holdout", columns=["text"], key=b"key")
 
 
 def test_banking77_is_shared_out_in_well_under_five_seconds(real_data: Path) -> None:

@@ -1,11 +1,16 @@
 """Epsilon, against an accountant that is not ours, and the noise that keeps it."""
 
+import time
 from dataclasses import replace
+from math import inf, nan
+from resource import RUSAGE_SELF, getrusage
 
 import dp_accounting
 import pytest
 from dp_accounting import dp_event, pld
+from opacus.accountants import RDPAccountant
 
+from fedlora.errors import PrivacyError
 from fedlora.jobs import Charge
 from fedlora.privacy.accounting import calibrate, epsilon, merge_charges, prv, rdp
 
@@ -42,9 +47,23 @@ def test_a_ledger_of_many_rounds_costs_what_one_long_one_does() -> None:
     assert epsilon(rounds, delta=1e-5) == whole > 3 * epsilon(rounds[:1], delta=1e-5)
 
 
-@pytest.mark.parametrize("charges", [[], [Charge(noise=1.0, rate=0.1, steps=0)]])
-def test_nothing_spent_is_nothing(charges: list[Charge]) -> None:
-    assert epsilon(charges, delta=1e-5) == 0.0
+def test_nothing_spent_is_nothing() -> None:
+    assert epsilon([], delta=1e-5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("steps", n) for n in (0, -5, 10**10, True, 1.5)),
+        *(("rate", q) for q in (0.0, -0.1, 1.1, nan)),
+        *(("noise", z) for z in (-1.0, nan, inf, 1e7)),
+    ],
+)
+def test_a_charge_that_no_mechanism_has_pays_nothing_back(name: str, value: float) -> None:
+    """One of -5 steps, merged with others, would take something off what was spent."""
+    charge = Charge(noise=1.0, rate=0.1, steps=5)
+    with pytest.raises(PrivacyError, match=name):
+        epsilon([charge, replace(charge, **{name: value})], delta=1e-5)  # type: ignore[arg-type]
 
 
 def test_without_noise_epsilon_is_infinite() -> None:
@@ -71,3 +90,33 @@ def test_noise_is_for_all_steps_and_not_for_a_rounds() -> None:
     each = calibrate(target=3.0, delta=1e-5, rate=0.032, steps=10)
     assert epsilon([Charge(noise=whole, rate=0.032, steps=10)] * 20, delta=1e-5) <= 3.0
     assert epsilon([Charge(noise=each, rate=0.032, steps=10)] * 20, delta=1e-5) > 6.0
+
+
+@pytest.mark.parametrize(
+    "charges",
+    [
+        [Charge(noise=0.31, rate=1.0, steps=1000)],
+        [Charge(noise=1.0, rate=0.5, steps=10**9)],
+        [Charge(noise=1e6, rate=0.5, steps=10)],
+        [Charge(noise=1 + n / 1000, rate=0.02, steps=100) for n in range(300)],
+    ],
+)
+def test_no_charge_that_is_in_bounds_takes_minutes_or_gigabytes(charges: list[Charge]) -> None:
+    """A server could ask for them, and a client's worker does one thing at a time."""
+    began, before = time.monotonic(), getrusage(RUSAGE_SELF).ru_maxrss
+    assert 0 <= epsilon(charges, delta=1e-5) < inf
+    assert time.monotonic() - began < 60 and getrusage(RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-13])
+def test_epsilon_at_a_delta_lost_in_rounding_is_not_below_what_another_accountant_says(delta: float) -> None:
+    charge = [Charge(noise=2.0, rate=0.1, steps=100)]
+    assert prv(charge, delta=delta) == inf
+    assert epsilon(charge, delta=delta) == rdp(charge, delta=delta) >= independent(charge, delta)
+
+
+def test_epsilon_by_renyi_is_that_of_opacus() -> None:
+    accountant = RDPAccountant()
+    accountant.history = [(1.5, 0.05, 40), (2.5, 0.1, 60)]
+    charges = [Charge(noise=z, rate=q, steps=n) for z, q, n in accountant.history]
+    assert rdp(charges, delta=1e-5) == pytest.approx(accountant.get_epsilon(delta=1e-5), rel=1e-12)

@@ -146,6 +146,27 @@ def test_a_ledger_outlives_its_run(given: list[str], tmp_path: Path) -> None:  #
     assert before == {path: path.read_bytes() for path in ledgers(tmp_path / "ledgers")}
 
 
+def test_a_second_run_on_a_ledger_says_before_its_start_what_both_will_have_spent(
+    given: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """By another seed, which moves no record to another client."""
+    noise = ["--dp.noise", "2", "--dp.rate", "0.4", "--train.steps", "2", "--rounds", "1", "--cohort", "6"]
+    kept = ["--dp.ledger", str(tmp_path / "ledgers"), "--dp.budget", "4"]
+    ends = []
+    for name in ("one", "two"):
+        done = fedlora("simulate", *given, *noise, *kept, "--seed", str(len(ends)), "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / name / "privacy.md").read_text()
+        ends.append(records(tmp_path / name)[-1]["epsilon"])
+        assert f"| at the end | epsilon {ends[-1]:.3g} for" in text
+        assert f"privacy: epsilon {ends[-1]:.3g} at delta" in done.stdout
+    assert ends[0] < ends[1] and "the ledgers hold up to epsilon" in done.stdout
+    again = fedlora("simulate", *given, *noise, *kept, "--dp.budget", f"{ends[1]}", "--out", tmp_path / "three")
+    assert again.returncode == 1 and "no round can be done: the privacy budget is spent of 6 of 6" in again.stderr
+    assert not records(tmp_path / "three")
+
+
 def test_a_ledger_of_other_data_charges_and_trains_nothing(given: list[str], site: Path, tmp_path: Path) -> None:  # noqa: F811
     kept = ["--dp.ledger", str(tmp_path / "ledgers"), "--rounds", "1", "--cohort", "6"]
     assert fedlora("simulate", *given, *DP, *kept, "--out", tmp_path / "one").returncode == 0
