@@ -142,11 +142,13 @@ def _ledger_facts(
     plan: Plan, clients: Sequence[Client], charged: Mapping[int, Sequence[Charge]], joined: Mapping[int, int]
 ) -> Mapping[str, float]:
     """What ledgers hold besides this run. Raises `PrivacyError` where they leave too few clients for a round."""
-    if not (plan.record_level and charged):
+    dp = plan.record_level
+    if not (dp and charged):
         return {}
+    clients = [client for client in clients if not dp.why_left_out(client)]
     needed = max(1, ceil(plan.policy.quorum * plan.cohort)) if plan.policy.below_quorum == "stop" else 1
-    privacy_statement.refuse_spent_budgets(plan.record_level, clients, charged, needed)
-    return privacy_statement.ledger_facts(plan.record_level, clients, charged, joined)
+    privacy_statement.refuse_spent_budgets(dp, clients, charged, needed)
+    return privacy_statement.ledger_facts(dp, clients, charged, joined)
 
 
 def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:
