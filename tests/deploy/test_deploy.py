@@ -42,6 +42,7 @@ dropout = 0.1
 [data]
 eval = "{eval}"
 holdout = 0.2
+split = "sample"
 [train]
 steps = {steps}
 batch_size = 4

@@ -52,7 +52,8 @@ class Federation:
             self.keys / "clients" / f"client-{n}",
         ]
         words += ["--state", self.state(n), "--model", self.model, "--data", self.folder / f"client_{n}.jsonl"]
-        return self.start(f"client-{n}", [*map(str, words), "--threads", "1", "--data.holdout", "0.2", *more], **env)
+        words += ["--threads", "1", "--data.holdout", "0.2", "--data.split", "sample"]  # by the seed, as a simulation
+        return self.start(f"client-{n}", [*map(str, words), *more], **env)
 
     def state(self, n: int) -> Path:
         return self.folder / f"state-{n}"
