@@ -77,7 +77,7 @@ class NodeRegistry:
         if why or isinstance(said, Failure):
             self._tries[node] += 1
             self._wrong[node] = why
-            log.warning("a client could not say who it is: %s", why)
+            log.warning("%s could not join: %s", self._who(node), why)
         elif self._is_elsewhere(said[0], node):
             self._tries[node] = MOST_INTRODUCTIONS
             self._wrong[node] = f"two nodes have partition-id {said[0].id}"
@@ -85,6 +85,10 @@ class NodeRegistry:
         else:
             self.clients[said[0].id], self.nodes[said[0].id] = said[0], node
             self._joined(said[0])
+
+    def _who(self, node: int) -> str:
+        """The client whose key the node has, in the word for which the screen has a name."""
+        return f"client {self._rules.nodes[node]}" if self._rules.nodes and node in self._rules.nodes else "a client"
 
     def _is_elsewhere(self, client: Client, node: int) -> bool:
         """Is the client on another node that is online?"""
