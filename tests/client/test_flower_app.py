@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.client.flower_app import client_app
 from fedlora.errors import ReasonCode
@@ -19,6 +20,7 @@ def reply(answer: Any) -> Message:
             raise answer
         return answer  # type: ignore[no-any-return]
 
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     message = Message(RecordDict({"head": ConfigRecord({"json": "{}"})}), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
