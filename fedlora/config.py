@@ -221,6 +221,15 @@ def may_change(key: str) -> bool:
     return key in CHANGEABLE_ON_RESUME or key.startswith("server.")
 
 
+def bound_keys(flat: Mapping[str, Any]) -> list[str]:
+    """The settings among these that stay as they were in a run that is resumed; none that this version does not know.
+
+    Of a setting that names files these are bound, and not where they lie.
+    """
+    known = {setting.key for setting in settings()}.difference(MOVABLE)
+    return [key for key in flat if (key in known or key.startswith("option.")) and not may_change(key)]
+
+
 def check_client_settings(mine: Mapping[str, Any]) -> Config:
     """A client's own settings, built. Raises `ConfigError` for one that only the server may set."""
     wrong = sorted(key for key in mine if not key.startswith(CLIENT_SECTIONS) and key not in CLIENT_KEYS)

@@ -112,12 +112,11 @@ class RunDirectory:
             if not path.exists():
                 raise ConfigError(f"{self.path} is no run directory: it has no config.toml") from e
             raise
-        for key, value in before.items():
-            is_bound = not config.may_change(key) and key not in config.MOVABLE
-            if is_bound and found.get(key) != value:
+        for key in config.bound_keys(before):
+            if found.get(key) != before[key]:
                 raise ConfigError(
-                    f"{path} has {key} = {found.get(key)}, and the finished rounds had {value}; put that back, or "
-                    "remove the file: the checkpoint has its settings"
+                    f"{path} has {key} = {found.get(key)}, and the finished rounds had {before[key]}; put that back, "
+                    "or remove the file: the checkpoint has its settings"
                 )
         return {"data.split": "sample"} | found  # version 0.1 had no other, and no such setting
 
