@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import hypot, sqrt
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.client import handlers
 from fedlora.client.ledger import Ledger
 from fedlora.client.runner import JobRunner
 from fedlora.jobs import Charge, Job, PrivacyTerms, Update
@@ -244,6 +246,35 @@ def _charged_at_half_the_rate(_setting: RecordLevelSetting) -> RecordLevelSubjec
     return RecordLevelSubject(runner=_runner_with(_HalfTheRate))
 
 
+class _TellsScores(JobRunner):
+    """A job runner that evaluates for whoever asks."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        """Let scores out, whatever the client's settings say."""
+        super().__init__(*given, **named)
+        object.__setattr__(self, "policy", replace(self.policy, metrics=True))
+
+
+def _scores_told(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    return RecordLevelSubject(runner=_TellsScores)
+
+
+def _sentences_sent(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    """What went wrong leaves the client as a sentence, with whatever it names."""
+    return RecordLevelSubject(handle=partial(handlers.handle, tells_all=True))
+
+
+class _ForgetsFailures(Ledger):
+    """A ledger in which a job that failed stands as one that never ended."""
+
+    def fail(self, job: str) -> None:
+        """Write nothing."""
+
+
+def _a_failed_job_is_trained_again(_setting: RecordLevelSetting) -> RecordLevelSubject:
+    return RecordLevelSubject(runner=_runner_with(_ForgetsFailures))
+
+
 RECORD = (
     PlantedBug("no clipping", "T1", _no_clipping),
     PlantedBug("noise divided by the root of the batch", "T2", _noise_of_a_mean),
@@ -262,4 +293,7 @@ RECORD = (
     PlantedBug("last of more than nine not clipped", "T1", _last_of_a_large_batch_not_clipped),
     PlantedBug("more than nine clipped by their mean", "T1", _large_batches_clipped_by_their_mean),
     PlantedBug("charged at half the rate", "T4", _charged_at_half_the_rate),
+    PlantedBug("scores told to whoever asks", "T9 evaluation", _scores_told),
+    PlantedBug("a failure's sentence sent", "T9 reasons", _sentences_sent),
+    PlantedBug("a failed job trained again", "T9 failed twice", _a_failed_job_is_trained_again),
 )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedlora.jobs import Charge
 
 from . import canaries, statistics
+from .answers import answers
 from .observer import ObservedRound, ObservedStep
 from .sensitivity import sensitivity
 from .statistics import Finding, Floats
@@ -70,7 +71,7 @@ def training(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterat
     yield _attacked(setting, seen, there)
 
 
-TESTS: tuple[Test, ...] = (sensitivity, noise, training)
+TESTS: tuple[Test, ...] = (sensitivity, noise, training, answers)
 
 
 def _sizes(step: ObservedStep) -> dict[str, tuple[float, int]]:

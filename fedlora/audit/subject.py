@@ -8,7 +8,7 @@ the strategy on the server are left out, as they see no more than clients send. 
 as if the server saw each update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fedlora.client import handlers
 from fedlora.client.runner import JobRunner
 from fedlora.config import Config
 from fedlora.data import federated
@@ -56,6 +57,7 @@ class RecordLevelSubject:
 
     mechanism: Mechanism = STANDARD
     runner: type[JobRunner] = JobRunner
+    handle: Callable[..., Any] = handlers.handle
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,7 @@ LOOKS: dict[str, Callable[[Any, Any], Iterator[Finding]]] = {  # by the number o
     "T6": record_level.training,
     "T7": record_level.noise,
     "T8": record_level.noise,
+    "T9": record_level.answers,
 }
 COUNTS = {
     "T1": client_level.sensitivity,
@@ -230,7 +231,9 @@ def test_a_runs_settings_are_audited_and_the_findings_left_with_it(tmp_path: Pat
     told = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert done.returncode == 0 and told == json.loads(done.stdout), done.stderr
     assert told["settings"]["strategy"] == "ffa_lora" and told["settings"]["audit.rounds"] == subject.ROUNDS
-    assert " ".join(t["name"][:2] for t in told["tests"]) == "T1 T1 T1 T2 T2 T2 T3 T3 T3 T3 T7 T8 T4 T5 T5 T5 T6"
+    assert (
+        " ".join(t["name"][:2] for t in told["tests"]) == "T1 T1 T1 T2 T2 T2 T3 T3 T3 T3 T7 T8 T4 T5 T5 T5 T6 T9 T9 T9"
+    )
 
 
 def test_other_settings_than_the_runs_leave_nothing_with_it(tmp_path: Path) -> None:
