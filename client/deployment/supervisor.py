@@ -24,7 +24,7 @@ from fedlora.client.deployment.connection import ServerConnection
 from fedlora.client.deployment.health import is_serving
 from fedlora.deployment.addresses import server_address
 from fedlora.deployment.processes import Process, Tail, exclusive, flwr_home, free_port, program, scratch_folder, stop
-from fedlora.deployment.provision import read_client
+from fedlora.deployment.provision import has_certificate, read_client
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError
@@ -117,6 +117,11 @@ def _reason(error: httpx.HTTPError) -> str:
 
 
 def _raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
+    if "CERTIFICATE_REQUIRED" in str(error):
+        raise ConfigError(
+            f"{options.server} asks for a client's certificate, and {options.credentials} has no tls.crt; ask whoever "
+            "provisions for the folder that `fedlora provision --client-certificates` made"
+        ) from error
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         raise ConfigError(
             f"{options.server} has a certificate that {options.credentials}/ca.crt does not vouch for, or not for "
@@ -200,7 +205,7 @@ class ClientProcesses:
         config = f"partition-id={options.id} worker='{self._socket}'"
         if options.cold:
             config = f"partition-id={options.id} cold='{self._identity}'"
-        command = [program("flower-supernode"), "--superlink", options.server, "--isolation", "process"]
+        command = [*self._node_program(), "--superlink", options.server, "--isolation", "process"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--node-config", config]
         command += ["--superexec-auth-secret-file", str(secret)]
         if folder := options.credentials:
@@ -209,6 +214,13 @@ class ClientProcesses:
         else:
             command += ["--insecure"]
         return command
+
+    def _node_program(self) -> list[str]:
+        """Flower's SuperNode; where the client has a certificate for its connections, the one that presents it."""
+        folder = self._options.credentials
+        if folder and has_certificate(folder):
+            return [sys.executable, "-m", "fedlora.client.deployment.supernode", str(folder)]
+        return [program("flower-supernode")]
 
     def _restart(self, process: Process) -> Restart:
         """Why a process ended, and when it is started again.
@@ -244,7 +256,13 @@ class ClientProcesses:
 
 
 def _tls_context(options: ClientOptions) -> ssl.SSLContext | bool:
-    """The TLS settings that trust the deployment's authority alone; false without credentials."""
+    """The TLS settings that trust the deployment's authority alone; false without credentials.
+
+    They present the client's own certificate, if it has one.
+    """
     if not options.credentials:
         return False
-    return ssl.create_default_context(cafile=str(options.credentials / "ca.crt"))
+    context = ssl.create_default_context(cafile=str(options.credentials / "ca.crt"))
+    if has_certificate(options.credentials):
+        context.load_cert_chain(options.credentials / "tls.crt", options.credentials / "tls.key")
+    return context

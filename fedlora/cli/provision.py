@@ -15,6 +15,9 @@ def provision(
     remove: Annotated[str | None, typer.Option(help="A client that is to be let in no more.")] = None,
     days: Annotated[int, typer.Option(help="How long the server's certificate holds.")] = 825,
     renew: Annotated[bool, typer.Option("--renew", help="A new certificate for the server, now.")] = False,
+    client_certificates: Annotated[
+        bool, typer.Option("--client-certificates", help="No connection without a client's certificate, from now on.")
+    ] = False,
 ) -> None:
     """Make the keys and certificates of a federation: a folder for the server, and one for each client."""
     from fedlora.deployment import provision as make
@@ -22,7 +25,8 @@ def provision(
     if remove:
         lines = make.remove(out, remove)
     else:
-        lines = make.provision(out, host or (), [*make.names_for(clients), *(client or ())], days, renew, port=port)
+        names = [*make.names_for(clients), *(client or ())]
+        lines = make.provision(out, host or (), names, days, renew, port=port, client_certificates=client_certificates)
         lines += make.next_step(out, lines)
     for line in lines:
         print(line)

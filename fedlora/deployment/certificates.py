@@ -1,4 +1,4 @@
-"""The two certificates of a deployment: the authority's own, and the one that the authority gives to the server."""
+"""The certificates of a deployment: the authority's own, and those that it gives to the server and to clients."""
 
 import re
 import secrets
@@ -27,7 +27,7 @@ _USES = (
 
 
 def authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """The certificate of a new authority, which may sign certificates of servers, not of other authorities."""
+    """The certificate of a new authority, which may sign others' certificates, but not those of other authorities."""
     name = _named(f"fedlora CA {secrets.token_hex(4)}")  # the number tells two authorities apart in error messages
     return (
         _builder(name, name, key.public_key(), 365 * YEARS)
@@ -61,15 +61,40 @@ def server(
     )
 
 
+def client(
+    name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Certificate, signer: ec.EllipticCurvePrivateKey
+) -> x509.Certificate:
+    """A client's certificate for its connections, signed with the issuer's key.
+
+    It ends with the issuer's: who may take part is for the list of clients to say.
+    """
+    days = (issuer.not_valid_after_utc - datetime.now(UTC)).days
+    return (
+        _builder(_named(name), issuer.subject, key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_only("digital_signature"), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .sign(signer, hashes.SHA384())
+    )
+
+
+def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Did this authority issue the certificate?"""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 def reissue_reason(
     old: x509.Certificate, issuer: x509.Certificate, key: ec.EllipticCurvePublicKey, hosts: Sequence[str]
 ) -> str:
     """The reason to reissue the server's certificate, such as "as its key is new"; an empty string if it is good."""
     if old.public_key() != key:
         return "as its key is new"
-    try:
-        old.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    if not is_issued_by(old, issuer):
         return "as the authority is new"
     if added := [host for host in hosts if host not in hosts_of(old)]:
         return f"as the last one was not for {', '.join(added)}"

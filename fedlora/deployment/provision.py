@@ -5,12 +5,13 @@
     DIR/server/ca.crt  server.crt  server.key  superexec.secret
     DIR/server/clients.json  removed.json  clients/NAME.pub  clients.map
     DIR/clients/NAME/ca.crt  client.key  client.json
+    DIR/server/client-ca.crt  clients/NAME.crt  DIR/clients/NAME/tls.key  tls.crt     with client certificates
 
 `clients.json` holds each client's number; `removed.json` holds the numbers of clients that were removed, which are
 never given again, and `removed_keys.json` the fingerprints of their keys, by which the server names one that comes
 back. A client's public key is written last, so that the next `provision` completes what a killed one left undone.
 `clients.map` says the public keys again, as nginx reads them. Private files can be read by their owner alone from the
-moment they exist.
+moment they exist. Where `client-ca.crt` is, the gateway asks each connection for its client's certificate.
 """
 
 import json
@@ -68,7 +69,14 @@ class _Members:
 
 
 def provision(
-    out: Path, hosts: Sequence[str], names: Sequence[str], days: int = 825, renew: bool = False, *, port: int = 0
+    out: Path,
+    hosts: Sequence[str],
+    names: Sequence[str],
+    days: int = 825,
+    renew: bool = False,
+    *,
+    port: int = 0,
+    client_certificates: bool = False,
 ) -> list[str]:
     """Make the keys and certificates that are missing; return what was done, a line each. Raises `ConfigError`.
 
@@ -77,7 +85,8 @@ def provision(
     What is there is kept. The server's certificate holds for `days`. It is made anew, for the same key, if a host is
     new, if it ends within 30 days, if the key or the authority is new, or with `renew`; hosts that it was for stay. To
     drop a host delete server.crt first; after a theft, server.key; for a new authority ca.key, ca.crt and
-    server/ca.crt.
+    server/ca.crt. Once there are `client_certificates`, all clients have them, later ones too; to do without them again
+    delete server/client-ca.crt.
     """
     hosts = [certificates.host(host) for host in hosts]
     _check(out, hosts, names, days)
@@ -87,6 +96,7 @@ def provision(
         address = _dialled(out / "server", dialled[0], port)
         for name, id in _enrol(out, list(dict.fromkeys(names))).items():
             done += _client(out, Identity(name, id, address))
+        done += _client_certificates(out, client_certificates)
         _put(out / "server" / "clients.map", _as_map(out / "server"))
     return done or [f"{out} is complete; nothing was changed"]
 
@@ -318,6 +328,7 @@ def _enrol(out: Path, names: Sequence[str]) -> dict[str, int]:
     members = roster(server)
     for name in members.numbers.keys() - members.present.keys():
         _forget_key(server, name)
+        (server / "clients" / f"{name}.crt").unlink(missing_ok=True)
         (out / "clients" / name / "client.key").unlink(missing_ok=True)
     clients = _Members(members.present, members.removed)
     for name in names:
@@ -369,6 +380,35 @@ def _client(out: Path, who: Identity) -> list[str]:
     line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(published, line + f" {who.name}\n".encode())
     return [f"made {who.name} (client {who.id}): give {folder} to it, by a way that nobody else can read"]
+
+
+def _client_certificates(out: Path, wanted: bool) -> list[str]:
+    """Make the clients' certificates that are missing, if they are wanted or there are some; return what was done."""
+    server, issuer = out / "server", _certificate(out / "ca.crt")
+    if not wanted and not (server / "client-ca.crt").exists():
+        return []
+    done = []
+    for name in roster(server).present:
+        issued = server / "clients" / f"{name}.crt"
+        if not issued.exists() or not certificates.is_issued_by(_certificate(issued), issuer):
+            folder = out / "clients" / name
+            key = _key(folder / "tls.key", make=True).public_key()
+            made = certificates.client(name, key, issuer, _signer(out, issuer)).public_bytes(_PEM)
+            _put(folder / "ca.crt", issuer.public_bytes(_PEM))
+            _write(folder / "tls.crt", made)
+            _write(issued, made)  # last: with it the client has its certificate
+            done.append(f"made the certificate of {name}: give tls.crt and tls.key in {folder} to it")
+    _put(server / "client-ca.crt", issuer.public_bytes(_PEM))
+    return done
+
+
+def has_certificate(folder: Path) -> bool:
+    """Does a client's folder hold a certificate for its connections?
+
+    Raises `ConfigError` for the key of one that everyone can read.
+    """
+    check_private(folder / "tls.key")
+    return (folder / "tls.crt").exists()
 
 
 def _key(path: Path, make: bool = False) -> ec.EllipticCurvePrivateKey:

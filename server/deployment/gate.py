@@ -47,7 +47,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._gateway = cast(Gateway, self.app)
         self._address = network(self.client[0] if self.client else "")
-        self._peer = Peer(time.monotonic())
+        self._peer = Peer(time.monotonic(), _certified(transport))
         if self.client:
             self._gateway.peers[self.client] = self._peer
         self._keep_to_limits()
@@ -140,6 +140,14 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
+def _certified(transport: Transport) -> str | None:
+    """The name in the client's certificate of a connection; none where the gateway asks for no certificate."""
+    certificate = transport.get_extra_info("peercert")
+    if not certificate:
+        return None
+    return {key: value for part in certificate["subject"] for key, value in part}.get("commonName", "")
+
+
 class Server(uvicorn.Server):
     """A server of uvicorn's that returns after SIGINT or SIGTERM; uvicorn's own sends itself the signal again."""
 
@@ -160,6 +168,9 @@ def tls(options: argparse.Namespace) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     except (OSError, TypeError) as e:
         files = f"--ca {options.ca}, --cert {options.cert}, --key {options.key}"
         raise ConfigError(f"{files}: {e}; give the three files that `fedlora provision` made, or --insecure") from e
+    if options.clients and (authority := options.clients / "client-ca.crt").exists():
+        outside.load_verify_locations(authority)
+        outside.verify_mode = ssl.CERT_REQUIRED
     inside.minimum_version = outside.minimum_version = ssl.TLSVersion.TLSv1_2
     outside.options |= ssl.OP_NO_RENEGOTIATION
     return outside, inside

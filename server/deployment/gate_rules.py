@@ -105,6 +105,7 @@ class Peer:
     """The other end of a connection."""
 
     since: float  # by time.monotonic()
+    certified: str | None  # the name in its certificate; none where no certificate is asked for
     client: str = ""  # whose key has signed a request on this connection; empty for a stranger
 
 
@@ -198,6 +199,8 @@ class Gateway:
         except NotSigned as e:
             raise Refused(401, str(e), key=key_fingerprint(headers.get(KEY_HEADER, b""))) from None
         if peer := self.peers.get(scope["client"]):
+            if peer.certified not in (None, name):
+                raise Refused(401, "another's certificate")
             peer.client = name
         clients = Share("clients", limits.concurrent)
         return [clients, Share(f"client {name}", limits.per_client, limits.uploads)], limits.kept

@@ -84,7 +84,7 @@ OPTIONS = {  # of every command: its options, an argument in capitals; !: requir
         --membership flag, --json flag""",
     "export": "FOLDER! path, --as text, --max-rank int>=0, --out path",
     "provision": """--out! path, --host* text, --port int>=0, --clients int>=0, --client* text, --remove text,
-        --days int, --renew flag""",
+        --days int, --renew flag, --client-certificates flag""",
     "server": """--out! path, --credentials path, --insecure flag, --config path, --clients int>=1, --rounds int>=1,
         --cohort int>=1, --strategy text, --option* text, --model text, --eval-data text, --seed int, --host text,
         --port int, --superlink text, --metrics-port int>=0, --metrics-host text""",

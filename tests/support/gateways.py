@@ -179,6 +179,7 @@ def start_nginx(superlink: SuperLink, folder: Path) -> Gate:
     (folder / "nginx.conf").write_text(("user root;\n" if os.geteuid() == 0 else "") + text)
     command = ["sh", ROOT / "deploy" / "proxy" / "start.sh", "-p", folder, "-c", folder / "nginx.conf"]
     here = {"TMPDIR": str(folder), "SUPERLINK": f"127.0.0.1:{superlink.port}"}
+    here |= {"CREDENTIALS": str(superlink.certificates)}
     process = subprocess.Popen(command, env=os.environ | here)
     return Gate(port, superlink.certificates, folder / "log", process)
 
