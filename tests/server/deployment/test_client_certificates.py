@@ -1,7 +1,11 @@
 """Client certificates: no request comes through a gateway without its client's own, and a SuperNode presents it."""
 
+import os
 import socket
 import ssl
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora.client.deployment.supernode import CertifiedClients
 from fedlora.deployment.provision import has_certificate, provision, remove
+from fedlora.environment import QUIET
 from tests.support.gateways import (
     PULL,
     Gate,
@@ -94,6 +99,23 @@ def test_flowers_supernode_presents_it(certified: Gate) -> None:
     maker = CertifiedClients(folder)
     with maker.from_server_address(f"localhost:{certified.port}", False, root, interceptors=signs) as client:
         client.PullMessages(PullMessagesRequest())
+
+
+def test_the_program_that_fedlora_client_starts_presents_it(certified: Gate, link: SuperLink) -> None:
+    folder = folder_of(certified, "site")
+    command = [sys.executable, "-m", "fedlora.client.deployment.supernode", str(folder), "--isolation", "process"]
+    command += ["--superlink", f"localhost:{certified.port}", "--root-certificates", str(folder / "ca.crt")]
+    command += ["--auth-supernode-private-key", str(folder / "client.key"), "--port", str(free())]
+    link.seen.clear()
+    node = subprocess.Popen(command, env=os.environ | QUIET)
+    try:
+        end = time.monotonic() + 120
+        while not any(path.endswith("activate-node") for _, path, _, _ in link.seen):
+            assert node.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        node.kill()
+        node.wait()
 
 
 def test_once_there_are_certificates_later_clients_have_them_too(tmp_path: Path) -> None:
