@@ -41,7 +41,7 @@ class CertifiedClients:
 
 def main() -> None:
     """Run Flower's SuperNode; the first argument is the folder with the certificate."""
-    fleet_http_connection.FleetHttpClient = CertifiedClients(Path(sys.argv.pop(1)))  # type: ignore[assignment,misc]
+    vars(fleet_http_connection)["FleetHttpClient"] = CertifiedClients(Path(sys.argv.pop(1)))
     flower_supernode()
 
 

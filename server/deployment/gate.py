@@ -145,7 +145,8 @@ def _certified(transport: Transport) -> str | None:
     certificate = transport.get_extra_info("peercert")
     if not certificate:
         return None
-    return {key: value for part in certificate["subject"] for key, value in part}.get("commonName", "")
+    subject: dict[str, str] = {part[0][0]: part[0][1] for part in certificate["subject"]}
+    return subject.get("commonName", "")
 
 
 class Server(uvicorn.Server):
