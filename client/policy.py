@@ -36,6 +36,7 @@ class ClientPolicy:
     # What leaves
     egress: tuple[str, ...] = ("*",)  # tensors that may leave the client, as `SIDE MODULE`, with *
     masked: bool = False  # its update leaves the client under a mask, or not at all
+    colluders: int = 1  # other clients that may be in league with the server: no roster that fewer undo is joined
     metrics: bool = True  # its training loss, and scores on held-out examples, may be told
     fewest_scored: int = 1  # held-out examples without which no scores are told
 
@@ -194,6 +195,7 @@ def policy_of(config: Config) -> ClientPolicy:
     return ClientPolicy(
         egress=config.client.egress,
         masked=config.secure.aggregation,
+        colluders=config.secure.colluders,
         metrics=not dp.on or dp.metrics,
         private=dp.by_record,
         budget=dp.limit,

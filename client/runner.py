@@ -56,9 +56,9 @@ class JobRunner:
     def _masked(self, model: Model, job: Job, digest: str) -> Update:
         """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update.
 
-        Raises `MaskedBefore`, and then nothing is trained or charged, for a round that was masked before.
+        Nothing is trained or charged where the update is not to be masked.
         """
-        self.secagg.refuse_masked(job.round)
+        self.secagg.refuse(job)
         update = self._trained(model, select_rows(job), digest)
         return self.secagg.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 
@@ -137,7 +137,7 @@ class JobRunner:
     @property
     def secagg(self) -> SecAggClient:
         """The client's part in secure aggregation."""
-        return SecAggClient(self.folder, self.id)
+        return SecAggClient(self.folder, self.id, self.policy.colluders)
 
     @property
     def ledger(self) -> Ledger:

@@ -20,7 +20,7 @@ import torch
 from fedlora.errors import MaskedBefore, SecureError
 from fedlora.jobs import Job, SecAggStep, Update
 from fedlora.lora import LoRA
-from fedlora.privacy.masked_update import encode, masking_terms, roster_of, vector
+from fedlora.privacy.masked_update import MOST_WEIGHT, encode, masking_terms, roster_of, vector
 from fedlora.privacy.secure_aggregation import Participant
 from fedlora.storage.files import hold_lock, write_durably
 
@@ -28,7 +28,9 @@ from fedlora.storage.files import hold_lock, write_durably
 class SecAggClient:
     """One client in the protocol; its secrets of the round lie in a file that only its owner can read."""
 
-    def __init__(self, folder: Path, id: int) -> None:
+    def __init__(self, folder: Path, id: int, colluders: int = 1) -> None:
+        """`colluders`: how many other clients this one takes to be in league with the server at most."""
+        self._colluders = colluders
         self._path, self._masked, self._id = folder / "member.json", folder / "masked.json", id
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:
@@ -47,13 +49,27 @@ class SecAggClient:
         """
         terms = masking_terms(job)
         with self._alone():
-            self.refuse_masked(job.round)
+            self.refuse(job)
             member = self._member(terms.context)
             numbers = encode(vector(job, update), weight=terms.weight, reach=terms.reach, members=terms.members)
             masked = member.mask(numbers, {i: bytes.fromhex(sealed) for i, sealed in terms.inbox.items()})
             write_durably(self._masked, json.dumps({"round": job.round + 1}).encode(), mode=0o600)
             self._keep(member)
         return replace(update, lora=LoRA(), loss=None, masked=torch.from_numpy(masked.view(np.int32)))
+
+    def refuse(self, job: Job) -> None:
+        """Raise `SecureError` for a job whose update is not to be masked, before anything is trained for it.
+
+        That is a round which was masked before (`MaskedBefore`), and a share of the weight by which the sum would be
+        this client's own update.
+        """
+        self.refuse_masked(job.round)
+        weight = masking_terms(job).weight
+        if not 0 <= weight <= MOST_WEIGHT * (1 + 1e-9):
+            raise SecureError(
+                f"client {self._id} would have {weight:.3g} of the weight of round {job.round + 1}, and a sum in which "
+                f"one has more than {MOST_WEIGHT:g} is mostly its own update; ask for server.weights = uniform"
+            )
 
     def refuse_masked(self, round: int) -> None:
         """Raise `MaskedBefore` where this round (from 0), or a later one, has been masked."""
@@ -72,7 +88,7 @@ class SecAggClient:
             said = {"sealing": keys.sealing.hex(), "masking": keys.masking.hex(), "mark": keys.commitment.hex()}
         elif ask.step == "share":
             member = self._member(ask.context)
-            said = _hex(member.share(roster_of(ask)))
+            said = _hex(member.share(roster_of(ask, colluders=self._colluders)))
         else:
             member = self._member(ask.context)
             said = _hex(member.reveal(ask.survivors))

@@ -8,7 +8,8 @@ FedloraError
 ├── PrivacyError
 │   └── PolicyRefusal
 ├── SecureError
-│   └── MaskedBefore
+│   ├── MaskedBefore
+│   └── SumLost
 ├── LedgerError
 ├── ClientFailed
 │   ├── TrainingDiverged
@@ -88,6 +89,17 @@ class MaskedBefore(SecureError):
     """This client has masked an update of this round before; a second sum with it could give it away."""
 
     code = ReasonCode.MASKED
+
+
+class SumLost(SecureError):
+    """All that had to answer did, and what one of them sent leaves no sum of theirs: the round is skipped."""
+
+    code = ReasonCode.MASKED
+
+    def __init__(self, sentence: str, member: int | None = None) -> None:
+        """`member` is the one whose doing it is, where that can be told."""
+        super().__init__(sentence)
+        self.member = member
 
 
 class LedgerError(FedloraError):

@@ -138,6 +138,9 @@ class SecureConfig:
 
     aggregation: Annotated[bool, "let the server see sums of updates, and no client's own"] = False
     threshold: Annotated[float, Gt(0), Le(1), "share of a round's clients that must stay to its end"] = 0.6
+    colluders: Annotated[
+        int, Ge(0), "clients that may be in league with the server: of n, more than (n + colluders) / 2 must stay"
+    ] = 1
     reach: Annotated[float, Gt(0), "largest change of a number in a round; the resolution is 2^-30 of it"] = 1.0
 
     @property

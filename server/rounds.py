@@ -14,12 +14,13 @@ from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
 from fedlora.run.plan import Plan, ResumePoint, RoundResult, job_for
-from fedlora.server import charges, secure_aggregation
+from fedlora.server import charges
 from fedlora.server.adapter_checks import validate_adapter
 from fedlora.server.aggregation import Answers, Collected, UpdateRules, collect
 from fedlora.server.cohort import Cohort
 from fedlora.server.cohort import sample as sample
 from fedlora.server.exactness import aggregation_error
+from fedlora.server.secure_aggregation import MaskingRules, collect_masked
 from fedlora.strategy import Strategy, check_declarations, innermost, next_state
 
 log = logging.getLogger("fedlora")
@@ -171,9 +172,14 @@ class _Run:
         policy = plan.policy
         uniform = policy.weights == "uniform"
         if plan.secure:
-            return secure_aggregation.collect_masked(
-                self.fleet, jobs, plan.secure, uniform=uniform, max_share=policy.max_share, clipped_sum=clipped_sum
+            masking = MaskingRules(
+                secure=plan.secure,
+                uniform=uniform,
+                largest_step=policy.largest_step,
+                clip=clipped_sum.clip if clipped_sum else 0.0,
             )
+            clients = {client.id: client for client in self.fleet.clients()}
+            return collect_masked(self.fleet, jobs, clients, masking, clipped_sum)
         answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
         rules = UpdateRules(
             uniform=uniform,

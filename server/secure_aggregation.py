@@ -6,13 +6,18 @@
     unmasking        `reveal`: the shares that take the masks off the sum
 
 The mean of the clients that stayed to the end is this sum over the sum of their weights. The protocol itself is in
-`fedlora.privacy.secure_aggregation`.
+`fedlora.privacy.secure_aggregation`, and what a member may say in `fedlora.server.secagg_replies`: one that says
+something else is left out, and the others go on without it.
+
+No single update is seen, so none is held against `server.largest_step` or the others of its round. What is checked is
+the sum: no number of it may exceed `secure.reach`, nor the norm of the mean the largest step of one client. A member
+that sends what is no update can move each number of the mean by as much as `secure.reach` and not be named.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from secrets import token_hex
 from typing import Protocol, TypeVar
 
@@ -21,16 +26,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.errors import Failure, FailureKind, SecureError
-from fedlora.jobs import Job, MaskingTerms, SecAggStep
+from fedlora.errors import Failure, FailureKind, SecureError, SumLost
+from fedlora.jobs import Client, Job, MaskingTerms, SecAggStep
 from fedlora.lora import from_matrices, map_factors, normalised
 from fedlora.privacy.client_level import ClippedSum
-from fedlora.privacy.masked_update import MOST_LOSS, decode, layout, masking_terms, roster_of, size
-from fedlora.privacy.secure_aggregation import FEWEST, Ring, Roster, unmask
+from fedlora.privacy.masked_update import MOST_LOSS, MOST_WEIGHT, decode, layout, masking_terms, size
+from fedlora.privacy.secure_aggregation import Ring, Roster, least_threshold, unmask
 from fedlora.sections import SecureConfig
 from fedlora.server.aggregation import Answers, Collected, capped
+from fedlora.server.refusals import failure_of
+from fedlora.server.secagg_replies import Joined, read_joined, read_sealed, read_shares, repeated_keys
 
-T = TypeVar("T")
+Said = Mapping[str, str]
+X = TypeVar("X")
+ROUNDING = 1e-6  # relative: of weights that do not quite sum to 1; numbers themselves are rounded towards zero
 log = logging.getLogger("fedlora")
 
 
@@ -44,14 +53,34 @@ class Askable(Protocol):
         """Have each client do its job, and yield the updates as they come."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskingRules:
+    """How a round's updates are weighed and masked, and what their sum may be."""
+
+    secure: SecureConfig
+    uniform: bool = False  # all weigh the same, and not by their examples
+    largest_step: float = inf  # norm of the mean above which there is no sum
+    clip: float = 0.0  # of a client's whole update, in a run that hides clients; 0: not clipped
+
+    @property
+    def reach(self) -> float:
+        """The largest change of a number. An update that is clipped never exceeds it: who drops out may not depend on
+        data there."""
+        return max(self.secure.reach, self.clip)
+
+    def threshold(self, members: int) -> int:
+        """Return how many of these members must stay to the end."""
+        return max(least_threshold(members, colluders=self.secure.colluders), ceil(self.secure.threshold * members))
+
+
 @dataclass
 class SecAggRound:
     """A round's roster, and the sum of the masked vectors that have come from some of its members."""
 
     roster: Roster
     weights: Mapping[int, float]  # of every member, summing to 1
-    reach: float  # the largest change of a number
-    total: Ring
+    owners: tuple[int, ...] = ()  # members that shared their secrets, and so mask with one another
+    total: Ring = field(default_factory=lambda: np.zeros(0, "<u4"))
     arrived: set[int] = field(default_factory=set)  # members whose vectors are in the sum
 
     @property
@@ -68,88 +97,89 @@ class SecAggRound:
 def collect_masked(
     fleet: Askable,
     jobs: Mapping[int, Job],
-    config: SecureConfig,
-    *,
-    uniform: bool,
-    max_share: float = 1.0,
+    clients: Mapping[int, Client],
+    rules: MaskingRules,
     clipped_sum: ClippedSum | None = None,
 ) -> Collected:
     """Run a round's jobs, and return one update for all clients: the weighted mean.
 
-    `uniform` gives every client the same weight; else no client of three or more has more than `max_share`. If
-    `clipped_sum` is given (client-level DP), clients clip their updates and the sum is put there; all weigh the same
-    then. Where too few clients stay for a sum, none counts as having answered, and `failed` says why.
+    `clients` are those that the run knows, by their ids: none weighs more than by what it said then. If `clipped_sum`
+    is given (client-level DP), the sum of the clipped updates is put there. Where too few clients stay for a sum, none
+    counts as having answered, and `failed` says why.
     """
     got = Collected()
     if not jobs:
         return got
-    clip = clipped_sum.clip if clipped_sum else 0.0
     sent: dict[int, Job] = {}
     try:
-        uniform = uniform or clipped_sum is not None
-        secagg = _advertise_keys(fleet, jobs, config, got, uniform=uniform, max_share=max_share, clip=clip)
-        sent = _mask_jobs(fleet, jobs, secagg, got, clip=clip)
+        secagg = _advertise_keys(fleet, jobs, clients, rules, got)
+        sent = _mask_jobs(fleet, jobs, secagg, got, rules)
         _sum_masked(fleet, sent, secagg, got)
-        plain = _unmask(fleet, secagg)
-    except (SecureError, ValueError, KeyError) as e:
-        stopped = Failure(f"secure aggregation: {e}", FailureKind.SECURE)
-        got.failed = {i: got.failed.get(i, replace(stopped, sent=i in sent)) for i in jobs}
-        log.warning("secure aggregation: %s", e)
+        total = _unmask(fleet, secagg, rules)
+        _read(got, next(iter(sent.values())), total, secagg, rules, clipped_sum)
+    except SecureError as e:
+        _note_stopped(got, jobs, sent, e)
         return got
     got.answered = len(secagg.arrived)
-    total = decode(plain, reach=secagg.reach, members=len(secagg.weights))
-    _read(got, next(iter(sent.values())), total, secagg, clipped_sum)
     return got
 
 
-def _advertise_keys(
-    fleet: Askable,
-    jobs: Mapping[int, Job],
-    config: SecureConfig,
-    got: Collected,
-    *,
-    uniform: bool,
-    max_share: float,
-    clip: float,
-) -> SecAggRound:
-    """Ask all clients for their public keys; the roster is made of those that answer.
+def _note_stopped(got: Collected, jobs: Mapping[int, Job], sent: Mapping[int, Job], error: SecureError) -> None:
+    """Note that there is no sum: all have failed for this reason, and a member whose doing it is was refused.
 
-    No update that is clipped is beyond reach: whether a client drops out would depend on its data.
+    `sent` has the jobs that went out, which their clients were charged for.
     """
+    reason = f"secure aggregation: {error}"
+    got.failed = {i: got.failed.get(i, Failure(reason, error.code.kind, sent=i in sent)) for i in jobs}
+    if isinstance(error, SumLost) and error.member is not None:
+        got.failed[error.member] = Failure(reason, FailureKind.REFUSED)
+    log.warning("secure aggregation: %s", error)
+
+
+def _advertise_keys(
+    fleet: Askable, jobs: Mapping[int, Job], clients: Mapping[int, Client], rules: MaskingRules, got: Collected
+) -> SecAggRound:
+    """Ask all clients for their public keys; the roster is made of those that answer."""
     t = next(iter(jobs.values())).round
     context = f"round {t + 1} ({token_hex(8)})"
-    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context, round=t))))
-    threshold = max(FEWEST, len(joined) // 2 + 1, ceil(config.threshold * len(joined)))
-    advertised = {i: (said["sealing"], said["masking"], said["mark"]) for i, said in joined.items()}
-    roster = roster_of(SecAggStep("share", context, roster=advertised, threshold=threshold))
-    counts = [1.0 if uniform else _count(jobs[i], said) for i, said in joined.items()]
-    weights = dict(zip(joined, normalised(capped(counts, max_share)), strict=True))
-    return SecAggRound(roster, weights, reach=max(config.reach, clip), total=np.zeros(0, "<u4"))
 
+    def read(i: int, said: Said) -> Joined:
+        return read_joined(said, jobs[i], clients[i])
 
-def _count(job: Job, said: Mapping[str, str]) -> float:
-    """Return how many records, or else examples, a client that joined says it has."""
-    return float(said["records"] if job.privacy else said["examples"])
+    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context, round=t))), read)
+    for i in sorted(repeated_keys(joined)):
+        _note(got, i, Failure("one of its keys occurs twice", FailureKind.REFUSED))
+        del joined[i]
+    keys = {i: member.keys for i, member in joined.items()}
+    counts = [1.0 if rules.uniform or rules.clip else float(member.count) for member in joined.values()]
+    weights = dict(zip(joined, normalised(capped(counts, MOST_WEIGHT)), strict=True)) if joined else {}
+    roster = Roster(context, keys, rules.threshold(len(keys)), rules.secure.colluders)
+    return SecAggRound(roster, weights)
 
 
 def _mask_jobs(
-    fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, got: Collected, *, clip: float
+    fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, got: Collected, rules: MaskingRules
 ) -> dict[int, Job]:
     """Have the members share their secrets; return the jobs of those that did, with what masking needs."""
     roster = secagg.roster
     advertised = {i: (k.sealing.hex(), k.masking.hex(), k.commitment.hex()) for i, k in roster.keys.items()}
     ask = SecAggStep("share", roster.context, roster=advertised, threshold=roster.threshold)
-    sealed = _answers(got, fleet.ask(dict.fromkeys(advertised, ask)))
+
+    def read(i: int, said: Said) -> Mapping[int, str]:
+        return read_sealed(said, roster.keys.keys() - {i})
+
+    sealed = _answers(got, fleet.ask(dict.fromkeys(advertised, ask)), read)
     roster.enough(len(sealed), "shared their secrets")
+    secagg.owners = tuple(sorted(sealed))
 
     def masked(i: int) -> Job:
         terms = MaskingTerms(
             context=roster.context,
             weight=secagg.weights[i],
-            reach=secagg.reach,
+            reach=rules.reach,
             members=len(roster.keys),
-            inbox={sender: said[str(i)] for sender, said in sealed.items() if sender != i},
-            clip=clip,
+            inbox={sender: messages[i] for sender, messages in sealed.items() if sender != i},
+            clip=rules.clip,
         )
         return replace(jobs[i], masking=terms)
 
@@ -162,35 +192,39 @@ def _sum_masked(fleet: Askable, jobs: Mapping[int, Job], secagg: SecAggRound, go
     for i, answer in fleet.train(jobs):
         if isinstance(answer, Failure):
             _note(got, i, answer)
-        elif answer.masked is None:
+            continue
+        got.spent |= {i: answer.spent} if answer.spent else {}
+        if answer.masked is None:
             _note(got, i, Failure("its update is not masked", FailureKind.REFUSED))
         else:
             secagg.add(i, answer.masked)
-            got.spent |= {i: answer.spent} if answer.spent else {}
 
 
-def _unmask(fleet: Askable, secagg: SecAggRound) -> Ring:
-    """Ask the clients that stayed for their shares, and return the sum without its masks."""
+def _unmask(fleet: Askable, secagg: SecAggRound, rules: MaskingRules) -> NDArray[np.float64]:
+    """Ask the clients that stayed for their shares, and return the sum without its masks, decoded."""
     roster, survivors = secagg.roster, tuple(sorted(secagg.arrived))
     roster.enough(len(survivors), "sent a masked update")
     ask = SecAggStep("reveal", roster.context, survivors=survivors)
     late = Collected()  # a client whose update is in the sum has answered, whatever became of it since
-    revealed = _answers(late, fleet.ask(dict.fromkeys(survivors, ask)))
-    return unmask(roster, secagg.total, survivors, {i: _read_shares(said) for i, said in revealed.items()})
+
+    def read(i: int, said: Said) -> Mapping[int, bytes]:
+        return read_shares(said, secagg.owners)
+
+    revealed = _answers(late, fleet.ask(dict.fromkeys(survivors, ask)), read)
+    plain = unmask(roster, secagg.total, survivors, revealed, owners=secagg.owners)
+    return decode(plain, reach=rules.reach, members=len(roster.keys))
 
 
-def _read_shares(said: Mapping[str, str]) -> dict[int, bytes]:
-    return {int(owner): bytes.fromhex(share) for owner, share in said.items()}
-
-
-def _answers(got: Collected, replies: Mapping[int, T | Failure]) -> dict[int, T]:
-    """Return the replies that are no failures; the failures are noted in `got`."""
-    answers: dict[int, T] = {}
+def _answers(got: Collected, replies: Mapping[int, Said | Failure], read: Callable[[int, Said], X]) -> dict[int, X]:
+    """Return what `read` makes of the replies; those that are failures, or not what they must be, are noted."""
+    answers: dict[int, X] = {}
     for i, reply in replies.items():
-        if isinstance(reply, Failure):
-            _note(got, i, replace(reply, sent=False))  # no job yet, so that nothing was charged
+        answer = reply if isinstance(reply, Failure) else failure_of(read, i, reply)
+        if isinstance(answer, Failure):
+            # It has no job yet, and so was charged for nothing, unless it has masked an update of this round before.
+            _note(got, i, replace(answer, sent=answer.kind == FailureKind.MASKED))
         else:
-            answers[i] = reply
+            answers[i] = answer
     return answers
 
 
@@ -200,18 +234,41 @@ def _note(got: Collected, i: int, failure: Failure) -> None:
 
 
 def _read(
-    got: Collected, job: Job, total: NDArray[np.float64], secagg: SecAggRound, clipped_sum: ClippedSum | None
+    got: Collected,
+    job: Job,
+    total: NDArray[np.float64],
+    secagg: SecAggRound,
+    rules: MaskingRules,
+    clipped_sum: ClippedSum | None,
 ) -> None:
     """Put the sum into `got` as the mean of the clients that stayed, and into `clipped_sum` if that is given."""
+    weight = secagg.arrived_weight
     changes, extras = _split(job, total)
+    _check_sum(total[: len(total) - len(extras)], weight, rules, secagg.roster.context)
     if clipped_sum:
         n = len(secagg.weights)  # each weighs 1/n in the sum
         clipped_sum.total.update({key: change * n for key, change in changes.items()})
         clipped_sum.below = extras[-1] * n
     if job.metrics:
-        got.loss = extras[0] * MOST_LOSS / secagg.arrived_weight
-    mean = from_matrices((s, m, change / secagg.arrived_weight) for (s, m), change in changes.items())
+        got.loss = extras[0] * MOST_LOSS / weight
+    mean = from_matrices((s, m, change / weight) for (s, m), change in changes.items())
     got.updates, got.weights = [map_factors(_moved, job.start.only(job.shares), mean)], [1.0]
+
+
+def _check_sum(changes: NDArray[np.float64], weight: float, rules: MaskingRules, context: str) -> None:
+    """Raise `SumLost` for a sum that updates of clients with this weight in all, each within reach, do not have."""
+    largest = float(np.abs(changes).max(initial=0.0))
+    if largest > rules.reach * weight * (1 + ROUNDING):
+        raise SumLost(
+            f"{context}: the sum has a number of {largest:g}, and updates within secure.reach = {rules.reach:g} add up "
+            f"to {rules.reach * weight:g} at most: a member sent what is no update; the round is skipped"
+        )
+    norm = float(np.linalg.norm(changes)) / weight
+    if norm > rules.largest_step:
+        raise SumLost(
+            f"{context}: the mean of the updates has norm {norm:.4g}; server.largest_step = {rules.largest_step:g}: a "
+            "member sent what is no update; the round is skipped"
+        )
 
 
 def _moved(start: Tensor, change: Tensor) -> Tensor:

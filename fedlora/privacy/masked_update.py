@@ -18,17 +18,22 @@ from fedlora.lora import SIDES, difference
 
 from .secure_aggregation import Keys, Ring, Roster
 
+MOST_WEIGHT = 0.5  # of one member: with more, the sum is mostly its own update
 MOST_LOSS = 1e3  # the largest loss that can be sent: a loss travels as a share of it
 Place = tuple[str, str, torch.Size]
 
 
-def roster_of(ask: SecAggStep) -> Roster:
-    """Return the roster of a round, from the message that tells it to a client."""
-    keys = {i: _read_keys(*advertised) for i, advertised in ask.roster.items()}
-    return Roster(ask.context, keys, ask.threshold)
+def roster_of(ask: SecAggStep, *, colluders: int) -> Roster:
+    """Return the roster of a round, from the message that tells it to a client.
+
+    Raises `SecureError` for one that does not protect a member from the server with so many in league with it.
+    """
+    keys = {i: keys_of(*advertised) for i, advertised in ask.roster.items()}
+    return Roster(ask.context, keys, ask.threshold, colluders)
 
 
-def _read_keys(sealing: str, masking: str, commitment: str) -> Keys:
+def keys_of(sealing: str, masking: str, commitment: str) -> Keys:
+    """Return the public keys that a member advertises, from their words in hexadecimal."""
     return Keys(sealing=bytes.fromhex(sealing), masking=bytes.fromhex(masking), commitment=bytes.fromhex(commitment))
 
 

@@ -18,15 +18,22 @@ Overhead, CCS 2020) it shares with about log n of them, which pays off for hundr
 `pseudo_rand_gen` is not used: it folds a seed to 32 bits and feeds them to a Mersenne Twister, so that its masks can
 be found by trying all seeds. Here a mask is a keystream of AES-256.
 
-The catch: the server brings the public keys. One that makes up members, hands out keys of its own or gives all weight
-to one member is not honest-but-curious, and is not held off. Nor is anything hidden that the sum itself gives away.
+A member that deals shares which cannot be opened, or reveals others than it was given, is left out where enough others
+hold good ones: a reconstructed secret is held against its owner's keys, and others' shares are tried where it does not
+fit. Shares that were dealt so that no secret fits them leave no sum, which is found at the end (`SumLost`).
+
+The catch: the server brings the public keys. One that makes up members or hands out keys of its own is not
+honest-but-curious, and is not held off. One that tells members different survivors is, up to the `colluders` that
+`least_threshold` counts on. Nor is anything hidden that the sum itself gives away.
 """
 
 import json
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
+from random import Random
 from secrets import token_bytes
 from typing import Any, NamedTuple
 
@@ -42,13 +49,31 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fedlora.errors import SecureError
+from fedlora.errors import SecureError, SumLost
 
 Ring = NDArray[np.uint32]  # (n,), integers mod 2^32
 FEWEST = 3  # members: of two, each could subtract its own vector from the sum and have the other's
 KEY = 32  # bytes of a key
 SEED = 16  # bytes of a shared seed: the length Shamir's scheme takes, as hard to guess as X25519 is to break
 NONCE = 12  # bytes of a nonce of AES-GCM
+SEALED = NONCE + 2 * SEED + 16  # bytes of a sealed message: two shares, and a tag of AES-GCM
+MOST_GROUPS = 200  # of holders whose shares are tried where a secret does not fit its owner
+log = logging.getLogger("fedlora")
+
+
+def fewest_members(colluders: int) -> int:
+    """Return how many members a sum needs to hide a vector from the others, `colluders` of whom put theirs together."""
+    return max(FEWEST, colluders + 2)
+
+
+def least_threshold(members: int, *, colluders: int) -> int:
+    """Return how many shares a secret must take at least, where `colluders` members may be in league with the server.
+
+    A server could tell one half of the members that v survived and the other half that v dropped out, and so get
+    shares of both of v's secrets. A member in league with it is in both halves, another one in one alone: of n members,
+    c of them in league, two groups of t have 2 t - n or more in common, and one of these is honest if that exceeds c.
+    """
+    return max(fewest_members(colluders), (members + colluders) // 2 + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +92,10 @@ class Shares(NamedTuple):
     own: bytes  # of the seed of its self-mask
 
     def revealable(self, stays: bool) -> "Shares":
-        """Return the one share that unmasking needs: of the self-mask if the owner stays, else of its masking key."""
+        """Return the one share that unmasking needs: of the self-mask if the owner stays, else of its masking key.
+
+        Of an owner whose message could not be opened neither is held, and nothing is revealed.
+        """
         return self._replace(masking=b"") if stays else self._replace(own=b"")
 
 
@@ -81,16 +109,14 @@ class Roster:
     context: str  # run and round
     keys: Mapping[int, Keys]  # of every member that joined
     threshold: int  # shares that reconstruct a secret
+    colluders: int = 0  # members that may be in league with the server, by whoever checks the roster
 
     def __post_init__(self) -> None:
-        n = len(self.keys)
-        # A server could tell one half of the members that v survived and the other half that v dropped out, and so
-        # get shares of both of v's secrets. No two groups without a common member both have more than half. With c
-        # members in league with the server, the threshold must exceed (n + c) / 2.
-        least = max(FEWEST, n // 2 + 1)
+        n, fewest = len(self.keys), fewest_members(self.colluders)
+        least = least_threshold(n, colluders=self.colluders)
         public = self._public_keys()
-        if n < FEWEST:
-            raise SecureError(f"{self.context}: {n} members joined; a sum hides a vector from {FEWEST} members on")
+        if n < fewest:
+            raise SecureError(f"{self.context}: {n} members joined; a sum hides a vector from {fewest} members on")
         if not least <= self.threshold <= n:
             raise SecureError(f"{self.context}: threshold is {self.threshold}; of {n} members, take {least} to {n}")
         if len(set(public)) < len(public) or any(len(k) != KEY for k in public):
@@ -162,14 +188,17 @@ class Participant:
     def mask(self, vector: Ring, inbox: Mapping[int, bytes]) -> Ring:
         """Return the vector plus its self-mask and the pairwise mask with each sender in the inbox.
 
-        `inbox` maps each member whose shares arrived to its encrypted message.
+        `inbox` maps each member whose shares arrived to its encrypted message. Of a member whose message cannot be
+        opened no share is held; its pairwise mask comes of the roster's keys, and is added all the same.
         """
         if not self.roster or not self.masking:
             raise self._refuses("it masks one vector, after it has shared its secrets", "join a new round")
         if vector.dtype != np.uint32:
             raise self._refuses(f"a mask hides numbers of uint32, not of {vector.dtype}", "encode the vector")
-        self.roster.enough(len(inbox) + 1, "shared their secrets")
+        if self.id in inbox or not set(inbox) <= set(self.roster.keys):
+            raise self._refuses("shares came from who is no other member", "send those of the roster's members")
         shares = {sender: self._open(self.roster, sender, sealed) for sender, sealed in inbox.items()}
+        self.roster.enough(1 + sum(map(any, shares.values())), "shared their secrets")
         masked = vector + _stream(_derive(self.own, "self-mask", self.context, self.id), vector.size)
         for other in inbox:
             masked += _pairwise(self.masking, self.roster, me=self.id, other=other, size=vector.size)
@@ -185,8 +214,8 @@ class Participant:
         stay = set(survivors)
         self._check_survivors(stay)
         kept = {i: shares.revealable(i in stay) for i, shares in self.shares.items()}
-        revealed = {i: shares.masking + shares.own for i, shares in kept.items()}  # of which one is empty
-        if not all(revealed.values()):
+        revealed = {i: shares.masking + shares.own for i, shares in kept.items() if any(shares)}  # one of two is empty
+        if any(i not in revealed for i, shares in self.shares.items() if any(shares)):
             raise self._refuses(f"it has revealed for survivors other than {sorted(survivors)}", "begin a new round")
         self.shares = kept
         return revealed
@@ -222,12 +251,15 @@ class Participant:
         return nonce + AESGCM(key).encrypt(nonce, shares, None)  # sender, receiver and roster are bound into the key
 
     def _open(self, roster: Roster, sender: int, sealed: bytes) -> Shares:
+        """Return the sender's shares; empty ones where its message is not what the sender of this roster sealed."""
+        key = _agree(self.sealing, roster.keys[sender].sealing, "seal", roster.name, sender, self.id)
         try:
-            key = _agree(self.sealing, roster.keys[sender].sealing, "seal", roster.name, sender, self.id)
             shares = AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], None)
-        except (KeyError, ValueError, InvalidTag) as error:
-            why = f"shares from {sender} are damaged, or of another round, roster or receiver"
-            raise self._refuses(why, "begin a new round") from error
+        except (ValueError, InvalidTag):
+            shares = b""
+        if len(shares) != 2 * SEED:
+            log.warning("shares from %d are damaged, or of another round, roster or receiver; none is held", sender)
+            return Shares(masking=b"", own=b"")
         return Shares(masking=shares[:SEED], own=shares[SEED:])
 
     def _refuses(self, why: str, remedy: str) -> SecureError:
@@ -235,47 +267,80 @@ class Participant:
 
 
 def unmask(
-    roster: Roster, total: Ring, survivors: Collection[int], revealed: Mapping[int, Mapping[int, bytes]]
+    roster: Roster,
+    total: Ring,
+    survivors: Collection[int],
+    revealed: Mapping[int, Mapping[int, bytes]],
+    *,
+    owners: Collection[int],
 ) -> Ring:
     """Return the sum of the survivors' vectors, given the sum of their masked vectors.
 
-    `revealed` maps members to the shares that each revealed, by the member whose secret was shared. Raises
-    `SecureError` where these are too few, or reconstruct a secret that does not fit its owner's keys.
+    `owners` are the members that masked with one another, dropped out since or not; `revealed` maps members to the
+    shares that each revealed, by the member whose secret was shared. A member whose shares are not those it was given
+    is left out. Raises `SecureError` where too few revealed theirs, and `SumLost` where no shares of a member's secret
+    fit its keys.
     """
     stay = set(survivors)
-    owners = _owners(roster, stay, revealed)
-    holders = sorted(revealed)[: roster.threshold]
-    plain = total.copy()
+    if not set(revealed) <= stay <= set(owners) <= set(roster.keys):
+        sets = f"{sorted(revealed)} revealed, {sorted(stay)} survived, {sorted(owners)} shared"
+        raise SecureError(f"{roster.context}: {sets}, and not each within the next; begin a new round")
+    roster.enough(len(revealed), "revealed their shares")
+    plain, honest = total.copy(), set(revealed)
     for owner in owners:
-        seed = Shamir.combine([(roster.places[i], revealed[i][owner]) for i in holders], False)
+        fits = _is_own_seed if owner in stay else _is_masking_seed
+        shares = {i: revealed[i][owner] for i in sorted(honest) if len(revealed[i].get(owner, b"")) == SEED}
+        seed, wrong = _reconstruct(roster, owner, shares, fits)
+        honest -= wrong
         if owner in stay:
-            plain -= _self_mask(roster, owner, seed, plain.size)
+            plain -= _stream(_derive(seed, "self-mask", roster.context, owner), plain.size)
         else:
             plain += _missing_masks(roster, owner, seed, stay, plain.size)
     return plain
 
 
-def _owners(roster: Roster, stay: set[int], revealed: Mapping[int, Mapping[int, bytes]]) -> set[int]:
-    """Return the members that masked their vectors with one another, dropped out since or not.
+def _reconstruct(
+    roster: Roster, owner: int, shares: Mapping[int, bytes], fits: Callable[[Roster, int, bytes], bool]
+) -> tuple[bytes, set[int]]:
+    """Return a member's secret, and the holders whose shares are not of it. Raises `SumLost` without such a secret."""
 
-    Raises `SecureError` for revealed shares that are too few, malformed or not of these members.
-    """
-    roster.enough(len(revealed), "revealed their shares")
-    owners = set[int]().union(*revealed.values())
-    if not set(revealed) <= stay <= owners <= set(roster.keys):
-        sets = f"{sorted(revealed)} revealed, {sorted(stay)} survived, {sorted(owners)} shared"
-        raise SecureError(f"{roster.context}: {sets}, and not each within the next; begin a new round")
-    for member, shares in revealed.items():
-        if set(shares) != owners or {len(share) for share in shares.values()} != {SEED}:
-            raise SecureError(f"{roster.context}: what member {member} revealed is malformed; leave it out")
-    return owners
+    def combined(holders: Sequence[int]) -> bytes:
+        seed: bytes = Shamir.combine([(roster.places[i], shares[i]) for i in holders], False)
+        return seed
+
+    for tries, holders in enumerate(_groups(list(shares), roster.threshold)):
+        seed = combined(holders)
+        if not fits(roster, owner, seed):
+            continue
+        others = shares.keys() - set(holders) if tries else set[int]()
+        wrong = {i for i in others if combined([*holders[1:], i]) != seed}
+        if wrong:
+            log.warning("%s: shares that %s revealed are not those they were given", roster.context, sorted(wrong))
+        return seed, wrong
+    raise SumLost(
+        f"{roster.context}: no {roster.threshold} of the {len(shares)} shares that were revealed of member {owner} fit "
+        "its keys, so the sum stays masked; if it happens again, leave that member out",
+        owner,
+    )
 
 
-def _self_mask(roster: Roster, owner: int, seed: bytes, size: int) -> Ring:
-    """Return the self-mask of a member that stayed, from its reconstructed seed."""
-    if _derive(seed, "mark", roster.context, owner) != roster.keys[owner].commitment:
-        raise _misfit(roster, owner)
-    return _stream(_derive(seed, "self-mask", roster.context, owner), size)
+def _groups(holders: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Yield groups of this size: the first holders, and then, where there are more, groups drawn from all of them."""
+    if len(holders) >= size:
+        yield holders[:size]
+    if len(holders) > size:
+        draw = Random(0)
+        yield from (draw.sample(holders, size) for _ in range(MOST_GROUPS))
+
+
+def _is_own_seed(roster: Roster, owner: int, seed: bytes) -> bool:
+    """Is this the seed of the self-mask of this member?"""
+    return _derive(seed, "mark", roster.context, owner) == roster.keys[owner].commitment
+
+
+def _is_masking_seed(roster: Roster, owner: int, seed: bytes) -> bool:
+    """Is this the seed of the masking key of this member?"""
+    return _public(_masking_key(seed, roster.context, owner)) == roster.keys[owner].masking
 
 
 def _missing_masks(roster: Roster, owner: int, seed: bytes, stay: Collection[int], size: int) -> Ring:
@@ -283,22 +348,25 @@ def _missing_masks(roster: Roster, owner: int, seed: bytes, stay: Collection[int
 
     `seed` is the reconstructed seed of its masking key.
     """
-    if _public(_masking_key(seed, roster.context, owner)) != roster.keys[owner].masking:
-        raise _misfit(roster, owner)
     missing = np.zeros(size, np.uint32)
     for other in stay:
         missing += _pairwise(seed, roster, me=owner, other=other, size=size)
     return missing
 
 
-def _misfit(roster: Roster, owner: int) -> SecureError:
-    return SecureError(f"{roster.context}: the shares revealed of {owner} do not fit it; begin a new round")
+def is_public_key(key: bytes) -> bool:
+    """Can a secret be agreed on with the owner of this key? Not with a point of low order, which makes it zero."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+    except ValueError:
+        return False
+    return True
 
 
 def _read_roster(raw: Mapping[str, Any]) -> Roster:
     """Return the roster that a member's state holds as JSON."""
     keys = {int(i): Keys(**{name: bytes.fromhex(key) for name, key in k.items()}) for i, k in raw["keys"].items()}
-    return Roster(raw["context"], keys, raw["threshold"])
+    return Roster(raw["context"], keys, raw["threshold"], raw.get("colluders", 0))
 
 
 def _derive(secret: bytes, *purpose: str | int) -> bytes:

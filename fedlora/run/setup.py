@@ -24,7 +24,7 @@ from fedlora.lora import LoRA
 from fedlora.messages.agreement import DATA, may_name
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
-from fedlora.privacy.secure_aggregation import FEWEST
+from fedlora.privacy.secure_aggregation import fewest_members
 
 from .client_ranks import ranks
 from .directory import RunDirectory
@@ -131,16 +131,18 @@ def _cohort(config: Config, clients: int) -> int:
         raise ConfigError(
             f"cohort = {config.cohort} is more than the {clients} clients there are; choose {clients} or fewer"
         )
-    fewest = FEWEST if config.secure.aggregation else 2
+    fewest = fewest_members(config.secure.colluders) if config.secure.aggregation else 2
     return config.cohort or min(max(fewest, clients // 5), clients)
 
 
 def _refuse_what_cannot_be_hidden(config: Config, cohort: int, clients: int) -> None:
     """Raise `PrivacyError` for what secure aggregation leaves no room for."""
-    if cohort < FEWEST:
+    fewest = fewest_members(config.secure.colluders)
+    if cohort < fewest:
         raise PrivacyError(
-            f"secure.aggregation hides a client among {FEWEST} or more, and {cohort} of {clients} would "
-            "be in a round; raise cohort, or have more clients"
+            f"secure.aggregation hides a client among {fewest} or more where {config.secure.colluders} may be in "
+            f"league with the server (secure.colluders), and {cohort} of {clients} would be in a round; raise cohort, "
+            "or have more clients"
         )
     if config.exactness:
         raise PrivacyError("exactness needs every client's update, which secure.aggregation hides; leave it out")

@@ -9,7 +9,7 @@ import torch
 
 from fedlora.client.secure_aggregation import SecAggClient
 from fedlora.errors import FailureKind, MaskedBefore, SecureError
-from fedlora.jobs import SecAggStep, Update
+from fedlora.jobs import Job, MaskingTerms, SecAggStep, Update
 from fedlora.run.plan import ResumePoint, RoundResult
 from fedlora.server.rounds import fit
 from fedlora.strategy import load
@@ -73,6 +73,23 @@ def test_a_second_mask_is_refused_in_the_same_attempt_too_before_anything_is_tra
     with pytest.raises(MaskedBefore):
         client.reply(SecAggStep("join", "round 1 (another)", round=0))
     assert client.reply(SecAggStep("join", "round 2 (one)", round=1)).keys() == {"sealing", "masking", "mark"}
+
+
+def test_a_client_masks_nothing_that_would_be_most_of_the_sum(tmp_path: Path) -> None:
+    terms = MaskingTerms(context="round 1", weight=0.6, reach=1.0, members=3, inbox={})
+    with pytest.raises(SecureError, match=r"client 0 would have 0.6 of the weight of round 1"):
+        SecAggClient(tmp_path, 0).refuse(Job(START, masking=terms))
+
+
+def test_a_client_joins_no_roster_that_one_other_and_the_server_could_undo(tmp_path: Path) -> None:
+    """Of five, three shares let two groups have one member alone in common, which reveals to both."""
+    clients = {i: SecAggClient(tmp_path / str(i), i) for i in range(5)}
+    said = {i: client.reply(SecAggStep("join", "round 1")) for i, client in clients.items()}
+    roster = {i: (s["sealing"], s["masking"], s["mark"]) for i, s in said.items()}
+    step = SecAggStep("share", "round 1", roster=roster, threshold=3)
+    with pytest.raises(SecureError, match="threshold is 3; of 5 members, take 4 to 5"):
+        clients[0].reply(step)
+    assert len(clients[0].reply(replace(step, threshold=4))) == 4
 
 
 def test_a_note_that_cannot_be_read_is_a_refusal(tmp_path: Path) -> None:

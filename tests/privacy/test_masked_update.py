@@ -73,5 +73,7 @@ def test_floats_go_through_a_round() -> None:
     sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
     vectors = {i: encode(x, weight=0.25, reach=1.0, members=4) for i, x in zip(members, draw, strict=True)}
     masked = mask(members, sealed, vectors)
-    total = unmask(cohort, add(masked), list(masked), {i: m.reveal(masked) for i, m in members.items()})
+    total = unmask(
+        cohort, add(masked), list(masked), {i: m.reveal(masked) for i, m in members.items()}, owners=list(members)
+    )
     np.testing.assert_allclose(decode(total, reach=1.0, members=4), draw.mean(0), rtol=0, atol=4 * 2.0**-30)

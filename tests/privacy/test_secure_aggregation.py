@@ -64,7 +64,7 @@ def serve(n: int, threshold: int, last: Collection[str]) -> tuple[Ring, Ring]:
     masked = mask(members, sealed, vectors)
     members = {i: again(m) for i, m in members.items()}
     revealed = {i: members[i].reveal(masked) for i in masked if did[i] == 3}
-    return unmask(cohort, add(masked), list(masked), revealed), add(vectors)
+    return unmask(cohort, add(masked), list(masked), revealed, owners=list(sealed)), add(vectors)
 
 
 @given(st.lists(st.sampled_from(STEPS + 4 * STEPS[3:]), min_size=3, max_size=7), st.integers(0, 2))
@@ -95,7 +95,9 @@ def test_a_hundred_thousand_numbers_of_ten_members_take_less_than_two_seconds() 
     members, cohort = joined(10)
     sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
     masked = mask(members, sealed, {i: x for i, x in vectors.items() if i > 11})  # two drop out
-    total = unmask(cohort, add(masked), list(masked), {i: members[i].reveal(masked) for i in masked})
+    total = unmask(
+        cohort, add(masked), list(masked), {i: members[i].reveal(masked) for i in masked}, owners=list(members)
+    )
     assert perf_counter() - start < 2
     np.testing.assert_array_equal(total, add({i: vectors[i] for i in masked}))
 
@@ -121,11 +123,15 @@ def test_the_server_is_refused_one_members_vector() -> None:
     members, cohort, _, masked = to_masked(4)
     revealed = {i: m.reveal(masked) for i, m in members.items()}
     with pytest.raises(SecureError, match="1 members revealed their shares, 3 must"):
-        unmask(cohort, masked[10], [10], {10: revealed[10]})
+        unmask(cohort, masked[10], [10], {10: revealed[10]}, owners=members)
     with pytest.raises(SecureError, match="not each within the next"):
-        unmask(cohort, masked[10], [10], revealed)
-    with pytest.raises(SecureError, match="shares revealed of 13 do not fit it"):  # shares of its self-mask
-        unmask(cohort, add(masked) - masked[13], [10, 11, 12], {i: revealed[i] for i in (10, 11, 12)})
+        unmask(cohort, masked[10], [10], revealed, owners=members)
+    with pytest.raises(
+        SecureError, match="shares that were revealed of member 13 fit its keys"
+    ):  # shares of its self-mask
+        unmask(
+            cohort, add(masked) - masked[13], [10, 11, 12], {i: revealed[i] for i in (10, 11, 12)}, owners=list(members)
+        )
 
 
 def test_a_vector_without_its_self_mask_is_still_masked() -> None:

@@ -200,6 +200,7 @@ def test_a_lost_ledger_is_missed_when_the_run_goes_on(private: tuple[Path, str],
         (["--dp-epsilon", "3", "--dp-level", "client", "--strategy", "flora"], "FLoRA needs every client's own update"),
         (["--secure.aggregation", "--strategy", "fedex_lora"], "FedEx-LoRA needs every client's own update"),
         (["--secure.aggregation", "--cohort", "2"], "secure.aggregation hides a client among 3 or more"),
+        (["--secure.aggregation", "--cohort", "3", "--secure.colluders", "2"], "a client among 4 or more where 2 may"),
         (["--dp-epsilon", "3", "--lora.kind", "dora"], "choose lora.kind = lora"),
     ],
 )

@@ -133,7 +133,7 @@ def test_who_drops_out_after_its_update_came_is_in_the_mean(tmp_path: Path) -> N
 
 
 def test_two_may_be_lost_at_different_steps(tmp_path: Path) -> None:
-    done = run(line(tmp_path, train=1, reveal=3), replace(PLAN, secure=SECURE))[0]
+    done = run(line(tmp_path, (RANK,) * 6, train=1, reveal=3), replace(PLAN, cohort=6, secure=SECURE))[0]
     assert set(done.failed) == {1}
 
 
