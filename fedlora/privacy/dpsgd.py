@@ -61,13 +61,27 @@ def add_noise(total: Tensor, *, deviation: float, random: SecureRandom) -> Tenso
 def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> type[PerExample]:
     """Return the engine of single gradients that the job names, or for `auto` the fastest that knows the model.
 
-    That is one pass, or Opacus's hooks where a trained layer is unknown to it.
+    That is one pass, or Opacus's hooks where a trained layer is unknown to it. Over weights of fewer than 32 bits it is
+    one record at a time: a record's gradient depends there, by rounding, on what else is in its micro-batch, which one
+    record more then moves by more than the clip. Raises `PrivacyError` for another engine over such weights.
     """
+    if not is_precise(model.net):
+        if privacy.engine not in ("auto", "one"):
+            raise PrivacyError(
+                f"dp.engine = {privacy.engine} over a base of fewer than 32 bits: records of one micro-batch move each "
+                "other's gradients by rounding; choose dp.engine = one (or auto), or model.dtype = float32"
+            )
+        return ENGINES["one"]
     if privacy.engine != "auto":
         return ENGINES[privacy.engine]
     trained = {id(p) for p in parameters}
     holders = {type(module) for module in model.net.modules() if _holds(module, trained)}
     return ENGINES["lora" if holders <= LAYERS.keys() else "hooks"]
+
+
+def is_precise(net: nn.Module) -> bool:
+    """Are all weights of 32 bits or more? Then what rounding takes is a millionth, whatever is in a batch."""
+    return all(p.dtype.itemsize >= 4 for p in net.parameters())
 
 
 def _holds(module: nn.Module, trained: Container[int]) -> bool:

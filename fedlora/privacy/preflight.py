@@ -64,7 +64,7 @@ class Probe:
     @property
     def precise(self) -> bool:
         """Are the weights of 32 bits or more?"""
-        return bool(self.model.net.dtype.itemsize >= 4)
+        return dpsgd.is_precise(self.model.net)
 
     def name(self, j: int) -> str:
         """Return the name of the module that holds parameter j."""
