@@ -211,7 +211,10 @@ def _unmask(fleet: Askable, secagg: SecAggRound, rules: MaskingRules) -> NDArray
         return read_shares(said, secagg.owners)
 
     revealed = _answers(late, fleet.ask(dict.fromkeys(survivors, ask)), read)
-    plain = unmask(roster, secagg.total, survivors, revealed, owners=secagg.owners)
+    try:
+        plain = unmask(roster, secagg.total, survivors, revealed, owners=secagg.owners)
+    except SecureError as e:  # all have answered, and what is missing are shares: no client's dropping out
+        raise e if isinstance(e, SumLost) else SumLost(str(e)) from e
     return decode(plain, reach=rules.reach, members=len(roster.keys))
 
 
