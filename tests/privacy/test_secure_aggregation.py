@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.errors import SecureError
 from fedlora.privacy import secure_aggregation
-from fedlora.privacy.secure_aggregation import Keys, Participant, Ring, Roster, unmask
+from fedlora.privacy.secure_aggregation import Keys, Participant, Ring, Roster, least_threshold, unmask
 
 ROUND = "run 7, round 3"
 STEPS = ("joined", "shared", "masked", "revealed")  # the last thing that a member did before it fell silent
@@ -257,6 +257,28 @@ def test_a_member_looks_for_itself_in_the_roster() -> None:
 def test_a_cohort_that_protects_nobody_is_refused(n: int, threshold: int, says: str) -> None:
     with pytest.raises(SecureError, match=says):
         joined(n, threshold)
+
+
+@pytest.mark.parametrize("colluders", range(5))
+def test_no_two_groups_with_a_threshold_each_have_colluders_alone_in_common(colluders: int) -> None:
+    """So nobody gets shares of both secrets of a member by telling one group that it stayed, the other that it left."""
+    for n in range(colluders + 2, 20):
+        threshold, honest = least_threshold(n, colluders=colluders), n - colluders
+        assert threshold <= n
+        assert not any(min(one, honest - one) + colluders >= threshold for one in range(honest + 1))
+
+
+def test_a_roster_of_five_whose_secrets_take_three_shares_is_refused_where_one_may_be_in_league() -> None:
+    """Member 14 hands the server its shares: with those of two groups, told otherwise, both secrets of 10 come out."""
+    members, cohort = joined(5, 3)
+    sealed: Sealed = {i: m.share(cohort) for i, m in members.items()}
+    mask(members, sealed, random(5))
+    spy = members[14].shares[10]
+    own = [spy.own, *(members[i].reveal([10, 11, 14])[10] for i in (10, 11))]
+    masking = [spy.masking, *(members[i].reveal([12, 13, 14])[10] for i in (12, 13))]
+    assert all(own) and all(masking) and len(own) == len(masking) == cohort.threshold
+    with pytest.raises(SecureError, match="threshold is 3; of 5 members, take 4 to 5"):
+        replace(cohort, colluders=1)
 
 
 @pytest.mark.parametrize(
