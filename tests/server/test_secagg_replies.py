@@ -147,7 +147,7 @@ def test_nobody_weighs_more_than_by_what_it_said_when_it_joined_the_run(tmp_path
 def test_a_client_with_most_examples_has_half_of_the_weight_at_most(tmp_path: Path) -> None:
     """With 240, 4 and 5 examples the sum would be the first one's update, but for 2 %."""
     where = small_model("bert")
-    rows = [rows[:n] for rows, n in zip([where.clients[0].train_rows * 40, *ROWS], (240, 4, 5), strict=True)]
+    rows = [rows[:n] for rows, n in zip([where.clients[0].train_rows * 60, *ROWS], (240, 4, 5), strict=True)]
     serial = Serial(where.model, [ClientData(where.model.encoder, r) for r in rows], (RANK,) * 3, tmp_path)
     fleet = Forged(Line(serial), "nothing", lambda x: x)
     done = next(fit(load("fedavg"), fleet, START, replace(PLAN, cohort=3, secure=SECURE)))

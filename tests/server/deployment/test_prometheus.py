@@ -90,7 +90,7 @@ RAISED = {  # file -> the kinds of the errors that it raises
     "client/policy.py": {"privacy"},
     "client/secure_aggregation.py": {"secure", "masked"},
     "fedlora/privacy/masked_update.py": {"privacy", "secure"},
-    "fedlora/privacy/secure_aggregation.py": {"secure"},
+    "fedlora/privacy/secure_aggregation.py": {"secure", "masked"},
     "client/ledger.py": {"privacy"},
     "fedlora/privacy/per_sample_gradients.py": {"privacy"},
     "fedlora/privacy/preflight.py": {"privacy"},
