@@ -12,7 +12,7 @@ GIVES_UP = "SSL/TLS handshake error detected"  # in the log of a SuperNode, whic
 ROUND = re.compile(r"^round (\d+) of (\d+):", re.MULTILINE)  # as the worker says it of a round that it has answered
 REFUSED = ("2004", "2001")  # Flower's codes for a key that is not known, and for one that is in use
 FORGETS = 70.0  # seconds after which the SuperLink takes a key again that was lost without a farewell
-LONGEST = 120.0  # seconds between two tries with a key that is refused
+SHORTEST, LONGEST = 10.0, 120.0  # seconds between two tries with a key that is refused
 FIRST = 60.0  # seconds of silence after which it is said again; the next time after twice as many
 
 
@@ -23,8 +23,8 @@ class ServerConnection:
         self._name, self._server = name, server
         self.gave_up = False  # the SuperNode that was started last, after which it hangs
         self._taken = False  # by the server, since the SuperNode was started last
-        self._refused = 0  # times, since the server took the key last
-        self._waited = 0.0  # seconds, between those times
+        self._pause = SHORTEST  # seconds before the next try with a key that was refused
+        self._waited = 0.0  # seconds of such pauses, since the server took the key last
         self._round: tuple[int, int] | None = None  # the last one that was answered here, and of how many
         self._silent_since: float | None = None
         self._told = FIRST  # seconds of silence after which it is said again
@@ -42,7 +42,7 @@ class ServerConnection:
 
     def _about(self, line: str) -> str:
         if TAKEN in line:
-            self._taken, self._refused, self._waited = True, 0, 0.0
+            self._taken, self._pause, self._waited = True, SHORTEST, 0.0
             self._silent_since, self._round = None, None
             return f"connected: {self._server} has taken the key of {self._name}, which takes part in its runs"
         if SILENT in line and self._silent_since is None:
@@ -89,12 +89,12 @@ class ServerConnection:
         return self._key_refused()  # with 401, at which a SuperNode ends with code 0
 
     def _key_refused(self) -> Restart:
-        pause = min(10.0 * 2**self._refused, LONGEST)
-        here = "" if self._waited > FORGETS else "was in use here less than a minute ago, "
-        self._refused += 1
-        self._waited += pause
+        may_be_forgotten = self._waited > FORGETS  # by then a key that was merely in use is taken again
+        self._pause = min(2 * self._pause, LONGEST) if may_be_forgotten else SHORTEST
+        here = "" if may_be_forgotten else "was in use here less than a minute ago, "
+        self._waited += self._pause
         return Restart(
             f"the server does not take this key: it {here}was removed or is not registered there, or another machine "
             "uses it now, or this machine's clock is wrong",
-            pause,
+            self._pause,
         )

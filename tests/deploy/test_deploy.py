@@ -151,13 +151,13 @@ def test_what_it_delivered_is_evaluated_and_exported_where_it_lies(resumed: Path
 
 
 def test_a_killed_client_is_missed_named_and_back(federation: Federation, resumed: Path) -> None:
-    client, server = federation.running[1], federation.server("killed", "--server.deadline", "30", "--rounds", "9")
+    client, server = federation.running[1], federation.server("killed", "--server.deadline", "30", "--rounds", "14")
     federation.until(lambda: federation.is_training(2, "killed", 2))
     kill_all(client)
     federation.client(2)
     assert server.wait(2 * SLOW) == 0, federation.everything()
     records = federation.records("killed")
-    assert len(records) == 9 and records[1]["answered"] == 2 and list(records[1]["failed"]) == ["1"]
+    assert len(records) == 14 and records[1]["answered"] == 2 and list(records[1]["failed"]) == ["1"]
     assert records[-1]["answered"] == 3
     assert (federation.folder / "killed" / "adapter" / "adapter_model.safetensors").exists()
 
@@ -177,7 +177,7 @@ def test_a_client_that_was_killed_and_is_back_before_it_was_missed_holds_no_roun
     """The ServerApp is stopped while the last heartbeat runs out, so that it sees the node before and after it."""
     client, server, run = (
         federation.running[2],
-        federation.server("silent", "--rounds", "4"),
+        federation.server("silent", "--rounds", "3"),
         federation.folder / "silent",
     )
     federation.until(lambda: federation.is_training(3, "silent", 2))
@@ -195,7 +195,7 @@ def test_a_client_that_was_killed_and_is_back_before_it_was_missed_holds_no_roun
         for pid in apps:
             os.kill(pid, signal.SIGCONT)
     assert server.wait(SLOW) == 0, federation.everything()
-    assert [record["answered"] for record in federation.records("silent")] == [3, 3, 3, 3]
+    assert [record["answered"] for record in federation.records("silent")] == [3, 3, 3]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.errors import WireError
-from fedlora.lora import SIDES, LoRA
+from fedlora.lora import SIDES, LoRA, map_factors
 from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.compression import compress, compress_with_error_feedback
@@ -20,6 +20,7 @@ from fedlora.metrics import Metrics
 from fedlora.sections import Encoding, Training
 from fedlora.server import upload_checks
 from fedlora.strategy import Client, Job, Update
+from fedlora.svd import at_least_float32
 from fedlora.tensors import number_bytes, to_bytes
 from tests.support.adapters import factors
 
@@ -78,14 +79,15 @@ def test_a_job_comes_back_as_it_was(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_update_comes_back_in_its_own_type(dtype: torch.dtype) -> None:
+def test_an_update_comes_back_with_its_numbers_in_the_type_of_the_state(dtype: torch.dtype) -> None:
+    """A state is of float32 at least, and an update travels in the type it has."""
     job = Job(factors(1, dtype=dtype), shares="AH")
     update = Update(factors(2, dtype=dtype).only("AH"), 17, 0.1)
     records = codec.pack_update(update, 0)
     back = upload_checks.validated_update(unpack(records), job)
     assert isinstance(back, Update)
     assert (
-        equal(back.lora, update.lora)
+        equal(back.lora, map_factors(at_least_float32, update.lora))
         and order(back.lora) == order(job.start.only("AH"))
         and (back.examples, back.loss) == (17, 0.1)
     )

@@ -69,7 +69,7 @@ def test_a_damaged_run_is_resumed_to_the_same_run(
     ("name", "how", "says"),
     [
         ("config.toml", "folder", r"config\.toml .* could not be written: Is a directory; .*: remove that folder"),
-        ("rounds.jsonl", "folder", r"rounds\.jsonl .* could not be written: Is a directory; .*: remove that folder"),
+        ("rounds.jsonl", "folder", r"rounds\.jsonl cannot be read: Is a directory; remove it, and resume"),
         ("run", "folder", r"run .* could not be written: Is a directory; .*: remove that folder"),
     ],
 )

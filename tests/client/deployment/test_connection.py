@@ -55,10 +55,12 @@ def test_a_server_that_is_away_after_the_last_round_has_ended_its_run(connection
     assert "its run has ended, after round 3 of 3; waiting for its next run" in connection.news(SILENT)[0]
 
 
-def test_a_key_that_is_refused_is_tried_ever_rarer(connection: ServerConnection, tmp_path: Path) -> None:
+def test_a_key_that_is_refused_is_tried_ever_rarer_once_it_cannot_be_merely_in_use(
+    connection: ServerConnection, tmp_path: Path
+) -> None:
     node = ended(REFUSED, tmp_path / "log")
-    refusals = [connection.ended(node) for _ in range(6)]
-    assert [r.pause for r in refusals] == [10, 20, 40, 80, 120, 120]
+    refusals = [connection.ended(node) for _ in range(13)]
+    assert [r.pause for r in refusals] == [10] * 8 + [20, 40, 80, 120, 120]
     assert "less than a minute ago" in refusals[0].reason and "less than a minute ago" not in refusals[-1].reason
     assert all("was removed or is not registered there" in r.reason for r in refusals)
     connection.news(TAKEN)
