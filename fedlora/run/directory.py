@@ -96,8 +96,9 @@ class RunDirectory:
     def config(self) -> dict[str, Any]:
         """The settings of the run that lies here, as dotted keys.
 
-        Where config.toml cannot be read they are taken from the checkpoint. Raises `ConfigError` where there is
-        neither, and where config.toml has another value of what the finished rounds rest on.
+        Where config.toml cannot be read they are taken from the checkpoint, and so are those that it lacks, as it was
+        written with all of them. Raises `ConfigError` where there is neither, and where config.toml has another value
+        of what the finished rounds rest on.
         """
         path = self.path / "config.toml"
         before: dict[str, Any] = dict(checkpoint.begun_with(self.checkpoints).get("settings", {}))
@@ -112,10 +113,13 @@ class RunDirectory:
             if not path.exists():
                 raise ConfigError(f"{self.path} is no run directory: it has no config.toml") from e
             raise
+        if before.keys() - found.keys():
+            log.warning("%s lacks settings that the run had; they are taken from the checkpoint", path)
+        found = before | found
         for key in config.bound_keys(before):
-            if found.get(key) != before[key]:
+            if found[key] != before[key]:
                 raise ConfigError(
-                    f"{path} has {key} = {found.get(key)}, and the finished rounds had {before[key]}; put that back, "
+                    f"{path} has {key} = {found[key]}, and the finished rounds had {before[key]}; put that back, "
                     "or remove the file: the checkpoint has its settings"
                 )
         return {"data.split": "sample"} | found  # version 0.1 had no other, and no such setting

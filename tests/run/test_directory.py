@@ -47,7 +47,6 @@ def copy(begun: Path, tmp_path: Path) -> Path:
     ("name", "how"),
     [
         ("run", "random"),
-        ("config.toml", "truncated"),
         ("config.toml", "emptied"),
         ("rounds.jsonl", "random"),
         ("rounds.jsonl", "emptied"),
@@ -77,6 +76,18 @@ def test_or_it_says_in_one_sentence_what_to_do(name: str, how: str, says: str, b
     with pytest.raises((CheckpointError, ConfigError), match=says) as error:
         resume(damaged_copy(begun, tmp_path / "run", name, how))
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_which_a_part_is_lost_are_those_of_the_checkpoint_or_one_sentence(copy: Path) -> None:
+    """Wherever the file is cut off; in the middle of a number it may have another value, which is told."""
+    toml, whole = copy / "config.toml", RunDirectory(copy).config()
+    content = toml.read_bytes()
+    for end in range(0, len(content), 11):
+        toml.write_bytes(content[:end])
+        try:
+            assert RunDirectory(copy).config() == whole
+        except ConfigError as e:
+            assert "\n" not in str(e) and "config.toml has " in str(e)
 
 
 def test_settings_that_the_finished_rounds_rest_on_cannot_be_edited(copy: Path) -> None:
