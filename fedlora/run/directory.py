@@ -96,9 +96,9 @@ class RunDirectory:
     def config(self) -> dict[str, Any]:
         """The settings of the run that lies here, as dotted keys.
 
-        Where config.toml cannot be read they are taken from the checkpoint, and so are those that it lacks, as it was
-        written with all of them. Raises `ConfigError` where there is neither, and where config.toml has another value
-        of what the finished rounds rest on.
+        Where config.toml cannot be read, or lacks some of them, they are taken from the checkpoint: the file was
+        written with all of them, so the last one that is left of it may be cut too. Raises `ConfigError` where there
+        is neither, and where config.toml has another value of what the finished rounds rest on.
         """
         path = self.path / "config.toml"
         before: dict[str, Any] = dict(checkpoint.begun_with(self.checkpoints).get("settings", {}))
@@ -113,9 +113,9 @@ class RunDirectory:
             if not path.exists():
                 raise ConfigError(f"{self.path} is no run directory: it has no config.toml") from e
             raise
-        if before.keys() - found.keys():
-            log.warning("%s lacks settings that the run had; they are taken from the checkpoint", path)
-        found = before | found
+        if lacks := sorted(before.keys() - found.keys()):
+            log.warning("%s lacks %s, which the run had; all settings are taken from the checkpoint", path, lacks[0])
+            found = before
         for key in config.bound_keys(before):
             if found[key] != before[key]:
                 raise ConfigError(

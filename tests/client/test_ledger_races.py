@@ -14,8 +14,7 @@ import pytest
 
 from fedlora.client.runner import JobRunner
 from fedlora.errors import PrivateJobFailed
-from fedlora.jobs import Charge, Update
-from fedlora.privacy.accounting import epsilon
+from fedlora.jobs import Update
 from fedlora.privacy.dpsgd import STANDARD
 from fedlora.sections import Training
 from fedlora.strategy import Job
@@ -23,12 +22,13 @@ from tests.client.test_ledger import NONE, TERMS, opened, update
 from tests.client.test_runner import SMALL, job, runner
 
 RACES = 150
-FORK = get_context("fork")  # what the tests have loaded need not be loaded again
+PROCESSES = get_context("forkserver")  # a process without threads loads this module once, and each is a fork of it
+PROCESSES.set_forkserver_preload([__name__, "tests.support.remembered_epsilon"])
 
 
 def in_process(work: Callable[..., None], *args: Any) -> int:
     """Do the work in a process of its own; return its exit code."""
-    process = FORK.Process(target=work, args=args)
+    process = PROCESSES.Process(target=work, args=args)
     process.start()
     process.join()
     return process.exitcode or 0
@@ -43,8 +43,8 @@ def race(folder: Path, name: str, start: Barrier) -> None:
 
 
 def test_two_processes_on_one_ledger_lose_no_charge(tmp_path: Path) -> None:
-    start = FORK.Barrier(2)
-    racers = [FORK.Process(target=race, args=(tmp_path, name, start)) for name in ("a", "b")]
+    start = PROCESSES.Barrier(2)
+    racers = [PROCESSES.Process(target=race, args=(tmp_path, name, start)) for name in ("a", "b")]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -65,8 +65,8 @@ def send(folder: Path, answer: Update) -> None:
 
 
 def test_a_job_that_two_processes_are_sent_has_one_answer_and_one_charge(tmp_path: Path) -> None:
-    start = FORK.Barrier(2)
-    workers = [FORK.Process(target=do_at_once, args=(tmp_path, start)) for _ in range(2)]
+    start = PROCESSES.Barrier(2)
+    workers = [PROCESSES.Process(target=do_at_once, args=(tmp_path, start)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -113,8 +113,6 @@ def _failing(client: JobRunner) -> JobRunner:
 def test_a_client_that_is_killed_at_any_write_never_sends_more_than_it_was_charged_for(
     tmp_path: Path, failing: bool
 ) -> None:
-    for n in (1, 2, 3):
-        epsilon([Charge(noise=1.0, rate=0.5, steps=2)] * n, delta=1e-3)  # remembered by the processes below
     for write in count(1):
         folder = tmp_path / str(write)
         folder.mkdir()

@@ -78,16 +78,13 @@ def test_or_it_says_in_one_sentence_what_to_do(name: str, how: str, says: str, b
     assert "\n" not in str(error.value)
 
 
-def test_settings_of_which_a_part_is_lost_are_those_of_the_checkpoint_or_one_sentence(copy: Path) -> None:
-    """Wherever the file is cut off; in the middle of a number it may have another value, which is told."""
+def test_settings_of_which_a_part_is_lost_are_those_of_the_checkpoint(copy: Path) -> None:
+    """Wherever the file is cut off, in the middle of a number too."""
     toml, whole = copy / "config.toml", RunDirectory(copy).config()
     content = toml.read_bytes()
-    for end in range(0, len(content), 11):
+    for end in range(len(content) - 1):
         toml.write_bytes(content[:end])
-        try:
-            assert RunDirectory(copy).config() == whole
-        except ConfigError as e:
-            assert "\n" not in str(e) and "config.toml has " in str(e)
+        assert RunDirectory(copy).config() == whole, content[:end][-20:]
 
 
 def test_settings_that_the_finished_rounds_rest_on_cannot_be_edited(copy: Path) -> None:
