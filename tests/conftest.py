@@ -13,6 +13,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 FIRST = ("test_deploy.py",)  # minutes of waiting for real processes, beside which the other files are done
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: the process that has the deployed runs mostly waits for them."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest go first, so that no core is idle at the end."""
     items.sort(key=lambda item: item.path.name not in FIRST)

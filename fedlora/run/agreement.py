@@ -14,7 +14,7 @@ def agreement_for_clients(setup: RunSetup) -> RunAgreement:
     """What the server of this run says to its clients that it will ask of them."""
     flat = configuration.flatten(setup.config) | {"model.path": _model_name(setup.config.model.path)}
     plain = {key: ", ".join(value) if isinstance(value, list) else value for key, value in flat.items()}
-    trains, shares = sides(compose(setup.config, setup.start, setup.ranks))
+    trains, shares = sides(compose(setup.config, setup.start, setup.ranks), setup.config.rounds)
     return RunAgreement(settings=agreed_settings(plain), trains=trains, shares=shares, base=setup.model.fingerprint)
 
 

@@ -283,7 +283,8 @@ def so_far(records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
         return ""
     up, down = (sum(record[key] for record in records) for key in ("bytes_up", "bytes_down"))
-    taken = f"so far: {len(records)} rounds in {seconds_of(records):.0f} s, {size(up)} up, {size(down)} down"
+    rounds = f"{len(records)} round{'s' * (len(records) > 1)}"
+    taken = f"so far: {rounds} in {seconds_of(records):.0f} s, {size(up)} up, {size(down)} down"
     return f"{taken}; {spending(records)}" if newest(records, "epsilon") else taken
 
 

@@ -1,4 +1,4 @@
-"""The sides of the adapter that a strategy may ever have trained, and sent back: a few of its rounds are played."""
+"""The sides of the adapter that a strategy may ever have trained, and sent back: its rounds are played beforehand."""
 
 from typing import Any
 
@@ -7,29 +7,30 @@ import torch
 from fedlora.lora import SIDES, LoRA
 from fedlora.strategy import Client, Sender, Strategy, next_state
 
-ROUNDS = 4  # played; a strategy that takes turns with the sides has been through them by then
+MOST_ROUNDS = 100  # that are played
 EVERY = "".join(side for side in SIDES if side != "D")
 
 
-def sides(strategy: Strategy[Any]) -> tuple[str, str]:
-    """The sides that clients train and those that they send, in any round, by their letters.
+def sides(strategy: Strategy[Any], rounds: int = MOST_ROUNDS) -> tuple[str, str]:
+    """The sides that clients train and those that they send, in any of a run's rounds, by their letters.
 
-    A strategy that fails on the made-up factors, as one of a user's own may, is taken to want every side.
+    A job that asks for another side is refused by the clients that agreed to these: so is one of a strategy that
+    first changes its sides after `MOST_ROUNDS`, or that chooses them by what the clients' real factors are. A strategy that fails on the made-up factors, as one of a user's own may, is taken to want every side.
     """
     try:
-        played = _play(strategy)
+        played = _play(strategy, min(rounds, MOST_ROUNDS))
     except Exception:  # whatever a user's strategy raises
         return EVERY, EVERY
     return played
 
 
-def _play(strategy: Strategy[Any]) -> tuple[str, str]:
-    """The union of the sides of some rounds' jobs, on an adapter with one small module."""
+def _play(strategy: Strategy[Any], rounds: int) -> tuple[str, str]:
+    """The union of the sides of so many rounds' jobs, on an adapter with one small module."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator)
     state = strategy.init(LoRA({"m": a}, {"m": b}, {"head": torch.ones(2)}))
     trained, shared = set[str](), set[str]()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         job = strategy.client_init(state, Client(id=0, examples=1, rank=2))
         trained |= {*job.trains}
         shared |= {*job.shares}

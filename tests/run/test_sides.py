@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from fedlora.lora import LoRA
 from fedlora.run.sides import sides
@@ -27,6 +28,29 @@ def test_they_hold_those_of_the_first_round(entry: object) -> None:
     trains, shares = sides(entry.default)  # type: ignore[attr-defined]
     first = entry.sides  # type: ignore[attr-defined]
     assert {*first[0]} <= {*trains} and {*first[1]} <= {*shares}
+
+
+@dataclass(frozen=True)
+class HeadLast(Strategy[int]):
+    """It trains A and B for nine rounds and the head from then on, as a user's own may."""
+
+    def init(self, lora: LoRA) -> int:
+        return 0
+
+    def client_init(self, state: int, client: Client) -> Job:
+        sides = "AB" if state < 9 else "H"
+        return Job(self.adapter(state), trains=sides, shares=sides)
+
+    def aggregate(self, state: int, updates: Sequence[LoRA], weights: Sequence[float]) -> int:
+        return state + 1
+
+    def adapter(self, state: int) -> LoRA:
+        return LoRA({"m": torch.ones(2, 6)}, {"m": torch.ones(5, 2)}, {"head": torch.ones(2)})
+
+
+@pytest.mark.parametrize(("rounds", "found"), [(9, "AB"), (10, "ABH")])
+def test_turns_of_many_rounds_are_seen_as_far_as_the_run_goes(rounds: int, found: str) -> None:
+    assert sides(HeadLast(), rounds) == (found, found)
 
 
 @dataclass(frozen=True)
