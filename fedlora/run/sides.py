@@ -15,7 +15,8 @@ def sides(strategy: Strategy[Any], rounds: int = MOST_ROUNDS) -> tuple[str, str]
     """The sides that clients train and those that they send, in any of a run's rounds, by their letters.
 
     A job that asks for another side is refused by the clients that agreed to these: so is one of a strategy that
-    first changes its sides after `MOST_ROUNDS`, or that chooses them by what the clients' real factors are. A strategy that fails on the made-up factors, as one of a user's own may, is taken to want every side.
+    first changes its sides after `MOST_ROUNDS`, or that chooses them by what the clients' real factors are. A strategy
+    that fails on the made-up factors, as one of a user's own may, is taken to want every side.
     """
     try:
         played = _play(strategy, min(rounds, MOST_ROUNDS))
