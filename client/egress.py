@@ -16,7 +16,7 @@ from fedlora.client.policy import ClientPolicy
 from fedlora.errors import Failure, PolicyRefusal, ReasonCode, WireError
 from fedlora.jobs import Job, SecAggStep
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
-from fedlora.messages.codec import CONFUSION, MASKED, SCALES, IncomingJob
+from fedlora.messages.codec import MASKED, SCALES, IncomingJob, is_table
 from fedlora.messages.envelope import RawMessage, read_either, read_head, stamp, unpack
 from fedlora.models.model import Model
 from fedlora.privacy.masked_update import layout, size
@@ -116,9 +116,8 @@ def _metrics(head: MetricsHead, content: bytes | None, job: Job, policy: ClientP
     if not policy.metrics:
         raise _kept_back("it has metrics, and dp.metrics is not set here")
     found = forms(content) if content is not None else {}
-    square = [shape for dtype, shape in found.values() if dtype == "I64" and len(shape) == 2 and shape[0] == shape[1]]
-    if found and (found.keys() != {CONFUSION} or not square):
-        raise _kept_back(f"its metrics come with {_listed(found)}, not with a table of counts alone")
+    if len(found) > 1 or not all(is_table(name, dtype, shape) for name, (dtype, shape) in found.items()):
+        raise _kept_back(f"its metrics come with {_listed(found)}, not with a table of sums alone")
     return {"what": "metrics", "round": job.round + 1, "examples": head.examples}
 
 

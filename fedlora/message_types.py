@@ -219,7 +219,7 @@ class UpdateHead:
 
 @checked(frozen=True, config=STRICT)
 class MetricsHead:
-    """Metrics without the confusion of a classifier."""
+    """Metrics without their table of sums."""
 
     examples: Some
     targets: Some

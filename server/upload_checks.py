@@ -14,19 +14,19 @@ from fedlora.errors import WireError
 from fedlora.jobs import Client, CompressedUpdate, Job, Update
 from fedlora.lora import SIDES, LoRA, at_least_float32, map_factors
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
-from fedlora.messages.codec import CONFUSION, MASKED, SCALES
+from fedlora.messages.codec import MASKED, SCALES, is_table
 from fedlora.messages.compression import restore
 from fedlora.messages.envelope import RawMessage, read_either, read_head, reading
 from fedlora.messages.parts import content_hash
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
 from fedlora.server.step_limits import check_norm, update_norm
-from fedlora.tensors import from_bytes, to_adapter
+from fedlora.tensors import forms, from_bytes, to_adapter
 
 MOST_HEAD = 2**16  # characters of a head, but for names of parts
 MOST_SAID = 8 * 2**20  # of one that has other members' shares in it
 MOST_COMMAS = 2**17  # in a head: each may part values that are all wrong, at 200 bytes and 10 us an error
-MOST_METRICS = 64 * 2**20  # bytes of counts: 2896 classes by as many
+MOST_METRICS = 64 * 2**20  # bytes of a table: the counts of 2896 classes by as many
 FLOATS = "float32", "float64", "bfloat16", "float16"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -62,8 +62,8 @@ def read_metrics(message: RawMessage, job: Job | None = None) -> Metrics | Missi
     head = read_either(message, MetricsHead, MissingParts)
     if isinstance(head, MissingParts):
         return _checked_missing(head, message)
-    table = None if message.numbers is None else _confusion(message.numbers)
-    return Metrics(head.examples, head.targets, head.loss, head.correct, table)
+    tables = {} if message.numbers is None else _tables(message.numbers)
+    return Metrics(head.examples, head.targets, head.loss, head.correct, **tables)
 
 
 @reading("an introduction")
@@ -189,17 +189,21 @@ def _check_finite(lora: LoRA) -> None:
             raise WireError(f"an update's {s} of {m} has a number that is not finite")
 
 
-def _confusion(content: bytes) -> Tensor:
-    """The confusion of a classifier: (classes, classes) counts."""
+def _tables(content: bytes) -> dict[str, Tensor]:
+    """The table of sums that metrics bring, by the name of its field."""
     tensors = from_bytes(content, MOST_HEAD)
-    if {name: (t.dtype, t.dim()) for name, t in tensors.items()} != {CONFUSION: (torch.int64, 2)}:
-        raise WireError(f"metrics came with {_words(tensors)}; they take counts in int64, called {CONFUSION}")
-    table = tensors[CONFUSION]
-    if table.shape[0] != table.shape[1]:
-        raise WireError(f"metrics came with counts of shape {tuple(table.shape)}; they take a row and a column a class")
-    if bool((table < 0).any()):
-        raise WireError("metrics came with a count below zero")
-    return table
+    found = forms(content)
+    if len(found) != 1 or not all(is_table(name, dtype, shape) for name, (dtype, shape) in found.items()):
+        raise WireError(
+            f"metrics came with {_words(tensors)}; they take the counts of a classifier or of several labels, or the "
+            "sums of a regression"
+        )
+    for name, table in tensors.items():
+        if table.is_floating_point() and not bool(torch.isfinite(table).all()):
+            raise WireError(f"metrics came with a number in {name} that is not finite")
+        if not table.is_floating_point() and bool((table < 0).any()):
+            raise WireError("metrics came with a count below zero")
+    return tensors
 
 
 def _checked_missing(head: MissingParts, message: RawMessage) -> MissingParts:

@@ -20,6 +20,7 @@ PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "outp
 KINDS = {"lm": ("chat", "response", "text"), "classify": ("label",), "image": ("image",)}  # by model.task
 NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
 NEEDS |= {"image": "data.image and data.label"}
+Target = Literal["class", "number", "labels"]  # one class of several, a number, or any of several labels
 MOST_COLUMNS = {"chat": 1, "response": 2, "image": 2, "label": 3, "text": 1}  # that a kind can have
 
 
@@ -30,11 +31,17 @@ class Schema:
     kind: Literal["text", "response", "chat", "label", "image"]
     columns: tuple[str, ...]  # (text,), (prompt, response), (messages,), (text[, text2], label) or (image, label)
     labels: tuple[str, ...] = ()  # class names in order, of "label" and "image"
+    target: Target = "class"  # what the label column holds, of "label" and "image"
+
+    @property
+    def has_head(self) -> bool:
+        """Does a model need a head of its own for these data, beside its backbone?"""
+        return self.kind in ("label", "image")
 
     @property
     def label_column(self) -> str | None:
-        """The column that holds the class, if the data have one."""
-        return self.columns[-1] if self.kind in ("label", "image") else None
+        """The column that holds what a head is to learn, if the data have one."""
+        return self.columns[-1] if self.has_head else None
 
     def classes(self) -> dict[str, int]:
         """Class numbers by the strings that stand for them in the data: the name, or the number if no name is one."""

@@ -25,7 +25,7 @@ from .agreement import RunAgreement
 from .envelope import RawMessage, as_array, build, pack, read_head
 from .parts import FlatAdapter, content_hash, job_hash, part_names
 
-CONFUSION, MASKED = "confusion", "masked"  # names of tensors that are no matrix of an adapter
+MASKED = "masked"  # the name of a tensor that is no matrix of an adapter
 SCALES = "scales "  # before the name of a matrix, the name of its rows' scales
 PLAIN = (  # the fields of a Job that its head carries as they are
     *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "privacy", "masking", "metrics"),
@@ -150,10 +150,17 @@ def pack_secagg_reply(said: Mapping[str, str]) -> RecordDict:
 
 
 def pack_metrics(metrics: Metrics) -> RecordDict:
-    """The message of metrics, in which the confusion of a classifier is the array."""
+    """The message of metrics, in which their table of sums is the array, if they have one."""
     head = build(MetricsHead, metrics.examples, metrics.targets, metrics.loss, metrics.correct)
-    table = metrics.confusion
-    return pack(head, None if table is None else as_array(to_bytes({CONFUSION: table})))
+    tables = metrics.tables()
+    return pack(head, as_array(to_bytes(tables)) if tables else None)
+
+
+def is_table(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Is this a table that metrics may bring: one of its name, number type (as safetensors has it) and shape?"""
+    rows = shape[:1]
+    forms = {"confusion": ("I64", (*rows, *rows)), "label_counts": ("I64", (*rows, 3)), "moments": ("F64", (5,))}
+    return forms.get(name) == (dtype, shape) and len(rows) == 1
 
 
 def pack_missing_parts(lacks: MissingParts) -> RecordDict:

@@ -37,7 +37,7 @@ def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequen
     `new` are the modules that the checkpoint lacks, to be learned from nothing. Raises `ModelError` if the model cannot
     take this adapter.
     """
-    heads = _heads(net, new) if schema.labels else []
+    heads = _heads(net, new) if schema.has_head else []
     modules, targets = _targets(net, lora.targets, heads)
     _check(lora, modules)
     config = _config(lora, modules, seed)

@@ -50,6 +50,11 @@ def fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_encoder_decoder(net: Any) -> bool:
+    """Has the model an encoder for what is given, and a decoder for what is learned?"""
+    return bool(getattr(net.config, "is_encoder_decoder", False))
+
+
 def device(config: ModelConfig) -> torch.device:
     """The device that the model runs on: `model.device`, or with "auto" the GPU if there is one."""
     if config.device != "auto":
@@ -101,7 +106,7 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
     if schema.kind != "image":
         _pad(net, processor)
     new = _new_modules(info)
-    if new and not schema.labels:
+    if new and not schema.has_head:
         raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(new)}")
     return net, processor, new
 

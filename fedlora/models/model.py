@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from fedlora.sections import LoRAConfig, ModelConfig
 
 from . import adapter, base_model
 from .adapter import NAME, PREFIX
+from .objectives import objective
 from .offset import Offset
 
 REFUSALS = {
@@ -41,6 +41,7 @@ class Model:
         self.device = base_model.device(config)
         net, self.processor, new = base_model.load_base_model(config, schema, seed)
         self.fingerprint = base_model.fingerprint(net)
+        self.objective = objective(schema, is_encoder_decoder=base_model.is_encoder_decoder(net))
         self.net = adapter.attach_adapter(net, lora, schema, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
@@ -108,7 +109,7 @@ class Model:
         shape: Any = self.net.config
         tokens = batch_size * (_patches(shape) if self.schema.kind == "image" else self.encoder.max_length)
         width = getattr(shape, "hidden_size", 0) * getattr(shape, "num_hidden_layers", 0)
-        scores = 0 if self.schema.labels else 8 * shape.vocab_size
+        scores = 0 if self.schema.has_head else 8 * shape.vocab_size
         return int(tokens * (17 * width * self.net.dtype.itemsize + scores))
 
     def get_adapter(self) -> LoRA:
@@ -158,48 +159,33 @@ class Model:
         return chosen
 
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Scores and targets, flat: (n, classes or vocabulary) and (n,), where a target of -100 does not count."""
+        """Scores and targets, a row for each target; of tokens, a target of -100 does not count."""
         inputs = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
-        labels = batch["labels"].to(self.device)
         scores = self.net(**inputs).logits.float()
-        if self.schema.labels:
-            return scores, labels
-        return scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return self.objective.aligned(scores, batch["labels"].to(self.device))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy summed over the targets of a batch."""
-        scores, targets = self.logits(batch)
-        return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
+        """The loss summed over the targets of a batch."""
+        return self.objective.losses(*self.logits(batch)).sum()
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Each example's mean cross-entropy over its own targets: (examples,)."""
+        """Each example's mean loss over its own targets: (examples,)."""
         scores, targets = self.logits(batch)
-        by_target = F.cross_entropy(scores, targets, ignore_index=-100, reduction="none").view(len(batch["labels"]), -1)
-        return by_target.sum(1) / (targets != -100).view(by_target.shape).sum(1).clamp(min=1)
+        by_target = self.objective.losses(scores, targets).view(len(batch["labels"]), -1)
+        return by_target.sum(1) / self.objective.counted(targets).view(by_target.shape).sum(1).clamp(min=1)
 
     def targets(self, examples: Sequence[Example]) -> int:
         """The count of predictions that these examples ask for."""
-        if self.schema.labels:
-            return len(examples)
-        return sum(int((e["labels"][1:] != -100).sum()) for e in examples)
+        return sum(map(self.objective.count, examples))
 
     @torch.no_grad()
     def metrics(self, examples: Sequence[Example], batch_size: int = 32) -> Metrics:
-        """Loss and accuracy of the model with its present adapter on these examples."""
+        """How good the model with its present adapter is on these examples."""
         self.net.eval()
-        classes = len(self.schema.labels)
-        total = Metrics(0, 0, 0.0, 0, torch.zeros(classes, classes, dtype=torch.int64) if classes else None)
+        total = Metrics(0, 0, 0.0, 0)
         for batch in _by_length(examples, batch_size):
             scores, targets = self.logits(self.encoder.collate(batch))
-            counts = targets != -100
-            scores, targets = scores[counts], targets[counts]
-            guess = scores.argmax(-1)
-            loss = float(F.cross_entropy(scores, targets, reduction="sum"))
-            confusion = None
-            if classes:
-                pairs = torch.bincount(targets * classes + guess, minlength=classes**2)
-                confusion = pairs.view(classes, classes).cpu()
-            total += Metrics(len(batch), len(targets), loss, int((guess == targets).sum()), confusion)
+            total += self.objective.metrics(scores, targets, examples=len(batch))
         return total
 
     def _set_scales_and_cores(self, cores: Side, gain: Mapping[str, float]) -> None:

@@ -137,6 +137,11 @@ WRONG = {
         JOB,
         {},
     ),
+    "scores of single examples": (
+        envelope.pack(MetricsHead(4, 9, 0.5, 3), as_array(to_bytes({"pairs": torch.ones(2, 2).double()}))),
+        JOB,
+        {},
+    ),
     "parts that no job named": (
         codec.pack_missing_parts(MissingParts(("ab" * 32,))),
         codec.read_job(envelope.unpack(message(JOB))),
@@ -172,6 +177,8 @@ def test_whatever_else_is_in_an_answer_is_kept_back(records: RecordDict, to: Any
         (update({"masked": torch.zeros(size(MASKED), dtype=torch.int32)}), MASKED),
         (update({n: t.bfloat16() for n, t in NUMBERS.items()}), replace(JOB, upload="bfloat16")),
         (codec.pack_metrics(Metrics(4, 9, 0.5, 3, torch.ones(2, 2, dtype=torch.int64))), JOB),
+        (codec.pack_metrics(Metrics(4, 9, 0.5, 3, label_counts=torch.ones(2, 3, dtype=torch.int64))), JOB),
+        (codec.pack_metrics(Metrics(4, 9, 0.5, 0, moments=torch.ones(5, dtype=torch.float64))), JOB),
         (codec.pack_client(Client(0, 4, 2), "ab"), None),
         (codec.pack_secagg_reply({"1": "ab"}), SecAggStep("share", "round 1 (a)")),
     ],

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fedlora.errors import WireError
 from fedlora.lora import SIDES, LoRA, map_factors
-from fedlora.message_types import MissingParts
+from fedlora.message_types import MetricsHead, MissingParts
 from fedlora.messages import codec
 from fedlora.messages.compression import compress, compress_with_error_feedback
-from fedlora.messages.envelope import as_array, unpack
+from fedlora.messages.envelope import as_array, pack, unpack
 from fedlora.messages.parts import Parts, PartTracker, content_hash, unflatten
 from fedlora.metrics import Metrics
 from fedlora.sections import Encoding, Training
@@ -94,14 +94,47 @@ def test_an_update_comes_back_with_its_numbers_in_the_type_of_the_state(dtype: t
     assert len(arrays(records)) == 1
 
 
+TABLES = {
+    "lm": {},
+    "classify": {"confusion": torch.arange(9).view(3, 3)},
+    "several labels": {"label_counts": torch.arange(12).view(4, 3)},
+    "regression": {"moments": torch.tensor([1.0, -2.0, 3.0, 4.0, 0.5], dtype=torch.float64)},
+}
+
+
 @pytest.mark.parametrize("loss", [1.5, 1e6])
-@pytest.mark.parametrize("table", [None, torch.arange(9).view(3, 3)], ids=["lm", "classify"])
-def test_metrics_come_back(loss: float, table: torch.Tensor | None) -> None:
-    back = upload_checks.read_metrics(unpack(codec.pack_metrics(Metrics(4, 9, loss, 3, table))))
+@pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
+def test_metrics_come_back(loss: float, tables: dict[str, torch.Tensor]) -> None:
+    back = upload_checks.read_metrics(unpack(codec.pack_metrics(Metrics(4, 9, loss, 3, **tables))))
     assert isinstance(back, Metrics)
     assert (back.examples, back.targets, back.loss, back.correct) == (4, 9, loss, 3)
-    assert (back.confusion is None) == (table is None)
-    assert table is None or torch.equal(back.confusion, table)  # type: ignore[arg-type]
+    assert back.tables().keys() == tables.keys()
+    assert all(torch.equal(back.tables()[name], table) for name, table in tables.items())
+
+
+def test_numbers_and_predictions_of_single_examples_do_not_travel() -> None:
+    metrics = Metrics(2, 2, 0.5, 0, moments=torch.ones(5, dtype=torch.float64), pairs=torch.ones(2, 2))
+    back = upload_checks.read_metrics(unpack(codec.pack_metrics(metrics)))
+    assert isinstance(back, Metrics) and back.pairs is None
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"moments": torch.tensor([1.0, 2.0, float("nan"), 4.0, 5.0], dtype=torch.float64)},
+        {"moments": torch.ones(4, dtype=torch.float64)},
+        {"moments": torch.ones(5)},
+        {"label_counts": -torch.ones(2, 3, dtype=torch.int64)},
+        {"label_counts": torch.ones(3, 2, dtype=torch.int64)},
+        {"confusion": torch.ones(3, 2, dtype=torch.int64)},
+        {"pairs": torch.ones(2, 2, dtype=torch.float64)},
+        {"confusion": torch.ones(2, 2, dtype=torch.int64), "label_counts": torch.ones(2, 3, dtype=torch.int64)},
+    ],
+)
+def test_another_table_of_sums_is_refused(tables: dict[str, torch.Tensor]) -> None:
+    message = unpack(pack(MetricsHead(4, 9, 0.5, 3), as_array(to_bytes(tables))))
+    with pytest.raises(WireError, match="metrics came with"):
+        upload_checks.read_metrics(message)
 
 
 def test_a_client_comes_back() -> None:

@@ -92,7 +92,7 @@ def update_kind(job: Job, update: Update) -> Kind:
 
 def possible(got: Any) -> bool:
     """Could these be a client's metrics? They have no hash, so other ones are nobody's mistake."""
-    counts = got.confusion is None or bool((got.confusion >= 0).all())
+    counts = all(bool((table >= 0).all()) for name, table in got.tables().items() if name != "moments")
     return counts and 0 <= got.correct <= got.targets and got.examples >= 0 and got.loss == got.loss
 
 

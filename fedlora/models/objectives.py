@@ -1,0 +1,174 @@
+"""What a model learns from the scores it gives: tokens, a class, a number, or several labels.
+
+An objective lines scores up with targets, gives each target a loss, and sums up how good a batch was. The loss of one
+example is the mean over its own targets, and none of it depends on the other examples of the batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedlora.data.encoding import IGNORED, Example
+from fedlora.data.schema import Schema
+from fedlora.metrics import Metrics
+
+
+class Objective(Protocol):
+    """What a model is to learn."""
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and targets of a batch, a row for each target: (targets, ...) each."""
+        ...
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """The loss of every target, (targets,); 0 where it does not count."""
+        ...
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Whether each target counts: (targets,)."""
+        ...
+
+    def count(self, example: Example) -> int:
+        """The count of targets that an example has."""
+        ...
+
+    def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
+        """The sums of a batch, from all of its scores and targets."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text: each by those before it, or by a decoder that has the shift in its inputs."""
+
+    shifted: bool  # are a decoder's inputs its targets, moved by one place, so that scores and targets lie together?
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(examples x tokens, vocabulary) and (examples x tokens,), where a target of -100 does not count."""
+        if self.shifted:
+            return logits.flatten(0, 1), labels.flatten()
+        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
+
+    def counted(self, targets: Tensor) -> Tensor:
+        return targets != IGNORED
+
+    def count(self, example: Example) -> int:
+        labels = example["labels"] if self.shifted else example["labels"][1:]
+        return int((labels != IGNORED).sum())
+
+    def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
+        counts = self.counted(targets)
+        scores, targets = scores[counts], targets[counts]
+        loss = F.cross_entropy(scores, targets, reduction="sum")
+        return Metrics(examples, len(targets), float(loss), _right(scores.argmax(-1) == targets))
+
+
+@dataclass(frozen=True)
+class OneClass:
+    """One of several classes."""
+
+    classes: int
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(examples, classes) and (examples,)"""
+        return logits, labels
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(scores, targets, reduction="none")
+
+    def counted(self, targets: Tensor) -> Tensor:
+        return _every(targets)
+
+    def count(self, example: Example) -> int:
+        return 1
+
+    def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
+        guess = scores.argmax(-1)
+        pairs = torch.bincount(targets * self.classes + guess, minlength=self.classes**2)
+        confusion = pairs.view(self.classes, self.classes).cpu()
+        loss = F.cross_entropy(scores, targets, reduction="sum")
+        return Metrics(examples, len(targets), float(loss), _right(guess == targets), confusion)
+
+
+@dataclass(frozen=True)
+class OneNumber:
+    """A number, by its squared error."""
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(examples,) and (examples,)"""
+        return logits.squeeze(-1), labels
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(scores, targets, reduction="none")
+
+    def counted(self, targets: Tensor) -> Tensor:
+        return _every(targets)
+
+    def count(self, example: Example) -> int:
+        return 1
+
+    def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
+        pairs = torch.stack([targets, scores], dim=1).double().cpu()  # (examples, 2)
+        loss = (pairs[:, 0] - pairs[:, 1]).square().sum()
+        return Metrics(examples, len(targets), float(loss), 0, moments=moments(pairs), pairs=pairs)
+
+
+@dataclass(frozen=True)
+class SeveralLabels:
+    """Any of several labels, each on its own: yes where its score is above zero, which is a probability of a half."""
+
+    labels: int
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(examples, labels) and (examples, labels) of 0 and 1"""
+        return logits, labels
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Binary cross-entropy, the mean over the labels: (examples,)."""
+        return F.binary_cross_entropy_with_logits(scores, targets, reduction="none").mean(1)
+
+    def counted(self, targets: Tensor) -> Tensor:
+        return _every(targets)
+
+    def count(self, example: Example) -> int:
+        return 1
+
+    def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
+        guess, truth = scores > 0, targets > 0
+        counts = torch.stack([(guess & truth).sum(0), (guess & ~truth).sum(0), (~guess & truth).sum(0)], dim=1).cpu()
+        loss, right = self.losses(scores, targets).sum(), _right((guess == truth).all(1))
+        return Metrics(examples, len(targets), float(loss), right, label_counts=counts)
+
+
+def objective(schema: Schema, *, is_encoder_decoder: bool) -> Objective:
+    """What a model learns from data of this schema."""
+    if not schema.has_head:
+        return Tokens(shifted=is_encoder_decoder)
+    by_target: Mapping[str, Objective] = {
+        "class": OneClass(len(schema.labels)),
+        "number": OneNumber(),
+        "labels": SeveralLabels(len(schema.labels)),
+    }
+    return by_target[schema.target]
+
+
+def moments(pairs: Tensor) -> Tensor:
+    """The sums of y, p, y y, p p and y p over pairs (n, 2) of a number y and its prediction p: (5,) in float64."""
+    y, p = pairs.double().unbind(1)
+    return torch.stack([y.sum(), p.sum(), (y * y).sum(), (p * p).sum(), (y * p).sum()])
+
+
+def _every(targets: Tensor) -> Tensor:
+    """That every target counts: (targets,)."""
+    return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+
+
+def _right(correct: Tensor) -> int:
+    return int(correct.sum())
