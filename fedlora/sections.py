@@ -207,7 +207,7 @@ class ModelConfig:
     path: Annotated[str, "folder or hub id of the base model; empty: the small one that comes with fedlora"] = ""
     revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
     task: Annotated[
-        Literal["auto", "lm", "classify", "image"], "what the model learns; auto: by the columns of the data"
+        Literal["auto", "lm", "seq2seq", "classify", "image"], "what the model learns; auto: by the columns of the data"
     ] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters are float32"

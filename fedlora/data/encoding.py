@@ -35,12 +35,14 @@ class Encoder:
     processor: Any  # a tokenizer, or an image processor
     schema: Schema
     max_length: int
+    decoder_inputs: Callable[[Tensor], Tensor] | None = None  # of an encoder-decoder: what its decoder sees of targets
 
     def __call__(self, rows: Rows) -> list[Example]:
         """The examples of all rows, without padding.
 
         An example for a language model has input_ids, attention_mask and labels, each (tokens,), with labels = -100
-        where nothing is to be learned; a long text gives several examples, a row with nothing to learn none. One for a
+        where nothing is to be learned; a long text gives several examples, a row with nothing to learn none. One for an
+        encoder-decoder has the prompt in input_ids, and decoder_input_ids as long as its labels. One for a
         classifier has what its tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a
         scalar. Raises `DataError` for rows that cannot be encoded, or if none has anything to learn.
         """
@@ -50,7 +52,8 @@ class Encoder:
         """The examples of each row; see `__call__`."""
         if not len(rows):
             return []
-        examples = [list(of_row) for of_row in KINDS[self.schema.kind](self, rows)]
+        encode = seq2seq if self.decoder_inputs else KINDS[self.schema.kind]
+        examples = [list(of_row) for of_row in encode(self, rows)]
         if not any(examples):
             raise DataError(
                 f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
@@ -65,8 +68,10 @@ class Encoder:
     def _batched(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
         if tensors[0].dim() != 1:
             return torch.stack(list(tensors))
+        pad = getattr(self.processor, "pad_token_id", None) or 0
         padding = {
-            "input_ids": getattr(self.processor, "pad_token_id", None) or 0,
+            "input_ids": pad,
+            "decoder_input_ids": pad,
             "token_type_ids": getattr(self.processor, "pad_token_type_id", 0),
             "labels": IGNORED,
         }
@@ -102,6 +107,37 @@ def _response(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
         left = encoder.max_length - len(first) - len(learned)
         given = [*first, *prompt[max(0, len(prompt) - left) :]]
         yield _causal(given + learned, [IGNORED] * len(given) + learned)
+
+
+def seq2seq(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:
+    """Yield one example a row for an encoder-decoder: the encoder reads the prompt, the decoder writes the response.
+
+    Each has the special tokens that the tokenizer gives it, and is cut at its end where it is too long; a response
+    that was cut does not teach the model to stop there.
+    """
+    ask, answer = encoder.schema.columns
+    tokenizer, most = encoder.processor, encoder.max_length
+    sources = tokenizer([row[ask] for row in rows], truncation=True, max_length=most)["input_ids"]
+    wholes = tokenizer(text_target=[row[answer] for row in rows], verbose=False)["input_ids"]
+    targets = tokenizer(text_target=[row[answer] for row in rows], truncation=True, max_length=most)["input_ids"]
+    for source, whole, target in zip(sources, wholes, targets, strict=True):
+        yield _encoder_decoder(encoder, source, target, cut=len(whole) > len(target))
+
+
+def _encoder_decoder(encoder: Encoder, source: list[int], target: list[int], *, cut: bool) -> Iterator[Example]:
+    """Yield the example of a prompt and a response in tokens, unless it has nothing to learn."""
+    special, make = encoder.processor.all_special_ids, encoder.decoder_inputs
+    ids = torch.tensor(source or [encoder.processor.pad_token_id])
+    written = torch.tensor(target, dtype=torch.int64)
+    closing = len(list(takewhile(special.__contains__, reversed(target)))) if cut else 0
+    labels = torch.cat([written[: len(target) - closing], torch.full((closing,), IGNORED)])
+    if make is not None and bool((labels != IGNORED).any()):
+        yield {
+            "input_ids": ids,
+            "attention_mask": torch.ones(len(ids), dtype=torch.int64),
+            "decoder_input_ids": make(written),
+            "labels": labels,
+        }
 
 
 def _chat(encoder: Encoder, rows: Rows) -> Iterator[Iterable[Example]]:

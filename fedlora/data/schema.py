@@ -17,9 +17,14 @@ LABEL = ("label", "category", "labels", "intent", "target", "class")
 IMAGE = ("image", "img")
 CHAT = ("messages", "conversations")
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-KINDS = {"lm": ("chat", "response", "text"), "classify": ("label",), "image": ("image",)}  # by model.task
+KINDS = {  # by model.task
+    "lm": ("chat", "response", "text"),
+    "seq2seq": ("response",),
+    "classify": ("label",),
+    "image": ("image",),
+}
 NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
-NEEDS |= {"image": "data.image and data.label"}
+NEEDS |= {"image": "data.image and data.label", "seq2seq": "data.prompt and data.response"}
 Target = Literal["class", "number", "labels"]  # one class of several, a number, or any of several labels
 MOST_COLUMNS = {"chat": 1, "response": 2, "image": 2, "label": 3, "text": 1}  # that a kind can have
 
@@ -56,6 +61,8 @@ PLAIN_TEXT = Schema("text", ("text",))  # of Python's standard library, the data
 
 def declared_schema(data: DataConfig, task: str) -> Schema:
     """The schema that the settings declare to a server that has no data; columns have their usual names."""
+    if task == "seq2seq":
+        return Schema("response", ("prompt", "response"))
     if not data.labels:
         if task in ("auto", "lm"):
             return PLAIN_TEXT

@@ -20,10 +20,11 @@ from fedlora.sections import LoRAConfig
 from fedlora.seeds import derive, seeded
 from fedlora.svd import row_signs
 
+from .base_model import is_encoder_decoder
+
 NAME = "default"  # PEFT's name of the one adapter
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
 USUAL = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",), ("Wqkv",), ("q", "v"))
-TASKS = {"label": TaskType.SEQ_CLS, "image": None}
 INITS: dict[str, Any] = {"gaussian": "gaussian", "orthonormal": "gaussian", "pissa": "pissa", "olora": "olora"}
 FROM_WEIGHTS = ("pissa", "olora")  # starts for which PEFT takes A and B out of the weights, and changes these
 INPUTS = 1024  # of a module, that eva looks at
@@ -43,7 +44,7 @@ def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequen
     config = _config(lora, modules, seed)
     config.target_modules = set(targets)
     config.modules_to_save = heads or None
-    config.task_type = TASKS.get(schema.kind, TaskType.CAUSAL_LM)
+    config.task_type = _task(net, schema)
     # PEFT subtracts the start of PiSSA and OLoRA from the weights. Here the weights are restored, as every client has
     # the same base, and a strategy subtracts the start (see strategies/anchored.py).
     before = _weights(modules) if lora.init in FROM_WEIGHTS else []
@@ -55,6 +56,13 @@ def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequen
         module.weight = weight  # PEFT puts another in the place of a quantised one
     fix_signs(layers(adapted), lora.init)
     return adapted
+
+
+def _task(net: nn.Module, schema: Schema) -> TaskType | None:
+    """PEFT's name of what the model learns; it has none for images."""
+    if schema.has_head:
+        return TaskType.SEQ_CLS if schema.kind == "label" else None
+    return TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(net) else TaskType.CAUSAL_LM
 
 
 def _weights(modules: Modules) -> list[tuple[Any, nn.Parameter, Tensor]]:

@@ -1,13 +1,13 @@
 """The frozen base model and its tokenizer or image processor, from a folder, the hub or the package itself."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.data.schema import Schema
 from fedlora.errors import ModelError
@@ -55,6 +55,22 @@ def is_encoder_decoder(net: Any) -> bool:
     return bool(getattr(net.config, "is_encoder_decoder", False))
 
 
+def decoder_inputs(net: Any) -> Callable[[Tensor], Tensor] | None:
+    """The function that makes a decoder's inputs (tokens,) of what it is to write, (tokens,); none without an encoder.
+
+    They are the targets one place later, behind the token that this model begins with.
+    """
+    if not is_encoder_decoder(net):
+        return None
+    prepare = getattr(net, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return lambda targets: prepare(labels=targets[None])[0]
+    start = net.config.decoder_start_token_id
+    if start is None:
+        raise ModelError(f"{type(net).__name__} does not say with which token it begins: set decoder_start_token_id")
+    return lambda targets: torch.cat([targets.new_tensor([start]), targets[:-1]])
+
+
 def device(config: ModelConfig) -> torch.device:
     """The device that the model runs on: `model.device`, or with "auto" the GPU if there is one."""
     if config.device != "auto":
@@ -87,28 +103,43 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
-    from transformers import (
-        AutoImageProcessor,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoImageProcessor, AutoTokenizer
 
-    classes = {"label": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
-    model_class = classes.get(schema.kind, AutoModelForCausalLM)
     processor_class = AutoImageProcessor if schema.kind == "image" else AutoTokenizer
     where = {**_revision(config), **_cached(source), "trust_remote_code": False}  # no code that comes with a model
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_quantized(config), **_classes(schema)}
     options["use_safetensors"] = True  # the other format is pickle, which is code
     processor = processor_class.from_pretrained(source, **where)
-    net, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    net, info = _model_class(config, schema, source, where).from_pretrained(source, output_loading_info=True, **options)
     if schema.kind != "image":
         _pad(net, processor)
     new = _new_modules(info)
     if new and not schema.has_head:
-        raise ModelError(f"model {source} is no causal language model: it has no weights for {', '.join(new)}")
+        raise ModelError(f"model {source} is no language model: it has no weights for {', '.join(new)}")
     return net, processor, new
+
+
+def _model_class(config: ModelConfig, schema: Schema, source: str, where: Mapping[str, Any]) -> Any:
+    """The class of transformers that has the output that the data need; see `_refuse_for_encoder_decoder`."""
+    import transformers
+
+    if schema.has_head:
+        kind = "Sequence" if schema.kind == "label" else "Image"
+        return getattr(transformers, f"AutoModelFor{kind}Classification")
+    known: Any = transformers.AutoConfig  # untyped
+    if not known.from_pretrained(source, **where).is_encoder_decoder:
+        if config.task == "seq2seq":
+            raise ModelError(
+                f"model.task = seq2seq: model {source} has no encoder beside its decoder, as T5 and BART have; "
+                "leave model.task at auto, and it learns the response after the prompt"
+            )
+        return transformers.AutoModelForCausalLM
+    if schema.kind != "response":
+        raise ModelError(
+            f"model {source} is an encoder-decoder, which learns a response to a prompt, and the data are of the kind "
+            f'"{schema.kind}"; give data.prompt and data.response, or model.task = seq2seq to a server without data'
+        )
+    return transformers.AutoModelForSeq2SeqLM
 
 
 def _revision(config: ModelConfig) -> dict[str, Any]:

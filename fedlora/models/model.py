@@ -41,11 +41,12 @@ class Model:
         self.device = base_model.device(config)
         net, self.processor, new = base_model.load_base_model(config, schema, seed)
         self.fingerprint = base_model.fingerprint(net)
-        self.objective = objective(schema, is_encoder_decoder=base_model.is_encoder_decoder(net))
+        decoder_inputs = None if schema.has_head else base_model.decoder_inputs(net)
+        self.objective = objective(schema, is_encoder_decoder=decoder_inputs is not None)
         self.net = adapter.attach_adapter(net, lora, schema, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
-        self.encoder = Encoder(self.processor, schema, config.max_length)
+        self.encoder = Encoder(self.processor, schema, config.max_length, decoder_inputs)
         self.adapted = adapter.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
         self.heads = _heads(self.net)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedlora import config as configuration
 from fedlora.config import Config
-from fedlora.data.encoding import Example
+from fedlora.data.encoding import IGNORED, Example
 from fedlora.data.schema import Schema
 from fedlora.errors import CheckpointError, ConfigError, ExportError, nearest
 from fedlora.jobs import Client, Job
@@ -70,13 +70,16 @@ class LogitsProbe:
 
     @torch.no_grad()
     def logits(self, net: nn.Module) -> Tensor:
-        """The model's logits: (examples, classes), or (examples, vocabulary) after every example's last token."""
+        """The model's logits: (examples, classes); or (examples, vocabulary) after every example's last token; or of an
+        encoder-decoder (tokens, vocabulary) of what all examples are to learn."""
         if self.config.quantize == "none":  # a quantised base is where it belongs already
             net.to(self.device)
         inputs = {k: v.to(self.device) for k, v in self.batch.items() if k != "labels"}
         scores: Tensor = net.eval()(**inputs).logits.float().cpu()
-        if self.schema.labels:
+        if self.schema.has_head:
             return scores
+        if "decoder_input_ids" in self.batch:
+            return scores[self.batch["labels"] != IGNORED]
         return scores[torch.arange(len(scores)), self.batch["attention_mask"].sum(1) - 1]
 
 
@@ -169,7 +172,7 @@ def _examples(setup: RunSetup) -> list[Example]:
 def _made_up(setup: RunSetup) -> list[Example]:
     """One example for a server that has none; its content matters little where two models are to agree on it."""
     schema = setup.model.schema
-    if schema.kind not in ("text", "label"):
+    if schema.kind not in ("text", "label", "response"):
         raise ConfigError(f"there is no example of {schema.kind} here to verify the export on: set data.eval")
     row = dict.fromkeys(schema.columns, "federated learning trains on data that stay where they are")
     if schema.labels:
