@@ -102,14 +102,15 @@ def pearson(n: int, moments: Tensor) -> float:
     variances = (n * yy - y * y) * (n * pp - p * p)
     if not variances > 1e-18 * (n * yy) * (n * pp):
         return 0.0
-    return max(-1.0, min(1.0, (n * yp - y * p) / sqrt(variances)))
+    correlation: float = (n * yp - y * p) / sqrt(variances)
+    return max(-1.0, min(1.0, correlation))
 
 
 def _ranks(values: Tensor) -> Tensor:
     """The rank of every value, from 0; equal values share the mean of their ranks."""
     _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts + 1) / 2)[which]
+    middle: Tensor = counts.cumsum(0).double() - (counts + 1) / 2
+    return middle[which]
 
 
 def macro_f1(confusion: Tensor) -> float:
