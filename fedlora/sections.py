@@ -308,5 +308,9 @@ class DataConfig:
     prompt: Annotated[str, "prompt column; the loss is on the response"] = ""
     response: Annotated[str, "response column"] = ""
     messages: Annotated[str, "chat column; the loss is on the assistant's turns"] = ""
+    template: Annotated[
+        Literal["auto", "chat", "plain"],
+        "prompt and response go through the model's chat template: auto (if it has one), chat, or plain (never)",
+    ] = "auto"
     image: Annotated[str, "image column: files or image data"] = ""
     labels: Annotated[Names, "names of the classes in order; empty: as found in the data"] = ()

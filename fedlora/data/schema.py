@@ -37,6 +37,7 @@ class Schema:
     columns: tuple[str, ...]  # (text,), (prompt, response), (messages,), (text[, text2], label) or (image, label)
     labels: tuple[str, ...] = ()  # class names in order, of "label" and "image"
     target: Target = "class"  # what the label column holds, of "label" and "image"
+    template: Literal["auto", "chat", "plain"] = "auto"  # how prompt and response become one text, as data.template
 
     @property
     def has_head(self) -> bool:
@@ -77,7 +78,7 @@ def schema_of(tables: Sequence[Table], data: DataConfig, task: str) -> Schema:
 
     Raises `DataError` and `ConfigError` for data that cannot be used, with their place.
     """
-    return _labelled(find_schema(data, task, tables[0]), data, tables)
+    return _labelled(replace(find_schema(data, task, tables[0]), template=data.template), data, tables)
 
 
 def check_tables(tables: Sequence[Table], schema: Schema, classes: Container[str]) -> None:

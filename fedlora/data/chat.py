@@ -1,0 +1,171 @@
+"""Conversations as the tokenizer's chat template writes them, and which of their tokens an assistant has to learn.
+
+A template may write a turn otherwise once others follow (Qwen3 drops its thoughts, Mistral moves the system's words), so
+a turn is looked for in the whole conversation: it is written a second time with a mark in the place of the turn's words,
+and what stands where the mark stands are the words. A thought that the template itself writes, and leaves empty, is
+before the mark, and not learned. To the turn belongs what ends it, up to its first special token.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedlora.errors import DataError
+
+from .tokens import MARK, Span, any_of, hide_special, shared, special_tokens, usable, with_learned
+
+Message = Mapping[str, Any]  # role and content, and whatever else the template knows
+MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")  # in a chat template
+PLAIN_KEYS = {"role", "content", "name"}
+REFUSED = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+)  # by a template, of a conversation that is not as it expects
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenChat:
+    """A conversation as tokens, before anything is cut."""
+
+    ids: list[int]
+    learned: list[bool]  # of each token
+    unlearned_turns: int  # of the assistant, that are not found in what the template writes
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """The chat template of a tokenizer."""
+
+    tokenizer: Any
+
+    @cached_property
+    def special(self) -> list[str]:
+        """The special tokens of the tokenizer as they are written."""
+        return special_tokens(self.tokenizer)
+
+    def write(self, messages: Sequence[Message]) -> WrittenChat:
+        """The conversation as tokens. Raises `DataError` where the template refuses it."""
+        messages = [self._as_text(message) for message in messages]
+        if MARKS_ANSWERS.search(self.tokenizer.get_chat_template()):
+            whole, spans = self._marked(messages)
+            return WrittenChat(*with_learned(self.tokenizer, whole, spans, self.special), unlearned_turns=0)
+        whole = self._render(messages)
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        found = list(self._answers(messages, turns, whole))
+        if found and turns[-1] == len(messages) - 1 and not self._has_end(whole[found[-1][0] :]):
+            whole, found[-1] = self._ended(whole, found[-1])
+        tokens = with_learned(self.tokenizer, whole, found, self.special)
+        return WrittenChat(*tokens, unlearned_turns=len(turns) - len(found))
+
+    def _as_text(self, message: Message) -> Message:
+        """The message with content that holds no token but text; an end that was written after an answer is left out."""
+        content, end = message.get("content"), self.tokenizer.eos_token
+        if not isinstance(content, str):
+            return message
+        if end and message["role"] == "assistant":
+            content = content.rstrip().removesuffix(end) if content.rstrip().endswith(end) else content
+        return {**message, "content": hide_special(usable(content), self.special)}
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The conversation as text, and where the template itself marks it as the assistant's."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _refusals(messages):
+            [whole], [spans] = render_jinja_template(
+                conversations=[[_without_none(message) for message in messages]],
+                chat_template=self.tokenizer.get_chat_template(),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        return whole, [(start, end) for start, end in spans]
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
+        with _refusals(messages):
+            return str(self.tokenizer.apply_chat_template([*messages], tokenize=False, **options))
+
+    def _try(self, messages: Sequence[Message], **options: Any) -> str:
+        """The conversation as text; empty where the template refuses it, as one that is made up may be."""
+        try:
+            return self._render(messages, **options) if messages else ""
+        except DataError:
+            return ""
+
+    def _answers(self, messages: Sequence[Message], turns: Sequence[int], whole: str) -> Iterator[Span]:
+        """Yield where each of the assistant's turns stands in the text; none for one that is not found."""
+        after = 0  # the turn before
+        for n in turns:
+            span = self._words(messages, n, whole, after)
+            if span is not None:
+                after = span[1] + self._closing(messages[: n + 1], whole[span[1] :])
+                yield span[0], after
+
+    def _words(self, messages: Sequence[Message], n: int, whole: str, after: int) -> Span | None:
+        """Where the words of turn n stand, not before character `after`; the surest way to tell comes first."""
+        head, mark, tail = self._try(_with_mark(messages, n)).partition(MARK)
+        by_mark = (len(head), len(whole) - len(tail))
+        if {*messages[n]} <= PLAIN_KEYS and mark and _frames(head, tail, whole):
+            return by_mark
+        before = self._try(messages[:n], add_generation_prompt=True)
+        by_prompt = (len(before), shared(self._try(messages[: n + 1]), whole))
+        changed = (shared(head, whole), len(whole) - shared(tail[::-1], whole[::-1]))
+        verbatim = _verbatim(str(messages[n].get("content") or "").strip(), whole, changed[0], after)
+        found = [verbatim, by_prompt if before and whole.startswith(before) else None, changed if mark else None]
+        return next((span for span in found if span and after <= span[0] < span[1]), None)
+
+    def _closing(self, messages: Sequence[Message], rest: str) -> int:
+        """How many characters after its words still belong to the last of these turns: what ends it.
+
+        `rest` is all that stands after the words in the whole conversation.
+        """
+        alone = self._try(_with_mark(messages, len(messages) - 1)).partition(MARK)[2]
+        ends = rest[: shared(alone, rest)]
+        special = self._ends.search(ends)
+        return special.end() if special else len(ends)
+
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        return any_of(self.special)
+
+    def _has_end(self, text: str) -> bool:
+        return self._ends.search(text) is not None
+
+    def _ended(self, whole: str, last: Span) -> tuple[str, Span]:
+        """The text with an end token after the last answer, where the template writes none."""
+        end = self.tokenizer.eos_token or ""
+        return whole[: last[1]] + end, (last[0], last[1] + len(end))
+
+
+def _frames(head: str, tail: str, whole: str) -> bool:
+    return len(head) + len(tail) <= len(whole) and whole.startswith(head) and whole.endswith(tail)
+
+
+def _verbatim(words: str, whole: str, changed: int, after: int) -> Span | None:
+    """Where the words stand as they are, at the first character that changes with them, or around it."""
+    at = whole.find(words, max(after, changed - len(words))) if words else -1
+    return (at, at + len(words)) if 0 <= at <= changed else None
+
+
+def _with_mark(messages: Sequence[Message], n: int) -> list[Message]:
+    """The conversation with a mark in the place of turn n's words."""
+    return [{"role": m["role"], "content": MARK} if i == n else m for i, m in enumerate(messages)]
+
+
+def _without_none(message: Message) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+@contextmanager
+def _refusals(messages: Sequence[Message]) -> Iterator[None]:
+    """Turn the errors by which a template refuses a conversation into a `DataError` of one sentence."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, *REFUSED) as e:
+        roles = ", ".join(str(m["role"]) for m in messages)
+        raise DataError(f"the model's chat template refuses a conversation of {roles}: {e}") from e

@@ -1,0 +1,39 @@
+"""What a base model can take as its input, for the encoder that makes it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.errors import DataError
+
+SHOWN = 40  # characters of a text in an error
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """The limits of one base model; those left out are none."""
+
+    vocabulary: int | None = None  # tokens that its embedding, and its output, have a row for
+    token_types: int | None = None  # kinds of token that it tells apart: those of a pair's first text and of its second
+    pads_left: bool = False  # a batch is padded on the left, as the model classifies by the last position
+    places: frozenset[int] = frozenset()  # tokens by which it finds where a text ends: no text may hold one
+
+    def refuse_unknown(self, tokenizer: Any, ids: Iterable[int], text: str = "") -> None:
+        """Raise `DataError` for a token that the model has no row for."""
+        largest = max(ids, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise DataError(
+                f'"{tokenizer.convert_ids_to_tokens(largest)}" is token {largest} of the tokenizer, and the model\'s '
+                f"embedding ends at {self.vocabulary - 1}{_shown(text)}; save the model after "
+                "resize_token_embeddings, or take the tokenizer that belongs to it"
+            )
+
+    def takes(self, token_types: Iterable[Sequence[int]]) -> bool:
+        """Does the model tell so many kinds of token apart?"""
+        return self.token_types is None or max(map(max, filter(None, token_types)), default=0) < self.token_types
+
+
+def _shown(text: str) -> str:
+    """The start of a text, to follow a clause."""
+    start = " ".join(text[: SHOWN + 1].split())
+    return f' (in the text "{start[:SHOWN]}{"..." if len(text) > SHOWN else ""}")' if start else ""
