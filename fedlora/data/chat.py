@@ -1,9 +1,9 @@
 """Conversations as the tokenizer's chat template writes them, and which of their tokens an assistant has to learn.
 
-A template may write a turn otherwise once others follow (Qwen3 drops its thoughts, Mistral moves the system's words), so
-a turn is looked for in the whole conversation: it is written a second time with a mark in the place of the turn's words,
-and what stands where the mark stands are the words. A thought that the template itself writes, and leaves empty, is
-before the mark, and not learned. To the turn belongs what ends it, up to its first special token.
+A template may write a turn otherwise once others follow (Qwen3 drops its thoughts, Mistral moves the system's words).
+So a turn is looked for in the whole conversation: this is written a second time with a mark in the place of the turn's
+words, and what stands where the mark stands are the words. A thought that the template itself writes, and leaves empty,
+is before the mark, and not learned. To the turn belongs what ends it, up to its first special token.
 """
 
 import re
@@ -20,12 +20,8 @@ from .tokens import MARK, Span, any_of, hide_special, shared, special_tokens, us
 Message = Mapping[str, Any]  # role and content, and whatever else the template knows
 MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")  # in a chat template
 PLAIN_KEYS = {"role", "content", "name"}
-REFUSED = (
-    TypeError,
-    ValueError,
-    KeyError,
-    AttributeError,
-)  # by a template, of a conversation that is not as it expects
+REFUSED = (TypeError, ValueError, KeyError, AttributeError)  # by a template, of what is not as it expects
+ROLES = 6  # that are told of a conversation in an error
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +59,7 @@ class ChatTemplate:
         return WrittenChat(*tokens, unlearned_turns=len(turns) - len(found))
 
     def _as_text(self, message: Message) -> Message:
-        """The message with content that holds no token but text; an end that was written after an answer is left out."""
+        """The message with no special token in its content; an end that was written after an answer is left out."""
         content, end = message.get("content"), self.tokenizer.eos_token
         if not isinstance(content, str):
             return message
@@ -73,10 +69,11 @@ class ChatTemplate:
 
     def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The conversation as text, and where the template itself marks it as the assistant's."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template  # typed as if it returned one text
         with _refusals(messages):
-            [whole], [spans] = render_jinja_template(
+            [whole], [spans] = render(
                 conversations=[[_without_none(message) for message in messages]],
                 chat_template=self.tokenizer.get_chat_template(),
                 return_assistant_tokens_mask=True,
@@ -107,15 +104,18 @@ class ChatTemplate:
     def _words(self, messages: Sequence[Message], n: int, whole: str, after: int) -> Span | None:
         """Where the words of turn n stand, not before character `after`; the surest way to tell comes first."""
         head, mark, tail = self._try(_with_mark(messages, n)).partition(MARK)
-        by_mark = (len(head), len(whole) - len(tail))
-        if {*messages[n]} <= PLAIN_KEYS and mark and _frames(head, tail, whole):
-            return by_mark
-        before = self._try(messages[:n], add_generation_prompt=True)
-        by_prompt = (len(before), shared(self._try(messages[: n + 1]), whole))
-        changed = (shared(head, whole), len(whole) - shared(tail[::-1], whole[::-1]))
-        verbatim = _verbatim(str(messages[n].get("content") or "").strip(), whole, changed[0], after)
-        found = [verbatim, by_prompt if before and whole.startswith(before) else None, changed if mark else None]
+        changed = (shared(head, whole), len(whole) - shared(tail[::-1], whole[::-1])) if mark else None
+        if changed == (len(head), len(whole) - len(tail)) and {*messages[n]} <= PLAIN_KEYS:
+            return changed
+        found = [self._after_prompt(messages[: n + 1], whole), changed]
+        if changed and {*messages[n]} <= PLAIN_KEYS:
+            found.insert(0, _verbatim(str(messages[n].get("content") or "").strip(), whole, changed[0], after))
         return next((span for span in found if span and after <= span[0] < span[1]), None)
+
+    def _after_prompt(self, messages: Sequence[Message], whole: str) -> Span | None:
+        """Where the last of these turns stands, if the text begins as it does when that turn is asked for."""
+        before = self._try(messages[:-1], add_generation_prompt=True)
+        return (len(before), shared(self._try(messages), whole)) if before and whole.startswith(before) else None
 
     def _closing(self, messages: Sequence[Message], rest: str) -> int:
         """How many characters after its words still belong to the last of these turns: what ends it.
@@ -138,10 +138,6 @@ class ChatTemplate:
         """The text with an end token after the last answer, where the template writes none."""
         end = self.tokenizer.eos_token or ""
         return whole[: last[1]] + end, (last[0], last[1] + len(end))
-
-
-def _frames(head: str, tail: str, whole: str) -> bool:
-    return len(head) + len(tail) <= len(whole) and whole.startswith(head) and whole.endswith(tail)
 
 
 def _verbatim(words: str, whole: str, changed: int, after: int) -> Span | None:
@@ -167,5 +163,5 @@ def _refusals(messages: Sequence[Message]) -> Iterator[None]:
     try:
         yield
     except (TemplateError, *REFUSED) as e:
-        roles = ", ".join(str(m["role"]) for m in messages)
+        roles = ", ".join([str(m["role"]) for m in messages[:ROLES]] + ["..."] * (len(messages) > ROLES))
         raise DataError(f"the model's chat template refuses a conversation of {roles}: {e}") from e

@@ -62,7 +62,7 @@ class TextInputs:
         return got | {"input_ids": ids}
 
     def _filled(self, one: Mapping[str, list[int]]) -> dict[str, Tensor]:
-        """The inputs as tensors; those of a text without tokens are one token, of which the model can make something."""
+        """The inputs as tensors; a text without tokens is one token, of which the model can make something."""
         ids = [*one["input_ids"]] or [self._one_token()]
         inputs = {key: torch.tensor([*values] or [0], dtype=torch.int64) for key, values in one.items()}
         seen = {"attention_mask": torch.ones(len(ids), dtype=torch.int64)} if not one["input_ids"] else {}

@@ -19,7 +19,7 @@ from .examples import IGNORED, EncodedRow, causal
 from .examples import Example as Example
 from .examples import Records as Records
 from .examples import length as length
-from .input_limits import InputLimits
+from .input_limits import NO_LIMITS, InputLimits
 from .rows import Rows
 from .schema import Schema
 from .tokens import around, ending, ids_of
@@ -35,7 +35,7 @@ class Encoder:
     processor: Any  # a tokenizer, or an image processor
     schema: Schema
     max_length: int
-    limits: InputLimits = InputLimits()
+    limits: InputLimits = NO_LIMITS
 
     def __call__(self, rows: Rows) -> list[Example]:
         """The examples of all rows, without padding.
@@ -81,7 +81,10 @@ class Encoder:
         return AnswerWriter(self.processor, self.schema)
 
     def causal(self, ids: list[int], labels: list[int], text: str = "") -> Iterator[Example]:
-        """Yield the example for a language model, if it has something to learn. Raises `DataError` for unknown tokens."""
+        """Yield the example for a language model, if it has something to learn.
+
+        Raises `DataError` for a token that the model does not know.
+        """
         self.limits.refuse_unknown(self.processor, ids, text)
         yield from causal(ids, labels)
 

@@ -33,6 +33,9 @@ class InputLimits:
         return self.token_types is None or max(map(max, filter(None, token_types)), default=0) < self.token_types
 
 
+NO_LIMITS = InputLimits()
+
+
 def _shown(text: str) -> str:
     """The start of a text, to follow a clause."""
     start = " ".join(text[: SHOWN + 1].split())

@@ -1,6 +1,7 @@
 """Rows as tensors: what the model sees, and which tokens it is to learn."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,7 +113,7 @@ def test_a_newline_stands_between_prompt_and_response() -> None:
     from fedlora.models.base_model import TINY
 
     t = AutoTokenizer.from_pretrained(TINY)
-    [example] = Encoder(t, ANSWER, 32)([{"ask": "def f():", "answer": "return 1"}])
+    [example] = Encoder(t, replace(ANSWER, template="plain"), 32)([{"ask": "def f():", "answer": "return 1"}])
     assert t.decode(example["input_ids"], skip_special_tokens=True) == "def f():\nreturn 1"
 
 
