@@ -15,13 +15,15 @@ from fedlora.errors import DataError
 
 from .answers import AnswerWriter, ended, opened, start_of_last
 from .classified import TextInputs
-from .examples import IGNORED, EncodedRow, causal
+from .examples import IGNORED as IGNORED
+from .examples import EncodedRow, causal
 from .examples import Example as Example
 from .examples import Records as Records
 from .examples import length as length
 from .input_limits import NO_LIMITS, InputLimits
 from .rows import Rows
 from .schema import Schema
+from .seq2seq import DecoderInputs, Seq2Seq
 from .tokens import around, ending, ids_of
 
 SHORTEST = 8  # tokens of the last block of a long text
@@ -35,13 +37,15 @@ class Encoder:
     processor: Any  # a tokenizer, or an image processor
     schema: Schema
     max_length: int
+    decoder_inputs: DecoderInputs | None = None  # of an encoder-decoder: what its decoder sees of targets
     limits: InputLimits = NO_LIMITS
 
     def __call__(self, rows: Rows) -> list[Example]:
         """The examples of all rows, without padding.
 
         An example for a language model has input_ids, attention_mask and labels, each (tokens,), with labels = -100
-        where nothing is to be learned; a long text gives several examples, a row with nothing to learn none. One for a
+        where nothing is to be learned; a long text gives several examples, a row with nothing to learn none. One for an
+        encoder-decoder has the prompt in input_ids, and decoder_input_ids as long as its labels. One for a
         classifier has what its tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a
         scalar. Raises `DataError` for rows that cannot be encoded, or if none has anything to learn.
         """
@@ -55,7 +59,7 @@ class Encoder:
         """Each row's examples, and what was cut of it; see `__call__`."""
         if not len(rows):
             return []
-        encoded = list(KINDS[self.schema.kind](self, rows))
+        encoded = list((_seq2seq if self.decoder_inputs else KINDS[self.schema.kind])(self, rows))
         if not any(row.examples for row in encoded):
             raise DataError(
                 f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
@@ -91,8 +95,10 @@ class Encoder:
     def _batched(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
         if tensors[0].dim() != 1:
             return torch.stack(list(tensors))
+        pad = getattr(self.processor, "pad_token_id", None) or 0
         padding = {
-            "input_ids": getattr(self.processor, "pad_token_id", None) or 0,
+            "input_ids": pad,
+            "decoder_input_ids": pad,
             "token_type_ids": getattr(self.processor, "pad_token_type_id", 0),
             "labels": IGNORED,
         }
@@ -127,6 +133,14 @@ def _answered(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
         labels = [written.ids[i] if written.learned[i] else IGNORED for i in kept]
         examples = encoder.causal(ids, labels, text=str(row[encoder.schema.columns[0]]))
         yield EncodedRow(tuple(examples), len(written.ids), written.unlearned_turns)
+
+
+def _seq2seq(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
+    """Yield one example a row for an encoder-decoder: its prompt, and its response."""
+    assert encoder.decoder_inputs
+    made = Seq2Seq(encoder.processor, encoder.max_length, encoder.decoder_inputs)
+    ask, answer = encoder.schema.columns
+    yield from made([row[ask] for row in rows], [row[answer] for row in rows])
 
 
 def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
