@@ -30,7 +30,7 @@ FOREIGN = {  # library -> the only packages and modules that know it
     "flwr": ("fedlora.messages", "fedlora.server", "fedlora.client", "fedlora.simulations.flower"),
     "ray": ("fedlora.simulations.flower",),
     "peft": ("fedlora.models",),
-    "transformers": ("fedlora.models", "fedlora.data.encoding", "fedlora.run.setup", "fedlora.checks"),
+    "transformers": ("fedlora.models", "fedlora.data.chat", "fedlora.run.setup", "fedlora.checks"),
     "flwr_datasets": ("fedlora.data.partition",),
     "opacus": ("fedlora.privacy",),
     "typer": ("fedlora.cli",),
