@@ -305,12 +305,17 @@ class DataConfig:
     limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
     text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()
     label: Annotated[str, "label column"] = ""
-    prompt: Annotated[str, "prompt column; the loss is on the response"] = ""
+    prompt: Annotated[str, "prompt column, or several with commas, in their order; the loss is on the response"] = ""
     response: Annotated[str, "response column"] = ""
-    messages: Annotated[str, "chat column; the loss is on the assistant's turns"] = ""
+    messages: Annotated[str, "chat column, in role/content or from/value; the loss is on the assistant's turns"] = ""
     template: Annotated[
         Literal["auto", "chat", "plain"],
         "prompt and response go through the model's chat template: auto (if it has one), chat, or plain (never)",
     ] = "auto"
     image: Annotated[str, "image column: files or image data"] = ""
     labels: Annotated[Names, "names of the classes in order; empty: as found in the data"] = ()
+
+    @property
+    def prompts(self) -> Names:
+        """The columns of the prompt, in their order."""
+        return tuple(filter(None, map(str.strip, self.prompt.split(","))))

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora.errors import DataError
 
 from .chat import ChatTemplate, WrittenChat
+from .conversations import conversation
 from .schema import Schema
 from .tokens import any_of, around, ending, ids_of
 
@@ -23,13 +24,10 @@ class AnswerWriter:
 
     def write(self, row: Mapping[str, Any]) -> WrittenChat:
         """All tokens of a row, and which of them are learned. Raises `DataError` for what the template refuses."""
-        if self.schema.kind == "chat":
-            return self._template.write(row[self.schema.columns[0]])
-        prompt, response = (row[name] for name in self.schema.columns)
-        if self._is_templated(prompt):
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return self._template.write(messages)
-        return self._plain(prompt, response)
+        said = conversation(self.schema, row)
+        if self.schema.kind == "chat" or self._is_templated(said.prompt):
+            return self._template.write(said.messages, given=len(said.given))
+        return self._plain(said.prompt, said.answer)
 
     def kept(self, written: WrittenChat, size: int) -> list[int]:
         """Which tokens stay where there is room for `size`, by their places.

@@ -44,14 +44,18 @@ class ChatTemplate:
         """The special tokens of the tokenizer as they are written."""
         return special_tokens(self.tokenizer)
 
-    def write(self, messages: Sequence[Message]) -> WrittenChat:
-        """The conversation as tokens. Raises `DataError` where the template refuses it."""
+    def write(self, messages: Sequence[Message], given: int = 0) -> WrittenChat:
+        """The conversation as tokens, of which the assistant's are learned, but for those in the first `given` turns.
+
+        Raises `DataError` where the template refuses it.
+        """
         messages = [self._as_text(message) for message in messages]
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        known = sum(1 for n in turns if n < given)
         if MARKS_ANSWERS.search(self.tokenizer.get_chat_template()):
             whole, spans = self._marked(messages)
-            return WrittenChat(*with_learned(self.tokenizer, whole, spans, self.special), unlearned_turns=0)
-        whole = self._render(messages)
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+            return WrittenChat(*with_learned(self.tokenizer, whole, spans[known:], self.special), unlearned_turns=0)
+        whole, turns = self._render(messages), turns[known:]
         found = list(self._answers(messages, turns, whole))
         if found and turns[-1] == len(messages) - 1 and not self._has_end(whole[found[-1][0] :]):
             whole, found[-1] = self._ended(whole, found[-1])

@@ -15,6 +15,7 @@ from fedlora.errors import DataError
 
 from .answers import AnswerWriter, ended, opened, start_of_last
 from .classified import TextInputs
+from .conversations import conversation
 from .examples import IGNORED as IGNORED
 from .examples import EncodedRow, causal
 from .examples import Example as Example
@@ -139,8 +140,8 @@ def _seq2seq(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     """Yield one example a row for an encoder-decoder: its prompt, and its response."""
     assert encoder.decoder_inputs
     made = Seq2Seq(encoder.processor, encoder.max_length, encoder.decoder_inputs)
-    ask, answer = encoder.schema.columns
-    yield from made([row[ask] for row in rows], [row[answer] for row in rows])
+    said = [conversation(encoder.schema, row) for row in rows]
+    yield from made([one.prompt for one in said], [one.answer for one in said])
 
 
 def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:

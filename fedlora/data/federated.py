@@ -9,10 +9,12 @@ from fedlora.sections import DataConfig
 from fedlora.seeds import derive
 
 from . import python_stdlib
+from .classes import check_labels, class_names, labels_in, with_names
 from .partition import hold_out, sample_out, split
+from .row_checks import check_rows
 from .rows import Rows as Rows
 from .rows import pool, take
-from .schema import PLAIN_TEXT, Schema, check_tables, declared_schema, labels_in, schema_of
+from .schema import PLAIN_TEXT, Schema, declared_schema, find_schema
 from .sources import Table, read_tables
 
 CLIENTS = 50  # where nothing says how many
@@ -29,32 +31,33 @@ class Federated:
     dealt: bool = False  # do the clients' rows come out of one pool, and not each from a source of its own?
 
 
-def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
+def load(data: DataConfig, task: str, *, clients: int, seed: int, usual_classes: Sequence[str] = ()) -> Federated:
     """Read the data and share them among the clients; `clients` = 0 takes one a file or natural id, else 50.
 
+    `usual_classes` are those of the checkpoint, whose order is taken where the data have the same names.
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
     if data.path:
-        tables, schema = _read_with_schema(data.path, data, task)
+        tables, schema = _read_with_schema(data.path, data, task, usual_classes)
         dealt = not (_is_by_file(data, tables) or data.partition.startswith("natural"))
         shares, evaluation = _share(data, schema, tables, clients=clients, seed=seed)
     else:
         tables, schema, dealt = [], PLAIN_TEXT, True
         shares, evaluation = _library(data, task, clients)
     if data.eval:
-        known = schema.classes() if data.labels else labels_in(tables, schema)
+        known = schema.classes() if data.labels else {*schema.labels, *labels_in(tables, schema)}
         evaluation = _read_as(schema, data.eval, data.limit, known)
     kept, held = _hold_out(shares, data, "holdout", schema, seed=seed)
     return Federated(schema, tuple(kept), tuple(held), evaluation, dealt)
 
 
-def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
+def server_data(data: DataConfig, task: str, embedded: bool, usual_classes: Sequence[str] = ()) -> Federated:
     """The rows that the server of a deployed run has: those for the global evaluation, and no client's.
 
     Raises `ConfigError` where nothing says which classes there are.
     """
     if data.eval:
-        tables, schema = _read_with_schema(data.eval, data, task)
+        tables, schema = _read_with_schema(data.eval, data, task, usual_classes)
         evaluation = _pooled(tables)
     elif embedded:
         schema, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
@@ -96,17 +99,32 @@ def public_rows(path: str, schema: Schema) -> Rows:
     return _read_as(schema, path, 0, set(schema.labels)) if path else ()
 
 
-def _read_with_schema(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
+def _read_with_schema(
+    path: str, data: DataConfig, task: str, usual_classes: Sequence[str] = ()
+) -> tuple[list[Table], Schema]:
     """The tables at `path`, and the schema that the settings and the columns give them."""
     tables = read_tables(path, data.limit)
-    return tables, schema_of(tables, data, task)
+    schema = replace(find_schema(data, task, tables), template=data.template)
+    for table in tables:
+        check_rows(table, schema)
+    if schema.label_column is None:
+        return tables, schema
+    schema = class_names(tables, schema, data.labels, usual_classes)
+    return [_labelled(table, schema, schema.classes()) for table in tables], schema
+
+
+def _labelled(table: Table, schema: Schema, classes: Container[str]) -> Table:
+    """The table with its labels as the schema has them; raises `DataError` for a class that is none of these."""
+    check_labels(table, schema, classes)
+    return with_names(table, schema)
 
 
 def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
     """The rows at `path`, which must have this schema and no class but these."""
     tables = read_tables(path, limit)
-    check_tables(tables, schema, classes)
-    return _pooled(tables)
+    for table in tables:
+        check_rows(table, schema)
+    return _pooled([_labelled(table, schema, classes) for table in tables])
 
 
 def _pooled(tables: Sequence[Table]) -> Rows:

@@ -22,7 +22,7 @@ def pool(parts: Sequence[Rows]) -> Rows:
     """All rows of all parts."""
     if len(parts) == 1:
         return parts[0]
-    if all(hasattr(rows, "select") for rows in parts):
+    if all(hasattr(rows, "select") for rows in parts) and len({str(getattr(r, "features", "")) for r in parts}) == 1:
         from datasets import concatenate_datasets
 
         joined: Rows = concatenate_datasets(list(parts))

@@ -1,43 +1,77 @@
-"""Which columns of a table hold texts, labels, images or conversations, and whether their values can be used."""
+"""Which columns of a table hold texts, labels, images or conversations."""
 
-import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import cached_property
 from typing import Any, Literal
 
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.sections import DataConfig
 
-from .rows import column
 from .sources import Table
 
 TEXT = ("text", "sentence", "sentence1", "content", "review", "utterance")
 LABEL = ("label", "category", "labels", "intent", "target", "class")
 IMAGE = ("image", "img")
-CHAT = ("messages", "conversations")
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+CHAT = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+TEXT_PAIRS = (  # two texts that a label is about
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("query", "passage"),
+    ("claim", "evidence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+RESPONSES = (  # what asks, in this order, and last what answers
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "input", "output"),
+    ("instruction", "input", "response"),
+    ("instruction", "context", "response"),
+    ("instruction", "context", "output"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("context", "question", "answer"),
+    ("passage", "question", "answer"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("input", "output"),
+)
+PREFERENCES = (("prompt", "chosen", "rejected"), ("question", "chosen", "rejected"), ("chosen", "rejected"))
 KINDS = {  # by model.task
     "lm": ("chat", "response", "text"),
     "seq2seq": ("response",),
     "classify": ("label",),
     "image": ("image",),
 }
+AUTO = ("chat", "response", "image", "label", "text")
 NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
 NEEDS |= {"image": "data.image and data.label", "seq2seq": "data.prompt and data.response"}
 Target = Literal["class", "number", "labels"]  # one class of several, a number, or any of several labels
-MOST_COLUMNS = {"chat": 1, "response": 2, "image": 2, "label": 3, "text": 1}  # that a kind can have
+MOST_COLUMNS = {"chat": 2, "image": 2, "label": 3, "text": 1, "preference": 3}  # that a kind can have; others: any
+
+Kind = Literal["text", "response", "chat", "preference", "label", "image"]
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The meaning of a table's columns, by which rows become examples."""
+    """The meaning of a table's columns, by which rows become examples.
 
-    kind: Literal["text", "response", "chat", "label", "image"]
-    columns: tuple[str, ...]  # (text,), (prompt, response), (messages,), (text[, text2], label) or (image, label)
+    By kind the columns are (text,); ([system,] prompt, ..., response); ([system,] messages) or ([system,] prompt,
+    completion) as lists of messages; ([system,] [prompt,] chosen, rejected); (text[, text2], label); (image, label).
+    """
+
+    kind: Kind
+    columns: tuple[str, ...]
     labels: tuple[str, ...] = ()  # class names in order, of "label" and "image"
     target: Target = "class"  # what the label column holds, of "label" and "image"
     template: Literal["auto", "chat", "plain"] = "auto"  # how prompt and response become one text, as data.template
+    system: str = ""  # which of the columns holds the system's message, if one does
 
     @property
     def has_head(self) -> bool:
@@ -49,15 +83,37 @@ class Schema:
         """The column that holds what a head is to learn, if the data have one."""
         return self.columns[-1] if self.has_head else None
 
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """The columns without the system's."""
+        return tuple(name for name in self.columns if name != self.system)
+
+    @property
+    def asking(self) -> tuple[str, ...]:
+        """The columns of the prompt; none where the conversation is in one column, or nobody answers."""
+        answers = {"response": 1, "chat": 1, "preference": 2}.get(self.kind, len(self.columns))
+        return self.spoken[:-answers]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The columns that a row may leave empty, or lack: the system's, and each of several prompts."""
+        system = (self.system,) if self.system else ()
+        return (*self.asking, *system) if len(self.asking) > 1 else system
+
     def classes(self) -> dict[str, int]:
         """Class numbers by the strings that stand for them in the data: the name, or the number if no name is one."""
         by_name = {name: i for i, name in enumerate(self.labels)}
-        if any(map(_is_whole, by_name)):
+        if any(map(is_whole, by_name)):
             return by_name
         return {str(i): i for i in range(len(by_name))} | by_name
 
 
 PLAIN_TEXT = Schema("text", ("text",))  # of Python's standard library, the data that are embedded
+
+
+def is_whole(name: str) -> bool:
+    """Whether a class's name is a whole number."""
+    return name.removeprefix("-").isascii() and name.removeprefix("-").isdigit()
 
 
 def declared_schema(data: DataConfig, task: str) -> Schema:
@@ -73,50 +129,89 @@ def declared_schema(data: DataConfig, task: str) -> Schema:
     return Schema("label", ("text", "label"), data.labels)
 
 
-def schema_of(tables: Sequence[Table], data: DataConfig, task: str) -> Schema:
-    """The meaning of the tables' columns, with the names of the classes, after a look at every row.
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns of all tables together, found by their usual names; the order of the tables does not matter."""
 
-    Raises `DataError` and `ConfigError` for data that cannot be used, with their place.
-    """
-    return _labelled(replace(find_schema(data, task, tables[0]), template=data.template), data, tables)
+    tables: Sequence[Table]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of all columns."""
+        return tuple(dict.fromkeys(name for table in self.tables for name in table.columns))
+
+    @cached_property
+    def _plain(self) -> dict[str, str]:
+        """The columns by their names without blanks and capitals; the first of several."""
+        return {plain(name): name for name in reversed(self.names)}
+
+    def find(self, usual: str) -> str:
+        """The column of this name, or else of one that is equal but for blanks and capitals; empty for none."""
+        return usual if usual in self.names else self._plain.get(usual, "")
+
+    def first(self, usual: Iterable[str]) -> str:
+        """The column of the first of these names that there is; empty for none."""
+        return next(filter(None, map(self.find, usual)), "")
+
+    def all(self, usual: Iterable[str]) -> tuple[str, ...]:
+        """The columns of all these names; none if one of them is not there, or is empty beside the first."""
+        found = tuple(map(self.find, usual))
+        return found if all(found) and all(self.value(name) is not None for name in found[1:]) else ()
+
+    def value(self, name: str) -> Any:
+        """The first value of a column that is neither null nor empty; null for none."""
+        return next((value for table in self.tables if (value := table.first_value(name)) is not None), None)
 
 
-def check_tables(tables: Sequence[Table], schema: Schema, classes: Container[str]) -> None:
-    """Raise `DataError` for the first row that does not fit the schema, or has another class than these."""
-    for table in tables:
-        _check(table, schema)
-        _check_labels(table, schema, classes)
+def plain(name: str) -> str:
+    """A name without what people write now so, now so: blanks around it, and capitals."""
+    return name.strip().casefold()
 
 
-def find_schema(data: DataConfig, task: str, table: Table) -> Schema:
-    """What the columns mean by the settings, and else by their names, the likeliest first.
+def find_schema(data: DataConfig, task: str, tables: Sequence[Table]) -> Schema:
+    """What the columns mean by the settings, and else by their names, the likeliest first; classes have no names yet.
 
     Raises `DataError` for a column that is not there, or if nothing says what to learn, and `ConfigError` if all that
     could be learned is for another task.
     """
-    columns = table.columns
+    columns = Columns(tables)
     named = _named_columns(data)
     for key, name in named:
-        if name not in columns:
-            raise DataError(f'{table.name}: no column "{name}", as data.{key} has it; {nearest(name, columns)}')
+        if name not in columns.names:
+            raise DataError(
+                f'{tables[0].name}: no column "{name}", as data.{key} has it; {nearest(name, columns.names)}'
+            )
     schemas = _by_likelihood(data, named, columns)
     for schema in schemas:
-        if schema.kind in KINDS.get(task, (schema.kind,)):
-            return schema
-    there = f"{table.name} has the columns {', '.join(columns)}"
+        if schema.kind in KINDS.get(task, AUTO):
+            return _for_language_models(schema, columns)
+    there = f"{tables[0].name} has the columns {', '.join(columns.names)}"
+    if schemas and task == "auto":
+        raise ConfigError(
+            f"{there}: two answers, of which one was preferred, and no task learns preferences; "
+            f"set data.response = {schemas[0].spoken[-2]} to learn the preferred answers"
+        )
     if schemas:
         raise ConfigError(f"model.task = {task} does not go with the data: {there}; set {NEEDS[task]}, or another task")
     raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task, ', or '.join(NEEDS.values()))}")
 
 
+def _for_language_models(schema: Schema, columns: Columns) -> Schema:
+    """The schema with the column of the system's message, if there is one and somebody answers it."""
+    system = columns.first(SYSTEM) if schema.kind in ("chat", "response", "preference") else ""
+    if not isinstance(columns.value(system), str) or system in schema.columns:
+        return schema
+    return replace(schema, columns=(system, *schema.columns), system=system)
+
+
 def _named_columns(data: DataConfig) -> list[tuple[str, str]]:
     """The columns that the settings name, each with the key that names it."""
-    settings = [*(("text", name) for name in data.text), ("label", data.label), ("prompt", data.prompt)]
-    settings += [("response", data.response), ("messages", data.messages), ("image", data.image)]
+    settings = [*(("text", name) for name in data.text), *(("prompt", name) for name in data.prompts)]
+    settings += [("label", data.label), ("response", data.response), ("messages", data.messages), ("image", data.image)]
     return [(key, name) for key, name in settings if name]
 
 
-def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: Sequence[str]) -> list[Schema]:
+def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: Columns) -> list[Schema]:
     """The schemas that have all columns that the settings name, the likeliest first."""
     wanted = {name for key, name in named if key != "label"}
     schemas = [schema for schema in possible_schemas(data, columns) if wanted <= {*schema.columns}]
@@ -126,147 +221,37 @@ def _by_likelihood(data: DataConfig, named: Sequence[tuple[str, str]], columns: 
     return sorted(schemas, key=lambda schema: data.label not in schema.columns)
 
 
-def possible_schemas(data: DataConfig, columns: Sequence[str]) -> list[Schema]:
-    """Every schema that these columns can have."""
-    image = _found(data.image, IMAGE, columns)
-    label = _found(data.label, LABEL, columns)
-    texts = data.text or (_found("", TEXT, columns),)
+def possible_schemas(data: DataConfig, columns: Columns) -> list[Schema]:
+    """Every schema that these columns can have, without the names of classes."""
+    text = columns.first(TEXT)
+    label = data.label or columns.first(LABEL)
+    exchange = _prompts_and_response(data, columns)
+    is_chat = any(isinstance(columns.value(name), list) for name in exchange)
+    pair = next(filter(None, map(columns.all, TEXT_PAIRS)), ())
     schemas = [
-        Schema("chat", (_found(data.messages, CHAT, columns),)),
-        Schema("response", _prompt_and_response(data, columns)),
-        Schema("image", (image, label)),
-        Schema("label", (*texts, label)),
-        Schema("text", texts),
+        Schema("chat", (data.messages or columns.first(CHAT),)),
+        Schema("chat" if is_chat else "response", exchange),
+        Schema("image", (data.image or columns.first(IMAGE), label)),
+        Schema("label", (*(data.text or pair), label)),
+        Schema("label", (*(data.text or (text,)), label)),
+        Schema("text", data.text or (text,)),
+        Schema("preference", next(filter(None, map(columns.all, PREFERENCES)), ())),
     ]
-    return [schema for schema in schemas if all(schema.columns) and len(schema.columns) <= MOST_COLUMNS[schema.kind]]
+    return list(filter(_is_whole_schema, schemas))
 
 
-def _found(chosen: str, usual: Iterable[str], columns: Sequence[str]) -> str:
-    """The column that the settings choose, or else the first of the usual names that there is; empty for none."""
-    return chosen or next((name for name in usual if name in columns), "")
+def _is_whole_schema(schema: Schema) -> bool:
+    """Does the schema have all columns that its kind needs, and no more?"""
+    few = 2 if schema.label_column or schema.kind in ("response", "preference") else 1
+    most = MOST_COLUMNS.get(schema.kind, len(schema.columns))
+    return all(schema.columns) and few <= len(schema.columns) <= most
 
 
-def _prompt_and_response(data: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
-    """The columns of prompt and response: as chosen, or else a usual pair of which both are there."""
-    if data.prompt or data.response:
-        prompts, responses = zip(*PAIRS, strict=True)
-        return _found(data.prompt, prompts, columns), _found(data.response, responses, columns)
-    return next((pair for pair in PAIRS if {*pair} <= {*columns}), ("", ""))
-
-
-def _labelled(schema: Schema, data: DataConfig, tables: Sequence[Table]) -> Schema:
-    """The schema with the names of its classes, after a look at every row."""
-    for table in tables:
-        _check(table, schema)
-    if schema.label_column is None:
-        return schema
-    names = data.labels or _dataset_classes(tables[0], schema) or _found_classes(tables, schema)
-    if len(set(names)) < max(2, len(names)):
-        raise DataError(f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}")
-    schema = replace(schema, labels=names)
-    for table in tables:
-        _check_labels(table, schema, schema.classes())
-    return schema
-
-
-def _dataset_classes(table: Table, schema: Schema) -> tuple[str, ...]:
-    """The classes that a dataset of the hub has written down; empty for plain rows."""
-    feature = getattr(table.rows, "features", {}).get(schema.label_column)
-    return tuple(getattr(feature, "names", ()))
-
-
-def _found_classes(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
-    """The classes that occur in the data, in order: numbers by size, names by the alphabet."""
-    found = sorted(labels_in(tables, schema))
-    return tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
-
-
-def labels_in(tables: Sequence[Table], schema: Schema) -> set[str]:
-    """The labels as they stand in the data."""
-    columns = (column(table.rows, schema.columns[-1]) for table in tables)
-    return set(map(str, chain.from_iterable(columns)))
-
-
-def _is_whole(name: str) -> bool:
-    return re.fullmatch("-?[0-9]+", name) is not None
-
-
-def _check_labels(table: Table, schema: Schema, known: Container[str]) -> None:
-    """Raise `DataError` for the first row whose class is not known; data without classes pass."""
-    if schema.label_column is None:
-        return
-    for i, value in enumerate(column(table.rows, schema.label_column)):
-        if str(value) not in known:
-            raise DataError(
-                f'{table.location(i)}: label "{value}" is no class of the training data or of data.labels; '
-                f"{nearest(str(value), schema.labels)}"
-            )
-
-
-def _check(table: Table, schema: Schema) -> None:
-    """Raise `DataError` for the first row that lacks a column, or has in it what the schema cannot take."""
-    names, rows = _checked_columns(table, schema)
-    for i, row in enumerate(rows):
-        for name in names:
-            if name not in row:
-                raise DataError(f'{table.location(i)}: no column "{name}"; {nearest(name, row)}')
-            wrong = _wrong(schema, name, row[name])
-            if wrong:
-                raise DataError(f'{table.location(i)}: "{name}" {wrong}')
-
-
-def _checked_columns(table: Table, schema: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
-    """The columns whose every value is checked, and the rows with these alone where that saves reading others."""
-    rows: Any = table.rows
-    if not hasattr(rows, "column_names"):
-        return schema.columns, rows
-    for name in schema.columns:
-        if name not in rows.column_names:
-            raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
-    names = (
-        schema.columns[1:] if schema.kind == "image" else schema.columns
-    )  # to look at an image would be to decode it
-    return names, rows.select_columns(list(names))
-
-
-def _wrong(schema: Schema, name: str, value: Any) -> str:
-    """The reason to refuse a value in column `name`, to follow that name in an error; empty for a good value."""
-    if schema.kind == "chat":
-        return _wrong_chat(value)
-    if name == schema.label_column:
-        return _wrong_label(value)
-    if schema.kind == "image":
-        return "is null; it takes the name of a file, or image data" if value is None else ""
-    return "" if isinstance(value, str) else f"is {_type(value)}; it takes text"
-
-
-def _wrong_label(value: Any) -> str:
-    good = isinstance(value, int | str) and value != ""
-    return "" if good else f"is {_type(value)}; a label is a whole number or a name"
-
-
-def _type(value: Any) -> str:
-    """The type of a value in the words of an error: "null", "empty", "an int", "a list"."""
-    if value is None:
-        return "null"
-    if value == "":
-        return "empty"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _wrong_chat(messages: Any) -> str:
-    """The reason to refuse a conversation; empty for one that has an assistant's turn."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        return "is no list of messages"
-    for n, message in enumerate(messages, 1):
-        if lacking := _lacking(message):
-            return f'has a message, number {n}, without "{lacking[0]}" or where it is not text'
-    roles = [message["role"] for message in messages]
-    return "" if "assistant" in roles else "has no assistant's turn to learn from"
-
-
-def _lacking(message: Any) -> list[str]:
-    """The parts of a message that it has not, or not as text."""
-    fields = message if isinstance(message, Mapping) else {}
-    return [key for key in ("role", "content") if not isinstance(fields.get(key), str)]
+def _prompts_and_response(data: DataConfig, columns: Columns) -> tuple[str, ...]:
+    """The columns of the prompts and of the response: as chosen, and else the first usual ones that are all there."""
+    if data.prompts:
+        return (*data.prompts, data.response or columns.first(form[-1] for form in RESPONSES))
+    if data.response:
+        asking = (columns.all(form[:-1]) for form in RESPONSES)
+        return (*next((names for names in asking if names and data.response not in names), ()), data.response)
+    return next(filter(None, map(columns.all, RESPONSES)), ())

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedlora.errors import DataError, nearest
 
-from .rows import Rows, column_names, take
+from .rows import Rows, column, column_names, take
 
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -34,6 +34,11 @@ class Table:
     def columns(self) -> list[str]:
         """The names of the columns, in their order."""
         return column_names(self.rows)
+
+    def first_value(self, name: str) -> Any:
+        """The first value of a column that is neither null nor empty; null for none, or without this column."""
+        values = column(self.rows, name) if name in self.columns else ()
+        return next((value for value in values if value is not None and value != ""), None)
 
 
 def read_tables(spec: str, limit: int) -> list[Table]:

@@ -201,9 +201,10 @@ def _row(encoder: Encoder, i: int) -> dict[str, Any]:
     """Return a made-up row of data; the larger i is, the longer are its texts."""
     schema = encoder.schema
     row = {column: _content(encoder, i) for column in schema.columns}
-    if schema.kind == "chat":
-        content = row[schema.columns[0]]
-        row[schema.columns[0]] = [{"role": role, "content": content} for role in ("user", "assistant")]
+    if schema.kind == "chat" and not schema.asking:
+        [name] = schema.spoken
+        content = row[name]
+        row[name] = [{"role": role, "content": content} for role in ("user", "assistant")]
     if schema.labels:
         row[schema.columns[-1]] = schema.labels[i % len(schema.labels)]
     return row

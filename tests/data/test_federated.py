@@ -149,6 +149,19 @@ def test_a_natural_partition_has_as_many_clients_as_there_are_ids(tmp_path: Path
     ({"text": "a", "id": 1}, {}, "auto", "text", ("text",)),
     ({"question": "a", "answer": "b"}, {}, "auto", "response", ("question", "answer")),
     ({"instruction": "a", "input": "", "output": "b"}, {}, "lm", "response", ("instruction", "output")),
+    ({"instruction": "a", "input": "i", "output": "b"}, {}, "lm", "response", ("instruction", "input", "output")),
+    ({"instruction": "a", "context": "c", "output": "b"}, {}, "auto", "response", ("instruction", "context", "output")),
+    ({"context": "c", "question": "a", "answer": "b"}, {}, "auto", "response", ("context", "question", "answer")),
+    ({"a": "x", "b": "y", "answer": "z"}, {"prompt": "b, a"}, "auto", "response", ("b", "a", "answer")),
+    ({"system": "s", "question": "a", "answer": "b"}, {}, "auto", "response", ("system", "question", "answer")),
+    ({"sentence1": "a", "sentence2": "b", "label": 1}, {}, "auto", "label", ("sentence1", "sentence2", "label")),
+    ({"premise": "a", "hypothesis": "b", "label": 1}, {}, "auto", "label", ("premise", "hypothesis", "label")),
+    ({"question": "a", "sentence": "b", "label": 1}, {}, "auto", "label", ("question", "sentence", "label")),
+    ({"Text ": "a", "Label": 1}, {}, "auto", "label", ("Text ", "Label")),
+    ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+     {}, "auto", "chat", ("prompt", "completion")),
+    ({"conversations": [{"from": "gpt", "value": "a"}], "system": "s"}, {}, "lm", "chat", ("system", "conversations")),
+    ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"response": "chosen"}, "auto", "response", ("prompt", "chosen")),
     ({"ask": "a", "output": "b", "text": "c"}, {"prompt": "ask"}, "auto", "response", ("ask", "output")),
     ({"text": "a", "label": 1}, {}, "auto", "label", ("text", "label")),
     ({"text": "a", "label": 1}, {}, "lm", "text", ("text",)),
@@ -162,7 +175,7 @@ def test_a_natural_partition_has_as_many_clients_as_there_are_ids(tmp_path: Path
 def test_the_form_is_found_by_settings_and_names(
     tmp_path: Path, row: Any, settings: Any, task: str, kind: str, columns: tuple[str, ...]
 ) -> None:
-    other = row | {name: 2 for name in ("label", "kind") if name in row}
+    other = row | {name: 2 for name in ("label", "Label", "kind") if name in row}
     schema = read(jsonl(tmp_path / "x.jsonl", row, other), 2, task, **settings).schema
     assert (schema.kind, schema.columns) == (kind, columns)
 
@@ -222,14 +235,15 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: b
 
 @pytest.mark.parametrize(("messages", "says"), [
     ([{"role": "user", "content": "a"}], "has no assistant's turn"),
-    ([{"from": "gpt", "value": "a"}], 'has a message, number 1, without "role"'),
+    ([{"speaker": "gpt", "value": "a"}], 'has a message, number 1, without "role"'),
+    ([{"role": "assistent", "content": "a"}], 'number 1, of the role "assistent"; did you mean "assistant"'),
     ([{"role": "assistant", "content": None}], 'has a message, number 1, without "content"'),
     ("hello", "is no list of messages"),
     ([], "is no list of messages"),
 ])  # fmt: skip
 def test_a_malformed_conversation_is_named_with_its_line(tmp_path: Path, messages: Any, says: str) -> None:
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(DataError, match=rf'line 2: "messages" {says}'):
+    with pytest.raises(DataError, match=rf'line 2: "messages" .*{says}'):
         read(jsonl(tmp_path / "x.jsonl", good, {"messages": messages}))
 
 

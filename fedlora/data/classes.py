@@ -1,0 +1,102 @@
+"""The classes of labelled data: their names and order, and the labels of every table in these names."""
+
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from fedlora.errors import DataError, nearest
+
+from .rows import Rows, column
+from .schema import Schema, is_whole, plain
+from .sources import Table
+
+
+def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str], usual: Sequence[str]) -> Schema:
+    """The schema with the names of its classes in their order.
+
+    They are the `chosen` ones of the settings; or those that the tables have written down, as datasets does; or those
+    that are found. `usual` is the order in which the checkpoint has its own classes: it is taken where the names are
+    the same but for capitals. Raises `DataError` for fewer than two classes.
+    """
+    names = tuple(chosen) or _written_down(tables, schema) or _found(tables, schema)
+    if not chosen:
+        names = _ordered_like(names, usual)
+    if len(set(names)) < max(2, len(names)):
+        raise DataError(
+            f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}; "
+            f'is "{schema.label_column}" the column of the classes? data.label names another'
+        )
+    return replace(schema, labels=names)
+
+
+def _ordered_like(names: tuple[str, ...], usual: Sequence[str]) -> tuple[str, ...]:
+    """The names in the usual order, where both are the same names but for capitals."""
+    by_plain = {plain(name): name for name in names}
+    same = len(by_plain) == len(names) == len(usual) and {*by_plain} == {plain(name) for name in usual}
+    return tuple(by_plain[plain(name)] for name in usual) if same else names
+
+
+def _written_down(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
+    """The classes that datasets has written down with the tables; none if one of the tables has plain labels."""
+    names = [written_names(table.rows, schema) for table in tables]
+    return tuple(dict.fromkeys(chain.from_iterable(names))) if all(names) else ()
+
+
+def written_names(rows: Rows, schema: Schema) -> tuple[str, ...]:
+    """The names that the integers of a `ClassLabel` column stand for; none for plain labels.
+
+    None too where all of them are unknown to the schema: then data.labels gives the classes new names, in their order.
+    """
+    feature = getattr(rows, "features", {}).get(schema.label_column)
+    names = tuple(getattr(feature, "names", None) or ())
+    return names if not schema.labels or {*names} & {*schema.labels} else ()
+
+
+def _found(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
+    """The classes that occur in the data, in order: numbers by size, names by the alphabet."""
+    found = sorted(labels_in(tables, schema))
+    return tuple(sorted(found, key=int) if all(map(is_whole, found)) else found)
+
+
+def labels_in(tables: Sequence[Table], schema: Schema) -> set[str]:
+    """The labels as they are called in the data."""
+    return set(chain.from_iterable(labels_of(table.rows, schema) for table in tables))
+
+
+def labels_of(rows: Rows, schema: Schema) -> list[str]:
+    """The label of every row as it is called: by the names that its own table has written down, or as it stands."""
+    if schema.label_column is None or not len(rows):
+        return []
+    names = dict(enumerate(written_names(rows, schema)))
+    return [names.get(value, str(value)) if names else str(value) for value in column(rows, schema.label_column)]
+
+
+def class_counts(rows: Rows, schema: Schema) -> Counter[str]:
+    """How many of these rows each class has, by its name."""
+    numbers = schema.classes()
+    return Counter(schema.labels[numbers[label]] for label in labels_of(rows, schema))
+
+
+def with_names(table: Table, schema: Schema) -> Table:
+    """The table with its labels as names, if its integers are not the schema's class numbers as they stand."""
+    own, numbers = written_names(table.rows, schema), schema.classes()
+    if all(numbers.get(str(i)) == numbers.get(name, i) for i, name in enumerate(own)):
+        return table
+    from datasets import Value
+
+    rows: Any = table.rows
+    labels = labels_of(table.rows, schema)
+    rest = rows.remove_columns(schema.label_column)
+    return replace(table, rows=rest.add_column(schema.label_column, labels, feature=Value("string")))
+
+
+def check_labels(table: Table, schema: Schema, known: Container[str]) -> None:
+    """Raise `DataError` for the first row whose class is not known; data without classes pass."""
+    for i, label in enumerate(labels_of(table.rows, schema)):
+        if label not in known:
+            raise DataError(
+                f'{table.location(i)}: label "{label}" is no class of the training data or of data.labels; '
+                f"{nearest(label, schema.labels)}"
+            )

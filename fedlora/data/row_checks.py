@@ -1,0 +1,76 @@
+"""Whether the rows of a table fit a schema; the first that does not is named with its place."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedlora.errors import DataError, nearest
+
+from .conversations import prompt_texts, wrong_messages
+from .schema import Schema
+from .sources import Table
+
+
+def check_rows(table: Table, schema: Schema) -> None:
+    """Raise `DataError` for the first row that lacks a column, or has in it what the schema cannot take."""
+    names, rows = _checked_columns(table, schema)
+    for i, row in enumerate(rows):
+        for name in names:
+            if reason := _wrong(schema, name, row):
+                raise DataError(f"{table.location(i)}: {reason}")
+
+
+def _checked_columns(table: Table, schema: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:
+    """The columns whose every value is checked, and the rows with these alone where that saves reading others."""
+    rows: Any = table.rows
+    if not hasattr(rows, "column_names"):
+        return schema.columns, rows
+    for name in schema.columns:
+        if name not in rows.column_names and name not in schema.optional:
+            raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
+    # to look at an image would be to decode it
+    names = schema.columns[1:] if schema.kind == "image" else schema.columns
+    return names, rows.select_columns([name for name in names if name in rows.column_names])
+
+
+def _wrong(schema: Schema, name: str, row: Mapping[str, Any]) -> str:
+    """The reason to refuse what a row has in column `name`; empty for a good value."""
+    if name not in row and name not in schema.optional:
+        return f'no column "{name}"; {nearest(name, row)}'
+    reason = _wrong_value(schema, name, row.get(name))
+    if not reason and schema.kind == "response" and name == schema.columns[-1] and not prompt_texts(schema, row):
+        return f'"{schema.asking[0]}" is empty, and so is "{schema.asking[-1]}": nothing asks for the answer'
+    return f'"{name}" {reason}' if reason else ""
+
+
+def _wrong_value(schema: Schema, name: str, value: Any) -> str:
+    """The reason to refuse a value in column `name`, to follow that name in an error; empty for a good value."""
+    if schema.kind in ("chat", "preference") and name in schema.spoken:
+        return _wrong_turns(schema, name, value)
+    if name == schema.label_column:
+        return _wrong_label(value)
+    if schema.kind == "image":
+        return "is null; it takes the name of a file, or image data" if value is None else ""
+    good = isinstance(value, str) or (value is None and name in schema.optional)
+    return "" if good else f"is {_type(value)}; it takes text"
+
+
+def _wrong_turns(schema: Schema, name: str, value: Any) -> str:
+    """The reason to refuse messages. Where the prompt has a column of its own, prompt and answer may also be texts."""
+    if isinstance(value, str) and len(schema.spoken) > 1:
+        return ""
+    return wrong_messages(value, answers=name not in schema.asking)
+
+
+def _wrong_label(value: Any) -> str:
+    good = isinstance(value, int | str) and value != ""
+    return "" if good else f"is {_type(value)}; a label is a whole number or a name"
+
+
+def _type(value: Any) -> str:
+    """The type of a value in the words of an error: "null", "empty", "an int", "a list"."""
+    if value is None:
+        return "null"
+    if value == "":
+        return "empty"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
