@@ -95,7 +95,8 @@ def run_to_resume(path: Path, given: Mapping[str, Any]) -> tuple[RunDirectory, C
     fixed = sorted(key for key in given if not configuration.may_change(key))
     if fixed:
         raise ConfigError(
-            f"{fixed[0]} cannot change in a run that is resumed; {', '.join(CHANGEABLE_ON_RESUME)} and server.* can"
+            f"{fixed[0]} cannot change in a run that is resumed; {', '.join(CHANGEABLE_ON_RESUME)}, server.* and "
+            "eval.* can"
         )
     folder = RunDirectory(path)
     return folder, configuration.build(folder.config(), given)

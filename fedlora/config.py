@@ -16,6 +16,7 @@ from .sections import (
     AggregateConfig,
     ClientConfig,
     DataConfig,
+    EvalConfig,
     LoRAConfig,
     MessageConfig,
     ModelConfig,
@@ -26,7 +27,7 @@ from .sections import (
     Training,
 )
 
-CHANGEABLE_ON_RESUME = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # and all of server.*
+CHANGEABLE_ON_RESUME = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # and server.*, eval.*
 MOVABLE = ("model.path", "data.path", "data.eval", "lora.init_data")  # paths whose content a run knows by its hash
 CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections in which a client may have settings of its own
 CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")  # and single ones of other sections
@@ -61,6 +62,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: Training = field(default_factory=Training)
     server: Policy = field(default_factory=Policy)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     dp: PrivacyConfig = field(default_factory=PrivacyConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
     messages: MessageConfig = field(default_factory=MessageConfig)
@@ -218,7 +220,7 @@ def _on_disk(path: str) -> bool:
 
 def may_change(key: str) -> bool:
     """Whether a resumed run may have another value of this setting, because its finished rounds do not rest on it."""
-    return key in CHANGEABLE_ON_RESUME or key.startswith("server.")
+    return key in CHANGEABLE_ON_RESUME or key.startswith(("server.", "eval."))
 
 
 def bound_keys(flat: Mapping[str, Any]) -> list[str]:

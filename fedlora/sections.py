@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from .errors import ConfigError
+from .text_scores import extractor
 
 Names = tuple[str, ...]
 Encoding = Literal["float32", "bfloat16", "int8"]
@@ -70,6 +71,26 @@ class Policy:
     ] = 0.5
     eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
     patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How generated answers of the held-out set are scored, beside the loss; greedy, so that a run gives the same."""
+
+    generate: Annotated[bool, "have a language model answer held-out prompts, and score the answers"] = False
+    limit: Annotated[int, Ge(0), "answer so many of the held-out prompts, evenly spread; 0: all"] = 100
+    every: Annotated[int, Ge(0), "rounds between generations; 0: before the first and after the last alone"] = 1
+    max_new_tokens: Annotated[int, Ge(1), Le(2**20), "tokens of an answer at most"] = 128
+    batch_size: Annotated[int, Ge(1), Le(2**20), "prompts answered in one batch"] = 16
+    extract: Annotated[
+        str, "what an exact match compares: text (all), number (the last one, as in GSM8K), or regex:PATTERN"
+    ] = "text"
+    metric: Annotated[
+        str, "a score of your own, package.module:function of the generated and the expected text; empty: none"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        extractor(self.extract)  # refused here, before a model is loaded, where it is none
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-−] ?)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 )
 ARTICLES = {"a", "an", "the"}
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Thai ... Han
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # from Thai to Han
 TOKEN = re.compile(rf"[{UNSPACED}]|\d+(?:[.,]\d+)+|[^\W_{UNSPACED}]+")
 
 
@@ -77,10 +77,8 @@ def _by_pattern(pattern: str) -> Extractor:
 
     def extract(text: str) -> str:
         """The last match, or its first group, in one case and with single blanks."""
-        last = None
-        for last in compiled.finditer(text):
-            pass
-        return "" if last is None else _whole((last.group(1) if compiled.groups else last.group()) or "")
+        found = [*compiled.finditer(text)][-1:]
+        return "".join(_whole(match.group(1 if compiled.groups else 0) or "") for match in found)
 
     return extract
 

@@ -212,7 +212,7 @@ class _Run:
         plan = self.plan
         if not _is_evaluated(t, plan):
             return _Evaluation()
-        values = plan.evaluate(self.strategy.adapter(state)).values() if plan.evaluate else None
+        values = evaluation(plan, self.strategy.adapter(state), t + 1) or None
         if not plan.evaluate_clients:
             return _Evaluation(values)
         jobs = {c.id: self._job(state, c, t) for c in self.cohort.eligible(self.fleet.clients())}
@@ -235,6 +235,16 @@ def _is_evaluated(t: int, plan: Plan) -> bool:
     every = plan.policy.eval_every
     is_last = t + 1 == plan.rounds
     return is_last or (every > 0 and (t + 1) % every == 0)
+
+
+def evaluation(plan: Plan, adapter: LoRA, rounds: int) -> dict[str, float]:
+    """The figures of the global model after so many rounds; of its generated answers too, where it is time for them."""
+    if not plan.evaluate:
+        return {}
+    values = plan.evaluate(adapter).values()
+    every = plan.generate_every
+    is_time = rounds in (0, plan.rounds) or (every > 0 and rounds % every == 0)
+    return values | dict(plan.generate(adapter, rounds)) if plan.generate and is_time else values
 
 
 def _scores(clients: Mapping[int, Metrics]) -> dict[int, dict[str, float]]:

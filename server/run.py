@@ -1,6 +1,6 @@
 """One run on the server's side: its plan from the config, the rounds that are left, the adapter at the end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from types import MappingProxyType
@@ -16,13 +16,13 @@ from fedlora.models.peft_files import save_peft
 from fedlora.privacy import preflight
 from fedlora.privacy.client_level import ClientLevelDP, client_level_dp
 from fedlora.privacy.record_level import record_level_dp
-from fedlora.run import privacy_report, privacy_statement
+from fedlora.run import answers, privacy_report, privacy_statement
 from fedlora.run.compose import compose
 from fedlora.run.console import so_far
 from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
 from fedlora.run.setup import RunSetup
-from fedlora.server.rounds import Fleet, fit
+from fedlora.server.rounds import Fleet, evaluation, fit
 from fedlora.storage.checkpoint import resume_hint
 from fedlora.strategy import Strategy
 
@@ -70,7 +70,7 @@ def run_rounds(
     """
     strategy = compose(setup.config, setup.start, setup.ranks)
     past = folder.resume_point()
-    plan = _plan(setup, fleet)
+    plan = _plan(setup, fleet, folder)
     state = past.state if past else strategy.init(setup.start)
     ledgers = _ledger_facts(plan, fleet.clients(), charged, past.joined if past else {})
     statement = _privacy_statement(setup, plan, strategy, state, fleet, ledgers)
@@ -101,7 +101,7 @@ def _names(names: Mapping[int, str], asked: Sequence[int]) -> dict[str, dict[str
     return {"names": {str(i): names[i] for i in asked if i in names}} if names else {}
 
 
-def _plan(setup: RunSetup, fleet: Fleet) -> Plan:
+def _plan(setup: RunSetup, fleet: Fleet, folder: RunDirectory) -> Plan:
     """What the rounds are to do, by the run's settings."""
     config = setup.config
     return Plan(
@@ -111,6 +111,8 @@ def _plan(setup: RunSetup, fleet: Fleet) -> Plan:
         training=config.train,
         policy=config.server,
         evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
+        generate=_generation(setup, folder),
+        generate_every=config.eval.every,
         evaluate_clients=config.data.holdout > 0,
         exactness=_measured(setup) if config.exactness else None,
         metrics=not config.dp.on or config.dp.metrics,
@@ -121,6 +123,20 @@ def _plan(setup: RunSetup, fleet: Fleet) -> Plan:
         secure=config.secure if config.secure.aggregation else None,
         messages=config.messages,
     )
+
+
+def _generation(setup: RunSetup, folder: RunDirectory) -> Callable[[LoRA, int], Mapping[str, float]] | None:
+    """A function that has held-out prompts answered, keeps the answers, and returns their scores; none without any."""
+    chosen = setup.answers
+    if chosen is None:
+        return None
+
+    def generated(adapter: LoRA, rounds: int) -> Mapping[str, float]:
+        scored = chosen.answers(adapter)
+        answers.keep(folder.answers / f"round-{rounds:04}.jsonl", scored)
+        return answers.means(scored)
+
+    return generated
 
 
 def _privacy_statement(
@@ -191,4 +207,4 @@ def _before(plan: Plan, adapter: LoRA, folder: RunDirectory) -> dict[str, float]
     if records:
         before: dict[str, float] = records[0].get("before", {})
         return before
-    return plan.evaluate(adapter).values() if plan.evaluate else {}
+    return evaluation(plan, adapter, 0)

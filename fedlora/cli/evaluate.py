@@ -9,6 +9,7 @@ import typer
 from .options import takes_settings
 
 if TYPE_CHECKING:
+    from fedlora.lora import LoRA
     from fedlora.metrics import Metrics
     from fedlora.run.directory import RunDirectory
     from fedlora.run.setup import RunSetup
@@ -45,7 +46,7 @@ def evaluate(
         raise ConfigError("there is nothing to evaluate on: give --eval-data")
     strategy = compose(setup.config, setup.start, setup.ranks)
     first = strategy.adapter(strategy.init(setup.start))
-    result: dict[str, Any] = {"before": setup.evaluate(first).values(), "after": setup.evaluate(adapter).values()}
+    result: dict[str, Any] = {"before": _measured(setup, first), "after": _measured(setup, adapter)}
     clients = _clients(setup, strategy, run)
     if clients:
         result["clients"] = spread(clients)
@@ -54,6 +55,14 @@ def evaluate(
         return
     for name, values in result.items():
         print(f"{name + ':':9}{figures(values)}")
+
+
+def _measured(setup: "RunSetup", adapter: "LoRA") -> dict[str, float]:
+    """The figures of the model with this adapter on the held-out set, and of its answers where it gives them."""
+    from fedlora.run.answers import means
+
+    generated = means(setup.answers.answers(adapter)) if setup.answers else {}
+    return setup.evaluate(adapter).values() | generated
 
 
 def _clients(setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory") -> Mapping[int, "Metrics"]:

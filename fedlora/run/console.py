@@ -25,6 +25,7 @@ WIDTHS = {
     "clients": 8,
     "train loss": 11,
     "evaluation": 18,
+    "exact match": 12,
     "worst client": 13,
     "off the mean": 13,
     "epsilon": 14,
@@ -33,6 +34,7 @@ WIDTHS = {
     "seconds": 8,
     "left": 8,
 }
+WITHOUT_ANSWERS = ("loss", "perplexity", "token_accuracy")  # figures of a language model that need no generation
 FIRST = 30.0  # seconds after which a line without a terminal says which clients the round waits for
 EXACT = 1e-4  # relative: well above what float32 leaves after many rounds, well below what a strategy drops
 
@@ -143,6 +145,8 @@ class ConsoleProgress:
             name, _ = headline(after)
             was = f"{self._before[name]:.4g} before, " if name in self._before else ""
             self.say(f"{name}: {was}{after[name]:.4g} after, in {seconds_of(records):.0f} s")
+        if line := answers_line(records, self._before):
+            self.say(line)
         if clients:
             self.say(
                 f"per client on its own held-out examples: {clients['metric']} mean {clients['mean']:.4g}, "
@@ -226,6 +230,7 @@ def _heading(setup: RunSetup, name: str) -> str:
 def _columns_left_out(config: Config) -> set[str]:
     """The columns that a run with these settings has nothing to show in."""
     shown = {
+        "exact match": config.eval.generate,
         "worst client": config.data.holdout > 0,
         "off the mean": config.exactness,
         "epsilon": config.dp.on,
@@ -241,6 +246,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         "clients": f"{record['answered']}/{record['clients']}",
         "train loss": "skipped" if loss is None else f"{loss:.4f}",
         "evaluation": metric(record["eval"]),
+        "exact match": _share(record["eval"] or {}, "exact_match"),
         "worst client": f"{clients['worst']:.4g}" if clients else "",
         "off the mean": f"{record['exactness']:.1e}" if "exactness" in record else "-",
         "epsilon": f"{record['epsilon']:.3g} ({record['epsilon_median']:.3g})" if "epsilon" in record else "-",
@@ -248,6 +254,18 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         "down": size(record["bytes_down"]),
         "seconds": f"{record['seconds']:.1f}",
     }
+
+
+def _share(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:.4g}" if name in values else ""
+
+
+def answers_line(records: Sequence[Mapping[str, Any]], before: Mapping[str, float]) -> str:
+    """The scores of the last generated answers beside those before the run, in words; empty where there were none."""
+    after: Mapping[str, float] = next((r["eval"] for r in reversed(records) if "exact_match" in (r["eval"] or {})), {})
+    scores = [name for name in after if name not in WITHOUT_ANSWERS]
+    told = (f"{name} {_share(before, name) or '-'} before, {_share(after, name)} after" for name in scores)
+    return f"generated answers: {'; '.join(told)}" if scores else ""
 
 
 def figures(values: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoint"
         self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
         self.adapter = path / "adapter"
+        self.answers = path / "answers"  # what the model generated, a file for each round that had it
         self._begun_with: dict[str, Any] = {}  # the run's name, its settings, hashes of its files: in each checkpoint
         self._past: list[Mapping[str, Any]] = []  # the records of all rounds so far, once the run goes on
 

@@ -26,6 +26,7 @@ from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.privacy.secure_aggregation import fewest_members
 
+from .answers import AnswerEvaluation, answer_evaluation
 from .client_ranks import ranks
 from .directory import RunDirectory
 from .run_files import file_hashes
@@ -51,6 +52,11 @@ class RunSetup:
         examples = self.model.encoder(self.evaluation_rows)
         limit = self.config.data.eval_limit or len(examples)
         return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
+
+    @cached_property
+    def answers(self) -> AnswerEvaluation | None:
+        """How the global model's generated answers to held-out prompts are scored; none in a run without."""
+        return answer_evaluation(self.model, self.config.eval, self.evaluation_rows)
 
     @cached_property
     def files(self) -> dict[str, str]:

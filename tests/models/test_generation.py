@@ -1,0 +1,105 @@
+"""Generated answers: what a plain loop writes, alone as in a batch, and nothing of the checkpoint's own sampling."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.data.prompts import Prompt, prompt_of, prompts
+from fedlora.data.schema import Schema
+from fedlora.errors import ConfigError
+from fedlora.models.generation import decoded, end_tokens, generate
+from fedlora.models.model import Model
+from fedlora.sections import LoRAConfig, ModelConfig
+from tests.support.models import make, random_adapter
+
+RESPONSE = Schema("response", ("prompt", "response"))
+KINDS = ("llama", "gpt2")  # rotary positions, and learned ones
+FOLDER = TemporaryDirectory(prefix="fedlora-generation-")
+
+
+@cache
+def model(kind: str) -> Model:
+    """A random model with a random adapter, large enough that it has much to say."""
+    folder = make(kind, Path(FOLDER.name) / kind)
+    made = Model(ModelConfig(path=str(folder), max_length=32, device="cpu"), LoRAConfig(rank=2), RESPONSE, seed=0)
+    made.set_adapter(random_adapter(made, 1, rank=2))
+    with torch.no_grad():
+        for p in made.net.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)
+    return made
+
+
+def questions(kind: str, lengths: Sequence[int]) -> list[Prompt]:
+    draw = Random(3)
+    rows = [{"prompt": " ".join(draw.choices(["w1", "w2", "w3", "w4"], k=n)), "response": "w5 w6"} for n in lengths]
+    return prompts(model(kind).encoder, rows, apart=False)
+
+
+@torch.no_grad()
+def plainly(kind: str, prompt: Prompt, tokens: int) -> str:
+    """The likeliest token after all that came before, again and again, with no cache and no batch."""
+    net: Any = model(kind).net.eval()
+    stops = end_tokens(model(kind), [prompt])
+    written: list[int] = []
+    while len(written) < tokens:
+        ids = torch.cat([prompt.ids, torch.tensor(written, dtype=torch.int64)])
+        token = int(net(input_ids=ids[None]).logits[0, -1].argmax())
+        if token in stops:
+            break
+        written.append(token)
+    return decoded(model(kind).encoder.processor, written)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_what_a_plain_loop_writes_whatever_its_neighbours(kind: str) -> None:
+    asked = questions(kind, [1, 9, 3, 5, 2])
+    answers = [answer.text for answer in generate(model(kind), asked, max_new_tokens=8, batch_size=3)]
+    assert answers == [plainly(kind, prompt, 8) for prompt in asked] and len({*answers}) > 2
+
+
+def test_sampling_and_penalties_of_the_checkpoint_do_not_count() -> None:
+    asked = questions("llama", [4, 6])
+    net: Any = model("llama").net.get_base_model()
+    before = net.generation_config
+    plain = generate(model("llama"), asked, max_new_tokens=8, batch_size=2)
+    try:
+        net.generation_config = type(before)(do_sample=True, temperature=9.0, repetition_penalty=9.0, eos_token_id=3)
+        assert generate(model("llama"), asked, max_new_tokens=8, batch_size=2) == plain
+        assert net.generation_config.temperature == 9.0  # and they are left as they were
+    finally:
+        net.generation_config = before
+
+
+def test_an_answer_ends_where_the_expected_ones_do() -> None:
+    """A chat model's turns end on a token of their own, which its tokenizer may not call the end."""
+    prompt = questions("llama", [3])[0]
+    unseen = prompt.answer.clone()
+    unseen[-1] = 0  # a special token that is not the tokenizer's end
+    assert end_tokens(model("llama"), [prompt]) == {2, 3}  # the checkpoint's, and the tokenizer's
+    assert end_tokens(model("llama"), [Prompt(prompt.ids, unseen)]) == {0, 2, 3}
+
+
+def test_a_prompt_leaves_room_for_its_answer_among_the_positions() -> None:
+    long = Prompt(torch.full((60,), 9), torch.tensor([9, 3]))
+    assert len(generate(model("gpt2"), [long], max_new_tokens=40, batch_size=1)) == 1  # 64 positions
+    with pytest.raises(ConfigError, match=r"eval\.max_new_tokens = 60 leaves a prompt no room .* 56 or fewer"):
+        generate(model("gpt2"), [long], max_new_tokens=60, batch_size=1)
+
+
+def test_a_prompt_is_cut_on_its_left_but_for_the_token_that_opens_it() -> None:
+    asked = questions("llama", [50])[0]
+    whole = model("llama").encoder.processor("w5")["input_ids"][0]
+    assert len(asked.ids) == 32 and int(asked.ids[0]) == whole == 2
+
+
+def test_the_last_answer_of_a_conversation_is_asked_for_and_those_before_are_given() -> None:
+    ids = torch.arange(10, 20)
+    labels = torch.where(torch.isin(ids, torch.tensor([12, 13, 16, 17])), ids, -100)
+    found = prompt_of({"input_ids": ids, "labels": labels})
+    assert found.ids.tolist() == list(range(10, 16)) and found.answer.tolist() == [16, 17]
