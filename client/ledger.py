@@ -231,8 +231,7 @@ class Ledger:
             return self._path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise LedgerError(
-                f"{self._path} is missing or cannot be read ({e}), and this client was charged before; put it back "
-                "from a copy"
+                f"{self._path} {_state(e)}, and this client was charged before; put it back from a copy"
             ) from e
 
     def _read_head(self, marked: int) -> tuple[int, str]:
@@ -240,7 +239,7 @@ class Ledger:
             return _count_and_hash(self._head)
         except (OSError, ValueError) as e:
             seen = f", and {self.mark} has seen {marked} lines of it" if marked else ""
-            raise LedgerError(f"{self._head} is missing or damaged ({e}){seen}; put it back from a copy") from e
+            raise LedgerError(f"{self._head} {_state(e)}{seen}; put it back from a copy") from e
 
     def _read_mark(self) -> tuple[int, str]:
         """Return the number of lines that the mark has seen, and the hash of the last of them."""
@@ -250,7 +249,7 @@ class Ledger:
             return _count_and_hash(self.mark)
         except (OSError, ValueError) as e:
             raise LedgerError(
-                f"{self.mark} is damaged ({e}), and says whether {self._path} is the newest; put it back, or delete it "
+                f"{self.mark} {_state(e)}, and says whether {self._path} is the newest; put it back, or delete it "
                 "if you know that the ledger is whole"
             ) from e
 
@@ -295,3 +294,10 @@ def charges_of(entries: Sequence[Mapping[str, Any]]) -> list[Charge]:
     for charge in charges:
         refuse_charge(charge)
     return charges
+
+
+def _state(error: OSError | ValueError) -> str:
+    """What an error in reading a file says of the file, to follow its name."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is damaged"

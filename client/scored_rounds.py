@@ -35,4 +35,6 @@ class ScoredRounds:
             said = json.loads(self._path.read_text(encoding="utf-8"))
             return int(said["round"]), str(said["job"])
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise LedgerError(f"{self._path} cannot be read ({e}); put it back from a copy, or leave the run") from e
+            raise LedgerError(
+                f"{self._path} is damaged or cannot be read; put it back from a copy, or leave the run"
+            ) from e

@@ -125,6 +125,15 @@ def test_a_missing_file_is_a_refusal(tmp_path: Path, name: str) -> None:
         ledger.charge("two", TERMS, round=1, budget=NONE)
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93\x00", b"one two\n"])
+def test_a_damaged_head_is_told_without_pythons_words(tmp_path: Path, content: bytes) -> None:
+    ledger = opened(tmp_path)
+    ledger.charge("one", TERMS, round=0, budget=NONE)
+    (tmp_path / "ledger.head").write_bytes(content)
+    with pytest.raises(LedgerError, match=r"ledger\.head is damaged(, and [^(]*)?; put it back from a copy$"):
+        ledger.charge("two", TERMS, round=1, budget=NONE)
+
+
 def test_a_ledger_that_is_gone_altogether_is_missed_by_what_the_server_has_seen(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="it holds 0 charges, and the server has had 2 answers from this client"):
         opened(tmp_path).charge("job", replace(TERMS, known=2), round=2, budget=NONE)

@@ -22,7 +22,7 @@ def charged(root: Path, *jobs: str) -> Ledger:
 def test_a_ledger_that_is_gone_is_missed(tmp_path: Path) -> None:
     charged(tmp_path, "one", "two")
     shutil.rmtree(tmp_path / "ledgers")
-    with pytest.raises(LedgerError, match=r"ledger\.head is missing .* has seen 2 lines of it; put it back"):
+    with pytest.raises(LedgerError, match=r"ledger\.head is missing, and .* has seen 2 lines of it; put it back"):
         charged(tmp_path, "three")
 
 

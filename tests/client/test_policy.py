@@ -121,5 +121,5 @@ def test_scores_are_told_once_a_round_and_of_one_model(tmp_path: Path) -> None:
 def test_a_damaged_note_of_what_was_scored_is_a_refusal(tmp_path: Path) -> None:
     runner(tmp_path).evaluate(SMALL.model, job())
     (tmp_path / "scored.json").write_text("{")
-    with pytest.raises(LedgerError, match=r"scored\.json cannot be read"):
+    with pytest.raises(LedgerError, match=r"scored\.json is damaged or cannot be read"):
         runner(tmp_path).evaluate(SMALL.model, job())
