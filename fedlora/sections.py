@@ -231,11 +231,9 @@ class ModelConfig:
         Literal["auto", "lm", "seq2seq", "classify", "image"], "what the model learns; auto: by the columns of the data"
     ] = "auto"
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters are float32"
+        Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters and heads are float32"
     ] = "float32"
-    quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes on a GPU"] = (
-        "none"
-    )
+    quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes"] = "none"
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
     max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
     device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"

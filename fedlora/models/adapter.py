@@ -6,13 +6,16 @@ modules; its vectors d (r,) and b (d_out,) of diag(b) B diag(d) A stand for A an
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fedlora.data.schema import Schema
 from fedlora.errors import DataError, ModelError, nearest
@@ -38,7 +41,7 @@ def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequen
     `new` are the modules that the checkpoint lacks, to be learned from nothing. Raises `ModelError` if the model cannot
     take this adapter.
     """
-    heads = _heads(net, new) if schema.has_head else []
+    heads = head_modules(net, new) if schema.has_head else []
     modules, targets = _targets(net, lora.targets, heads)
     _check(lora, modules)
     config = _config(lora, modules, seed)
@@ -55,6 +58,7 @@ def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequen
         weight.data = values
         module.weight = weight  # PEFT puts another in the place of a quantised one
     fix_signs(layers(adapted), lora.init)
+    train_heads_in_float32(adapted)
     return adapted
 
 
@@ -84,6 +88,34 @@ def _config(lora: LoRAConfig, modules: Modules, seed: int) -> Any:
         rank_pattern=exactly({m: int(r) for m, r in _matched(lora, "rank_pattern", modules).items()}),
         alpha_pattern=exactly(_matched(lora, "alpha_pattern", modules)),
     )
+
+
+def train_heads_in_float32(net: nn.Module) -> None:
+    """Hold the modules that are trained whole in float32, whatever the base is in, as PEFT does with A and B.
+
+    In half precision most steps would be smaller than the last digit of a weight, and the epsilon of Adam zero.
+    """
+    for module in net.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            head = module.modules_to_save[NAME]
+            dtypes = {p.dtype for p in head.parameters()} - {torch.float32}
+            if dtypes:
+                head.float()
+                head.register_forward_pre_hook(partial(_inputs_to, torch.float32), with_kwargs=True)
+                head.register_forward_hook(partial(_output_to, dtypes.pop()))
+
+
+def _inputs_to(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    return _in(dtype, args), _in(dtype, kwargs)
+
+
+def _output_to(dtype: torch.dtype, _: nn.Module, args: Any, output: Any) -> Any:
+    return _in(dtype, output)
+
+
+def _in(dtype: torch.dtype, values: Any) -> Any:
+    """The same values with every tensor of floating point in this type."""
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 def layers(net: nn.Module) -> dict[str, Any]:
@@ -241,7 +273,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _heads(net: nn.Module, new: Sequence[str]) -> list[str]:
+def head_modules(net: nn.Module, new: Sequence[str]) -> list[str]:
     """The modules that a classifier has beside its backbone, and any others that are new; none within another."""
     backbone = getattr(net, "base_model_prefix", "")
     beside = [name for name, module in net.named_children() if name != backbone and list(module.parameters())]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from fedlora.data.schema import Schema
 from fedlora.errors import ModelError
 from fedlora.sections import ModelConfig
 from fedlora.seeds import seeded
+
+from . import quantization
+from .adapter import head_modules
 
 LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
@@ -37,13 +41,14 @@ def model_files(path: str) -> list[Path]:
 def fingerprint(net: nn.Module) -> str:
     """A hash by which two parties can tell whether they have the same base.
 
-    It covers names, shapes and up to 1024 numbers of every matrix; of weights that are no floats, as quantised ones,
-    the shapes alone.
+    It covers names, shapes and up to 1024 numbers of every matrix; of quantised weights the shapes alone, as another
+    device may round the last digit otherwise.
     """
     digest = sha256()
+    rounded = tuple(f"{name}." for name, module in net.named_modules() if quantization.is_quantized(module))
     for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.startswith(rounded):
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.float32)
             digest.update(sample.contiguous().numpy().tobytes())
@@ -103,31 +108,33 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     processor_class = AutoImageProcessor if schema.kind == "image" else AutoTokenizer
     where = {**_revision(config), **_cached(source), "trust_remote_code": False}  # no code that comes with a model
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_quantized(config), **_classes(schema)}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_classes(schema)}
     options["use_safetensors"] = True  # the other format is pickle, which is code
+    checkpoint = AutoConfig.from_pretrained(source, **where)
+    quantization.refuse_other(config, source, checkpoint)
+    model_class = _model_class(config, schema, source, checkpoint)
     processor = processor_class.from_pretrained(source, **where)
-    net, info = _model_class(config, schema, source, where).from_pretrained(source, output_loading_info=True, **options)
+    load = partial(model_class.from_pretrained, source, output_loading_info=True, **options)
+    net, new = _pretrained(config, schema, load)
     if schema.kind != "image":
         _pad(net, processor)
-    new = _new_modules(info)
     if new and not schema.has_head:
         raise ModelError(f"model {source} is no language model: it has no weights for {', '.join(new)}")
     return net, processor, new
 
 
-def _model_class(config: ModelConfig, schema: Schema, source: str, where: Mapping[str, Any]) -> Any:
+def _model_class(config: ModelConfig, schema: Schema, source: str, checkpoint: Any) -> Any:
     """The class of transformers that has the output that the data need; see `_refuse_for_encoder_decoder`."""
     import transformers
 
     if schema.has_head:
         kind = "Sequence" if schema.kind == "label" else "Image"
         return getattr(transformers, f"AutoModelFor{kind}Classification")
-    known: Any = transformers.AutoConfig  # untyped
-    if not known.from_pretrained(source, **where).is_encoder_decoder:
+    if not checkpoint.is_encoder_decoder:
         if config.task == "seq2seq":
             raise ModelError(
                 f"model.task = seq2seq: model {source} has no encoder beside its decoder, as T5 and BART have; "
@@ -140,6 +147,22 @@ def _model_class(config: ModelConfig, schema: Schema, source: str, where: Mappin
             f'"{schema.kind}"; give data.prompt and data.response, or model.task = seq2seq to a server without data'
         )
     return transformers.AutoModelForSeq2SeqLM
+
+
+def _pretrained(config: ModelConfig, schema: Schema, load: Callable[..., Any]) -> tuple[Any, list[str]]:
+    """The model in the bits of `model.quantize`, and the modules that are new in it; `load` takes more options.
+
+    Where modules that are trained whole were quantised, it is loaded once more without that: which modules those are
+    differs by architecture and by checkpoint, and is known only then.
+    """
+    quantize = partial(quantization.options, config, device(config))
+    net, info = load(**quantize())
+    new = _new_modules(info)
+    whole = quantization.left_whole(net, head_modules(net, new)) if schema.has_head else []
+    if whole:
+        net, _ = load(**quantize(whole))
+    quantization.settle(net)
+    return net, new
 
 
 def _revision(config: ModelConfig) -> dict[str, Any]:
@@ -175,28 +198,6 @@ def _cached(source: str) -> dict[str, Any]:
     except Exception:  # the network, the hub and the server each have their own kinds; a cached copy still does
         return {"local_files_only": True}
     return {}
-
-
-def _quantized(config: ModelConfig) -> dict[str, Any]:
-    """Options for transformers to quantise the weights as `model.quantize` says; none for "none".
-
-    Raises `ModelError` without a CUDA GPU or without bitsandbytes.
-    """
-    if config.quantize == "none":
-        return {}
-    if not torch.cuda.is_available():
-        raise ModelError(f"model.quantize = {config.quantize} needs a CUDA GPU; leave it at none on this machine")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as e:
-        raise ModelError(f"model.quantize = {config.quantize} needs bitsandbytes: pip install bitsandbytes") from e
-    from transformers import BitsAndBytesConfig
-
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    nf4["bnb_4bit_compute_dtype"] = getattr(torch, config.dtype)
-    quantization: Any = BitsAndBytesConfig  # untyped
-    chosen = quantization(**({"load_in_8bit": True} if config.quantize == "8bit" else nf4))
-    return {"quantization_config": chosen, "device_map": {"": 0}}
 
 
 def _pad(net: Any, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
-from . import adapter, base_model
+from . import adapter, base_model, quantization
 from .adapter import NAME, PREFIX
 from .objectives import objective
 from .offset import Offset
@@ -73,7 +73,7 @@ class Model:
     @property
     def size(self) -> int:
         """The count of numbers in the base model, without the adapter and the second copy that PEFT makes of a head."""
-        return sum(p.numel() for p in self.net.parameters()) - sum(p.numel() for p in self._parameters())
+        return sum(map(quantization.numbers, self.net.parameters())) - sum(p.numel() for p in self._parameters())
 
     def _parameters(self, sides: str = "ABRH") -> list[nn.Parameter]:
         """The parameters of these sides of the adapter, in a fixed order."""

@@ -1,0 +1,65 @@
+"""A base in bfloat16 or float16 trains its adapter and its head in float32, and what it delivers loads again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora import simulate
+from fedlora.models.model import Model
+from fedlora.run.export import export
+from fedlora.sections import LoRAConfig, ModelConfig
+from tests.support.models import FORMS, batch, logits, make
+
+HALVES = ("bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: make(kind, tmp_path_factory.mktemp(kind)) for kind in FORMS}
+
+
+def half(folder: Path, kind: str, dtype: str) -> Model:
+    return Model(ModelConfig(path=str(folder), dtype=dtype, device="cpu"), LoRAConfig(rank=3), FORMS[kind], seed=1)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["bert", "llama-cls", "vit"])
+def test_a_head_is_trained_in_float32(folders: dict[str, Path], kind: str, dtype: str) -> None:
+    """A step that half precision would round away stays, and the scores are those of the base's own type."""
+    model, whole = half(folders[kind], kind, dtype), half(folders[kind], kind, "float32")
+    assert_close(logits(model, kind), logits(whole, kind), rtol=0.05, atol=0.05)
+    head = model.set_trainable("H")
+    model.loss(batch(kind)).backward()
+    before = [p.detach().clone() for p in head]
+    torch.optim.AdamW(head, lr=1e-6, weight_decay=0).step()
+    moved = [float((p - b).abs().max()) for p, b in zip(head, before, strict=True)]
+    assert moved == pytest.approx([1e-6] * len(head), rel=0.2)
+
+
+@pytest.mark.parametrize("privacy", [{}, {"dp.noise": 0.1}], ids=["plain", "private"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_run_trains_and_delivers(
+    folders: dict[str, Path], dtype: str, privacy: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"text": f"w{i % 7} w{i % 3} w{i % 4}", "label": ("no", "maybe", "yes")[i % 3]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"model.dtype": dtype, "model.device": "cpu", "lora.rank": 2, "train.lr": 0.02, "train.batch_size": 4}
+    run = simulate(
+        model=folders["bert"],
+        data=tmp_path / "rows.jsonl",
+        out=tmp_path / "run",
+        strategy="fedex_lora",
+        clients=2,
+        cohort=2,
+        rounds=2,
+        progress=False,
+        **settings,
+        **privacy,
+    )
+    assert run.rounds[-1]["eval"]["loss"] < run.rounds[0]["eval"]["loss"]
+    export(run.folder, "adapter")  # which verifies what it wrote
+    export(run.folder, "merged")
