@@ -23,7 +23,7 @@ from fedlora.sections import LoRAConfig
 from fedlora.seeds import derive, seeded
 from fedlora.svd import row_signs
 
-from .base_model import is_encoder_decoder
+from .base_model import head_modules, is_encoder_decoder, is_inside
 
 NAME = "default"  # PEFT's name of the one adapter
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
@@ -256,12 +256,7 @@ def _ends(name: str, *ends: str) -> bool:
 
 def _is_part(name: str, modules: Sequence[str]) -> bool:
     """Is a module one of these, or within one?"""
-    return name in modules or _is_inside(name, modules)
-
-
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Does a module lie within one of these?"""
-    return name.startswith(tuple(f"{module}." for module in modules))
+    return name in modules or is_inside(name, modules)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -271,14 +266,6 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight lies transposed."""
     return type(module).__name__ == "Conv1D"
-
-
-def head_modules(net: nn.Module, new: Sequence[str]) -> list[str]:
-    """The modules that a classifier has beside its backbone, and any others that are new; none within another."""
-    backbone = getattr(net, "base_model_prefix", "")
-    beside = [name for name, module in net.named_children() if name != backbone and list(module.parameters())]
-    heads = sorted({*beside, *new})
-    return [name for name in heads if not _is_inside(name, heads)]
 
 
 def _matched(lora: LoRAConfig, key: Literal["rank_pattern", "alpha_pattern"], modules: Modules) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The frozen base model and its tokenizer or image processor, from a folder, the hub or the package itself."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -16,7 +16,6 @@ from fedlora.sections import ModelConfig
 from fedlora.seeds import seeded
 
 from . import quantization
-from .adapter import head_modules
 
 LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
@@ -74,6 +73,19 @@ def decoder_inputs(net: Any) -> Callable[[Tensor], Tensor] | None:
     if start is None:
         raise ModelError(f"{type(net).__name__} does not say with which token it begins: set decoder_start_token_id")
     return lambda targets: torch.cat([targets.new_tensor([start]), targets[:-1]])
+
+
+def head_modules(net: nn.Module, new: Sequence[str]) -> list[str]:
+    """The modules that a classifier has beside its backbone, and any others that are new; none within another."""
+    backbone = getattr(net, "base_model_prefix", "")
+    beside = [name for name, module in net.named_children() if name != backbone and list(module.parameters())]
+    heads = sorted({*beside, *new})
+    return [name for name in heads if not is_inside(name, heads)]
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Does a module lie within one of these?"""
+    return name.startswith(tuple(f"{module}." for module in modules))
 
 
 def device(config: ModelConfig) -> torch.device:
