@@ -158,6 +158,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known are: {', '.join(known) or 'none'}"
 
 
+def cut(text: str, most: int = 60) -> str:
+    """A text that comes from outside, cut to a few words on one line, for a sentence about it.
+
+    >>> cut("one two three four", 12)
+    'one two thr…'
+    """
+    line = " ".join(text[: 10 * most].split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a client has no answer in a round."""

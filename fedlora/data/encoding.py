@@ -1,9 +1,8 @@
 """Rows encoded as tensors: the inputs of the model, and the tokens or classes that it is to learn."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from itertools import chain
 from typing import Any
 
@@ -21,6 +20,7 @@ from .examples import EncodedRow, causal
 from .examples import Example as Example
 from .examples import Records as Records
 from .examples import length as length
+from .images import encode_image
 from .input_limits import NO_LIMITS, InputLimits
 from .rows import Rows
 from .schema import Schema
@@ -28,7 +28,6 @@ from .seq2seq import DecoderInputs, Seq2Seq
 from .tokens import around, ending, ids_of
 
 SHORTEST = 8  # tokens of the last block of a long text
-IMAGES = 64  # images that are held in memory as they were before they were scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +39,7 @@ class Encoder:
     max_length: int
     decoder_inputs: DecoderInputs | None = None  # of an encoder-decoder: what its decoder sees of targets
     limits: InputLimits = NO_LIMITS
+    channels: int = 3  # of an image
 
     def __call__(self, rows: Rows) -> list[Example]:
         """The examples of all rows, without padding.
@@ -158,27 +158,9 @@ def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
 def _image(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     image, label = encoder.schema.columns
     classes = encoder.schema.classes()
-    for start in range(0, len(rows), IMAGES):
-        part = [rows[i] for i in range(start, min(start + IMAGES, len(rows)))]
-        pixels = encoder.processor(images=[_picture(row[image]) for row in part], return_tensors="pt")["pixel_values"]
-        for x, row in zip(pixels, part, strict=True):
-            yield EncodedRow(({"pixel_values": x.clone(), "labels": torch.tensor(classes[str(row[label])])},))
-
-
-def _picture(value: Any) -> Any:
-    """An image in RGB, from the name of a file, the bytes of one, or an open image."""
-    from PIL import Image
-
-    source = value
-    if isinstance(value, Mapping):  # as datasets keeps an image that it has not decoded
-        source = BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-    try:
-        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        named = value if isinstance(value, str) else f"a {type(value).__name__}"
-        raise DataError(
-            f"{named} cannot be read as an image ({e}); a file is looked for from the current folder"
-        ) from e
+    for row in rows:
+        inputs = encode_image(encoder.processor, row[image], encoder.channels)
+        yield EncodedRow((inputs | {"labels": torch.tensor(classes[str(row[label])])},))
 
 
 KINDS: dict[str, Callable[[Encoder, Rows], Iterator[EncodedRow]]] = {  # of every row, its examples

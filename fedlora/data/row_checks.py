@@ -6,6 +6,7 @@ from typing import Any
 from fedlora.errors import DataError, nearest
 
 from .conversations import prompt_texts, wrong_messages
+from .images import why_unreadable
 from .schema import Schema
 from .sources import Table
 
@@ -27,9 +28,7 @@ def _checked_columns(table: Table, schema: Schema) -> tuple[tuple[str, ...], Ite
     for name in schema.columns:
         if name not in rows.column_names and name not in schema.optional:
             raise DataError(f'{table.name}: no column "{name}"; {nearest(name, rows.column_names)}')
-    # to look at an image would be to decode it
-    names = schema.columns[1:] if schema.kind == "image" else schema.columns
-    return names, rows.select_columns([name for name in names if name in rows.column_names])
+    return schema.columns, rows.select_columns([name for name in schema.columns if name in rows.column_names])
 
 
 def _wrong(schema: Schema, name: str, row: Mapping[str, Any]) -> str:
@@ -49,7 +48,7 @@ def _wrong_value(schema: Schema, name: str, value: Any) -> str:
     if name == schema.label_column:
         return _wrong_label(value)
     if schema.kind == "image":
-        return "is null; it takes the name of a file, or image data" if value is None else ""
+        return "is null; it takes the name of a file, or image data" if value is None else why_unreadable(value)
     good = isinstance(value, str) or (value is None and name in schema.optional)
     return "" if good else f"is {_type(value)}; it takes text"
 

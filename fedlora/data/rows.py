@@ -51,19 +51,28 @@ def row_hashes(rows: Rows, columns: Sequence[str]) -> Iterator[bytes]:
     )
 
 
-def _undecoded(rows: Rows, columns: Sequence[str]) -> Rows:
-    """The rows with these columns alone, and images as the bytes or files that they are stored in, if it is a table."""
-    features = getattr(rows, "features", None)
-    if not features:
+def undecoded(rows: Rows) -> Rows:
+    """The rows with images as the bytes or files that they are stored in, if it is a table that would decode them."""
+    if not _has_features(rows):
         return rows
     from datasets import Image
 
     table: Any = rows
-    table = table.select_columns([c for c in columns if c in features])
-    for name in (c for c in table.column_names if isinstance(features[c], Image)):
+    for name in (c for c in table.column_names if isinstance(table.features[c], Image)):
         table = table.cast_column(name, Image(decode=False))
-    undecoded: Rows = table
-    return undecoded
+    stored: Rows = table
+    return stored
+
+
+def _undecoded(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows with these columns alone, and with images as they are stored, if it is a table."""
+    table: Any = rows
+    chosen: Rows = table.select_columns([c for c in columns if c in table.features]) if _has_features(rows) else rows
+    return undecoded(chosen)
+
+
+def _has_features(rows: Rows) -> bool:
+    return bool(getattr(rows, "features", None))
 
 
 def _content(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedlora.errors import DataError, nearest
 
-from .rows import Rows, column, column_names, take
+from .rows import Rows, column, column_names, take, undecoded
 
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -47,7 +47,7 @@ def read_tables(spec: str, limit: int) -> list[Table]:
     `spec` is a file, a folder of files, a pattern as `data/client_*.jsonl`, or FOLDER[:SPLIT] of a saved dataset or
     NAME[:SPLIT] of one on the hub. Raises `DataError` for what cannot be read, and for a file without examples.
     """
-    found = _read(spec)
+    found = [replace(table, rows=undecoded(table.rows)) for table in _read(spec)]
     for table in found:
         if not len(table.rows):
             raise DataError(f"{table.name} has no examples; give it some, or leave it out")

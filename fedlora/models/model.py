@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fedlora.data.encoding import Encoder, Example, length
+from fedlora.data.images import image_channels
 from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
 from fedlora.errors import StrategyError
@@ -46,7 +47,9 @@ class Model:
         self.net = adapter.attach_adapter(net, lora, schema, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
-        self.encoder = Encoder(self.processor, schema, config.max_length, decoder_inputs)
+        self.encoder = Encoder(
+            self.processor, schema, config.max_length, decoder_inputs, channels=image_channels(net.config)
+        )
         self.adapted = adapter.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
         self.heads = _heads(self.net)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fedlora.data.federated import Federated, load
 from fedlora.errors import ConfigError, DataError
@@ -173,8 +174,16 @@ def test_a_natural_partition_has_as_many_clients_as_there_are_ids(tmp_path: Path
     ({"messages": [{"role": "assistant", "content": "a"}], "text": "b"}, {}, "auto", "chat", ("messages",)),
 ])  # fmt: skip
 def test_the_form_is_found_by_settings_and_names(
-    tmp_path: Path, row: Any, settings: Any, task: str, kind: str, columns: tuple[str, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    row: Any,
+    settings: Any,
+    task: str,
+    kind: str,
+    columns: tuple[str, ...],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (2, 2)).save("x.png")
     other = row | {name: 2 for name in ("label", "Label", "kind") if name in row}
     schema = read(jsonl(tmp_path / "x.jsonl", row, other), 2, task, **settings).schema
     assert (schema.kind, schema.columns) == (kind, columns)
