@@ -74,9 +74,10 @@ def labels_of(rows: Rows, schema: Schema) -> list[str]:
 
 
 def class_counts(rows: Rows, schema: Schema) -> Counter[str]:
-    """How many of these rows each class has, by its name."""
-    numbers = schema.classes()
-    return Counter(schema.labels[numbers[label]] for label in labels_of(rows, schema))
+    """How many of these rows each class has, by its name; nothing for data without classes."""
+    numbers = schema.classes() if schema.labels else {}
+    labels = labels_of(rows, schema) if numbers else []
+    return Counter(schema.labels[numbers[label]] for label in labels)
 
 
 def with_names(table: Table, schema: Schema) -> Table:

@@ -29,6 +29,7 @@ class Federated:
     heldout: tuple[Rows, ...]  # each client's own held-out rows; empty where data.holdout = 0
     evaluation: Rows  # the global held-out rows
     dealt: bool = False  # do the clients' rows come out of one pool, and not each from a source of its own?
+    warnings: tuple[str, ...] = ()  # of what the readers of its files found odd, a sentence each
 
 
 def load(data: DataConfig, task: str, *, clients: int, seed: int, usual_classes: Sequence[str] = ()) -> Federated:
