@@ -10,7 +10,7 @@ from typing import Any
 from fedlora.errors import DataError
 
 from .chat import ChatTemplate, WrittenChat
-from .conversations import conversation
+from .conversations import Conversation, conversation
 from .schema import Schema
 from .tokens import any_of, around, ending, ids_of
 
@@ -24,7 +24,10 @@ class AnswerWriter:
 
     def write(self, row: Mapping[str, Any]) -> WrittenChat:
         """All tokens of a row, and which of them are learned. Raises `DataError` for what the template refuses."""
-        said = conversation(self.schema, row)
+        return self.write_conversation(conversation(self.schema, row))
+
+    def write_conversation(self, said: Conversation) -> WrittenChat:
+        """All tokens of a conversation, and which of them are learned: through the chat template, or without one."""
         if self.schema.kind == "chat" or self._is_templated(said.prompt):
             return self._template.write(said.messages, given=len(said.given))
         return self._plain(said.prompt, said.answer)

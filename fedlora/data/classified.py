@@ -35,7 +35,7 @@ class TextInputs:
         whole = self.tokenizer(*columns, verbose=False)["input_ids"]
         got = self._tokenized(*columns)
         if not self.limits.takes(got.get("token_type_ids", ())):
-            del got["token_type_ids"]
+            got.pop("token_type_ids", None)
         written = any_of(self.tokenizer.convert_ids_to_tokens(sorted(self.limits.places)))
         for i, texts in enumerate(zip(*columns, strict=True)):
             one = {key: values[i] for key, values in got.items()}

@@ -16,6 +16,7 @@ from fedlora.sections import ModelConfig
 from fedlora.seeds import seeded
 
 from . import quantization
+from .input_limits import vocabulary
 
 LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
@@ -215,8 +216,14 @@ def _cached(source: str) -> dict[str, Any]:
 def _pad(net: Any, tokenizer: Any) -> None:
     """Make sure that tokenizer and model have a token to pad with, by which a decoder that classifies finds the last
     token; raises `ModelError` if the tokenizer has none that could serve."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
+    rows = vocabulary(net)
+    names = ("pad_token", "eos_token", "unk_token", "bos_token")
+    named = ((getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")) for name in names)
+    known = [token for token, id in named if token is not None and (rows is None or id < rows)]
+    if not known:
         raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no token to pad with; set pad_token in it")
-    net.config.pad_token_id = tokenizer.pad_token_id
+    if (
+        tokenizer.pad_token != known[0]
+    ):  # none, or one that was added and has no embedding: it never counts, so any does
+        tokenizer.pad_token = known[0]
+    net.config.pad_token_id = net.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -18,7 +18,7 @@ from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
-from . import adapter, base_model, quantization
+from . import adapter, base_model, input_limits, quantization
 from .adapter import NAME, PREFIX
 from .objectives import objective
 from .offset import Offset
@@ -42,13 +42,14 @@ class Model:
         self.device = base_model.device(config)
         net, self.processor, new = base_model.load_base_model(config, schema, seed)
         self.fingerprint = base_model.fingerprint(net)
+        limits = input_limits.input_limits(net, self.processor, schema, max_length=config.max_length)
         decoder_inputs = None if schema.has_head else base_model.decoder_inputs(net)
         self.objective = objective(schema, is_encoder_decoder=decoder_inputs is not None)
         self.net = adapter.attach_adapter(net, lora, schema, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
         self.encoder = Encoder(
-            self.processor, schema, config.max_length, decoder_inputs, channels=image_channels(net.config)
+            self.processor, schema, config.max_length, decoder_inputs, limits, image_channels(net.config)
         )
         self.adapted = adapter.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}

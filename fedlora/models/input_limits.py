@@ -1,0 +1,124 @@
+"""What a base model can take as text: how many tokens, which of them, and on which side a batch is padded."""
+
+import re
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from fedlora.data.input_limits import NO_LIMITS, InputLimits
+from fedlora.data.schema import Schema
+from fedlora.data.tokens import around
+from fedlora.errors import ModelError
+
+POSITIONS = re.compile(r"(wpe|w_pos|embed_positions?|positions?_embed(ding)?s?|pos_(encoding|embeddings?))$")
+OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech")  # a part of the model that reads no text
+SEGMENTS = ("xlnet", "funnel", "tapas")  # tell token types apart without a table of so many rows
+
+
+def input_limits(net: Any, tokenizer: Any, schema: Schema, *, max_length: int) -> InputLimits:
+    """The limits of a base model for the texts of a schema; none for images.
+
+    Raises `ModelError` for examples that are longer than the model can take, and for a classifier whose answer for a
+    text would depend on what it is batched with.
+    """
+    if schema.kind == "image":
+        return NO_LIMITS
+    _refuse_too_long(net, max_length)
+    if not schema.has_head:
+        return InputLimits(vocabulary=vocabulary(net), token_types=_token_types(net))
+    _refuse_unfit(net, tokenizer)
+    end = {net.config.eos_token_id} if net.config.is_encoder_decoder else set()
+    return InputLimits(
+        vocabulary=vocabulary(net),
+        token_types=_token_types(net),
+        pads_left=getattr(net.config, "summary_type", "") == "last",
+        places=frozenset({tokenizer.pad_token_id} | end),
+    )
+
+
+def vocabulary(net: Any) -> int | None:
+    """The count of tokens that the model has a row for, to read and to write them; None if it has no such table."""
+    try:
+        tables = [net.get_input_embeddings(), net.get_output_embeddings()]
+    except (NotImplementedError, AttributeError):  # a model that makes its embeddings of characters, or of hashes
+        return None
+    rows = [len(table.weight) for table in tables if isinstance(getattr(table, "weight", None), nn.Parameter)]
+    return min(rows, default=None)
+
+
+def _refuse_too_long(net: Any, max_length: int) -> None:
+    """Raise `ModelError` if the model has a table of positions, and that ends before the longest examples do."""
+    for name, positions in _tables(net):
+        if max_length > positions:
+            raise ModelError(
+                f"model.max_length = {max_length} is above the {positions} positions that the model has ({name}); set "
+                f"it to {positions} or less"
+            )
+
+
+def warnings(net: Any, tokenizer: Any, max_length: int) -> tuple[str, ...]:
+    """What may be wrong with the longest examples, or with the tokenizer, as sentences."""
+    return tuple(_warnings(net, tokenizer, max_length))
+
+
+def _warnings(net: Any, tokenizer: Any, max_length: int) -> Iterator[str]:
+    trained = getattr(net.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(trained, int) and 0 < trained < max_length and not [*_tables(net)]:
+        yield f"model.max_length = {max_length} is above the {trained} tokens that the model was made for"
+    if (made_for := tokenizer.model_max_length) < max_length:
+        yield f"model.max_length = {max_length} is above the {made_for} tokens that the tokenizer is made for"
+    rows = vocabulary(net)
+    unknown = sorted((i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows)
+    if unknown:
+        yield (
+            f"the tokenizer has {len(unknown)} tokens that the model has no embedding for, from "
+            f'"{unknown[0][1]}" on: an example with one of them is refused'
+        )
+
+
+def _tables(net: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield the name of each table of positions in a text, and how many of them it holds."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Embedding) and _is_of_positions(name):
+            yield name, module.num_embeddings - _offset(module)
+    for name, buffer in net.named_buffers():
+        if buffer.dim() == 2 and buffer.is_floating_point() and _is_of_positions(name):
+            yield name, len(buffer)
+
+
+def _is_of_positions(name: str) -> bool:
+    return POSITIONS.match(name.rpartition(".")[2]) is not None and OTHER_INPUT.search(name) is None
+
+
+def _offset(table: nn.Embedding) -> int:
+    """The count of rows before that of the first token: OPT and BART leave two, RoBERTa those up to the pad token's."""
+    before = getattr(table, "offset", None)
+    if isinstance(before, int):
+        return before
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def _token_types(net: Any) -> int | None:
+    """How many types of token the model tells apart; None: as many as its tokenizer names."""
+    if "token_type_ids" not in signature(net.forward).parameters:
+        return 0
+    if net.config.model_type in SEGMENTS:
+        return None
+    return int(getattr(net.config, "type_vocab_size", 0))  # others, as GPT-2, would add the embedding of a word
+
+
+def _refuse_unfit(net: Any, tokenizer: Any) -> None:
+    """Raise `ModelError` for a classifier of texts that cannot tell them from what pads them, or where they end."""
+    if "attention_mask" not in signature(net.forward).parameters:
+        raise ModelError(
+            f"{type(net).__name__} takes no attention mask: its answer for a text would depend on the texts beside it; "
+            "choose another model"
+        )
+    end = net.config.eos_token_id
+    if net.config.is_encoder_decoder and end not in around(tokenizer)[1]:
+        raise ModelError(
+            f"{type(net).__name__} classifies by the end token of a text (token {end}), which the tokenizer of "
+            f"{tokenizer.name_or_path} does not put there; take the tokenizer that belongs to the model"
+        )
