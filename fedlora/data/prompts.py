@@ -1,64 +1,71 @@
-"""Prompts for a language model to answer, taken from examples as they are trained on."""
+"""Prompts for a language model to answer: rows with answers, written as they are trained on, up to the last answer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .encoding import IGNORED, Encoder, Example
+from .answers import start_of_last
+from .conversations import conversation
+from .encoding import IGNORED, Encoder
 from .rows import Rows
-
-UNCUT = 2**20  # tokens of an example of which nothing is cut
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """All that comes before the last answer of an example, and that answer."""
+    """What comes before the last answer of a row, and that answer."""
 
     ids: Tensor  # (tokens,): what the model is given
-    answer: Tensor  # (tokens,): what is expected of it, with the token that ends it
+    expected: str  # the answer, as it stands in the data
+    answer: tuple[int, ...]  # its tokens as they are trained on, with the one that ends it
 
 
-def prompts(encoder: Encoder, rows: Rows, *, apart: bool) -> list[Prompt]:
-    """The prompt of every row that has an answer; one that is too long loses its left, but for the token it opens with.
+def prompts(encoder: Encoder, rows: Rows) -> list[Prompt]:
+    """The prompt of every row that has one, of at most `encoder.max_length` tokens, whatever the length of its answer.
 
-    `apart`: the model is an encoder-decoder, whose examples hold the answer alone as labels. A prompt has at most
-    `encoder.max_length` tokens, whatever the length of its answer.
+    One that is too long loses its left, but for the token that opens a text; an encoder-decoder's loses its right, as
+    in training.
     """
-    whole = replace(encoder, max_length=UNCUT)
-    examples = (example for of_row in whole.by_row(rows) for example in of_row[-1:])
-    found = [prompt_of(example, apart=apart) for example in examples]
-    first = getattr(encoder.processor, "bos_token_id", None)
-    return [replace(p, ids=_cut(p.ids, encoder.max_length, first)) for p in found if len(p.ids)]
+    if not encoder.decoder_inputs:
+        found = (_continued(encoder, row) for row in rows)
+        return [prompt for prompt in found if len(prompt.ids)]  # a conversation may begin with its answer
+    encoded = zip(rows, encoder.by_row(rows), strict=True)
+    pairs = ((row, example) for row, examples in encoded for example in examples)
+    return [Prompt(e["input_ids"], _expected(encoder, row), _learned(e["labels"])) for row, e in pairs]
 
 
-def prompt_of(example: Example, *, apart: bool = False) -> Prompt:
-    """What comes before the last run of learned tokens in an example, and that run; or its input, and its labels."""
-    labels = example["labels"]
-    learned = labels != IGNORED
-    if apart:
-        return Prompt(example["input_ids"], labels[learned])
-    end = int(learned.nonzero()[-1]) + 1
-    given = (~learned[:end]).nonzero()
-    start = int(given[-1]) + 1 if len(given) else 0
-    return Prompt(example["input_ids"][:start], labels[start:end])
+def _continued(encoder: Encoder, row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row in which prompt and answer are one text."""
+    written = encoder.answers.write(row)
+    start = start_of_last(written.learned)
+    rest = zip(written.ids[start:], written.learned[start:], strict=True)
+    answer = tuple(token for token, is_learned in rest if is_learned)
+    opening = getattr(encoder.processor, "bos_token_id", None)
+    ids = _cut(written.ids[:start], encoder.max_length, opening)
+    return Prompt(torch.tensor(ids, dtype=torch.int64), _expected(encoder, row), answer)
 
 
-def _cut(ids: Tensor, size: int, first: int | None) -> Tensor:
-    """At most `size` tokens: the last ones, and before them the token that opens a text, where it is there."""
-    if len(ids) <= size:
-        return ids
-    kept = ids[: int(ids[0] == first)]
-    return torch.cat([kept, ids[len(ids) - size + len(kept) :]])
+def _expected(encoder: Encoder, row: Mapping[str, Any]) -> str:
+    """The text of the last answer in a row."""
+    said = conversation(encoder.schema, row).learned
+    answers = [message["content"] for message in said if message["role"] == "assistant"]
+    return str(answers[-1]).strip()
 
 
-def padded(prompts: Sequence[Prompt], padding: int, side: str) -> dict[str, Tensor]:
+def _learned(labels: Tensor) -> tuple[int, ...]:
+    return tuple(labels[labels != IGNORED].tolist())
+
+
+def _cut(ids: list[int], size: int, opening: int | None) -> list[int]:
+    """At most `size` tokens: the last ones, and before them the one that opens a text, where it is there."""
+    kept = ids[: int(ids[:1] == [opening])]
+    return ids if len(ids) <= size else [*kept, *ids[len(ids) - size + len(kept) :]]
+
+
+def padded(prompts: Sequence[Tensor], padding: int, side: str) -> dict[str, Tensor]:
     """A batch of prompts of one length, padded on the left or the right: (prompts, tokens)."""
-    width = max(len(p.ids) for p in prompts)
-    ids = torch.full((len(prompts), width), padding)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        place = slice(width - len(prompt.ids), width) if side == "left" else slice(len(prompt.ids))
-        ids[i, place], mask[i, place] = prompt.ids, 1
-    return {"input_ids": ids, "attention_mask": mask}
+    ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=padding, padding_side=side)
+    ones = [torch.ones_like(prompt) for prompt in prompts]
+    return {"input_ids": ids, "attention_mask": torch.nn.utils.rnn.pad_sequence(ones, True, 0, side)}

@@ -14,6 +14,7 @@ from fedlora.errors import ConfigError
 from .model import Model
 
 FEWEST = 8  # tokens that a prompt has room for, at least
+WITHOUT_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")  # n_positions in their config bind nothing
 TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")  # that a model's own generation begins with
 
 
@@ -40,12 +41,12 @@ def generate(model: Model, prompts: Sequence[Prompt], *, max_new_tokens: int, ba
     with torch.no_grad(), _greedily(net, model.encoder.processor, stops, max_new_tokens):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            texts = _answered(model, net, [_shortened(prompts[i], room) for i in batch], stops)
+            texts = _answered(model, net, [_shortened(prompts[i].ids, room) for i in batch], stops)
             written |= dict(zip(batch, texts, strict=True))
     return [written[i] for i in range(len(prompts))]
 
 
-def _answered(model: Model, net: Any, prompts: Sequence[Prompt], stops: set[int]) -> Iterator[GeneratedText]:
+def _answered(model: Model, net: Any, prompts: Sequence[Tensor], stops: set[int]) -> Iterator[GeneratedText]:
     """Yield the answers of one batch."""
     tokenizer = model.encoder.processor
     is_apart = net.config.is_encoder_decoder
@@ -54,13 +55,8 @@ def _answered(model: Model, net: Any, prompts: Sequence[Prompt], stops: set[int]
     begin = 1 if is_apart else inputs["input_ids"].shape[1]
     for row in ids[:, begin:].tolist():
         end = next((n for n, token in enumerate(row) if token in stops), None)
-        yield GeneratedText(decoded(tokenizer, row[:end]), is_finished=end is not None)
-
-
-def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of these tokens, without those that are no text."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.strip()
+        text: str = tokenizer.decode(row[:end], skip_special_tokens=True)
+        yield GeneratedText(text.strip(), is_finished=end is not None)
 
 
 def end_tokens(model: Model, prompts: Sequence[Prompt]) -> set[int]:
@@ -69,7 +65,7 @@ def end_tokens(model: Model, prompts: Sequence[Prompt]) -> set[int]:
     tokenizer = model.encoder.processor
     own = getattr(net.generation_config, "eos_token_id", None)
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    learned = {int(p.answer[-1]) for p in prompts if int(p.answer[-1]) in special}
+    learned = {next((t for t in reversed(prompt.answer) if t in special), None) for prompt in prompts}
     known = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     return (known | learned) - {None}
 
@@ -78,18 +74,20 @@ def _room(config: Any, max_new_tokens: int) -> int:
     """The tokens that a prompt may have, so that the model has positions for the answer too; 0 for any number."""
     text = config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if config.is_encoder_decoder or not positions or positions < 0:  # XLNet's -1: as many as one likes
+    if config.model_type in WITHOUT_POSITIONS or not positions or positions < 0:  # XLNet has -1
         return 0
-    if positions - max_new_tokens < FEWEST:
+    shortest = 1 if config.is_encoder_decoder else FEWEST  # a decoder begins its answer with one token
+    if positions - max_new_tokens < shortest:
         raise ConfigError(
             f"eval.max_new_tokens = {max_new_tokens} leaves a prompt no room in the model's {positions} positions; "
-            f"choose {positions - FEWEST} or fewer"
+            f"choose {positions - shortest} or fewer"
         )
-    return int(positions) - max_new_tokens
+    return 0 if config.is_encoder_decoder else int(positions) - max_new_tokens
 
 
-def _shortened(prompt: Prompt, room: int) -> Prompt:
-    return Prompt(prompt.ids[max(0, len(prompt.ids) - room) :], prompt.answer) if room else prompt
+def _shortened(ids: Tensor, room: int) -> Tensor:
+    """The last tokens of a prompt, as many as there is room for; it is never empty."""
+    return ids[max(0, len(ids) - room) :] if room else ids
 
 
 @contextmanager

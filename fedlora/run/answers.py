@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from fedlora.data.prompts import Prompt, prompts
 from fedlora.data.rows import Rows, take
 from fedlora.errors import ConfigError
 from fedlora.lora import LoRA
-from fedlora.models.generation import GeneratedText, decoded, generate
+from fedlora.models.generation import GeneratedText, generate
 from fedlora.models.model import Model
 from fedlora.sections import EvalConfig
 from fedlora.storage.files import write_durably
@@ -51,13 +50,12 @@ class AnswerEvaluation:
 
     def _scored(self, prompt: Prompt, text: GeneratedText) -> ScoredAnswer:
         tokenizer = self.model.encoder.processor
-        expected = decoded(tokenizer, prompt.answer.tolist())
-        scores = asdict(score(text.text, expected, extractor(self.settings.extract)))
+        scores = asdict(score(text.text, prompt.expected, extractor(self.settings.extract)))
         scores["unfinished"] = float(not text.is_finished)
         if self.settings.metric:
             name, metric = own_metric(self.settings.metric)
-            scores[name] = _own_score(self.settings.metric, metric, text.text, expected)
-        return ScoredAnswer(tokenizer.decode(prompt.ids), expected, text.text, scores)
+            scores[name] = _own_score(self.settings.metric, metric, text.text, prompt.expected)
+        return ScoredAnswer(tokenizer.decode(prompt.ids), prompt.expected, text.text, scores)
 
 
 def answer_evaluation(model: Model, settings: EvalConfig, heldout: Rows) -> AnswerEvaluation | None:
@@ -74,11 +72,9 @@ def answer_evaluation(model: Model, settings: EvalConfig, heldout: Rows) -> Answ
         raise ConfigError("eval.generate finds no held-out examples; set data.eval, or data.eval_share above 0")
     if settings.metric:
         own_metric(settings.metric)
-    net: Any = model.net
-    chosen = prompts(model.encoder, spread_evenly(heldout, settings.limit), apart=net.config.is_encoder_decoder)
-    evaluation = AnswerEvaluation(model, settings, chosen)
-    _check_extractor(evaluation)
-    return evaluation
+    chosen = prompts(model.encoder, spread_evenly(heldout, settings.limit))
+    _check_extractor(settings.extract, [prompt.expected for prompt in chosen])
+    return AnswerEvaluation(model, settings, chosen)
 
 
 def spread_evenly(rows: Rows, limit: int) -> Rows:
@@ -87,11 +83,9 @@ def spread_evenly(rows: Rows, limit: int) -> Rows:
     return take(rows, [i * len(rows) // count for i in range(count)])
 
 
-def _check_extractor(evaluation: AnswerEvaluation) -> None:
+def _check_extractor(name: str, expected: Sequence[str]) -> None:
     """Raise `ConfigError` where the extractor finds nothing in any expected answer, and warn where in some."""
-    name, tokenizer = evaluation.settings.extract, evaluation.model.encoder.processor
     extract = extractor(name)
-    expected = [decoded(tokenizer, prompt.answer.tolist()) for prompt in evaluation.prompts]
     empty = [text for text in expected if not extract(text)]
     if len(empty) == len(expected):
         example = f', as in "{" ".join(empty[0].split())[:60]}"' if empty else ""

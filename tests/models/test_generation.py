@@ -10,23 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.data.prompts import Prompt, prompt_of, prompts
+from fedlora.data.encoding import Encoder
+from fedlora.data.prompts import Prompt, prompts
 from fedlora.data.schema import Schema
 from fedlora.errors import ConfigError
-from fedlora.models.generation import decoded, end_tokens, generate
+from fedlora.models.generation import end_tokens, generate
 from fedlora.models.model import Model
 from fedlora.sections import LoRAConfig, ModelConfig
-from tests.support.models import make, random_adapter
+from tests.support import encoder_decoders
+from tests.support.models import make, random_adapter, tokenizer
 
 RESPONSE = Schema("response", ("prompt", "response"))
-KINDS = ("llama", "gpt2")  # rotary positions, and learned ones
+DECODERS = ("llama", "gpt2")  # rotary positions, and learned ones
+ENCODER_DECODERS = ("t5", "bart")  # relative positions, and learned ones
 FOLDER = TemporaryDirectory(prefix="fedlora-generation-")
 
 
 @cache
 def model(kind: str) -> Model:
     """A random model with a random adapter, large enough that it has much to say."""
-    folder = make(kind, Path(FOLDER.name) / kind)
+    maker = make if kind in DECODERS else encoder_decoders.make
+    folder = maker(kind, Path(FOLDER.name) / kind)
     made = Model(ModelConfig(path=str(folder), max_length=32, device="cpu"), LoRAConfig(rank=2), RESPONSE, seed=0)
     made.set_adapter(random_adapter(made, 1, rank=2))
     with torch.no_grad():
@@ -38,7 +42,7 @@ def model(kind: str) -> Model:
 def questions(kind: str, lengths: Sequence[int]) -> list[Prompt]:
     draw = Random(3)
     rows = [{"prompt": " ".join(draw.choices(["w1", "w2", "w3", "w4"], k=n)), "response": "w5 w6"} for n in lengths]
-    return prompts(model(kind).encoder, rows, apart=False)
+    return prompts(model(kind).encoder, rows)
 
 
 @torch.no_grad()
@@ -47,16 +51,20 @@ def plainly(kind: str, prompt: Prompt, tokens: int) -> str:
     net: Any = model(kind).net.eval()
     stops = end_tokens(model(kind), [prompt])
     written: list[int] = []
+    start = getattr(net.config, "decoder_start_token_id", None)
     while len(written) < tokens:
-        ids = torch.cat([prompt.ids, torch.tensor(written, dtype=torch.int64)])
-        token = int(net(input_ids=ids[None]).logits[0, -1].argmax())
+        inputs = {"input_ids": torch.tensor([[*prompt.ids.tolist(), *written]])}
+        if kind in ENCODER_DECODERS:
+            inputs = {"input_ids": prompt.ids[None], "decoder_input_ids": torch.tensor([[start, *written]])}
+        token = int(net(**inputs).logits[0, -1].argmax())
         if token in stops:
             break
         written.append(token)
-    return decoded(model(kind).encoder.processor, written)
+    text: str = model(kind).encoder.processor.decode(written, skip_special_tokens=True)
+    return text.strip()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODER_DECODERS])
 def test_an_answer_is_what_a_plain_loop_writes_whatever_its_neighbours(kind: str) -> None:
     asked = questions(kind, [1, 9, 3, 5, 2])
     answers = [answer.text for answer in generate(model(kind), asked, max_new_tokens=8, batch_size=3)]
@@ -79,15 +87,16 @@ def test_sampling_and_penalties_of_the_checkpoint_do_not_count() -> None:
 def test_an_answer_ends_where_the_expected_ones_do() -> None:
     """A chat model's turns end on a token of their own, which its tokenizer may not call the end."""
     prompt = questions("llama", [3])[0]
-    unseen = prompt.answer.clone()
-    unseen[-1] = 0  # a special token that is not the tokenizer's end
+    unseen = (*prompt.answer[:-1], 0)  # a special token that is not the tokenizer's end
     assert end_tokens(model("llama"), [prompt]) == {2, 3}  # the checkpoint's, and the tokenizer's
-    assert end_tokens(model("llama"), [Prompt(prompt.ids, unseen)]) == {0, 2, 3}
+    assert end_tokens(model("llama"), [Prompt(prompt.ids, "", unseen)]) == {0, 2, 3}
 
 
 def test_a_prompt_leaves_room_for_its_answer_among_the_positions() -> None:
-    long = Prompt(torch.full((60,), 9), torch.tensor([9, 3]))
+    long = Prompt(torch.full((60,), 9), "", (9, 3))
     assert len(generate(model("gpt2"), [long], max_new_tokens=40, batch_size=1)) == 1  # 64 positions
+    with pytest.raises(ConfigError, match=r"eval\.max_new_tokens = 40 leaves .* 39 or fewer"):
+        generate(model("bart"), questions("bart", [2]), max_new_tokens=40, batch_size=1)
     with pytest.raises(ConfigError, match=r"eval\.max_new_tokens = 60 leaves a prompt no room .* 56 or fewer"):
         generate(model("gpt2"), [long], max_new_tokens=60, batch_size=1)
 
@@ -99,7 +108,13 @@ def test_a_prompt_is_cut_on_its_left_but_for_the_token_that_opens_it() -> None:
 
 
 def test_the_last_answer_of_a_conversation_is_asked_for_and_those_before_are_given() -> None:
-    ids = torch.arange(10, 20)
-    labels = torch.where(torch.isin(ids, torch.tensor([12, 13, 16, 17])), ids, -100)
-    found = prompt_of({"input_ids": ids, "labels": labels})
-    assert found.ids.tolist() == list(range(10, 16)) and found.answer.tolist() == [16, 17]
+    template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    words = tokenizer()
+    words.chat_template = template
+    encoder = Encoder(words, Schema("chat", ("messages",)), 64)
+    said = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6"), ("user", "w7")]
+    [found] = prompts(encoder, [{"messages": [{"role": role, "content": text} for role, text in said]}])
+    assert found.expected == "w5 w6" and words.decode(found.answer).split() == ["w5", "w6", "</s>"]
+    assert [word for word in words.decode(found.ids).split() if word.startswith("w")] == ["w1", "w2", "w3", "w4"]
+    assert prompts(encoder, [{"messages": [{"role": "assistant", "content": "w1"}]}])[0].ids.tolist()
