@@ -8,7 +8,13 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
-HEADLINES = {"accuracy": True, "micro_f1": True, "mse": False, "perplexity": False}  # and whether more is better
+HEADLINES = {
+    "accuracy": True,
+    "micro_f1": True,
+    "mse": False,
+    "preference_accuracy": True,
+    "perplexity": False,
+}  # and whether more is better
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +31,9 @@ class Metrics:
     confusion: Tensor | None = None  # (classes, classes): true class by predicted class, of a classifier
     label_counts: Tensor | None = None  # (labels, 3): true positives, false positives and false negatives of each label
     moments: Tensor | None = None  # (5,) of numbers y and predictions p: the sums of y, p, y y, p p and y p
+    rewards: Tensor | None = (
+        None  # (2,) of preferences: the sums of the chosen answers' rewards, and of the rejected ones'
+    )
     pairs: Tensor | None = None  # (targets, 2) the same numbers and predictions, which stay where they were computed
 
     def __add__(self, other: "Metrics") -> "Metrics":
@@ -36,12 +45,14 @@ class Metrics:
             confusion=_sum(self.confusion, other.confusion),
             label_counts=_sum(self.label_counts, other.label_counts),
             moments=_sum(self.moments, other.moments),
+            rewards=_sum(self.rewards, other.rewards),
             pairs=_joined(self.pairs, other.pairs),
         )
 
     def tables(self) -> dict[str, Tensor]:
         """The tables that are there, by the names of their fields, but for the pairs, which stay here."""
         found = {"confusion": self.confusion, "label_counts": self.label_counts, "moments": self.moments}
+        found["rewards"] = self.rewards
         return {name: table for name, table in found.items() if table is not None}
 
     def values(self) -> dict[str, float]:
@@ -50,7 +61,7 @@ class Metrics:
         Always the mean loss. For a language model perplexity and token accuracy; for a classifier accuracy and
         macro-F1; for several labels micro- and macro-F1 and the share of examples with all labels right; for a
         regression the mean squared error, the correlation of Pearson and, where the predictions are at hand, that of
-        Spearman.
+        Spearman; for preferences the share of pairs in which the chosen answer has the higher reward, and the rewards.
         """
         targets = max(self.targets, 1)
         loss, accuracy = self.loss / targets, self.correct / targets
@@ -60,6 +71,10 @@ class Metrics:
             return {"loss": loss, **_f1_of_labels(self.label_counts), "subset_accuracy": accuracy}
         if self.moments is not None:
             return {"loss": loss, "mse": loss, **_correlations(self.targets, self.moments, self.pairs)}
+        if self.rewards is not None:
+            chosen, rejected = (self.rewards / targets).tolist()
+            rewards = {"chosen_reward": chosen, "rejected_reward": rejected}
+            return {"loss": loss, "preference_accuracy": accuracy, "margin": chosen - rejected, **rewards}
         return {"loss": loss, "perplexity": exp(min(loss, 700.0)), "token_accuracy": accuracy}
 
 

@@ -228,13 +228,17 @@ class ModelConfig:
     path: Annotated[str, "folder or hub id of the base model; empty: the small one that comes with fedlora"] = ""
     revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
     task: Annotated[
-        Literal["auto", "lm", "seq2seq", "classify", "image"], "what the model learns; auto: by the columns of the data"
+        Literal["auto", "lm", "seq2seq", "classify", "image", "preference"],
+        "what the model learns; auto: by the columns of the data",
     ] = "auto"
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], "number type of the base model; adapters and heads are float32"
     ] = "float32"
     quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes"] = "none"
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
+    dpo_beta: Annotated[
+        float, Gt(0), Le(1e3), "beta of DPO: how dearly a preference may be bought away from the base"
+    ] = 0.1
     max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
     device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"
 

@@ -1,9 +1,9 @@
 """Rows encoded as tensors: the inputs of the model, and the tokens or classes that it is to learn."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedlora.errors import DataError
 
+from . import preferences
 from .answers import AnswerWriter, ended, opened, start_of_last
 from .classified import TextInputs
 from .conversations import conversation
@@ -40,6 +41,7 @@ class Encoder:
     decoder_inputs: DecoderInputs | None = None  # of an encoder-decoder: what its decoder sees of targets
     limits: InputLimits = NO_LIMITS
     channels: int = 3  # of an image
+    with_reference: Callable[[list[Example]], list[Example]] | None = None  # adds what the base says of preferences
 
     def __call__(self, rows: Rows) -> list[Example]:
         """The examples of all rows, without padding.
@@ -77,8 +79,12 @@ class Encoder:
         return [w.ids[: start_of_last(w.learned)] for w in written]
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """A batch, padded to its longest example: (examples, tokens), or images and classes stacked."""
-        return {key: self._batched(key, [example[key] for example in examples]) for key in examples[0]}
+        """A batch, padded to its longest example: (examples, tokens), or images and classes stacked.
+
+        Of preferences it has two rows an example: all chosen answers, and then all rejected ones.
+        """
+        rows = preferences.as_rows(examples) if self.schema.kind == "preference" else examples
+        return {key: self._batched(key, [row[key] for row in rows]) for key in rows[0]}
 
     @cached_property
     def answers(self) -> AnswerWriter:
@@ -144,6 +150,15 @@ def _seq2seq(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     yield from made([one.prompt for one in said], [one.answer for one in said])
 
 
+def _preference(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
+    """Yield a pair of answers a row, with what the base says of them."""
+    encoded = list(preferences.encoded(encoder, rows))
+    if encoder.with_reference is None:
+        return iter(encoded)
+    completed = iter(encoder.with_reference([example for row in encoded for example in row.examples]))
+    return (replace(row, examples=tuple(islice(completed, len(row.examples)))) for row in encoded)
+
+
 def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     """Yield one example a row: a text, or a pair of texts, and its class."""
     *texts, label = encoder.schema.columns
@@ -167,6 +182,7 @@ KINDS: dict[str, Callable[[Encoder, Rows], Iterator[EncodedRow]]] = {  # of ever
     "text": _text,
     "response": _answered,
     "chat": _answered,
+    "preference": _preference,
     "label": _label,
     "image": _image,
 }

@@ -8,12 +8,13 @@ from torch import Tensor
 
 Example = dict[str, Tensor]
 Records = Sequence[Sequence[Example]]  # a record may be several examples, as a long text is several blocks, or none
+INPUTS = ("input_ids", "rejected_input_ids")  # of an example, where its tokens are; of a preference there are two
 IGNORED = -100  # the label of a token that is not learned
 
 
 def length(example: Example) -> int:
-    """The count of an example's tokens; 0 for an image, as all images are of one size."""
-    return len(example["input_ids"]) if "input_ids" in example else 0
+    """The count of an example's tokens, of a preference those of the longer row; 0 for an image: all are of a size."""
+    return max((len(example[key]) for key in INPUTS if key in example), default=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,10 +48,11 @@ KINDS = {  # by model.task
     "seq2seq": ("response",),
     "classify": ("label",),
     "image": ("image",),
+    "preference": ("preference",),
 }
-AUTO = ("chat", "response", "image", "label", "text")
 NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
 NEEDS |= {"image": "data.image and data.label", "seq2seq": "data.prompt and data.response"}
+NEEDS |= {"preference": "columns prompt, chosen and rejected"}
 Target = Literal["class", "number", "labels"]  # one class of several, a number, or any of several labels
 MOST_COLUMNS = {"chat": 2, "image": 2, "label": 3, "text": 1, "preference": 3}  # that a kind can have; others: any
 
@@ -120,6 +121,8 @@ def declared_schema(data: DataConfig, task: str) -> Schema:
     """The schema that the settings declare to a server that has no data; columns have their usual names."""
     if task == "seq2seq":
         return Schema("response", ("prompt", "response"))
+    if task == "preference":
+        return Schema("preference", PREFERENCES[0])
     if not data.labels:
         if task in ("auto", "lm"):
             return PLAIN_TEXT
@@ -183,14 +186,9 @@ def find_schema(data: DataConfig, task: str, tables: Sequence[Table]) -> Schema:
             )
     schemas = _by_likelihood(data, named, columns)
     for schema in schemas:
-        if schema.kind in KINDS.get(task, AUTO):
+        if schema.kind in KINDS.get(task, (schema.kind,)):
             return _for_language_models(schema, columns)
     there = f"{tables[0].name} has the columns {', '.join(columns.names)}"
-    if schemas and task == "auto":
-        raise ConfigError(
-            f"{there}: two answers, of which one was preferred, and no task learns preferences; "
-            f"set data.response = {schemas[0].spoken[-2]} to learn the preferred answers"
-        )
     if schemas:
         raise ConfigError(f"model.task = {task} does not go with the data: {there}; set {NEEDS[task]}, or another task")
     raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task, ', or '.join(NEEDS.values()))}")

@@ -1,6 +1,7 @@
 """A base model with one adapter, whose factors can be read and replaced by others of any rank."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ from fedlora.sections import LoRAConfig, ModelConfig
 
 from . import adapter, base_model, input_limits, quantization
 from .adapter import NAME, PREFIX
-from .objectives import objective
+from .objectives import TARGETS, answer_log_probabilities, objective
 from .offset import Offset
 
 REFUSALS = {
@@ -44,12 +45,18 @@ class Model:
         self.fingerprint = base_model.fingerprint(net)
         limits = input_limits.input_limits(net, self.processor, schema, max_length=config.max_length)
         decoder_inputs = None if schema.has_head else base_model.decoder_inputs(net)
-        self.objective = objective(schema, is_encoder_decoder=decoder_inputs is not None)
+        self.objective = objective(schema, is_encoder_decoder=decoder_inputs is not None, dpo_beta=config.dpo_beta)
         self.net = adapter.attach_adapter(net, lora, schema, new, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
         self.encoder = Encoder(
-            self.processor, schema, config.max_length, decoder_inputs, limits, image_channels(net.config)
+            self.processor,
+            schema,
+            config.max_length,
+            decoder_inputs,
+            limits,
+            channels=image_channels(net.config),
+            with_reference=self.with_reference,
         )
         self.adapted = adapter.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
@@ -113,6 +120,7 @@ class Model:
         """
         shape: Any = self.net.config
         tokens = batch_size * (_patches(shape) if self.schema.kind == "image" else self.encoder.max_length)
+        tokens *= self.objective.rows
         width = getattr(shape, "hidden_size", 0) * getattr(shape, "num_hidden_layers", 0)
         scores = 0 if self.schema.has_head else 8 * shape.vocab_size
         return int(tokens * (17 * width * self.net.dtype.itemsize + scores))
@@ -165,9 +173,13 @@ class Model:
 
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scores and targets, a row for each target; of tokens, a target of -100 does not count."""
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
-        scores = self.net(**inputs).logits.float()
-        return self.objective.aligned(scores, batch["labels"].to(self.device))
+        here = {k: v.to(self.device) for k, v in batch.items()}
+        return self.objective.aligned(self._scores(here), here)
+
+    def _scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The network's scores of a batch on its device, in float32."""
+        scores: Tensor = self.net(**{k: v for k, v in batch.items() if k not in TARGETS}).logits
+        return scores.float()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss summed over the targets of a batch."""
@@ -176,7 +188,8 @@ class Model:
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Each example's mean loss over its own targets: (examples,)."""
         scores, targets = self.logits(batch)
-        by_target = self.objective.losses(scores, targets).view(len(batch["labels"]), -1)
+        examples = len(batch["labels"]) // self.objective.rows
+        by_target = self.objective.losses(scores, targets).view(examples, -1)
         return by_target.sum(1) / self.objective.counted(targets).view(by_target.shape).sum(1).clamp(min=1)
 
     def targets(self, examples: Sequence[Example]) -> int:
@@ -192,6 +205,36 @@ class Model:
             scores, targets = self.logits(self.encoder.collate(batch))
             total += self.objective.metrics(scores, targets, examples=len(batch))
         return total
+
+    @torch.no_grad()
+    def with_reference(self, preferences: Sequence[Example], batch_size: int = 16) -> list[Example]:
+        """The same preferences with `reference`, (2,): the log-probability of either answer by the base alone.
+
+        The base has neither adapter nor offset then, whatever the run has come to; the model is left as it was.
+        """
+        found: dict[int, Tensor] = {}
+        with self._as_pretrained():
+            for batch in _by_length(preferences, batch_size):
+                here = {k: v.to(self.device) for k, v in self.encoder.collate(batch).items()}
+                by_row = answer_log_probabilities(self._scores(here), here["labels"])
+                found |= zip(map(id, batch), torch.stack(by_row.chunk(2), dim=1).cpu(), strict=True)
+        return [example | {"reference": found[id(example)]} for example in preferences]
+
+    @contextmanager
+    def _as_pretrained(self) -> Iterator[None]:
+        """Within the block the network is the base as it was loaded, in evaluation."""
+        parts, training, net = self.offset.parts, self.net.training, self.net
+        trainable = [(p, p.requires_grad) for p in net.parameters()]  # PEFT sets these anew
+        self.offset.set(())
+        net.eval()
+        try:
+            with net.disable_adapter():
+                yield
+        finally:
+            self.offset.set(parts)
+            net.train(training)
+            for p, is_trainable in trainable:
+                p.requires_grad_(is_trainable)
 
     def _set_scales_and_cores(self, cores: Side, gain: Mapping[str, float]) -> None:
         """Set the scale of every module's product and the core between its A and B, once A and B are set."""

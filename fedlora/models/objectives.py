@@ -6,7 +6,7 @@ example is the mean over its own targets, and none of it depends on the other ex
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,22 @@ from torch import Tensor
 
 from fedlora.data.encoding import IGNORED, Example
 from fedlora.data.schema import Schema
+from fedlora.errors import ModelError
 from fedlora.metrics import Metrics
+
+Batch = Mapping[str, Tensor]
+TARGETS = ("labels", "reference")  # of a batch, what is no input of the network
 
 
 class Objective(Protocol):
     """What a model is to learn."""
 
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def rows(self) -> int:
+        """The rows that an example has in a batch."""
+        ...
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scores and targets of a batch, a row for each target: (targets, ...) each."""
         ...
 
@@ -45,13 +54,14 @@ class Objective(Protocol):
 class Tokens:
     """The tokens of a text: each by those before it, or by a decoder that has the shift in its inputs."""
 
+    rows: ClassVar[int] = 1
     shifted: bool  # are a decoder's inputs its targets, moved by one place, so that scores and targets lie together?
 
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(examples x tokens, vocabulary) and (examples x tokens,), where a target of -100 does not count."""
         if self.shifted:
-            return logits.flatten(0, 1), labels.flatten()
-        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            return logits.flatten(0, 1), batch["labels"].flatten()
+        return logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
@@ -74,11 +84,12 @@ class Tokens:
 class OneClass:
     """One of several classes."""
 
+    rows: ClassVar[int] = 1
     classes: int
 
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(examples, classes) and (examples,)"""
-        return logits, labels
+        return logits, batch["labels"]
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(scores, targets, reduction="none")
@@ -101,9 +112,11 @@ class OneClass:
 class OneNumber:
     """A number, by its squared error."""
 
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    rows: ClassVar[int] = 1
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(examples,) and (examples,)"""
-        return logits.squeeze(-1), labels
+        return logits.squeeze(-1), batch["labels"]
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         return F.mse_loss(scores, targets, reduction="none")
@@ -124,11 +137,12 @@ class OneNumber:
 class SeveralLabels:
     """Any of several labels, each on its own: yes where its score is above zero, which is a probability of a half."""
 
+    rows: ClassVar[int] = 1
     labels: int
 
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(examples, labels) and (examples, labels) of 0 and 1"""
-        return logits, labels
+        return logits, batch["labels"]
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Binary cross-entropy, the mean over the labels: (examples,)."""
@@ -147,8 +161,54 @@ class SeveralLabels:
         return Metrics(examples, len(targets), float(loss), right, label_counts=counts)
 
 
-def objective(schema: Schema, *, is_encoder_decoder: bool) -> Objective:
-    """What a model learns from data of this schema."""
+@dataclass(frozen=True)
+class Preference:
+    """Which of two answers to a prompt is the better one: DPO.
+
+    Rafailov et al., Direct Preference Optimization: Your Language Model is Secretly a Reward Model (NeurIPS 2023),
+    https://arxiv.org/abs/2305.18290
+
+        r(y) = beta (log p(y | x) - log p_base(y | x)),   loss = -log sigmoid(r(chosen) - r(rejected))
+
+    p is of the whole answer, the sum over its tokens, and p_base of the base without adapter and offset (see
+    `Model.with_reference`), in every round alike.
+    """
+
+    beta: float
+    rows: ClassVar[int] = 2
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The rewards of the chosen and of the rejected answers, (examples, 2), and which is better: the first."""
+        gained = answer_log_probabilities(logits, batch["labels"]) - batch["reference"]  # (2 examples,)
+        rewards = self.beta * torch.stack(gained.chunk(2), dim=1)
+        return rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(scores, targets, reduction="none")  # of two, the same as -log sigmoid of the difference
+
+    def counted(self, targets: Tensor) -> Tensor:
+        return _every(targets)
+
+    def count(self, example: Example) -> int:
+        return 1
+
+    def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
+        loss, right = self.losses(scores, targets).sum(), _right(scores[:, 0] > scores[:, 1])
+        return Metrics(examples, len(targets), float(loss), right, rewards=scores.double().sum(0).cpu())
+
+
+def answer_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logarithm of each row's probability of the tokens that count: (rows,)."""
+    by_token = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+    return -by_token.sum(1)
+
+
+def objective(schema: Schema, *, is_encoder_decoder: bool, dpo_beta: float) -> Objective:
+    """What a model learns from data of this schema. Raises `ModelError` for preferences and an encoder-decoder."""
+    if schema.kind == "preference" and is_encoder_decoder:
+        raise ModelError("preferences are learned by causal language models, and this one is an encoder-decoder")
+    if schema.kind == "preference":
+        return Preference(dpo_beta)
     if not schema.has_head:
         return Tokens(shifted=is_encoder_decoder)
     by_target: Mapping[str, Objective] = {

@@ -21,13 +21,13 @@ class Offset:
     def __init__(self, layers: Modules, scales: Mapping[str, float], folds: bool) -> None:
         self.folds = folds
         self._layers, self._scales = layers, scales
-        self._parts: tuple[LoRA, ...] = ()
+        self.parts: tuple[LoRA, ...] = ()
         self._pretrained: dict[str, Tensor] = {}
         self._beside: dict[str, LoRA] = {}
 
     def set(self, parts: tuple[LoRA, ...]) -> None:
         """Replace the offset by the sum of these parts; the same objects as last time cost nothing."""
-        if list(map(id, parts)) == list(map(id, self._parts)):
+        if list(map(id, parts)) == list(map(id, self.parts)):
             return
         low_rank = join(*[part.only("ABR") for part in parts])
         whole = LoRA(low_rank.A, low_rank.B, D=_sum_of_dense(parts))
@@ -37,7 +37,7 @@ class Offset:
                 self._fold(name, layer, delta(own).get(name))
             else:
                 self._put_beside(name, layer, own)
-        self._parts = parts
+        self.parts = parts
 
     def _put_beside(self, name: str, layer: Any, own: LoRA) -> None:
         if name not in self._beside:

@@ -62,13 +62,15 @@ class PerExample(Protocol):
 class OnePassGradients:
     """One forward and one backward pass, in which the layers with trained parameters store each example's gradient.
 
+    An example may have several rows in a batch, as a preference has two: their gradients are added up.
+
     Raises `PrivacyError`, naming the module, where one example's gradient cannot be told from another's.
     """
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, parameters
         self._found: dict[int, Tensor] = {}
-        self._n = 0
+        self._n, self._rows = 0, 1
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # if a layer is refused, those before it get their own forward back
@@ -84,8 +86,9 @@ class OnePassGradients:
         _forget(self._parameters)
 
     def __call__(self, examples: Sequence[Example]) -> Gradients:
-        self._n, self._found = len(examples), {}
-        _backward(self._model, examples)
+        batch, self._found = self._model.encoder.collate(examples), {}
+        self._n, self._rows = len(examples), len(batch["labels"]) // len(examples)
+        _backward(self._model, batch)
         for p in self._parameters:
             if p.grad is not None:
                 raise PrivacyError(f"{_name(self._model, p)} is used outside the layer that holds it; {REMEDY}")
@@ -94,7 +97,7 @@ class OnePassGradients:
         return [self._found.pop(id(p)) for p in self._parameters]
 
     def _check(self, name: str, x: Tensor) -> None:
-        if x.shape[0] != self._n:
+        if x.shape[0] != self._n * self._rows:
             raise PrivacyError(
                 f"{name} sees {x.shape[0]} rows where there are {self._n} examples: its tokens lie in one heap, and "
                 f"cannot be clipped by example; {REMEDY}"
@@ -103,8 +106,10 @@ class OnePassGradients:
     def _keep(self, module: Any, weight: Tensor | None, bias: Tensor | None) -> None:
         for p, share in ((module.weight, weight), (module.bias, bias)):
             if share is not None:
+                # the rows of one example lie as far apart as there are examples: all first rows, then all second ones
+                own = share if self._rows == 1 else share.unflatten(0, (self._rows, self._n)).sum(0)
                 before = self._found.get(id(p))  # a layer that is used twice
-                self._found[id(p)] = at_least_float32(share) if before is None else before + share
+                self._found[id(p)] = at_least_float32(own) if before is None else before + own
 
 
 class OpacusGradients:
@@ -128,7 +133,7 @@ class OpacusGradients:
         _forget(self._parameters)
 
     def __call__(self, examples: Sequence[Example]) -> Gradients:
-        _backward(self._model, examples)
+        _backward(self._model, self._model.encoder.collate(examples))
         found: Gradients = []
         for p in self._parameters:
             g = getattr(p, "grad_sample", None)
@@ -219,8 +224,8 @@ def _forget(parameters: Sequence[nn.Parameter]) -> None:
         p.grad = None
 
 
-def _backward(model: Learner, examples: Sequence[Example]) -> None:
-    loss: Tensor = model.losses(model.encoder.collate(examples)).sum()
+def _backward(model: Learner, batch: dict[str, Tensor]) -> None:
+    loss: Tensor = model.losses(batch).sum()
     loss.backward()  # type: ignore[no-untyped-call]
 
 

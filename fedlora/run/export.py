@@ -26,6 +26,7 @@ from fedlora.jobs import Client, Job
 from fedlora.lora import LoRA, compact, join, norm, scale, truncate
 from fedlora.models import peft_files
 from fedlora.models.model import Model
+from fedlora.models.objectives import TARGETS
 from fedlora.models.peft_files import save_peft
 from fedlora.sections import ModelConfig
 from fedlora.storage import checkpoint
@@ -74,7 +75,7 @@ class LogitsProbe:
         encoder-decoder (tokens, vocabulary) of what all examples are to learn."""
         if self.config.quantize == "none":  # a quantised base is where it belongs already
             net.to(self.device)
-        inputs = {k: v.to(self.device) for k, v in self.batch.items() if k != "labels"}
+        inputs = {k: v.to(self.device) for k, v in self.batch.items() if k not in TARGETS}
         scores: Tensor = net.eval()(**inputs).logits.float().cpu()
         if self.schema.has_head:
             return scores
