@@ -80,8 +80,12 @@ def engine(model: Learner, parameters: Sequence[nn.Parameter], privacy: PrivacyT
 
 
 def is_precise(net: nn.Module) -> bool:
-    """Are all weights of 32 bits or more? Then what rounding takes is a millionth, whatever is in a batch."""
-    return all(p.dtype.itemsize >= 4 for p in net.parameters())
+    """Are all weights of 32 bits or more? Then what rounding takes is a millionth, whatever is in a batch.
+
+    Whole numbers, as quantised weights are, are not rounded with the batch: the type of the others says in which type
+    their products are computed.
+    """
+    return all(p.dtype.itemsize >= 4 for p in net.parameters() if p.is_floating_point())
 
 
 def _holds(module: nn.Module, trained: Container[int]) -> bool:
