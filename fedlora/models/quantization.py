@@ -131,7 +131,8 @@ class _Int8Product(torch.autograd.Function):
 def _dense(module: Any, dtype: torch.dtype) -> Tensor:
     """The weight of an 8-bit layer, (d_out, d_in): each row is its whole numbers times its largest number over 127."""
     largest: Tensor = module.weight.SCB if module.state.SCB is None else module.state.SCB  # (d_out,)
-    return (module.weight.float() * (largest.float() / 127).unsqueeze(1)).to(dtype)
+    dense: Tensor = module.weight.float() * (largest.float() / 127).unsqueeze(1)
+    return dense.to(dtype)
 
 
 LAYERS: dict[str, Callable[[Any], None]] = {"Linear4bit": _without_packing, "Linear8bitLt": _from_rows}

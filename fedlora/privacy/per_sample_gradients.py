@@ -107,7 +107,7 @@ class OnePassGradients:
         for p, share in ((module.weight, weight), (module.bias, bias)):
             if share is not None:
                 # the rows of one example lie as far apart as there are examples: all first rows, then all second ones
-                own = share if self._rows == 1 else share.unflatten(0, (self._rows, self._n)).sum(0)
+                own = share if self._rows == 1 else share.view(self._rows, self._n, *share.shape[1:]).sum(0)
                 before = self._found.get(id(p))  # a layer that is used twice
                 self._found[id(p)] = at_least_float32(own) if before is None else before + own
 
