@@ -30,7 +30,11 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
     Raises `TrainingDiverged` where the loss is no longer a number, `ClientFailed` where there are no examples.
     """
     if not examples:
-        raise ClientFailed(f"client {client} has no examples to train on", code=ReasonCode.DATA)
+        raise ClientFailed(
+            f"client {client} has no examples to train on: no row of its data has a token to learn within "
+            "model.max_length",
+            code=ReasonCode.DATA,
+        )
     taken = load_start(model, job, kept)
     with seeded(derive(job.seed, "dropout", client, job.round)):
         loss = run_steps(model, _sides(model, job), job, client, examples)

@@ -56,10 +56,11 @@ class ChatTemplate:
             whole, spans = self._marked(messages)
             return WrittenChat(*with_learned(self.tokenizer, whole, spans[known:], self.special), unlearned_turns=0)
         whole, turns = self._render(messages), turns[known:]
-        found = list(self._answers(messages, turns, whole))
-        if found and turns[-1] == len(messages) - 1 and not self._has_end(whole[found[-1][0] :]):
-            whole, found[-1] = self._ended(whole, found[-1])
-        tokens = with_learned(self.tokenizer, whole, found, self.special)
+        found = dict(self._answers(messages, turns, whole))
+        last = len(messages) - 1
+        if last in found and self._ends.search(whole[found[last][0] :]) is None:
+            whole, found[last] = self._ended(whole, found[last])
+        tokens = with_learned(self.tokenizer, whole, list(found.values()), self.special)
         return WrittenChat(*tokens, unlearned_turns=len(turns) - len(found))
 
     def _as_text(self, message: Message) -> Message:
@@ -96,14 +97,14 @@ class ChatTemplate:
         except DataError:
             return ""
 
-    def _answers(self, messages: Sequence[Message], turns: Sequence[int], whole: str) -> Iterator[Span]:
-        """Yield where each of the assistant's turns stands in the text; none for one that is not found."""
+    def _answers(self, messages: Sequence[Message], turns: Sequence[int], whole: str) -> Iterator[tuple[int, Span]]:
+        """Yield the number of each of the assistant's turns that is found in the text, and where it stands."""
         after = 0  # the turn before
         for n in turns:
             span = self._words(messages, n, whole, after)
             if span is not None:
                 after = span[1] + self._closing(messages[: n + 1], whole[span[1] :])
-                yield span[0], after
+                yield n, (span[0], after)
 
     def _words(self, messages: Sequence[Message], n: int, whole: str, after: int) -> Span | None:
         """Where the words of turn n stand, not before character `after`; the surest way to tell comes first."""
@@ -134,9 +135,6 @@ class ChatTemplate:
     @cached_property
     def _ends(self) -> re.Pattern[str]:
         return any_of(self.special)
-
-    def _has_end(self, text: str) -> bool:
-        return self._ends.search(text) is not None
 
     def _ended(self, whole: str, last: Span) -> tuple[str, Span]:
         """The text with an end token after the last answer, where the template writes none."""

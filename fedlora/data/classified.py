@@ -41,7 +41,7 @@ class TextInputs:
             one = {key: values[i] for key, values in got.items()}
             if any(written.search(text) for text in texts):
                 one = {key: value for key, value in self._as_text(texts).items() if key in one}
-            self.limits.refuse_unknown(self.tokenizer, one["input_ids"], texts[0])
+            self.limits.refuse(self.tokenizer, one["input_ids"], texts[0], max_length=self.max_length)
             yield ClassifiedText(self._filled(one), len(whole[i]))
 
     def _tokenized(self, *texts: Any, **options: Any) -> dict[str, Any]:

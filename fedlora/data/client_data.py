@@ -10,6 +10,7 @@ from typing import Literal
 from fedlora.jobs import Client
 
 from .encoding import Encoder, Example, Records
+from .examples import EncodedRow
 from .rows import Rows, row_hashes
 
 
@@ -39,7 +40,7 @@ class ClientData:
     @cached_property
     def heldout(self) -> list[Example]:
         """The examples that the client holds out for an evaluation."""
-        return self.encoder(self.heldout_rows)
+        return list(chain.from_iterable(row.examples for row in self.encoder.encoded(self.heldout_rows)))
 
     @cached_property
     def records(self) -> Records:
@@ -72,4 +73,9 @@ class ClientData:
 
     @cached_property
     def _by_row(self) -> Sequence[Sequence[Example]]:
-        return self.encoder.by_row(self.train_rows)
+        return [row.examples for row in self.encoded]
+
+    @cached_property
+    def encoded(self) -> Sequence[EncodedRow]:
+        """What became of each row to train on. There may be nothing to learn in any: its client then fails alone."""
+        return self.encoder.encoded(self.train_rows)

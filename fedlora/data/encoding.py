@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fedlora.errors import DataError
 
 from . import preferences
-from .answers import AnswerWriter, ended, opened, start_of_last
+from .answers import AnswerWriter, ended, opened
 from .classified import TextInputs
 from .conversations import conversation
 from .examples import IGNORED as IGNORED
@@ -56,27 +56,19 @@ class Encoder:
 
     def by_row(self, rows: Rows) -> list[list[Example]]:
         """The examples of each row; see `__call__`."""
-        return [list(row.examples) for row in self.encoded(rows)]
-
-    def encoded(self, rows: Rows) -> list[EncodedRow]:
-        """Each row's examples, and what was cut of it; see `__call__`."""
-        if not len(rows):
-            return []
-        encoded = list((_seq2seq if self.decoder_inputs else KINDS[self.schema.kind])(self, rows))
-        if not any(row.examples for row in encoded):
+        examples = [list(row.examples) for row in self.encoded(rows)]
+        if examples and not any(examples):
             raise DataError(
                 f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
                 "raise model.max_length, or look whether they are empty"
             )
-        return encoded
+        return examples
 
-    def prompts(self, rows: Rows) -> list[list[int]]:
-        """The tokens before each row's last answer, all of them: what the model sees when it begins to answer.
-
-        Only for prompts with responses, and for conversations.
-        """
-        written = map(self.answers.write, rows)
-        return [w.ids[: start_of_last(w.learned)] for w in written]
+    def encoded(self, rows: Rows) -> list[EncodedRow]:
+        """Each row's examples, if it has any, and what was cut of it. Raises `DataError` as `__call__` does."""
+        if not len(rows):
+            return []
+        return list((_seq2seq if self.decoder_inputs else KINDS[self.schema.kind])(self, rows))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A batch, padded to its longest example: (examples, tokens), or images and classes stacked.
@@ -96,7 +88,7 @@ class Encoder:
 
         Raises `DataError` for a token that the model does not know.
         """
-        self.limits.refuse_unknown(self.processor, ids, text)
+        self.limits.refuse(self.processor, ids, text, max_length=self.max_length)
         yield from causal(ids, labels)
 
     def _batched(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -147,7 +139,11 @@ def _seq2seq(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     assert encoder.decoder_inputs
     made = Seq2Seq(encoder.processor, encoder.max_length, encoder.decoder_inputs)
     said = [conversation(encoder.schema, row) for row in rows]
-    yield from made([one.prompt for one in said], [one.answer for one in said])
+    for row in made([one.prompt for one in said], [one.answer for one in said]):
+        for example in row.examples:
+            ids = [*example["input_ids"].tolist(), *example["decoder_input_ids"].tolist()]
+            encoder.limits.refuse(encoder.processor, ids, max_length=encoder.max_length)
+        yield row
 
 
 def _preference(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError, cut
 
 SHOWN = 40  # characters of a text in an error
 
@@ -13,13 +13,19 @@ SHOWN = 40  # characters of a text in an error
 class InputLimits:
     """The limits of one base model; those left out are none."""
 
+    positions: int | None = None  # tokens that its table of positions has a row for
     vocabulary: int | None = None  # tokens that its embedding, and its output, have a row for
     token_types: int | None = None  # kinds of token that it tells apart: those of a pair's first text and of its second
     pads_left: bool = False  # a batch is padded on the left, as the model classifies by the last position
     places: frozenset[int] = frozenset()  # tokens by which it finds where a text ends: no text may hold one
 
-    def refuse_unknown(self, tokenizer: Any, ids: Iterable[int], text: str = "") -> None:
-        """Raise `DataError` for a token that the model has no row for."""
+    def refuse(self, tokenizer: Any, ids: Sequence[int], text: str = "", *, max_length: int) -> None:
+        """Raise `ConfigError` for an example too long for the model, `DataError` for a token that it has no row for."""
+        if self.positions is not None and len(ids) > self.positions:
+            raise ConfigError(
+                f"model.max_length = {max_length} is above the {self.positions} positions of the model, and an example "
+                f"has {len(ids)} tokens{_shown(text)}; set model.max_length to {self.positions} or less"
+            )
         largest = max(ids, default=0)
         if self.vocabulary is not None and largest >= self.vocabulary:
             raise DataError(
@@ -38,5 +44,4 @@ NO_LIMITS = InputLimits()
 
 def _shown(text: str) -> str:
     """The start of a text, to follow a clause."""
-    start = " ".join(text[: SHOWN + 1].split())
-    return f' (in the text "{start[:SHOWN]}{"..." if len(text) > SHOWN else ""}")' if start else ""
+    return f' (in the text "{cut(text, SHOWN)}")' if text.strip() else ""

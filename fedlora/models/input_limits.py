@@ -17,20 +17,19 @@ OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech")  # a part of the m
 SEGMENTS = ("xlnet", "funnel", "tapas")  # tell token types apart without a table of so many rows
 
 
-def input_limits(net: Any, tokenizer: Any, schema: Schema, *, max_length: int) -> InputLimits:
+def input_limits(net: Any, tokenizer: Any, schema: Schema) -> InputLimits:
     """The limits of a base model for the texts of a schema; none for images.
 
-    Raises `ModelError` for examples that are longer than the model can take, and for a classifier whose answer for a
-    text would depend on what it is batched with.
+    Raises `ModelError` for a classifier whose answer for a text would depend on what it is batched with.
     """
     if schema.kind == "image":
         return NO_LIMITS
-    _refuse_too_long(net, max_length)
     if not schema.has_head:
-        return InputLimits(vocabulary=vocabulary(net), token_types=_token_types(net))
+        return InputLimits(positions=positions(net), vocabulary=vocabulary(net), token_types=_token_types(net))
     _refuse_unfit(net, tokenizer)
     end = {net.config.eos_token_id} if net.config.is_encoder_decoder else set()
     return InputLimits(
+        positions=positions(net),
         vocabulary=vocabulary(net),
         token_types=_token_types(net),
         pads_left=getattr(net.config, "summary_type", "") == "last",
@@ -48,14 +47,9 @@ def vocabulary(net: Any) -> int | None:
     return min(rows, default=None)
 
 
-def _refuse_too_long(net: Any, max_length: int) -> None:
-    """Raise `ModelError` if the model has a table of positions, and that ends before the longest examples do."""
-    for name, positions in _tables(net):
-        if max_length > positions:
-            raise ModelError(
-                f"model.max_length = {max_length} is above the {positions} positions that the model has ({name}); set "
-                f"it to {positions} or less"
-            )
+def positions(net: nn.Module) -> int | None:
+    """The count of tokens that the model has a place for; None if it has no table of positions, and takes any count."""
+    return min(_positions(net), default=None)
 
 
 def warnings(net: Any, tokenizer: Any, max_length: int) -> tuple[str, ...]:
@@ -64,8 +58,10 @@ def warnings(net: Any, tokenizer: Any, max_length: int) -> tuple[str, ...]:
 
 
 def _warnings(net: Any, tokenizer: Any, max_length: int) -> Iterator[str]:
-    trained = getattr(net.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(trained, int) and 0 < trained < max_length and not [*_tables(net)]:
+    trained, most = getattr(net.config.get_text_config(), "max_position_embeddings", None), positions(net)
+    if most is not None and most < max_length:
+        yield f"model.max_length = {max_length} is above the {most} positions of the model: a longer text is refused"
+    elif isinstance(trained, int) and 0 < trained < max_length:
         yield f"model.max_length = {max_length} is above the {trained} tokens that the model was made for"
     if (made_for := tokenizer.model_max_length) < max_length:
         yield f"model.max_length = {max_length} is above the {made_for} tokens that the tokenizer is made for"
@@ -78,14 +74,14 @@ def _warnings(net: Any, tokenizer: Any, max_length: int) -> Iterator[str]:
         )
 
 
-def _tables(net: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield the name of each table of positions in a text, and how many of them it holds."""
+def _positions(net: nn.Module) -> Iterator[int]:
+    """Yield how many tokens each table of positions in a text has a place for."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Embedding) and _is_of_positions(name):
-            yield name, module.num_embeddings - _offset(module)
+            yield module.num_embeddings - _offset(module)
     for name, buffer in net.named_buffers():
         if buffer.dim() == 2 and buffer.is_floating_point() and _is_of_positions(name):
-            yield name, len(buffer)
+            yield len(buffer)
 
 
 def _is_of_positions(name: str) -> bool:

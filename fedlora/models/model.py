@@ -43,7 +43,7 @@ class Model:
         self.device = base_model.device(config)
         net, self.processor, new = base_model.load_base_model(config, schema, seed)
         self.fingerprint = base_model.fingerprint(net)
-        limits = input_limits.input_limits(net, self.processor, schema, max_length=config.max_length)
+        limits = input_limits.input_limits(net, self.processor, schema)
         decoder_inputs = None if schema.has_head else base_model.decoder_inputs(net)
         self.objective = objective(schema, is_encoder_decoder=decoder_inputs is not None, dpo_beta=config.dpo_beta)
         self.net = adapter.attach_adapter(net, lora, schema, new, seed)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from fedlora.data.encoding import Encoder
+from fedlora.data.prompts import prompts
 from fedlora.data.schema import Schema
 from fedlora.errors import DataError
 from tests.support.models import tokenizer
@@ -57,8 +58,8 @@ def test_a_long_prompt_in_a_template_loses_its_beginning_and_a_long_response_its
 
 
 def test_an_evaluation_begins_to_answer_where_training_did() -> None:
-    assert encoder("auto").prompts([ROW]) == [[13, 4, EOS, 13]]
-    assert encoder("plain").prompts([ROW]) == [[BOS, 4]]
+    [templated], [plain] = prompts(encoder("auto"), [ROW]), prompts(encoder("plain"), [ROW])
+    assert (templated.ids.tolist(), plain.ids.tolist()) == ([13, 4, EOS, 13], [BOS, 4])
 
 
 def test_every_row_tells_how_many_tokens_it_has_and_how_many_are_cut() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedlora.data.chat import ChatTemplate
 from tests.support.models import tokenizer
 
-END = "</s> "
+EOS = 3
 ASKED = "{{- 'w50 ' + m.content + ' </s> ' }}"
 ANSWERED = "{{- 'w51 ' + m.content + ' </s> ' }}"
 PROMPT = "{%- if add_generation_prompt %}{{- 'w51 ' }}{%- endif %}"
@@ -110,12 +110,12 @@ def test_a_special_token_in_the_words_of_a_turn_is_no_special_token() -> None:
 
 
 def test_a_turn_that_the_template_leaves_out_is_counted() -> None:
-    newest = template(answered="{%- if loop.last %}{{- 'w51 ' + m.content + ' </s> ' }}{%- endif %}")
-    t = tokenizer()
-    t.chat_template = newest
-    written = ChatTemplate(t).write(talk("w1", "w2", "w3", "w4"))
-    assert written.unlearned_turns == 1
-    assert [i for i, is_learned in zip(written.ids, written.learned, strict=True) if is_learned] == [8, 3]
+    for kept, ids in (("loop.last", [8, EOS]), ("not loop.last", [6, EOS])):
+        t = tokenizer()
+        t.chat_template = template(answered="{%- if " + kept + " %}{{- 'w51 ' + m.content + ' </s> ' }}{%- endif %}")
+        written = ChatTemplate(t).write(talk("w1", "w2", "w3", "w4"))
+        assert written.unlearned_turns == 1
+        assert [i for i, is_learned in zip(written.ids, written.learned, strict=True) if is_learned] == ids
 
 
 def test_thoughts_and_calls_beside_the_words_are_learned_too() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.data.schema import Schema
-from fedlora.errors import DataError, ModelError
+from fedlora.errors import ConfigError, DataError, ModelError
 from fedlora.models.input_limits import input_limits, warnings
 from fedlora.models.model import Model
 from fedlora.sections import LoRAConfig, ModelConfig
@@ -59,14 +59,28 @@ def model(folder: Path, name: str, options: dict[str, Any], schema: Schema, t: A
 )
 def test_no_example_may_be_longer_than_the_models_positions(name: str, options: Any, positions: int | None) -> None:
     base, schema = net(name, options), LABEL if "Classification" in name else TEXT
+    assert input_limits(base, tokenizer(), schema).positions == positions
     longest = positions or 100
     ids = torch.full((1, longest), 5)
     ids[0, -1] = 3
     base.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    input_limits(base, tokenizer(), schema, max_length=longest)
     if positions:
-        with pytest.raises(ModelError, match=f"max_length = {positions + 1} is above the {positions} positions"):
-            input_limits(base, tokenizer(), schema, max_length=positions + 1)
+        with pytest.raises((IndexError, RuntimeError)):
+            base(input_ids=ids[:, :1].expand(1, positions + 1), attention_mask=torch.ones(1, positions + 1))
+
+
+@pytest.mark.parametrize(
+    "name, options, schema",
+    [("GPT2LMHeadModel", GPT2, TEXT), ("BertForSequenceClassification", WIDE, LABEL)],
+)
+def test_an_example_that_is_too_long_for_the_model_is_refused_and_a_shorter_one_is_not(
+    tmp_path: Path, name: str, options: Any, schema: Schema
+) -> None:
+    learner = model(tmp_path, name, options, schema, length=128)
+    assert learner.encoder([{"text": "w1", "label": "no"}])
+    with pytest.raises(ConfigError, match=r"max_length = 128 is above the 32 positions .* an example has 62 tokens"):
+        learner.encoder([{"text": "w1 " * 60, "label": "no"}])
+    assert "above the 32 positions" in warnings(learner.net, tokenizer(), 128)[0]
 
 
 def test_a_length_that_a_model_was_not_made_for_is_told() -> None:
@@ -157,8 +171,8 @@ def test_an_empty_text_is_one_token_to_a_tokenizer_that_adds_none(tmp_path: Path
 def test_classifiers_that_depend_on_neighbours_or_find_no_end_are_refused() -> None:
     fnet = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
     with pytest.raises(ModelError, match="no attention mask"):
-        input_limits(net("FNetForSequenceClassification", fnet), tokenizer(), LABEL, max_length=16)
+        input_limits(net("FNetForSequenceClassification", fnet), tokenizer(), LABEL)
     t = tokenizer()
     t.backend_tokenizer.post_processor = None
     with pytest.raises(ModelError, match="classifies by the end token"):
-        input_limits(net("BartForSequenceClassification", BART), t, LABEL, max_length=16)
+        input_limits(net("BartForSequenceClassification", BART), t, LABEL)
