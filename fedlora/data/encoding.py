@@ -140,8 +140,7 @@ def _seq2seq(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     made = Seq2Seq(encoder.processor, encoder.max_length, encoder.decoder_inputs)
     said = [conversation(encoder.schema, row) for row in rows]
     for row in made([one.prompt for one in said], [one.answer for one in said]):
-        for example in row.examples:
-            ids = [*example["input_ids"].tolist(), *example["decoder_input_ids"].tolist()]
+        for ids in (e[key].tolist() for e in row.examples for key in ("input_ids", "decoder_input_ids")):
             encoder.limits.refuse(encoder.processor, ids, max_length=encoder.max_length)
         yield row
 
