@@ -228,7 +228,7 @@ class ModelConfig:
     path: Annotated[str, "folder or hub id of the base model; empty: the small one that comes with fedlora"] = ""
     revision: Annotated[str, "branch, tag or commit of a hub id"] = ""
     task: Annotated[
-        Literal["auto", "lm", "seq2seq", "classify", "image", "preference"],
+        Literal["auto", "lm", "seq2seq", "classify", "regression", "multilabel", "image", "preference"],
         "what the model learns; auto: by the columns of the data",
     ] = "auto"
     dtype: Annotated[
@@ -336,7 +336,10 @@ class DataConfig:
         "prompt and response go through the model's chat template: auto (if it has one), chat, or plain (never)",
     ] = "auto"
     image: Annotated[str, "image column: files or image data"] = ""
-    labels: Annotated[Names, "names of the classes in order; empty: as found in the data"] = ()
+    labels: Annotated[
+        Names, "names of the classes in order, or of columns of 0 and 1 (multilabel); empty: as found in the data"
+    ] = ()
+    label_separator: Annotated[str, "what stands between several labels in a text (multilabel), as ; or |"] = ""
 
     @property
     def prompts(self) -> Names:

@@ -10,6 +10,12 @@ from fedlora.data.schema import Schema
 from fedlora.models.base_model import TINY
 
 TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "image"}
+WITHOUT_CLASSES = {
+    "lm": Schema("text", ("text",)),
+    "seq2seq": Schema("response", ("prompt", "response")),
+    "regression": Schema("label", ("text", "label"), target="number"),
+}
+PROBLEMS = {"regression": "regression", "multi_label_classification": "multilabel"}
 
 
 def schema_of(config: Config) -> Schema:
@@ -18,12 +24,12 @@ def schema_of(config: Config) -> Schema:
         return federated.load(config.data, config.model.task, clients=config.clients, seed=config.seed).schema
     about = _about(config.model.path)
     task = config.model.task if config.model.task != "auto" else _task(about)
-    if task == "lm":
-        return Schema("text", ("text",))
+    if task in WITHOUT_CLASSES:
+        return WITHOUT_CLASSES[task]
     labels = config.data.labels or _labels(about)
     if task == "image":
         return Schema("image", ("image", "label"), labels)
-    return Schema("label", ("text", "label"), labels)
+    return Schema("label", ("text", "label"), labels, "labels" if task == "multilabel" else "class")
 
 
 def _about(path: str) -> dict[str, Any]:
@@ -34,11 +40,13 @@ def _about(path: str) -> dict[str, Any]:
 
 def _task(about: dict[str, Any]) -> str:
     """Return the task that the model's class is for."""
+    if about.get("problem_type") in PROBLEMS:
+        return PROBLEMS[about["problem_type"]]
     for name in about.get("architectures", ()):
         for end, task in TASKS.items():
             if name.endswith(end):
                 return task
-    return "lm"
+    return "seq2seq" if about.get("is_encoder_decoder") else "lm"
 
 
 def _labels(about: dict[str, Any]) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from .input_limits import NO_LIMITS, InputLimits
 from .rows import Rows
 from .schema import Schema
 from .seq2seq import DecoderInputs, Seq2Seq
+from .targets import encoded_target
 from .tokens import around, ending, ids_of
 
 SHORTEST = 8  # tokens of the last block of a long text
@@ -156,21 +157,19 @@ def _preference(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
 
 def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     """Yield one example a row: a text, or a pair of texts, and its class."""
-    *texts, label = encoder.schema.columns
+    *texts, _ = encoder.schema.columns
     columns = [[row[name] for row in rows] for name in texts]
-    classes = encoder.schema.classes()
     made = TextInputs(encoder.processor, encoder.limits, encoder.max_length)(columns)
     for text, row in zip(made, rows, strict=True):
-        example = {**text.inputs, "labels": torch.tensor(classes[str(row[label])])}
+        example = {**text.inputs, "labels": torch.tensor(encoded_target(encoder.schema, row))}
         yield EncodedRow((example,), text.tokens)
 
 
 def _image(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
-    image, label = encoder.schema.columns
-    classes = encoder.schema.classes()
+    image, _ = encoder.schema.columns
     for row in rows:
         inputs = encode_image(encoder.processor, row[image], encoder.channels)
-        yield EncodedRow((inputs | {"labels": torch.tensor(classes[str(row[label])])},))
+        yield EncodedRow((inputs | {"labels": encoded_target(encoder.schema, row)},))
 
 
 KINDS: dict[str, Callable[[Encoder, Rows], Iterator[EncodedRow]]] = {  # of every row, its examples

@@ -47,10 +47,16 @@ KINDS = {  # by model.task
     "lm": ("chat", "response", "text"),
     "seq2seq": ("response",),
     "classify": ("label",),
+    "regression": ("label", "image"),
+    "multilabel": ("label", "image"),
     "image": ("image",),
     "preference": ("preference",),
 }
 NEEDS = {"lm": "data.text, data.messages, or data.prompt and data.response", "classify": "data.text and data.label"}
+NEEDS |= {"regression": "data.text or data.image, and data.label"}
+NEEDS |= {
+    "multilabel": "data.text or data.image, and data.label; or data.labels, if each label has a column of its own"
+}
 NEEDS |= {"image": "data.image and data.label", "seq2seq": "data.prompt and data.response"}
 NEEDS |= {"preference": "columns prompt, chosen and rejected"}
 Target = Literal["class", "number", "labels"]  # one class of several, a number, or any of several labels
@@ -73,6 +79,7 @@ class Schema:
     target: Target = "class"  # what the label column holds, of "label" and "image"
     template: Literal["auto", "chat", "plain"] = "auto"  # how prompt and response become one text, as data.template
     system: str = ""  # which of the columns holds the system's message, if one does
+    separator: str = ""  # what stands between several labels in a text
 
     @property
     def has_head(self) -> bool:
@@ -109,6 +116,11 @@ class Schema:
         return {str(i): i for i in range(len(by_name))} | by_name
 
 
+DECLARED = {  # by model.task, without classes
+    "seq2seq": Schema("response", ("prompt", "response")),
+    "preference": Schema("preference", PREFERENCES[0]),
+    "regression": Schema("label", ("text", "label"), target="number"),
+}
 PLAIN_TEXT = Schema("text", ("text",))  # of Python's standard library, the data that are embedded
 
 
@@ -119,17 +131,16 @@ def is_whole(name: str) -> bool:
 
 def declared_schema(data: DataConfig, task: str) -> Schema:
     """The schema that the settings declare to a server that has no data; columns have their usual names."""
-    if task == "seq2seq":
-        return Schema("response", ("prompt", "response"))
-    if task == "preference":
-        return Schema("preference", PREFERENCES[0])
+    if task in DECLARED:
+        return DECLARED[task]
     if not data.labels:
         if task in ("auto", "lm"):
             return PLAIN_TEXT
         raise ConfigError(f"model.task = {task}: the server has no data to find the classes in; set data.labels")
     if task == "image":
         return Schema("image", ("image", "label"), data.labels)
-    return Schema("label", ("text", "label"), data.labels)
+    target: Target = "labels" if task == "multilabel" else "class"
+    return Schema("label", ("text", "label"), data.labels, target)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,8 @@ from .envelope import to_json
 SECTIONS = ("model.", "lora.", "train.", "dp.", "secure.", "messages.")  # whose settings a server may name
 SINGLE = ("strategy", "rounds", "clients", "seed")  # and settings beside the sections
 COLUMNS = ("data.text", "data.label", "data.prompt", "data.response", "data.messages", "data.image")
-DATA = (*COLUMNS, "data.template", "data.labels", "data.holdout")  # named to a client, and never taken from a server
+LABELS = ("data.labels", "data.label_separator")
+DATA = (*COLUMNS, "data.template", *LABELS, "data.holdout")  # named to a client, and never taken from a server
 OWN = ("lora.init_data", "dp.ledger", "dp.budget", "model.device")  # of the machine that has them
 MAY_CHANGE = ("rounds",)  # when a run is resumed; the client is shown the new agreement
 MOST = {"lora.rank": 4096, "model.max_length": 131_072, "clients": 1_000_000, "rounds": 1_000_000}

@@ -19,6 +19,11 @@ from . import quantization
 from .input_limits import vocabulary
 
 LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
+PROBLEMS = {  # in transformers' words, what a head is for
+    "class": "single_label_classification",
+    "number": "regression",
+    "labels": "multi_label_classification",
+}
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
@@ -183,14 +188,16 @@ def _revision(config: ModelConfig) -> dict[str, Any]:
 
 
 def _classes(schema: Schema) -> dict[str, Any]:
-    """Options for transformers to give the model a head for these classes; none for data without classes."""
-    if not schema.labels:
+    """Options for transformers to give the model a head for these classes, or a number; none for data without."""
+    if not schema.has_head:
         return {}
-    return {
+    head: dict[str, Any] = {"ignore_mismatched_sizes": True, "problem_type": PROBLEMS[schema.target]}
+    if schema.target == "number":
+        return head | {"num_labels": 1}
+    return head | {
         "num_labels": len(schema.labels),
         "id2label": dict(enumerate(schema.labels)),
         "label2id": {name: i for i, name in enumerate(schema.labels)},
-        "ignore_mismatched_sizes": True,
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedlora.data.encoding import Encoder, Example
+from fedlora.data.targets import made_up_target
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Job
 from fedlora.lora import LoRA, map_factors
@@ -205,8 +206,8 @@ def _row(encoder: Encoder, i: int) -> dict[str, Any]:
         [name] = schema.spoken
         content = row[name]
         row[name] = [{"role": role, "content": content} for role in ("user", "assistant")]
-    if schema.labels:
-        row[schema.columns[-1]] = schema.labels[i % len(schema.labels)]
+    if schema.has_head:
+        row[schema.columns[-1]] = made_up_target(schema, i)
     return row
 
 

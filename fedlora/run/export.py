@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.data.encoding import IGNORED, Example
 from fedlora.data.schema import Schema
+from fedlora.data.targets import made_up_target
 from fedlora.errors import CheckpointError, ConfigError, ExportError, nearest
 from fedlora.jobs import Client, Job
 from fedlora.lora import LoRA, compact, join, norm, scale, truncate
@@ -175,9 +177,9 @@ def _made_up(setup: RunSetup) -> list[Example]:
     schema = setup.model.schema
     if schema.kind not in ("text", "label", "response"):
         raise ConfigError(f"there is no example of {schema.kind} here to verify the export on: set data.eval")
-    row = dict.fromkeys(schema.columns, "federated learning trains on data that stay where they are")
-    if schema.labels:
-        row[schema.columns[-1]] = schema.labels[0]
+    row: dict[str, Any] = dict.fromkeys(schema.columns, "federated learning trains on data that stay where they are")
+    if schema.has_head:
+        row[schema.columns[-1]] = made_up_target(schema, 0)
     return setup.model.encoder([row])
 
 

@@ -128,7 +128,17 @@ def resolve(config: Config, schema: Schema, clients: int) -> Config:
         cohort=cohort,
         engine="serial" if config.engine == "auto" else config.engine,
         data=replace(config.data, labels=schema.labels),
+        model=replace(config.model, task=_task(config.model.task, schema)),
     )
+
+
+def _task(task: str, schema: Schema) -> Any:
+    """What the model learns, which is found in the data where the settings leave it open.
+
+    It is written down only where a client could not find it in its own: none of its numbers may have a fraction.
+    """
+    found = {"number": "regression", "labels": "multilabel", "class": task}
+    return found[schema.target] if task == "auto" else task
 
 
 def _cohort(config: Config, clients: int) -> int:
