@@ -8,6 +8,9 @@ from itertools import chain
 from math import isfinite
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedlora.errors import ConfigError, DataError
 from fedlora.sections import DataConfig
 
@@ -188,16 +191,16 @@ def _written_names(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chain.from_iterable(names))) if all(names) else ()
 
 
-def encoded_target(schema: Schema, row: Mapping[str, Any]) -> int | float | list[float]:
-    """What a model is to learn of a row: its class's number, its number, or a 0 or 1 for each label."""
+def encoded_target(schema: Schema, row: Mapping[str, Any]) -> Tensor:
+    """What a model is to learn of a row: its class's number (), its number (), or a 0 or 1 for each label (labels,)."""
     value = row[schema.columns[-1]]
     if schema.target == "number":
-        return number(value) or 0.0
+        return torch.tensor(number(value), dtype=torch.float32)
     classes = schema.classes()
     if schema.target == "class":
-        return classes[str(value)]
+        return torch.tensor(classes[str(value)])
     there = {classes[str(label)] for label in value}
-    return [float(i in there) for i in range(len(schema.labels))]
+    return torch.tensor([float(i in there) for i in range(len(schema.labels))])
 
 
 def made_up_target(schema: Schema, i: int) -> Any:

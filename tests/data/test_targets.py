@@ -67,7 +67,7 @@ FORMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 def test_several_labels_are_the_same_in_every_form(cells: list[Any], options: dict[str, Any]) -> None:
     schema = Schema("label", ("text", "label"), ("a", "b", "c"), target="labels", **options)
     [listed], _ = as_lists([table(*cells)], schema, schema.labels)
-    assert [encoded_target(schema, row) for row in listed.rows] == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert [encoded_target(schema, row).tolist() for row in listed.rows] == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
 
 
 @pytest.mark.parametrize("one", [1, 1.0, True])
