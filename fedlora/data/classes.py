@@ -16,14 +16,16 @@ from .sources import Table
 def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str], usual: Sequence[str]) -> Schema:
     """The schema with the names of its classes in their order.
 
-    They are the `chosen` ones of the settings; or those that the tables have written down, as datasets does; or those
-    that are found. `usual` is the order in which the checkpoint has its own classes: it is taken where the names are
-    the same but for capitals. Raises `DataError` for fewer than two classes.
+    They are the `chosen` ones of the settings; or those that the schema has already, or that the tables have written
+    down, as datasets does; or those that are found. `usual` is the order in which the checkpoint has its own classes:
+    it is taken where the names are the same but for capitals. Raises `DataError` for fewer than two classes, or of
+    several labels for none.
     """
-    names = tuple(chosen) or _written_down(tables, schema) or _found(tables, schema)
+    names = tuple(chosen) or schema.labels or _written_down(tables, schema) or _found(tables, schema)
     if not chosen:
         names = _ordered_like(names, usual)
-    if len(set(names)) < max(2, len(names)):
+    fewest = 1 if schema.target == "labels" else 2
+    if len(set(names)) < max(fewest, len(names)):
         raise DataError(
             f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}; "
             f'is "{schema.label_column}" the column of the classes? data.label names another'
@@ -62,21 +64,28 @@ def _found(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
 
 def labels_in(tables: Sequence[Table], schema: Schema) -> set[str]:
     """The labels as they are called in the data."""
-    return set(chain.from_iterable(labels_of(table.rows, schema) for table in tables))
+    labels = chain.from_iterable(labels_of(table.rows, schema) for table in tables)
+    return set(chain.from_iterable(labels))
 
 
-def labels_of(rows: Rows, schema: Schema) -> list[str]:
-    """The label of every row as it is called: by the names that its own table has written down, or as it stands."""
-    if schema.label_column is None or not len(rows):
+def labels_of(rows: Rows, schema: Schema) -> list[tuple[str, ...]]:
+    """The labels of every row as they are called: by the names that its own table has written down, or as they stand.
+
+    They are one or several by `schema.target`, and none where the data have no classes.
+    """
+    if schema.label_column is None or schema.target == "number" or not len(rows):
         return []
+    values = column(rows, schema.label_column)
+    if schema.target == "labels":
+        return [tuple(map(str, value)) for value in values]
     names = dict(enumerate(written_names(rows, schema)))
-    return [names.get(value, str(value)) if names else str(value) for value in column(rows, schema.label_column)]
+    return [(names.get(value, str(value)) if names else str(value),) for value in values]
 
 
 def class_counts(rows: Rows, schema: Schema) -> Counter[str]:
     """How many of these rows each class has, by its name; nothing for data without classes."""
     numbers = schema.classes() if schema.labels else {}
-    labels = labels_of(rows, schema) if numbers else []
+    labels = chain.from_iterable(labels_of(rows, schema) if numbers else [])
     return Counter(schema.labels[numbers[label]] for label in labels)
 
 
@@ -88,16 +97,17 @@ def with_names(table: Table, schema: Schema) -> Table:
     from datasets import Value
 
     rows: Any = table.rows
-    labels = labels_of(table.rows, schema)
+    labels = list(chain.from_iterable(labels_of(table.rows, schema)))
     rest = rows.remove_columns(schema.label_column)
     return replace(table, rows=rest.add_column(schema.label_column, labels, feature=Value("string")))
 
 
 def check_labels(table: Table, schema: Schema, known: Container[str]) -> None:
     """Raise `DataError` for the first row whose class is not known; data without classes pass."""
-    for i, label in enumerate(labels_of(table.rows, schema)):
-        if label not in known:
-            raise DataError(
-                f'{table.location(i)}: label "{label}" is no class of the training data or of data.labels; '
-                f"{nearest(label, schema.labels)}"
-            )
+    for i, labels in enumerate(labels_of(table.rows, schema)):
+        for label in labels:
+            if label not in known:
+                raise DataError(
+                    f'{table.location(i)}: label "{label}" is no class of the training data or of data.labels; '
+                    f"{nearest(label, schema.labels)}"
+                )

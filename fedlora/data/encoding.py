@@ -161,7 +161,7 @@ def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     columns = [[row[name] for row in rows] for name in texts]
     made = TextInputs(encoder.processor, encoder.limits, encoder.max_length)(columns)
     for text, row in zip(made, rows, strict=True):
-        example = {**text.inputs, "labels": torch.tensor(encoded_target(encoder.schema, row))}
+        example = {**text.inputs, "labels": encoded_target(encoder.schema, row)}
         yield EncodedRow((example,), text.tokens)
 
 

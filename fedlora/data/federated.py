@@ -16,6 +16,7 @@ from .rows import Rows as Rows
 from .rows import pool, take
 from .schema import PLAIN_TEXT, Schema, declared_schema, find_schema
 from .sources import Table, read_tables
+from .targets import as_lists, gather, gathered, with_target
 
 CLIENTS = 50  # where nothing says how many
 
@@ -104,12 +105,16 @@ def _read_with_schema(
     path: str, data: DataConfig, task: str, usual_classes: Sequence[str] = ()
 ) -> tuple[list[Table], Schema]:
     """The tables at `path`, and the schema that the settings and the columns give them."""
-    tables = read_tables(path, data.limit)
+    tables, data = gather(read_tables(path, data.limit), data, task)
     schema = replace(find_schema(data, task, tables), template=data.template)
+    schema = with_target(schema, tables, data, task)
     for table in tables:
         check_rows(table, schema)
-    if schema.label_column is None:
+    if schema.label_column is None or schema.target == "number":
         return tables, schema
+    if schema.target == "labels":
+        tables, names = as_lists(tables, schema, data.labels)
+        schema = replace(schema, labels=names)
     schema = class_names(tables, schema, data.labels, usual_classes)
     return [_labelled(table, schema, schema.classes()) for table in tables], schema
 
@@ -123,8 +128,12 @@ def _labelled(table: Table, schema: Schema, classes: Container[str]) -> Table:
 def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
     """The rows at `path`, which must have this schema and no class but these."""
     tables = read_tables(path, limit)
+    if schema.target == "labels":
+        tables = [gathered(table, schema.labels) for table in tables]
     for table in tables:
         check_rows(table, schema)
+    if schema.target == "labels":
+        tables, _ = as_lists(tables, schema, schema.labels)
     return _pooled([_labelled(table, schema, classes) for table in tables])
 
 
@@ -135,7 +144,7 @@ def _pooled(tables: Sequence[Table]) -> Rows:
 def _library(data: DataConfig, task: str, clients: int) -> tuple[list[Rows], Rows]:
     """Each client's rows and the evaluation's from the embedded data: Python's standard library, by packages."""
     if task not in ("auto", "lm"):
-        raise ConfigError(f"model.task = {task} needs examples with a label; set data.path")
+        raise ConfigError(f"model.task = {task} needs data of your own; set data.path")
     if data.partition != "auto":
         raise ConfigError(f'data.partition = "{data.partition}" needs data of your own; set data.path')
     try:
@@ -193,5 +202,11 @@ def _partitioned(rows: Rows, data: DataConfig, schema: Schema, *, clients: int, 
     """Each client's rows by data.partition."""
     unsaid = 0 if data.partition.startswith("natural") else CLIENTS
     label = data.label or schema.label_column
+    if schema.target != "class" and label == schema.label_column and data.partition.startswith(("dirichlet", "labels")):
+        what = "numbers" if schema.target == "number" else "several labels"
+        raise ConfigError(
+            f'data.partition = "{data.partition}" deals rows by their class, and "{label}" holds {what}; '
+            "choose iid, size or natural:COLUMN"
+        )
     shares = split(rows, data.partition, clients=clients or unsaid, label=label, seed=seed)
     return [take(rows, share) for share in shares]

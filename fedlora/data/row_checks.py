@@ -9,6 +9,7 @@ from .conversations import prompt_texts, wrong_messages
 from .images import why_unreadable
 from .schema import Schema
 from .sources import Table
+from .targets import wrong_target
 
 
 def check_rows(table: Table, schema: Schema) -> None:
@@ -46,7 +47,7 @@ def _wrong_value(schema: Schema, name: str, value: Any) -> str:
     if schema.kind in ("chat", "preference") and name in schema.spoken:
         return _wrong_turns(schema, name, value)
     if name == schema.label_column:
-        return _wrong_label(value)
+        return _wrong_label(value) if schema.target == "class" else wrong_target(schema, value)
     if schema.kind == "image":
         return "is null; it takes the name of a file, or image data" if value is None else why_unreadable(value)
     good = isinstance(value, str) or (value is None and name in schema.optional)

@@ -2,7 +2,7 @@
 
 import re
 from ast import literal_eval
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from math import isfinite
@@ -22,6 +22,19 @@ GATHERED = "labels"  # the column of labels that several columns of 0 and 1 make
 BY_TASK: dict[str, Target] = {"regression": "number", "multilabel": "labels", "classify": "class"}
 FLAGS = {0: False, 1: True, "0": False, "1": True}  # what a column of a label's own may hold; True == 1 and 1.0 == 1
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def gather(tables: list[Table], data: DataConfig, task: str) -> tuple[list[Table], DataConfig]:
+    """The tables with one column of labels instead of a column of 0 and 1 for each, and the settings that name it.
+
+    So it is where every name in data.labels is a column, and no other column is said to hold the label.
+    """
+    has_all = all({*data.labels} <= {*table.columns} for table in tables)
+    if task not in ("auto", "multilabel") or data.label or not (data.labels and has_all):
+        return tables, data
+    if any(GATHERED in table.columns for table in tables):
+        return tables, data
+    return [gathered(table, data.labels) for table in tables], replace(data, label=GATHERED)
 
 
 def gathered(table: Table, names: Sequence[str]) -> Table:
@@ -207,11 +220,3 @@ def made_up_target(schema: Schema, i: int) -> Any:
     """A value for the label column of the i-th made-up row."""
     made: dict[Target, Any] = {"number": i % 3 - 1.5, "labels": list(schema.labels[: i % (len(schema.labels) + 1)])}
     return made[schema.target] if schema.target != "class" else schema.labels[i % len(schema.labels)]
-
-
-def class_labels(schema: Schema, value: Any) -> Iterator[str]:
-    """Yield the names of the classes that a value of the label column has: one, several, or of a number none."""
-    if schema.target == "labels":
-        yield from map(str, value)
-    elif schema.target == "class":
-        yield str(value)
