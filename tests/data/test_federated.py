@@ -219,7 +219,7 @@ def test_a_label_that_training_does_not_have_is_found_in_the_evaluation(tmp_path
     ("x.jsonl", b'["a"]\n', r"x\.jsonl line 1: a list, and not an object"),
     ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r'x\.jsonl line 2: no column "text"; did you mean "txt"'),
     ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', r'line 2: "text" is null; it takes text'),
-    ("x.jsonl", b'{"text": "a", "label": 1.5}\n', r'line 1: "label" is a float; a label is'),
+    ("x.jsonl", b'{"text": "a", "label": {"a": 1}}\n', r'line 1: "label" is a dict; a label is'),
     ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl line 2: not UTF-8"),
     ("x.jsonl", b"\n\n", r"x\.jsonl has no examples"),
     ("x.jsonl", b'{"a": 1}\n', r"has the columns a, which do not say what to learn; set data\.text"),

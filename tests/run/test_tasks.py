@@ -19,12 +19,12 @@ Row = dict[str, Any]
 
 
 def regression(i: int) -> Row:
-    return {"text": f"w{i % 7} w{i % 5}", "label": (i % 7) / 2 - 1}
+    return {"text": f"w{i % 7} w{i // 7 + 10}", "label": (i % 7) / 2 - 1}
 
 
 def several_labels(i: int) -> Row:
     there = [k for k in range(3) if i >> k & 1]
-    return {"text": " ".join(["w9", *(f"w{k}" for k in there)]), "label": ["abc"[k] for k in there]}
+    return {"text": " ".join([f"w{i // 8 + 10}", *(f"w{k}" for k in there)]), "label": ["abc"[k] for k in there]}
 
 
 def response(i: int) -> Row:
@@ -52,8 +52,8 @@ def test_a_run_learns_and_delivers_what_was_evaluated(
     row, kind, figures = TASKS[task]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row(i)) + "\n" for i in range(60)))
-    settings = {"rounds": 2, "clients": 3, "cohort": 3, "strategy": strategy, "train.lr": 0.01, "train.epochs": 8}
-    done = simulate(settings, model=folders[kind], data=data, out=tmp_path / "out", progress=False)
+    settings = {"rounds": 2, "clients": 3, "cohort": 3, "strategy": strategy, "train.lr": 0.01, "train.epochs": 4}
+    done = simulate(settings, model=folders[kind], data=data, eval_data=data, out=tmp_path / "out", progress=False)
     assert done.evaluation.keys() == figures
     assert done.evaluation["loss"] < done.before["loss"]
     assert loss_of_the_adapter(done.adapter, tmp_path / "out") == pytest.approx(done.evaluation["loss"], rel=1e-4)
