@@ -44,16 +44,20 @@ def gathered(table: Table, names: Sequence[str]) -> Table:
     """
     if not names or not {*names} <= {*table.columns} or GATHERED in table.columns:
         return table
-    columns = {name: column(table.rows, name) for name in names}
-    for name, values in columns.items():
-        for i, value in enumerate(values):
-            if not _is_flag(value):
-                raise DataError(
-                    f'{table.location(i)}: "{name}" is {str(value)[:40]!r}; a column of a label\'s own has 0 or 1'
-                )
-    flags = zip(*columns.values(), strict=True)
-    labels = [[name for name, value in zip(names, row, strict=True) if FLAGS[value]] for row in flags]
+    flags = zip(*(_flags(table, name) for name in names), strict=True)
+    labels = [[name for name, flag in zip(names, row, strict=True) if flag] for row in flags]
     return _with_column(table, GATHERED, labels)
+
+
+def _flags(table: Table, name: str) -> list[bool]:
+    """The values of a column of a label's own; raises `DataError` for the first that is neither 0 nor 1."""
+    values = column(table.rows, name)
+    for i, value in enumerate(values):
+        if not _is_flag(value):
+            raise DataError(
+                f'{table.location(i)}: "{name}" is {str(value)[:40]!r}; a column of a label\'s own has 0 or 1'
+            )
+    return [FLAGS[value] for value in values]
 
 
 def _is_flag(value: Any) -> bool:
@@ -88,10 +92,14 @@ def _likeliest(tables: Sequence[Table], schema: Schema, data: DataConfig) -> Tar
     values = list(chain.from_iterable(_column(table, schema) for table in tables))
     if any(isinstance(value, list | tuple) for value in values) or data.label_separator:
         return "labels"
+    return "number" if not data.labels and _have_a_fraction(values) else "class"
+
+
+def _have_a_fraction(values: Sequence[Any]) -> bool:
+    """Are all of these numbers, of which one is not whole?"""
     numbers = [number(value) for value in values]
-    if data.labels or None in numbers or all(x is not None and x.is_integer() for x in numbers):
-        return "class"
-    return "number"
+    found = [x for x in numbers if x is not None]
+    return len(found) == len(numbers) and any(not x.is_integer() for x in found)
 
 
 def _column(table: Table, schema: Schema) -> list[Any]:
@@ -177,9 +185,13 @@ def _flag_count(tables: Sequence[Table], schema: Schema) -> int:
     """
     cells = [_cell(v, schema.separator) for v in chain.from_iterable(_column(table, schema) for table in tables)]
     lengths = {len(cell) for cell in cells}
-    are_flags = len(lengths) == 1 and all(_is_flag(x) and not isinstance(x, str) for cell in cells for x in cell)
     repeats = any(len(set(cell)) < len(cell) for cell in cells)
-    return lengths.pop() if are_flags and repeats else 0
+    are_flags = len(lengths) == 1 and repeats and all(map(_is_number_flag, chain.from_iterable(cells)))
+    return lengths.pop() if are_flags else 0
+
+
+def _is_number_flag(value: Any) -> bool:
+    return _is_flag(value) and not isinstance(value, str)
 
 
 def _flagged(cell: Sequence[Any], names: Sequence[str]) -> list[str]:
