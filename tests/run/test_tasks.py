@@ -66,7 +66,5 @@ def loss_of_the_adapter(adapter: Path, run: Path) -> float:
     net = load_adapter(setup.config.model, setup.model.schema, adapter).eval()
     batch = setup.model.encoder.collate(setup.evaluation)
     logits = net(**{name: t for name, t in batch.items() if name != "labels"}).logits
-    objective = setup.model.objective
-    return float(objective.losses(*objective.aligned(logits, batch["labels"])).sum()) / setup.model.targets(
-        setup.evaluation
-    )
+    losses = setup.model.objective.losses(*setup.model.objective.aligned(logits, batch))
+    return float(losses.sum()) / setup.model.targets(setup.evaluation)
