@@ -28,6 +28,8 @@ from errno import EDQUOT, ENOSPC
 from .reasons import FailureKind as FailureKind
 from .reasons import ReasonCode as ReasonCode
 
+MOST_KNOWN = 40  # words that an error lists
+
 
 class FedloraError(Exception):
     """Every mistake that a user can mend; its text is one sentence with the value, the place and the remedy.
@@ -147,25 +149,42 @@ class ExportError(FedloraError):
     """What was exported, loaded afresh, is not the run's model; or it could not be written."""
 
 
+def cut(value: object, most: int = 40) -> str:
+    """The value as text on one line, the start of it if it is long, as an error shows it.
+
+    >>> cut("a text of many, many words", 11)
+    'a text of m...'
+    """
+    text = " ".join(str(value)[: 2 * most + 2].split()) if len(str(value)) > most else str(value)
+    return f"{text[:most]}..." if len(text) > most else text
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: the nearest known one, or all of them.
+    """The end of a sentence about an unknown word: the nearest known one, or all of them, up to a few dozens.
+
+    Capitals do not count, nor how a number is written.
 
     >>> nearest("lora.rnk", ["lora.rank", "seed"])
     'did you mean "lora.rank"?'
+    >>> nearest("0", ["0.0", "1.0"])
+    'did you mean "0.0"?'
     """
     known = sorted(known)
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"known are: {', '.join(known) or 'none'}"
+    same = [name for name in known if _number(word) is not None and _number(name) == _number(word)]
+    plain = {name.strip().casefold(): name for name in known}
+    close = same or [plain[name] for name in get_close_matches(word.strip().casefold(), plain, n=1, cutoff=0.5)]
+    if close:
+        return f'did you mean "{cut(close[0])}"?'
+    more = f" and {len(known) - MOST_KNOWN} more" if len(known) > MOST_KNOWN else ""
+    return f"known are: {', '.join(map(cut, known[:MOST_KNOWN])) or 'none'}{more}"
 
 
-def cut(text: str, most: int = 60) -> str:
-    """A text that comes from outside, cut to a few words on one line, for a sentence about it.
-
-    >>> cut("one two three four", 12)
-    'one two thr…'
-    """
-    line = " ".join(text[: 10 * most].split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+def _number(word: str) -> float | None:
+    """The number that a word stands for, if it stands for one."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from fedlora.errors import DataError, nearest
+from fedlora.errors import DataError, cut, nearest
 
 from .rows import Rows, column
 from .schema import Schema, is_whole, plain
@@ -27,7 +27,7 @@ def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str], 
     fewest = 1 if schema.target == "labels" else 2
     if len(set(names)) < max(fewest, len(names)):
         raise DataError(
-            f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(names)}; "
+            f"{tables[0].name}: a classifier needs two different classes, and has {cut(', '.join(names), 200)}; "
             f'is "{schema.label_column}" the column of the classes? data.label names another'
         )
     return replace(schema, labels=names)
@@ -89,11 +89,20 @@ def class_counts(rows: Rows, schema: Schema) -> Counter[str]:
     return Counter(schema.labels[numbers[label]] for label in labels)
 
 
-def with_names(table: Table, schema: Schema) -> Table:
-    """The table with its labels as names, if its integers are not the schema's class numbers as they stand."""
-    own, numbers = written_names(table.rows, schema), schema.classes()
-    if all(numbers.get(str(i)) == numbers.get(name, i) for i, name in enumerate(own)):
-        return table
+def with_names(tables: Sequence[Table], schema: Schema) -> list[Table]:
+    """The tables with their labels as names, if the integers of one of them are not the schema's class numbers."""
+    if all(_are_class_numbers(table.rows, schema) for table in tables):
+        return list(tables)
+    return [_renamed(table, schema) if written_names(table.rows, schema) else table for table in tables]
+
+
+def _are_class_numbers(rows: Rows, schema: Schema) -> bool:
+    """Does every integer that the table has a name for stand for that name in the schema too?"""
+    numbers = schema.classes()
+    return all(numbers.get(str(i)) == numbers.get(name, i) for i, name in enumerate(written_names(rows, schema)))
+
+
+def _renamed(table: Table, schema: Schema) -> Table:
     from datasets import Value
 
     rows: Any = table.rows
@@ -108,6 +117,6 @@ def check_labels(table: Table, schema: Schema, known: Container[str]) -> None:
         for label in labels:
             if label not in known:
                 raise DataError(
-                    f'{table.location(i)}: label "{label}" is no class of the training data or of data.labels; '
+                    f'{table.location(i)}: label "{cut(label)}" is no class of the training data or of data.labels; '
                     f"{nearest(label, schema.labels)}"
                 )

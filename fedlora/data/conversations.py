@@ -163,7 +163,8 @@ def wrong_messages(value: Any, *, answers: bool = True) -> str:
 def _wrong_message(message: Any) -> str:
     """The reason to refuse a message, to follow its number; empty for a good one."""
     fields = message if isinstance(message, Mapping) else {}
-    parts = {"role": _field(fields, ROLE), "content": _text(_field(fields, CONTENT))}
+    style = 0 if fields.keys().isdisjoint((ROLE[1], CONTENT[1])) else 1  # by which the error names what is lacking
+    parts = {ROLE[style]: _field(fields, ROLE), CONTENT[style]: _text(_field(fields, CONTENT))}
     for name, value in parts.items():
         if not isinstance(value, str):
             return f'without "{name}" or where it is not text'

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from fedlora.errors import ConfigError
@@ -50,7 +51,7 @@ def load(data: DataConfig, task: str, *, clients: int, seed: int, usual_classes:
         known = schema.classes() if data.labels else {*schema.labels, *labels_in(tables, schema)}
         evaluation = _read_as(schema, data.eval, data.limit, known)
     kept, held = _hold_out(shares, data, "holdout", schema, seed=seed)
-    return Federated(schema, tuple(kept), tuple(held), evaluation, dealt)
+    return Federated(schema, tuple(kept), tuple(held), evaluation, dealt, _warnings(tables))
 
 
 def server_data(data: DataConfig, task: str, embedded: bool, usual_classes: Sequence[str] = ()) -> Federated:
@@ -116,13 +117,18 @@ def _read_with_schema(
         tables, names = as_lists(tables, schema, data.labels)
         schema = replace(schema, labels=names)
     schema = class_names(tables, schema, data.labels, usual_classes)
-    return [_labelled(table, schema, schema.classes()) for table in tables], schema
+    return _labelled(tables, schema, schema.classes()), schema
 
 
-def _labelled(table: Table, schema: Schema, classes: Container[str]) -> Table:
-    """The table with its labels as the schema has them; raises `DataError` for a class that is none of these."""
-    check_labels(table, schema, classes)
-    return with_names(table, schema)
+def _warnings(tables: Sequence[Table]) -> tuple[str, ...]:
+    return tuple(chain.from_iterable(table.warnings for table in tables))
+
+
+def _labelled(tables: Sequence[Table], schema: Schema, classes: Container[str]) -> list[Table]:
+    """The tables with their labels as the schema has them; raises `DataError` for a class that is none of these."""
+    for table in tables:
+        check_labels(table, schema, classes)
+    return with_names(tables, schema)
 
 
 def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
@@ -134,7 +140,7 @@ def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> 
         check_rows(table, schema)
     if schema.target == "labels":
         tables, _ = as_lists(tables, schema, schema.labels)
-    return _pooled([_labelled(table, schema, classes) for table in tables])
+    return _pooled(_labelled(tables, schema, classes))
 
 
 def _pooled(tables: Sequence[Table]) -> Rows:

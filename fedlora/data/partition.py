@@ -26,6 +26,7 @@ from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.seeds import derive
 
 from .rows import Rows, column, row_hashes, take
+from .schema import is_whole
 
 Shares = list[list[int]]
 SIZES = {"linear": "LinearPartitioner", "square": "SquarePartitioner", "exponential": "ExponentialPartitioner"}
@@ -58,7 +59,10 @@ class PartitionSpec:
         """The class of every row, counted from 0 in the order of their names."""
         if self.label is None:
             raise ConfigError(f'data.partition = "{self.spec}" needs a column that holds the class; set data.label')
-        return _codes(column(self.rows, self.label))
+        labels = column(self.rows, self.label)
+        if len({isinstance(label, str) for label in labels}) == 1:
+            return _codes(labels)
+        return _codes([int(label) if is_whole(str(label)) else str(label) for label in labels])  # of files of two kinds
 
 
 def split(rows: Rows, spec: str, *, clients: int, label: str | None, seed: int) -> Shares:

@@ -7,6 +7,7 @@ from fedlora.errors import DataError, nearest
 
 from .conversations import prompt_texts, wrong_messages
 from .images import why_unreadable
+from .rows import column
 from .schema import Schema
 from .sources import Table
 from .targets import wrong_target
@@ -19,6 +20,9 @@ def check_rows(table: Table, schema: Schema) -> None:
         for name in names:
             if reason := _wrong(schema, name, row):
                 raise DataError(f"{table.location(i)}: {reason}")
+    learned = schema.columns[-1]
+    if schema.kind in ("text", "response") and not any(map(str.strip, column(table.rows, learned))):
+        raise DataError(f'{table.name}: "{learned}" is empty in all {len(table.rows)} rows; there is nothing to learn')
 
 
 def _checked_columns(table: Table, schema: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from fedlora.errors import ConfigError, DataError, nearest
+from fedlora.errors import ConfigError, DataError, cut, nearest
 from fedlora.sections import DataConfig
 
 from .sources import Table
@@ -199,7 +199,7 @@ def find_schema(data: DataConfig, task: str, tables: Sequence[Table]) -> Schema:
     for schema in schemas:
         if schema.kind in KINDS.get(task, (schema.kind,)):
             return _for_language_models(schema, columns)
-    there = f"{tables[0].name} has the columns {', '.join(columns.names)}"
+    there = f"{tables[0].name} has the columns {cut(', '.join(columns.names), 200)}"
     if schemas:
         raise ConfigError(f"model.task = {task} does not go with the data: {there}; set {NEEDS[task]}, or another task")
     raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task, ', or '.join(NEEDS.values()))}")

@@ -1,44 +1,20 @@
-"""Rows read from files, from a folder or from the hub, and the place in them where each row stands."""
+"""Tables read from files, from a folder, from a saved dataset or from the hub."""
 
-import csv
-import io
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import DataError, nearest
+from fedlora.errors import DataError, cut, nearest
 
-from .rows import Rows, column, column_names, take, undecoded
+from .rows import take, undecoded
+from .tables import Table as Table
+from .text_files import read_csv, read_json, read_jsonl, read_tsv
 
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """The rows of one file, and the lines on which they begin."""
-
-    name: str
-    rows: Rows
-    lines: Sequence[int] = ()  # none for files that have no lines
-
-    def location(self, row: int) -> str:
-        """The place of a row in the words of an error: the file's name, and line or row."""
-        return f"{self.name} line {self.lines[row]}" if self.lines else f"{self.name} row {row + 1}"
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the columns, in their order."""
-        return column_names(self.rows)
-
-    def first_value(self, name: str) -> Any:
-        """The first value of a column that is neither null nor empty; null for none, or without this column."""
-        values = column(self.rows, name) if name in self.columns else ()
-        return next((value for value in values if value is not None and value != ""), None)
 
 
 def read_tables(spec: str, limit: int) -> list[Table]:
@@ -134,80 +110,14 @@ def _file(path: Path) -> Table:
     return reader(path)
 
 
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise DataError(f"{path} line {line}: not UTF-8 ({e.reason}); save the file as UTF-8") from e
-
-
-def _jsonl(path: Path) -> Table:
-    rows, lines = [], []
-    for n, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also cut at the likes of U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise DataError(f"{path} line {n}: not JSON ({e.msg} at column {e.colno})") from e
-            lines.append(n)
-    return _objects(Table(str(path), rows, lines))
-
-
-def _json(path: Path) -> Table:
-    text = _text(path)
-    if not text.lstrip().startswith("["):
-        return _jsonl(path)
-    try:
-        return _objects(Table(str(path), json.loads(text)))
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path} line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from e
-
-
-def _objects(table: Table) -> Table:
-    for i, row in enumerate(table.rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{table.location(i)}: a {type(row).__name__}, and not an object with columns")
-    return table
-
-
-def _csv(path: Path) -> Table:
-    records, lines = _csv_records(path)
-    header = records[0] if records else []
-    if len(set(header)) < len(header):
-        raise DataError(f"{path} line 1: two columns have the same name: {', '.join(header)}")
-    for fields, line in zip(records, lines, strict=True):
-        if len(fields) != len(header):
-            raise DataError(f"{path} line {line}: {len(fields)} fields under a header of {len(header)}; quote commas")
-    return Table(str(path), [dict(zip(header, fields, strict=True)) for fields in records[1:]], lines[1:])
-
-
-def _csv_records(path: Path) -> tuple[list[list[str]], list[int]]:
-    """The fields of every record that has any, the header among them, and the line on which each begins."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    records, lines, start = [], [], 1
-    try:
-        for fields in reader:
-            if fields:
-                records.append(fields)
-                lines.append(start)
-            start = reader.line_num + 1
-    except csv.Error as e:
-        raise DataError(f"{path} line {start}: not CSV ({e})") from e
-    return records, lines
-
-
 def _parquet(path: Path) -> Table:
     from datasets import Dataset
     from pyarrow import parquet
 
     try:
         return Table(str(path), Dataset(parquet.read_table(path)))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path} cannot be read as Parquet: {e}") from e
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as e:  # of pyarrow, and of datasets
+        raise DataError(f"{path} cannot be read as Parquet: {cut(str(e), 200)}") from e
 
 
 def _saved(folder: Path, part: str) -> Table:
@@ -215,8 +125,8 @@ def _saved(folder: Path, part: str) -> Table:
 
     try:
         found = load_from_disk(str(folder))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{folder} cannot be read as a saved dataset: {e}") from e
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as e:
+        raise DataError(f"{folder} cannot be read as a saved dataset: {cut(str(e), 200)}") from e
     if isinstance(found, dict) and part not in found:
         raise DataError(f'{folder} has no split "{part}"; {nearest(part, found)}')
     return Table(str(folder), found[part] if isinstance(found, dict) else found)
@@ -236,8 +146,10 @@ def _hub(name: str, part: str) -> Table:
 
 
 READERS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": _parquet,
 }

@@ -233,7 +233,7 @@ def test_a_label_that_training_does_not_have_is_found_in_the_evaluation(tmp_path
     ("x.csv", b"text\n", r"x\.csv has no examples"),
     ("x.csv", b"", r"x\.csv has no examples"),
     ("x.parquet", b"PAR1", r"x\.parquet cannot be read as Parquet"),
-    ("x.xlsx", b"", r"x\.xlsx: what kind of file .* known are \.jsonl, \.json, \.csv, \.parquet"),
+    ("x.xlsx", b"", r"x\.xlsx: what kind of file .* known are \.jsonl, .*\.json, \.csv, .*\.parquet"),
 ])  # fmt: skip
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -244,7 +244,8 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: b
 
 @pytest.mark.parametrize(("messages", "says"), [
     ([{"role": "user", "content": "a"}], "has no assistant's turn"),
-    ([{"speaker": "gpt", "value": "a"}], 'has a message, number 1, without "role"'),
+    ([{"speaker": "gpt", "content": "a"}], 'has a message, number 1, without "role"'),
+    ([{"from": "gpt", "text": "a"}], 'has a message, number 1, without "value"'),
     ([{"role": "assistent", "content": "a"}], 'number 1, of the role "assistent"; did you mean "assistant"'),
     ([{"role": "assistant", "content": None}], 'has a message, number 1, without "content"'),
     ("hello", "is no list of messages"),
