@@ -148,12 +148,11 @@ def read_tsv(path: Path) -> Table:
 def _separated(path: Path, separator: str) -> Table:
     text = _text(path)
     _check_separator(path, text.partition("\n")[0], separator)
-    records, lines = _records(path, text, separator)
+    blanks = bool(re.match(f"[^{separator}]+({separator} +[^{separator}]+)+$", text.partition("\n")[0].strip()))
+    records, lines = _records(path, text, separator, skipinitialspace=blanks)  # as in "text, label"
     header = [name.strip() for name in records[0]] if records else []
     if len(set(header)) < len(header):
         raise DataError(f"{path} line 1: two columns have the same name: {cut(', '.join(header), 200)}")
-    if len(header) > 1 and all(name.startswith(" ") for name in records[0][1:]):  # written as "text, label"
-        records, lines = _records(path, text, separator, skipinitialspace=True)
     for fields, line in zip(records, lines, strict=True):
         if len(fields) != len(header):
             raise DataError(
