@@ -79,7 +79,7 @@ def test_names_given_in_the_settings_are_matched_by_name_and_not_by_place(tmp_pa
 def test_names_given_in_the_settings_may_be_new_ones(tmp_path: Path) -> None:
     path = parquet(tmp_path / "x.parquet", ["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1"])
     federated = read(path, 1, labels=("neg", "pos"))
-    assert labels_of(federated.clients[0], federated.schema) == ["0", "1"]
+    assert labels_of(federated.clients[0], federated.schema) == [("0",), ("1",)]
 
 
 @pytest.mark.parametrize(("usual", "names"), [
