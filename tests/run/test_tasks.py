@@ -10,9 +10,12 @@ import torch
 
 from fedlora import simulate
 from fedlora.config import build
+from fedlora.errors import ConfigError, DataError
+from fedlora.lora import LoRA
 from fedlora.models.peft_files import load_adapter
+from fedlora.run.agreement import agreement_for_clients
 from fedlora.run.directory import RunDirectory
-from fedlora.run.setup import prepare
+from fedlora.run.setup import for_client, for_server, prepare
 from tests.support import encoder_decoders, models
 
 Row = dict[str, Any]
@@ -68,3 +71,86 @@ def loss_of_the_adapter(adapter: Path, run: Path) -> float:
     logits = net(**{name: t for name, t in batch.items() if name != "labels"}).logits
     losses = setup.model.objective.losses(*setup.model.objective.aligned(logits, batch))
     return float(losses.sum()) / setup.model.targets(setup.evaluation)
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def shapes(lora: LoRA) -> list[tuple[str, str, torch.Size]]:
+    return [(side, module, t.shape) for side, module, t in lora.matrices()]
+
+
+DEPLOYED: dict[str, dict[str, Any]] = {  # what a server without data says of them, and a client of its own
+    "regression": {"model.task": "regression"},
+    "multilabel": {"model.task": "multilabel", "data.labels": "a, b, c"},
+    "seq2seq": {"model.task": "seq2seq"},
+}
+
+
+@pytest.mark.parametrize("task", DEPLOYED)
+def test_a_server_without_data_and_a_client_have_the_same_model(
+    task: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    row, kind, _ = TASKS[task]
+    data = write(tmp_path / "rows.jsonl", [row(i) for i in range(12)])
+    said = DEPLOYED[task] | {"model.path": str(folders[kind])}
+    server = for_server(build({"clients": 2, "rounds": 1, **said}), 2)
+    mine = {key: value for key, value in said.items() if key != "model.task"} | {"data.path": str(data)}
+    party = for_client(agreement_for_clients(server).settings, mine, 0)
+    assert party.model.objective == server.model.objective
+    assert shapes(party.model.get_adapter()) == shapes(server.start)
+    assert party.client_data.train
+
+
+def test_a_clients_whole_numbers_are_numbers_where_the_run_is_a_regression(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A server that finds fractions in its own data says so: a client could take its own for classes."""
+    rows = write(tmp_path / "eval.jsonl", [regression(i) for i in range(8)])
+    said = {"model.path": str(folders["bert"]), "clients": 2, "rounds": 1}
+    server = for_server(build(said, {"data.eval": str(rows)}), 2)
+    whole = write(tmp_path / "whole.jsonl", [{"text": "w1", "label": i % 3} for i in range(6)])
+    mine = {"model.path": str(folders["bert"]), "data.path": str(whole)}
+    party = for_client(agreement_for_clients(server).settings, mine, 0)
+    assert party.model.schema.target == "number"
+    assert [float(e["labels"]) for e in party.client_data.train] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("task", "what"), [("regression", "numbers"), ("multilabel", "several labels")])
+def test_rows_without_one_class_are_not_dealt_by_class(
+    task: str, what: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    row, kind, _ = TASKS[task]
+    data = write(tmp_path / "rows.jsonl", [row(i) for i in range(12)])
+    with pytest.raises(ConfigError, match=f'"label" holds {what}; choose iid, size or natural:COLUMN'):
+        prepare(build({"model.path": str(folders[kind]), "data.path": str(data), "data.partition": "dirichlet:1"}))
+
+
+def test_an_evaluation_in_columns_of_0_and_1_is_that_of_lists(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Jigsaw's form, a column for each label, beside the same rows with lists of names."""
+    lists = [several_labels(i) for i in range(16)]
+    flags = [{"text": row["text"]} | {name: int(name in row["label"]) for name in "abc"} for row in lists]
+    given = {"model.path": str(folders["bert"]), "clients": 2, "data.labels": "a, b, c"}
+    wide = {"data.path": str(write(tmp_path / "wide.jsonl", flags)), "data.eval": str(tmp_path / "wide.jsonl")}
+    long = {"data.path": str(write(tmp_path / "long.jsonl", lists)), "data.eval": str(tmp_path / "long.jsonl")}
+    one, other = (prepare(build(given, form)).evaluation for form in (wide, long))
+    assert [e["labels"].tolist() for e in one] == [e["labels"].tolist() for e in other]
+
+
+def test_a_class_that_no_training_row_has_is_refused_among_several_labels(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", [several_labels(i) for i in range(16)])
+    other = write(tmp_path / "eval.jsonl", [{"text": "w1", "label": ["a", "d"]}])
+    given = {"model.path": str(folders["bert"]), "data.path": str(data), "data.eval": str(other), "clients": 2}
+    with pytest.raises(DataError, match=r'eval\.jsonl line 1: label "d" is no class of the training data'):
+        prepare(build(given))
+
+
+def test_the_clients_scores_of_a_regression_are_told_without_its_rows(folders: dict[str, Path], tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", [regression(i) for i in range(40)])
+    settings = {"rounds": 1, "clients": 2, "cohort": 2, "data.holdout": 0.3, "strategy": "fedsa_lora"}
+    done = simulate(settings, model=folders["bert"], data=data, out=tmp_path / "out", progress=False)
+    assert done.rounds[-1]["eval_clients"]["metric"] == "mse"
