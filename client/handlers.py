@@ -118,14 +118,16 @@ def evaluate(client: ClientContext, message: RawMessage) -> Answer:
     metrics = client.runner.evaluate(client.model, job, incoming.digest(job))
     if not metrics.targets:
         raise ClientFailed("it holds out no examples to evaluate on; see data.holdout", code=ReasonCode.DATA)
-    _check_loss(metrics.loss)
+    _check_loss(metrics.loss / metrics.targets)
     return Answer(codec.pack_metrics(metrics), job)
 
 
 def _check_loss(loss: float | None) -> None:
     """Raise `TrainingDiverged` for a loss that may not travel."""
     if loss is not None and not abs(loss) <= MOST_LOSS:
-        raise TrainingDiverged(f"the loss is {loss:g}, beyond {MOST_LOSS:g}; a lower train.lr may help")
+        raise TrainingDiverged(
+            f"the loss is {loss:g}, beyond {MOST_LOSS:g}; a lower train.lr may help, or smaller numbers in a regression"
+        )
 
 
 HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], Answer]] = {

@@ -62,6 +62,7 @@ Count = Annotated[int, Ge(0), Le(MOST_COUNT)]
 Some = Annotated[int, Ge(1), Le(MOST_COUNT)]
 ClientId = Annotated[int, Ge(0), Le(MOST_ID)]
 Loss = Annotated[float, Ge(-MOST_LOSS), Le(MOST_LOSS)]
+SumOfLosses = Annotated[float, Ge(-MOST_LOSS * MOST_COUNT), Le(MOST_LOSS * MOST_COUNT)]
 Norm = Annotated[float, Gt(1e-20), Lt(1e20)]  # beyond these a product of two in float32 is 0, denormal or infinite
 NormOrNone = Annotated[float, Ge(0), Lt(1e20)]  # 0: not clipped
 Round = Annotated[int, Ge(0), Lt(MOST_ROUNDS)]
@@ -223,11 +224,13 @@ class MetricsHead:
 
     examples: Some
     targets: Some
-    loss: Loss
+    loss: SumOfLosses  # over the targets, whose mean is bounded as any loss
     correct: Count
     kind: Literal["metrics"] = "metrics"
 
     def __post_init__(self) -> None:
+        if not abs(self.loss) <= MOST_LOSS * self.targets:
+            raise ValueError(f"a loss of {self.loss:g} over {self.targets} targets is beyond {MOST_LOSS:g} for each")
         if self.correct > self.targets:
             raise ValueError(f"{self.correct} of {self.targets} targets cannot be right")
 

@@ -4,13 +4,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 from .classes import class_counts
 from .federated import Federated
 from .rows import Rows, column_names
 from .schema import LABEL, Schema, plain
+from .targets import numbers_of
 
+LARGE = 30.0  # a number of a regression beyond which a head learns too slowly
 LOOKED_AT = 100  # rows in which a column is looked at for text
 MISSING = ("nan", "na", "n/a", "none", "null", "nil", "-", "?", "")  # what stands in a table where nothing stood
 
@@ -27,6 +30,7 @@ class DataSummary:
     evaluation: int  # rows of the global evaluation
     classes: Mapping[str, tuple[int, ...]]  # by name, in their order: the training rows that each client has of it
     warnings: tuple[str, ...]  # a sentence each
+    numbers: tuple[float, ...] = ()  # of a regression the lowest, the mean and the highest number of all training rows
 
 
 def summarise(federated: Federated) -> DataSummary:
@@ -34,6 +38,7 @@ def summarise(federated: Federated) -> DataSummary:
     schema, rows = federated.schema, [*federated.clients, federated.evaluation]
     counts = [class_counts(part, schema) for part in federated.clients]
     columns = list(dict.fromkeys(chain.from_iterable(map(column_names, rows))))
+    numbers = [x for part in federated.clients for x in numbers_of(part, schema)]
     return DataSummary(
         kind=schema.kind,
         used=schema.columns,
@@ -42,7 +47,13 @@ def summarise(federated: Federated) -> DataSummary:
         heldout=tuple(map(len, federated.heldout)),
         evaluation=len(federated.evaluation),
         classes={name: tuple(count[name] for count in counts) for name in schema.labels},
-        warnings=(*federated.warnings, *_alike_columns(columns), *_odd_classes(schema, counts)),
+        warnings=(
+            *federated.warnings,
+            *_alike_columns(columns),
+            *_odd_classes(schema, counts),
+            *_odd_numbers(schema, numbers),
+        ),
+        numbers=(min(numbers), fmean(numbers), max(numbers)) if numbers else (),
     )
 
 
@@ -78,6 +89,17 @@ def _odd_classes(schema: Schema, counts: Sequence[Counter[str]]) -> Iterator[str
     without = [name for name in names if not any(count[name] for count in counts)]
     if counts and without:
         yield f"no training row is of the class {_quoted(without)}"
+
+
+def _odd_numbers(schema: Schema, numbers: Sequence[float]) -> Iterator[str]:
+    """Yield a sentence for numbers of a regression that will hardly be learned."""
+    if numbers and min(numbers) == max(numbers):
+        yield f'all numbers in "{schema.label_column}" are {numbers[0]:g}: there is nothing to learn'
+    elif numbers and max(map(abs, numbers)) > LARGE:
+        yield (
+            f'the numbers in "{schema.label_column}" go from {min(numbers):g} to {max(numbers):g}, and their squared '
+            "error is learned as it is: divide them all by the same number, so that they lie about between -1 and 1"
+        )
 
 
 def _mixed(names: Sequence[str]) -> Iterator[str]:

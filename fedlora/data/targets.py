@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora.errors import ConfigError, DataError
 from fedlora.sections import DataConfig
 
-from .rows import column
+from .rows import Rows, column
 from .schema import Schema, Target
 from .sources import Table
 
@@ -113,6 +113,13 @@ def number(value: Any) -> float | None:
         value = float(value) if NUMBER.fullmatch(value.strip()) else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and isfinite(value) else None
+
+
+def numbers_of(rows: Rows, schema: Schema) -> list[float]:
+    """The numbers that a regression learns of these rows; none for other data."""
+    if schema.target != "number" or not len(rows):
+        return []
+    return [x for x in map(number, column(rows, schema.columns[-1])) if x is not None]
 
 
 def wrong_target(schema: Schema, value: Any) -> str:

@@ -60,3 +60,14 @@ def test_a_class_without_a_training_row_is_told(tmp_path: Path) -> None:
 def test_columns_with_nearly_one_name_are_told(tmp_path: Path) -> None:
     told = summary(tmp_path / "x.jsonl", {"text": "a", "Text ": "b"})
     assert told.warnings == ('the columns "text", "Text " differ by blanks or capitals alone',)
+
+
+def test_numbers_that_are_too_large_to_learn_are_told(tmp_path: Path) -> None:
+    told = summary(tmp_path / "x.jsonl", {"text": "a", "label": 20.5}, {"text": "b", "label": 120})
+    assert told.numbers == (20.5, 70.25, 120) and not told.classes
+    assert [warning[:45] for warning in told.warnings] == ['the numbers in "label" go from 20.5 to 120, a']
+
+
+def test_the_labels_of_a_row_are_each_counted(tmp_path: Path) -> None:
+    told = summary(tmp_path / "x.jsonl", *({"text": "a", "label": names} for names in (["x", "y"], [], ["y"])))
+    assert {name: sum(counts) for name, counts in told.classes.items()} == {"x": 1, "y": 2}

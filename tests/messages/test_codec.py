@@ -103,7 +103,7 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("loss", [1.5, 1e6])
+@pytest.mark.parametrize("loss", [1.5, 1e6, 9e6])  # a sum over targets, each at most 1e6
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
 def test_metrics_come_back(loss: float, tables: dict[str, torch.Tensor]) -> None:
     back = upload_checks.read_metrics(unpack(codec.pack_metrics(Metrics(4, 9, loss, 3, **tables))))
