@@ -17,6 +17,7 @@ from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale
 from fedlora.metrics import Metrics
 from fedlora.models import optimizer as optimize
 from fedlora.models.model import Model
+from fedlora.models.probe import not_finite
 from fedlora.privacy import dpsgd
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.sections import Training
@@ -111,10 +112,7 @@ def run_steps(
         chunk = [examples[i] for i in next(chunks)]
         loss, n = _step_gradient(model, parameters, chunk, job)
         if not isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss is {loss} at step {step + 1} of round {job.round + 1}; "
-                f"a train.lr below {training.lr:g} may help"
-            )
+            raise TrainingDiverged(_why_diverged(model, job, step, loss))
         optimize.add_proximal_gradient(parameters, start, training.prox)
         if training.clip and not job.example_clip:  # else every example's gradient is clipped already
             nn.utils.clip_grad_norm_(parameters, training.clip)
@@ -123,6 +121,15 @@ def run_steps(
         total += loss
         targets += n
     return total / targets
+
+
+def _why_diverged(model: Model, job: Job, step: int, loss: float) -> str:
+    """What to say of a loss that is no number; before any step, the base model itself is the reason."""
+    if job.round == step == 0:
+        return f"the loss is {loss} before any step: {not_finite(model.net, model.dtype)}"
+    return (
+        f"the loss is {loss} at step {step + 1} of round {job.round + 1}; a train.lr below {job.training.lr:g} may help"
+    )
 
 
 def _step_gradient(

@@ -2,23 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, isfinite
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from fedlora.errors import CheckpointError, ConfigError, Failure
+from fedlora.errors import CheckpointError, ConfigError, Failure, ModelError
 from fedlora.jobs import Charge, Client
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
-from fedlora.models.peft_files import save_peft
+from fedlora.models.peft_files import check_loads, save_peft
+from fedlora.models.probe import not_finite
 from fedlora.privacy import preflight
 from fedlora.privacy.client_level import ClientLevelDP, client_level_dp
 from fedlora.privacy.record_level import record_level_dp
 from fedlora.run import answers, privacy_report, privacy_statement
 from fedlora.run.compose import compose
 from fedlora.run.console import so_far
+from fedlora.run.delivery import check_adapter
 from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
 from fedlora.run.setup import RunSetup
@@ -69,12 +71,13 @@ def run_rounds(
     leave too few clients for one.
     """
     strategy = compose(setup.config, setup.start, setup.ranks)
+    check_loads(setup.model)
     past = folder.resume_point()
     plan = _plan(setup, fleet, folder)
     state = past.state if past else strategy.init(setup.start)
     ledgers = _ledger_facts(plan, fleet.clients(), charged, past.joined if past else {})
     statement = _privacy_statement(setup, plan, strategy, state, fleet, ledgers)
-    before = _before(plan, strategy.adapter(state), folder)
+    before = _before(setup, plan, strategy.adapter(state), folder)
     lines = privacy_statement.summary_lines(statement) if statement else []
     lines += filter(None, [so_far(folder.records())])
     begun = past.rounds if past else 0
@@ -93,7 +96,10 @@ def run_rounds(
         if folder.records():
             _deliver(setup.model, strategy.adapter(state), folder)
         folder.close()
-    observer.finished(folder, stopped=len(folder.records()) < plan.rounds)
+    try:
+        check_adapter(setup, strategy.adapter(state), folder)
+    finally:
+        observer.finished(folder, stopped=len(folder.records()) < plan.rounds)
 
 
 def _names(names: Mapping[int, str], asked: Sequence[int]) -> dict[str, dict[str, str]]:
@@ -170,6 +176,7 @@ def _ledger_facts(
 def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:
     """Write the adapter as PEFT's files; raise `CheckpointError` where there is no room for them."""
     try:
+        folder.adapter_check.unlink(missing_ok=True)  # it was about the adapter before
         save_peft(model, adapter, folder.adapter)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
@@ -201,10 +208,16 @@ def _client_level(setup: RunSetup) -> ClientLevelDP:
     )
 
 
-def _before(plan: Plan, adapter: LoRA, folder: RunDirectory) -> dict[str, float]:
-    """The evaluation before the first round: as the first round's record has it, or made now."""
+def _before(setup: RunSetup, plan: Plan, adapter: LoRA, folder: RunDirectory) -> dict[str, float]:
+    """The evaluation before the first round: as the first round's record has it, or made now.
+
+    Raises `ModelError` where a base that was not trained yet gives no numbers.
+    """
     records = folder.records()
     if records:
         before: dict[str, float] = records[0].get("before", {})
         return before
-    return evaluation(plan, adapter, 0)
+    values = evaluation(plan, adapter, 0)
+    if not isfinite(values.get("loss", 0.0)):
+        raise ModelError(not_finite(setup.model.net, setup.config.model.dtype))
+    return values

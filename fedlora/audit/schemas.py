@@ -7,7 +7,7 @@ from typing import Any
 from fedlora.config import Config
 from fedlora.data import federated
 from fedlora.data.schema import Schema
-from fedlora.models.base_model import TINY
+from fedlora.models.source import TINY
 
 TASKS = {"ForSequenceClassification": "classify", "ForImageClassification": "image"}
 WITHOUT_CLASSES = {

@@ -9,21 +9,18 @@ from typing import Any
 from fedlora.errors import DataError, cut, nearest
 
 from .rows import Rows, column
-from .schema import Schema, is_whole, plain
+from .schema import Schema, is_whole
 from .sources import Table
 
 
-def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str], usual: Sequence[str]) -> Schema:
+def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str]) -> Schema:
     """The schema with the names of its classes in their order.
 
     They are the `chosen` ones of the settings; or those that the schema has already, or that the tables have written
-    down, as datasets does; or those that are found. `usual` is the order in which the checkpoint has its own classes:
-    it is taken where the names are the same but for capitals. Raises `DataError` for fewer than two classes, or of
-    several labels for none.
+    down, as datasets does; or those that are found. Raises `DataError` for fewer than two classes, or of several labels
+    for none.
     """
     names = tuple(chosen) or schema.labels or _written_down(tables, schema) or _found(tables, schema)
-    if not chosen:
-        names = _ordered_like(names, usual)
     fewest = 1 if schema.target == "labels" else 2
     if len(set(names)) < max(fewest, len(names)):
         raise DataError(
@@ -31,13 +28,6 @@ def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str], 
             f'is "{schema.label_column}" the column of the classes? data.label names another'
         )
     return replace(schema, labels=names)
-
-
-def _ordered_like(names: tuple[str, ...], usual: Sequence[str]) -> tuple[str, ...]:
-    """The names in the usual order, where both are the same names but for capitals."""
-    by_plain = {plain(name): name for name in names}
-    same = len(by_plain) == len(names) == len(usual) and {*by_plain} == {plain(name) for name in usual}
-    return tuple(by_plain[plain(name)] for name in usual) if same else names
 
 
 def _written_down(tables: Sequence[Table], schema: Schema) -> tuple[str, ...]:
@@ -86,7 +76,7 @@ def class_counts(rows: Rows, schema: Schema) -> Counter[str]:
     """How many of these rows each class has, by its name; nothing for data without classes."""
     numbers = schema.classes() if schema.labels else {}
     labels = chain.from_iterable(labels_of(rows, schema) if numbers else [])
-    return Counter(schema.labels[numbers[label]] for label in labels)
+    return Counter(schema.class_order[numbers[label]] for label in labels)
 
 
 def with_names(tables: Sequence[Table], schema: Schema) -> list[Table]:

@@ -34,14 +34,13 @@ class Federated:
     warnings: tuple[str, ...] = ()  # of what the readers of its files found odd, a sentence each
 
 
-def load(data: DataConfig, task: str, *, clients: int, seed: int, usual_classes: Sequence[str] = ()) -> Federated:
+def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     """Read the data and share them among the clients; `clients` = 0 takes one a file or natural id, else 50.
 
-    `usual_classes` are those of the checkpoint, whose order is taken where the data have the same names.
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
     if data.path:
-        tables, schema = _read_with_schema(data.path, data, task, usual_classes)
+        tables, schema = _read_with_schema(data.path, data, task)
         dealt = not (_is_by_file(data, tables) or data.partition.startswith("natural"))
         shares, evaluation = _share(data, schema, tables, clients=clients, seed=seed)
     else:
@@ -54,13 +53,13 @@ def load(data: DataConfig, task: str, *, clients: int, seed: int, usual_classes:
     return Federated(schema, tuple(kept), tuple(held), evaluation, dealt, _warnings(tables))
 
 
-def server_data(data: DataConfig, task: str, embedded: bool, usual_classes: Sequence[str] = ()) -> Federated:
+def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
     """The rows that the server of a deployed run has: those for the global evaluation, and no client's.
 
     Raises `ConfigError` where nothing says which classes there are.
     """
     if data.eval:
-        tables, schema = _read_with_schema(data.eval, data, task, usual_classes)
+        tables, schema = _read_with_schema(data.eval, data, task)
         evaluation = _pooled(tables)
     elif embedded:
         schema, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
@@ -102,9 +101,7 @@ def public_rows(path: str, schema: Schema) -> Rows:
     return _read_as(schema, path, 0, set(schema.labels)) if path else ()
 
 
-def _read_with_schema(
-    path: str, data: DataConfig, task: str, usual_classes: Sequence[str] = ()
-) -> tuple[list[Table], Schema]:
+def _read_with_schema(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
     """The tables at `path`, and the schema that the settings and the columns give them."""
     tables, data = gather(read_tables(path, data.limit), data, task)
     schema = replace(find_schema(data, task, tables), template=data.template)
@@ -116,7 +113,7 @@ def _read_with_schema(
     if schema.target == "labels":
         tables, names = as_lists(tables, schema, data.labels)
         schema = replace(schema, labels=names)
-    schema = class_names(tables, schema, data.labels, usual_classes)
+    schema = class_names(tables, schema, data.labels)
     return _labelled(tables, schema, schema.classes()), schema
 
 

@@ -75,11 +75,12 @@ class Schema:
 
     kind: Kind
     columns: tuple[str, ...]
-    labels: tuple[str, ...] = ()  # class names in order, of "label" and "image"
+    labels: tuple[str, ...] = ()  # class names, of "label" and "image"; a number in the data is a place among them
     target: Target = "class"  # what the label column holds, of "label" and "image"
     template: Literal["auto", "chat", "plain"] = "auto"  # how prompt and response become one text, as data.template
     system: str = ""  # which of the columns holds the system's message, if one does
     separator: str = ""  # what stands between several labels in a text
+    outputs: tuple[str, ...] = ()  # the same names in the order of the model's outputs, where that is another
 
     @property
     def has_head(self) -> bool:
@@ -108,12 +109,20 @@ class Schema:
         system = (self.system,) if self.system else ()
         return (*self.asking, *system) if len(self.asking) > 1 else system
 
+    @property
+    def class_order(self) -> tuple[str, ...]:
+        """The class names in the order of the model's outputs."""
+        return self.outputs or self.labels
+
     def classes(self) -> dict[str, int]:
-        """Class numbers by the strings that stand for them in the data: the name, or the number if no name is one."""
-        by_name = {name: i for i, name in enumerate(self.labels)}
+        """The model's output of a class by the strings that stand for the class in the data.
+
+        These are its name, and its place among `labels` if no name is a number.
+        """
+        by_name = {name: i for i, name in enumerate(self.class_order)}
         if any(map(is_whole, by_name)):
             return by_name
-        return {str(i): i for i in range(len(by_name))} | by_name
+        return {str(i): by_name[name] for i, name in enumerate(self.labels)} | by_name
 
 
 DECLARED = {  # by model.task, without classes

@@ -5,7 +5,9 @@ modules; its vectors d (r,) and b (d_out,) of diag(b) B diag(d) A stand for A an
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -23,40 +25,35 @@ from fedlora.sections import LoRAConfig
 from fedlora.seeds import derive, seeded
 from fedlora.svd import row_signs
 
-from .base_model import head_modules, is_encoder_decoder, is_inside
+from .adapted_modules import AdaptedModules, Modules, is_conv1d, last_part, shape
+from .base_model import is_encoder_decoder
 
 NAME = "default"  # PEFT's name of the one adapter
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
-USUAL = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",), ("Wqkv",), ("q", "v"))
 INITS: dict[str, Any] = {"gaussian": "gaussian", "orthonormal": "gaussian", "pissa": "pissa", "olora": "olora"}
 FROM_WEIGHTS = ("pissa", "olora")  # starts for which PEFT takes A and B out of the weights, and changes these
 INPUTS = 1024  # of a module, that eva looks at
 
-Modules = Mapping[str, Any]  # name -> module of the base, or PEFT's layer around it
 
+def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, targets: AdaptedModules, seed: int) -> PeftModel:
+    """The model with a fresh adapter attached, and with its heads, if it has any, ready to train; its weights stay.
 
-def attach_adapter(net: nn.Module, lora: LoRAConfig, schema: Schema, new: Sequence[str], seed: int) -> PeftModel:
-    """The model with a fresh adapter attached, and with its head, if it has one, ready to train; its weights stay.
-
-    `new` are the modules that the checkpoint lacks, to be learned from nothing. Raises `ModelError` if the model cannot
-    take this adapter.
+    Raises `ModelError` if the model cannot take this adapter.
     """
-    heads = head_modules(net, new) if schema.has_head else []
-    modules, targets = _targets(net, lora.targets, heads)
-    _check(lora, modules)
-    config = _config(lora, modules, seed)
-    config.target_modules = set(targets)
-    config.modules_to_save = heads or None
+    _check(lora, targets.modules)
+    config = _config(lora, targets.modules, seed)
+    config.target_modules = set(targets.names)
+    config.modules_to_save = list(targets.heads) or None
     config.task_type = _task(net, schema)
     # PEFT subtracts the start of PiSSA and OLoRA from the weights. Here the weights are restored, as every client has
     # the same base, and a strategy subtracts the start (see strategies/anchored.py).
-    before = _weights(modules) if lora.init in FROM_WEIGHTS else []
-    with seeded(seed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
-        adapted: PeftModel = get_peft_model(net, config)
+    before = _weights(targets.modules) if lora.init in FROM_WEIGHTS else []
+    with seeded(seed):
+        adapted = _attached(net, config)
     for module, weight, values in before:
         weight.data = values
         module.weight = weight  # PEFT puts another in the place of a quantised one
+    _check_attached(adapted, targets)
     fix_signs(layers(adapted), lora.init)
     train_heads_in_float32(adapted)
     return adapted
@@ -67,6 +64,41 @@ def _task(net: nn.Module, schema: Schema) -> TaskType | None:
     if schema.has_head:
         return TaskType.SEQ_CLS if schema.kind == "label" else None
     return TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(net) else TaskType.CAUSAL_LM
+
+
+def _attached(net: nn.Module, config: Any) -> PeftModel:
+    """The model as PEFT wraps it; raises `ModelError` with PEFT's reason where it refuses."""
+    try:
+        with quiet():
+            adapted: PeftModel = get_peft_model(net, config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as e:
+        said = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ModelError(
+            f"PEFT cannot attach this adapter to {type(net).__name__}: {said}; choose other lora.targets, or another "
+            "lora.kind or lora.init"
+        ) from e
+    return adapted
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep PEFT from warning of what is taken care of here: GPT-2's Conv1D, and output layers that are tied."""
+    with warnings.catch_warnings():
+        for said in ("fan_in_fan_out", "Model has `tie_word_embeddings"):
+            warnings.filterwarnings("ignore", said)
+        yield
+
+
+def _check_attached(adapted: nn.Module, targets: AdaptedModules) -> None:
+    """Raise `ModelError` where PEFT has adapted other modules than these, or has another head."""
+    found = layers(adapted)
+    saved = {name.removeprefix(PREFIX) for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    differ = sorted({*found} ^ {*targets.modules}) + sorted(saved ^ {*targets.heads})
+    if differ:
+        raise ModelError(
+            f"PEFT does not adapt just what it is asked to: {differ[0]} is the first of {len(differ)} modules that "
+            "differ, and its file could not be loaded as it was evaluated; name other modules in lora.targets"
+        )
 
 
 def _weights(modules: Modules) -> list[tuple[Any, nn.Parameter, Tensor]]:
@@ -121,6 +153,12 @@ def _in(dtype: torch.dtype, values: Any) -> Any:
 def layers(net: nn.Module) -> dict[str, Any]:
     """PEFT's layers, by the names that their modules have in the base."""
     return {n.removeprefix(PREFIX): m for n, m in net.named_modules() if isinstance(m, LoraLayer | VeraLayer)}
+
+
+def tied(net: nn.Module, adapted: Modules) -> list[str]:
+    """The adapted modules whose weight is that of another module too, as an output layer's may be the embedding's."""
+    places = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
+    return [name for name, layer in adapted.items() if places[id(layer.get_base_layer().weight)] > 1]
 
 
 def side(letter: str, adapted: Modules) -> dict[str, nn.Parameter]:
@@ -198,76 +236,6 @@ def fix_signs(adapted: Modules, init: str) -> None:
         b.mul_(sign.T)
 
 
-def _targets(net: nn.Module, wanted: tuple[str, ...], heads: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The modules to adapt, and the names to give PEFT for them.
-
-    PEFT takes ends of names, as the settings do; where these would also catch a module of a head, it gets whole names.
-    Raises `ModelError` for a target that no module has.
-    """
-    linear = _linear_modules(net)
-    body = _outside(heads, linear)
-    wanted = wanted or _usual_targets(body)
-    if wanted == ("all-linear",):
-        found = _all_but_output(net, body)
-        return found, list(found)
-    _check_targets(net, wanted, body)
-    caught = [name for name in linear if _ends(name, *wanted)]
-    found = {name: body[name] for name in caught if name in body}
-    return found, list(wanted if len(found) == len(caught) else found)
-
-
-def _linear_modules(net: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in net.named_modules() if _is_linear(module)}
-
-
-def _outside(heads: Sequence[str], modules: Modules) -> dict[str, Any]:
-    """The modules that are no head, nor within one."""
-    return {name: module for name, module in modules.items() if not _is_part(name, heads)}
-
-
-def _all_but_output(net: Any, linear: Modules) -> dict[str, Any]:
-    """The linear modules without the layer that scores the words of a language model, if there is one."""
-    output = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
-    return {name: module for name, module in linear.items() if module is not output}
-
-
-def _check_targets(net: nn.Module, wanted: Iterable[str], names: Iterable[str]) -> None:
-    """Raise `ModelError` for a target that none of the names ends with."""
-    for target in wanted:
-        if not any(_ends(name, target) for name in names):
-            ends = set(map(_last_part, names))
-            raise ModelError(f'lora.targets: {type(net).__name__} has no module "{target}"; {nearest(target, ends)}')
-
-
-def _usual_targets(names: Iterable[str]) -> tuple[str, ...]:
-    """The attention's modules under the names of a known architecture; of an unknown one, all linear modules."""
-    ends = set(map(_last_part, names))
-    return next((targets for targets in USUAL if ends.issuperset(targets)), ("all-linear",))
-
-
-def _last_part(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _ends(name: str, *ends: str) -> bool:
-    """Does a dotted name end with all the parts of one of these?"""
-    return f".{name}".endswith(tuple(f".{end}" for end in ends))
-
-
-def _is_part(name: str, modules: Sequence[str]) -> bool:
-    """Is a module one of these, or within one?"""
-    return name in modules or is_inside(name, modules)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight lies transposed."""
-    return type(module).__name__ == "Conv1D"
-
-
 def _matched(lora: LoRAConfig, key: Literal["rank_pattern", "alpha_pattern"], modules: Modules) -> dict[str, float]:
     """The number of every module that a pattern names; of several names for a module, the one of most parts counts.
 
@@ -278,7 +246,7 @@ def _matched(lora: LoRAConfig, key: Literal["rank_pattern", "alpha_pattern"], mo
     for short, value in sorted(lora.pattern(key).items(), key=lambda item: item[0].count(".")):
         named = [name for name in modules if _is_short_for(short, name)]
         if not named:
-            known = modules if "." in short else set(map(_last_part, modules))
+            known = modules if "." in short else set(map(last_part, modules))
             raise ModelError(f'lora.{key}: no adapted module has the name "{short}"; {nearest(short, known)}')
         numbers |= dict.fromkeys(named, value)
     return numbers
@@ -287,7 +255,7 @@ def _matched(lora: LoRAConfig, key: Literal["rank_pattern", "alpha_pattern"], mo
 def _is_short_for(short: str, name: str) -> bool:
     """Do the parts of a short name occur in this order in the name, the last as its last?"""
     rest = iter(name.split("."))
-    return _last_part(name) == _last_part(short) and all(part in rest for part in short.split("."))
+    return last_part(name) == last_part(short) and all(part in rest for part in short.split("."))
 
 
 def _check(lora: LoRAConfig, modules: Modules) -> None:
@@ -299,7 +267,7 @@ def _check(lora: LoRAConfig, modules: Modules) -> None:
 
 
 def _check_start(init: str, name: str, module: Any) -> None:
-    if init == "olora" and _is_conv1d(module):
+    if init == "olora" and is_conv1d(module):
         raise ModelError(f"lora.init = olora: PEFT cannot take it from {name}, a Conv1D; choose pissa")
     if init == "pissa" and not module.weight.is_floating_point():
         raise ModelError(f"lora.init = pissa: the weight of {name} is quantised; set model.quantize = none, or olora")
@@ -307,18 +275,13 @@ def _check_start(init: str, name: str, module: Any) -> None:
 
 def _check_ranks(lora: LoRAConfig, modules: Modules) -> None:
     ranks = _matched(lora, "rank_pattern", modules)
-    full = {name: min(_shape(module)) for name, module in modules.items()}
+    full = {name: min(shape(module)) for name, module in modules.items()}
     for name, module in modules.items():
         rank = ranks.get(name, lora.rank)
         if rank > full[name]:
-            d_out, d_in = _shape(module)
+            d_out, d_in = shape(module)
             key, most = ("rank_pattern", full[name]) if name in ranks else ("rank", min(full.values()))
             raise ModelError(
                 f"lora.{key} = {rank:g} is above the smaller dimension of {name} ({d_out} x {d_in}); "
                 f"choose a rank of at most {most}"
             )
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """(d_out, d_in)"""
-    return (module.nf, module.nx) if _is_conv1d(module) else (module.out_features, module.in_features)

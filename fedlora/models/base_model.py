@@ -1,7 +1,6 @@
 """The frozen base model and its tokenizer or image processor, from a folder, the hub or the package itself."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedlora.seeds import seeded
 
 from . import quantization
 from .input_limits import vocabulary
+from .source import cached, readable, refuse_adapter, revision, source_of
 
 LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
 PROBLEMS = {  # in transformers' words, what a head is for
@@ -24,7 +24,6 @@ PROBLEMS = {  # in transformers' words, what a head is for
     "number": "regression",
     "labels": "multi_label_classification",
 }
-TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 
 
 def load_base_model(config: ModelConfig, schema: Schema, seed: int) -> tuple[nn.Module, Any, list[str]]:
@@ -32,14 +31,14 @@ def load_base_model(config: ModelConfig, schema: Schema, seed: int) -> tuple[nn.
 
     Raises `ModelError` for a model that cannot be loaded, or is of another kind than the data need.
     """
-    source = _source(config.path)
-    with seeded(seed), _readable(config.path or str(source)):
+    source = source_of(config.path)
+    with seeded(seed):
         return _load(config, schema, source)
 
 
 def model_files(path: str) -> list[Path]:
     """The files from which a base model and its processor are loaded; none of a model on the hub."""
-    folder = Path(_source(path))
+    folder = Path(source_of(path))
     return sorted(p for p in folder.iterdir() if p.suffix in LOADED) if folder.is_dir() else []
 
 
@@ -101,43 +100,23 @@ def device(config: ModelConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _source(path: str) -> str:
-    """The folder or hub id to load; of an empty path, the embedded model."""
-    if not path:
-        return str(TINY)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ModelError(f"model {path}: there is no such folder; give --model a folder with config.json, or a hub id")
-    return path
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Turn the errors with which transformers fails to load a model into a `ModelError` of one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as e:
-        said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(
-            f'model "{path}" could not be loaded as a folder or, over the network, as a hub id: {said}'
-        ) from e
-
-
 def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     processor_class = AutoImageProcessor if schema.kind == "image" else AutoTokenizer
-    where = {**_revision(config), **_cached(source), "trust_remote_code": False}  # no code that comes with a model
+    where = {**revision(config), **cached(source), "trust_remote_code": False}  # no code that comes with a model
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_classes(schema)}
     options["use_safetensors"] = True  # the other format is pickle, which is code
-    checkpoint = AutoConfig.from_pretrained(source, **where)
+    with readable(config.path or source, "the configuration"):
+        checkpoint = AutoConfig.from_pretrained(source, **where)
     quantization.refuse_other(config, source, checkpoint)
     model_class = _model_class(config, schema, source, checkpoint)
-    processor = processor_class.from_pretrained(source, **where)
+    with readable(config.path or source, "the image processor" if schema.kind == "image" else "the tokenizer"):
+        processor = processor_class.from_pretrained(source, **where)
     load = partial(model_class.from_pretrained, source, output_loading_info=True, **options)
-    net, new = _pretrained(config, schema, load)
+    with readable(config.path or source, "the weights"):
+        net, new = _pretrained(config, schema, load)
+    refuse_adapter(net, source)
     if schema.kind != "image":
         _pad(net, processor)
     if new and not schema.has_head:
@@ -183,10 +162,6 @@ def _pretrained(config: ModelConfig, schema: Schema, load: Callable[..., Any]) -
     return net, new
 
 
-def _revision(config: ModelConfig) -> dict[str, Any]:
-    return {"revision": config.revision} if config.revision else {}
-
-
 def _classes(schema: Schema) -> dict[str, Any]:
     """Options for transformers to give the model a head for these classes, or a number; none for data without."""
     if not schema.has_head:
@@ -196,8 +171,8 @@ def _classes(schema: Schema) -> dict[str, Any]:
         return head | {"num_labels": 1}
     return head | {
         "num_labels": len(schema.labels),
-        "id2label": dict(enumerate(schema.labels)),
-        "label2id": {name: i for i, name in enumerate(schema.labels)},
+        "id2label": dict(enumerate(schema.class_order)),
+        "label2id": {name: i for i, name in enumerate(schema.class_order)},
     }
 
 
@@ -205,19 +180,6 @@ def _new_modules(loading_info: Mapping[str, Any]) -> list[str]:
     """The modules for which the checkpoint has no weights, or weights of another shape."""
     mismatched = (name for name, *_ in loading_info["mismatched_keys"])
     return sorted({name.rsplit(".", 1)[0] for name in (*loading_info["missing_keys"], *mismatched)})
-
-
-def _cached(source: str) -> dict[str, Any]:
-    """Options for transformers to load from its cache if the hub is out of reach: it would retry for a minute."""
-    from huggingface_hub import HfApi, constants
-
-    if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
-        return {}
-    try:
-        HfApi().model_info(source, timeout=10)
-    except Exception:  # the network, the hub and the server each have their own kinds; a cached copy still does
-        return {"local_files_only": True}
-    return {}
 
 
 def _pad(net: Any, tokenizer: Any) -> None:

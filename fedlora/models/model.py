@@ -19,7 +19,8 @@ from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
-from . import adapter, base_model, input_limits, quantization
+from . import adapter, base_model, class_order, input_limits, probe, quantization
+from .adapted_modules import coverage, find_targets, reach_notes
 from .adapter import NAME, PREFIX
 from .objectives import TARGETS, answer_log_probabilities, objective
 from .offset import Offset
@@ -39,19 +40,24 @@ class Model:
         `public` are the rows of `lora.init_data`, in the run's schema; only `lora.init = eva` looks at them. Raises
         `ModelError` if the base cannot be had, or cannot take the adapter.
         """
-        self.schema, self.kind = schema, lora.kind
-        self.device = base_model.device(config)
-        net, self.processor, new = base_model.load_base_model(config, schema, seed)
+        self.schema, self.kind = class_order.in_checkpoint_order(config, schema), lora.kind
+        self.device, self.dtype = base_model.device(config), config.dtype
+        net, self.processor, new = base_model.load_base_model(config, self.schema, seed)
         self.fingerprint = base_model.fingerprint(net)
         limits = input_limits.input_limits(net, self.processor, schema)
         decoder_inputs = None if schema.has_head else base_model.decoder_inputs(net)
-        self.objective = objective(schema, is_encoder_decoder=decoder_inputs is not None, dpo_beta=config.dpo_beta)
-        self.net = adapter.attach_adapter(net, lora, schema, new, seed)
+        encoder_decoder = decoder_inputs is not None
+        self.objective = objective(self.schema, is_encoder_decoder=encoder_decoder, dpo_beta=config.dpo_beta)
+        called = probe.called_modules(net, self.processor, self.schema, config.dtype)
+        targets = find_targets(net, lora, self.schema, new, called)
+        self.coverage = coverage(net, targets)
+        self.notes = (*class_order.head_notes(config, self.schema, new), *reach_notes(self.coverage, lora))
+        self.net = adapter.attach_adapter(net, lora, self.schema, targets, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)
         self.encoder = Encoder(
             self.processor,
-            schema,
+            self.schema,
             config.max_length,
             decoder_inputs,
             limits,
@@ -70,7 +76,7 @@ class Model:
         }
         # A weight in half precision, or quantised, would swallow small residuals: there they stay beside it.
         folds = config.quantize == "none" and config.dtype == "float32"
-        self.offset = Offset(self.adapted, self.scales, folds)
+        self.offset = Offset(self.adapted, self.scales, folds, adapter.tied(self.net, self.adapted))
         self._hooks: list[Any] = []  # of the cores
         if lora.init == "eva":
             self._start_from_inputs(public)

@@ -1,6 +1,6 @@
 """The offset of a model: what is added to its pretrained weights beside the adapter that is trained."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,17 +9,22 @@ from torch import Tensor, nn
 
 from fedlora.lora import LoRA, delta, join
 
-from .adapter import NAME, Modules
+from .adapted_modules import Modules
+from .adapter import NAME
 
 
 class Offset:
     """The matrices that are added to the pretrained weights: folded into them, or computed beside them.
 
-    A weight in half precision, or a quantised one, would round small residuals away; there the offset is a branch.
+    A weight in half precision, or a quantised one, would round small residuals away; there the offset is a branch. So
+    it is where another module has the same weight, as the input embedding has that of a tied output layer: what is
+    folded into one would be in the other too.
     """
 
-    def __init__(self, layers: Modules, scales: Mapping[str, float], folds: bool) -> None:
+    def __init__(self, layers: Modules, scales: Mapping[str, float], folds: bool, tied: Collection[str] = ()) -> None:
+        """`tied` are the modules whose weight is another module's too."""
         self.folds = folds
+        self._tied = frozenset(tied)
         self._layers, self._scales = layers, scales
         self.parts: tuple[LoRA, ...] = ()
         self._pretrained: dict[str, Tensor] = {}
@@ -33,7 +38,7 @@ class Offset:
         whole = LoRA(low_rank.A, low_rank.B, D=_sum_of_dense(parts))
         for name, layer in self._layers.items():
             own = _of_module(whole, name, layer.lora_A[NAME].weight.device)
-            if self.folds:
+            if self.folds and name not in self._tied:
                 self._fold(name, layer, delta(own).get(name))
             else:
                 self._put_beside(name, layer, own)

@@ -1,17 +1,18 @@
 """Adapters in PEFT's files: written from a model, read back into it, and loaded by PEFT alone as a stranger does."""
 
 import shutil
-import warnings
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,9 +22,10 @@ from fedlora.lora import LoRA, compact
 from fedlora.sections import ModelConfig
 
 from . import base_model
-from .adapter import NAME, PREFIX, exactly
+from .adapter import NAME, PREFIX, layers, quiet, tied
 from .model import Model
 
+SHARED = (f".vera_A.{NAME}", f".vera_B.{NAME}")
 LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": "B"}
 SEED = 2**31 - 1  # not the run's, so that a head that the export has forgotten gives other logits
 
@@ -32,6 +34,39 @@ def load_adapter(config: ModelConfig, schema: Schema, folder: Path) -> nn.Module
     """A freshly loaded base with the PEFT adapter in `folder`."""
     net: nn.Module = _with_adapter(base_model.load_base_model(config, schema, SEED)[0], folder)
     return net
+
+
+def check_loads(model: Model) -> None:
+    """Raise `ModelError` where PEFT would not load this model's adapter from its file as it was written.
+
+    A file of the adapter as it is is loaded over the same architecture without weights, which takes next to no memory
+    and time. PEFT renames modules and parameters of some architectures on the way.
+    """
+    net = model.net.get_base_model()
+    with TemporaryDirectory(prefix="fedlora-") as folder:
+        save_peft(model, model.get_adapter(), Path(folder))
+        try:
+            amiss = _amiss(net, Path(folder))
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as e:
+            amiss = " ".join(str(e).split())[:300] or type(e).__name__
+    if amiss:
+        raise ModelError(
+            f"an adapter on these modules of {type(net).__name__} could not be delivered, as PEFT does not load its "
+            f"file as it was written: {amiss}; name other modules in lora.targets"
+        )
+
+
+def _amiss(net: Any, folder: Path) -> str:
+    """What does not arrive of the adapter in `folder` over a base of this architecture on no device; empty if all."""
+    with torch.device("meta"):
+        bare = type(net)(net.config)
+    loaded, put = _with_adapter(bare, folder, low_cpu_mem_usage=True), cast(Any, set_peft_model_state_dict)
+    found = put(loaded, load_file(folder / "adapter_model.safetensors"), low_cpu_mem_usage=True)
+    # VeRA's matrices are shared by all layers: they are in the file once, and in the model once for every layer.
+    missing = [key for key in found.missing_keys if f".{NAME}" in key and not key.endswith(SHARED)]
+    if missing:
+        return f"{missing[0]} is not in it"
+    return f"there is no place for {found.unexpected_keys[0]}" if found.unexpected_keys else ""
 
 
 def load_merged(config: ModelConfig, schema: Schema, folder: Path) -> nn.Module:
@@ -43,38 +78,65 @@ def load_merged(config: ModelConfig, schema: Schema, folder: Path) -> nn.Module:
 def merge(config: ModelConfig, schema: Schema, folder: Path) -> None:
     """Replace the adapter in `folder` by the base with the adapter in its weights, and by the base's processor."""
     net, processor, _ = base_model.load_base_model(config, schema, SEED)
-    whole = _with_adapter(net, folder).merge_and_unload()
+    adapted = _with_adapter(net, folder)
+    _untie(adapted)
+    whole = adapted.merge_and_unload()
     shutil.rmtree(folder)
     whole.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
 
 
-def _with_adapter(net: nn.Module, folder: Path) -> Any:
+def _untie(adapted: Any) -> None:
+    """Give every adapted module a weight of its own, so that what goes into it does not go into the embedding too."""
+    found = layers(adapted)
+    for name in tied(adapted, found):
+        base = found[name].get_base_layer()
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        adapted.get_base_model().config.tie_word_embeddings = False
+
+
+def _with_adapter(net: nn.Module, folder: Path, **options: Any) -> Any:
     loaded: Any = PeftModel  # untyped
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT finds GPT-2's Conv1D by itself, and says so
-        return loaded.from_pretrained(net, str(folder))
+    with quiet():
+        return loaded.from_pretrained(net, str(folder), **options)
 
 
 def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
     """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run.
 
-    It is written beside the folder first, and each file then put in place whole, whatever lies there. Raises `OSError`
-    or `SafetensorError`.
+    All modules get one rank and one alpha, for readers that know no more: see `_uniform`. It is written beside the
+    folder first, and each file then put in place whole, whatever lies there. Raises `OSError` or `SafetensorError`.
     """
     if model.kind != "vera":
         lora = compact(lora)
-    model.set_adapter(lora)
+    written = lora if model.kind == "vera" else _uniform(model, lora)
+    model.set_adapter(written)
     peft_configs: Any = model.net.peft_config
     of_the_run = peft_configs[NAME]
-    peft_configs[NAME] = _config_of(model, lora)
+    peft_configs[NAME] = _config_of(model, written)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            model.net.save_pretrained(beside)
+            model.net.save_pretrained(beside, save_embedding_layers=False)  # they are the base's, as they were
             _put_in_place(Path(beside), folder)
     finally:
         peft_configs[NAME] = of_the_run
+        model.set_adapter(lora)
+
+
+def _uniform(model: Model, lora: LoRA) -> LoRA:
+    """The same product with one rank in all modules, by rows of A and columns of B that are zero, and with one s.
+
+    PEFT reads patterns of ranks and alphas; other readers take one alpha, and some take one rank.
+    """
+    rank, s = max(a.shape[0] for a in lora.A.values()), _largest_s(model)
+    A = {m: F.pad(a, (0, 0, 0, rank - a.shape[0])) for m, a in lora.A.items()}
+    B = {m: F.pad(b, (0, rank - b.shape[1])) for m, b in lora.B.items()}
+    return replace(lora, A=A, B={m: b if model.scales[m] == s else b * (model.scales[m] / s) for m, b in B.items()})
+
+
+def _largest_s(model: Model) -> float:
+    return max(model.scales.values())
 
 
 def _put_in_place(beside: Path, folder: Path) -> None:
@@ -92,19 +154,13 @@ def _config_of(model: Model, lora: LoRA) -> Any:
     config.inference_mode = True
     if model.kind == "vera":
         return config
-    ranks = {m: a.shape[0] for m, a in lora.A.items()}
-    alphas = {m: model.scales[m] * r for m, r in ranks.items()}
+    config.r = max(a.shape[0] for a in lora.A.values())
+    config.lora_alpha = _largest_s(model) * config.r
     config.use_rslora = False
-    config.r = max(ranks.values())
-    config.lora_alpha = max(alphas.values())
-    config.rank_pattern = exactly(_all_but(config.r, ranks))
-    config.alpha_pattern = exactly(_all_but(config.lora_alpha, alphas))
+    config.rank_pattern = {}
+    config.alpha_pattern = {}
     config.init_lora_weights = True  # else whoever loads it would take PiSSA's start out of the base
     return config
-
-
-def _all_but(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
-    return {m: number for m, number in numbers.items() if number != usual}
 
 
 def load_peft(model: Model, folder: Path) -> LoRA:
@@ -121,7 +177,16 @@ def load_peft(model: Model, folder: Path) -> LoRA:
         _drop_projections(model, sides["H"], folder)
     else:
         sides["B"] = {m: b * _rescaling(model, config, m, sides["A"][m], folder) for m, b in sides["B"].items()}
+        _drop_padding(sides["A"], sides["B"])
     return LoRA(**sides)
+
+
+def _drop_padding(A: dict[str, Tensor], B: dict[str, Tensor]) -> None:
+    """Remove the last rows of A, with their columns of B, that are all zero, as `_uniform` adds them; one row stays."""
+    for m, a in A.items():
+        used = (a.any(1) | B[m].any(0)).nonzero()
+        rank = int(used.max()) + 1 if len(used) else 1
+        A[m], B[m] = a[:rank].contiguous(), B[m][:, :rank].contiguous()
 
 
 def _sides_in(folder: Path) -> dict[str, dict[str, Tensor]]:

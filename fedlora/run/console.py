@@ -127,7 +127,8 @@ class ConsoleProgress:
         self._say_what_was_promised(records)
         if (folder.path / "privacy.md").exists():
             self.say(f"privacy report: {folder.path}/privacy.md")
-        self.say(f"adapter: {folder.adapter}")
+        verdict = folder.adapter_verdict()
+        self.say(f"adapter: {folder.adapter}" + (f"; {verdict}" if verdict else ""))
         self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
         self.say(f"curves: tensorboard --logdir {folder.path}")
 

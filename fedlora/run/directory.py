@@ -36,6 +36,7 @@ class RunDirectory:
         self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
         self.adapter = path / "adapter"
         self.answers = path / "answers"  # what the model generated, a file for each round that had it
+        self.adapter_check = path / "adapter_check.json"  # whether the adapter, loaded afresh, is what was evaluated
         self._begun_with: dict[str, Any] = {}  # the run's name, its settings, hashes of its files: in each checkpoint
         self._past: list[Mapping[str, Any]] = []  # the records of all rounds so far, once the run goes on
 
@@ -124,6 +125,13 @@ class RunDirectory:
                     "or remove the file: the checkpoint has its settings"
                 )
         return {"data.split": "sample"} | found  # version 0.1 had no other, and no such setting
+
+    def adapter_verdict(self) -> str:
+        """What was found when the adapter was loaded afresh, in words; empty before."""
+        try:
+            return str(json.loads(self.adapter_check.read_text(encoding="utf-8"))["said"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the run's rounds: the lines of rounds.jsonl that are whole."""

@@ -12,35 +12,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora import config as configuration
 from fedlora.config import Config
-from fedlora.data.encoding import IGNORED, Example
-from fedlora.data.schema import Schema
-from fedlora.data.targets import made_up_target
 from fedlora.errors import CheckpointError, ConfigError, ExportError, nearest
 from fedlora.jobs import Client, Job
 from fedlora.lora import LoRA, compact, join, norm, scale, truncate
-from fedlora.models import peft_files
 from fedlora.models.model import Model
-from fedlora.models.objectives import TARGETS
 from fedlora.models.peft_files import save_peft
-from fedlora.sections import ModelConfig
 from fedlora.storage import checkpoint
 from fedlora.storage.client_state import ClientState
 
 from .compose import compose
+from .delivery import LogitsProbe, Unverified, probe_of, verify
 from .directory import RunDirectory
 from .setup import RunSetup, mute_transformers, reopen
 
 FORMS = ("adapter", "merged", "per-client")
-EXAMPLES = 8  # on which the exported model is compared with the run's
-LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the logits' size; a merged weight is rounded so
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,39 +43,6 @@ class ExportedModel:
     lora: LoRA
     offset: tuple[LoRA, ...] = ()
     note: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Unverified:
-    """An adapter that was written and is yet to be verified."""
-
-    folder: Path
-    logits: Tensor  # that it has to give
-    notes: tuple[str, ...]  # to print once it does
-
-
-@dataclass(frozen=True, eq=False)
-class LogitsProbe:
-    """A few examples, and how models of the run's kind are asked about them."""
-
-    config: ModelConfig
-    schema: Schema
-    device: torch.device
-    batch: dict[str, Tensor]
-
-    @torch.no_grad()
-    def logits(self, net: nn.Module) -> Tensor:
-        """The model's logits: (examples, classes); or (examples, vocabulary) after every example's last token; or of an
-        encoder-decoder (tokens, vocabulary) of what all examples are to learn."""
-        if self.config.quantize == "none":  # a quantised base is where it belongs already
-            net.to(self.device)
-        inputs = {k: v.to(self.device) for k, v in self.batch.items() if k not in TARGETS}
-        scores: Tensor = net.eval()(**inputs).logits.float().cpu()
-        if self.schema.has_head:
-            return scores
-        if "decoder_input_ids" in self.batch:
-            return scores[self.batch["labels"] != IGNORED]
-        return scores[torch.arange(len(scores)), self.batch["attention_mask"].sum(1) - 1]
 
 
 def export(path: Path, form: str, max_rank: int = 0, out: Path | None = None) -> None:
@@ -157,30 +116,8 @@ def _write_all(
 ) -> tuple[LogitsProbe, list[Unverified]]:
     """Write every adapter of this form; each comes back with the logits of the model that it stands for."""
     model = setup.model
-    batch = model.encoder.collate(_examples(setup)[:EXAMPLES])
-    probe = LogitsProbe(setup.config.model, model.schema, model.device, batch)
+    probe = probe_of(setup)
     return probe, [_write_adapter(model, probe, exported, max_rank, place) for exported in _models(setup, folder, form)]
-
-
-def _examples(setup: RunSetup) -> list[Example]:
-    """Examples to compare two models on: of the evaluation, else of a client, else a made-up one."""
-    if setup.evaluation:
-        return setup.evaluation
-    for client_data in setup.clients_data:
-        if client_data.train:
-            return client_data.train
-    return _made_up(setup)
-
-
-def _made_up(setup: RunSetup) -> list[Example]:
-    """One example for a server that has none; its content matters little where two models are to agree on it."""
-    schema = setup.model.schema
-    if schema.kind not in ("text", "label", "response"):
-        raise ConfigError(f"there is no example of {schema.kind} here to verify the export on: set data.eval")
-    row: dict[str, Any] = dict.fromkeys(schema.columns, "federated learning trains on data that stay where they are")
-    if schema.has_head:
-        row[schema.columns[-1]] = made_up_target(schema, 0)
-    return setup.model.encoder([row])
 
 
 def _models(setup: RunSetup, folder: RunDirectory, form: str) -> list[ExportedModel]:
@@ -257,27 +194,6 @@ def _joined(exported: ExportedModel) -> LoRA:
         return exported.lora  # VeRA's vectors, which no offset goes with
     joined = join(*exported.offset, exported.lora)
     return compact(LoRA(joined.A, joined.B, exported.lora.H))
-
-
-def verify(probe: LogitsProbe, written: Unverified, form: str) -> float:
-    """The largest difference of the written model's logits from the run's, as a share of their size.
-
-    Raises `ExportError` where it is above the limit for the base model's number type.
-    """
-    if form == "merged":
-        peft_files.merge(probe.config, probe.schema, written.folder)
-        net = peft_files.load_merged(probe.config, probe.schema, written.folder)
-    else:
-        net = peft_files.load_adapter(probe.config, probe.schema, written.folder)
-    gap = float((probe.logits(net) - written.logits).abs().max() / written.logits.abs().max())
-    limit = LIMITS[probe.config.dtype]
-    if not gap <= limit:  # nor where it is no number
-        raise ExportError(
-            f"{written.folder.name}, loaded afresh, gives logits that differ from the run's by {gap:.2g} of their "
-            f"size, more than {limit:g}; nothing was kept of it: see with fedlora evaluate whether the run itself is "
-            "sound"
-        )
-    return gap
 
 
 def _how(form: str, out: Path) -> str:

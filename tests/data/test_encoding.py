@@ -110,7 +110,7 @@ def test_the_first_token_alone_is_nothing_to_learn() -> None:
 def test_a_newline_stands_between_prompt_and_response() -> None:
     from transformers import AutoTokenizer
 
-    from fedlora.models.base_model import TINY
+    from fedlora.models.source import TINY
 
     t = AutoTokenizer.from_pretrained(TINY)
     [example] = Encoder(t, replace(ANSWER, template="plain"), 32)([{"ask": "def f():", "answer": "return 1"}])

@@ -41,3 +41,49 @@ def test_weights_in_a_pickle_are_not_read(model: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="could not be loaded"):
         load_base_model(ModelConfig(path=str(folder)), TEXT, seed=0)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError) as refused:
+        load_base_model(ModelConfig(path=str(folder)), TEXT, seed=0)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json", "model.safetensors"), ("tokenizer.json",)])
+def test_an_adapter_is_no_base_model(model: Path, tmp_path: Path, beside: tuple[str, ...]) -> None:
+    """transformers would load its base and the adapter, and the second training would not be what is delivered."""
+    for name in beside:
+        shutil.copy(model / name, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "the/base"}))
+    said = refusal(tmp_path)
+    assert "holds an adapter" in said
+    assert "the/base" in said
+    assert "--as merged" in said
+
+
+def test_a_run_directory_is_no_base_model(tmp_path: Path) -> None:
+    (tmp_path / "rounds.jsonl").touch()
+    assert "a run of fedlora" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", "{", "could not be loaded"),
+        ("tokenizer.json", None, "the tokenizer of model"),
+        ("model.safetensors", "x", "the weights of model"),
+    ],
+)
+def test_what_is_damaged_or_missing_is_named_in_one_sentence(
+    model: Path, tmp_path: Path, name: str, content: str | None, says: str
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    said = refusal(folder)
+    assert says in said
+    assert "\n" not in said
+    assert not said.endswith(":")

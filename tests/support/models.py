@@ -50,8 +50,8 @@ def make(kind: str, folder: Path) -> Path:
     torch.manual_seed(0)
     small = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
     wide = small | {"intermediate_size": 40, "max_position_embeddings": 128}
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**wide, num_key_value_heads=1))
+    if kind in ("llama", "llama-tied"):
+        model = LlamaForCausalLM(LlamaConfig(**wide, num_key_value_heads=1, tie_word_embeddings=kind == "llama-tied"))
     elif kind == "llama-cls":
         model = LlamaForSequenceClassification(LlamaConfig(**wide, num_labels=3))
     elif kind == "gpt2":
