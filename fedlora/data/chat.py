@@ -128,9 +128,11 @@ class ChatTemplate:
         `rest` is all that stands after the words in the whole conversation.
         """
         alone = self._try(_with_mark(messages, len(messages) - 1)).partition(MARK)[2]
-        ends = rest[: shared(alone, rest)]
-        special = self._ends.search(ends)
-        return special.end() if special else len(ends)
+        size = shared(alone, rest)
+        special = self._ends.search(rest)
+        if special is None or special.start() >= size:
+            return size
+        return special.end() if special.end() <= size else special.start()  # other special tokens may begin alike
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:

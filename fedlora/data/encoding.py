@@ -44,8 +44,8 @@ class Encoder:
     channels: int = 3  # of an image
     with_reference: Callable[[list[Example]], list[Example]] | None = None  # adds what the base says of preferences
 
-    def __call__(self, rows: Rows) -> list[Example]:
-        """The examples of all rows, without padding.
+    def __call__(self, rows: Rows, named: str = "examples") -> list[Example]:
+        """The examples of all rows, without padding; an error calls the rows as they are named.
 
         An example for a language model has input_ids, attention_mask and labels, each (tokens,), with labels = -100
         where nothing is to be learned; a long text gives several examples, a row with nothing to learn none. One for an
@@ -53,14 +53,14 @@ class Encoder:
         classifier has what its tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a
         scalar. Raises `DataError` for rows that cannot be encoded, or if none has anything to learn.
         """
-        return list(chain.from_iterable(self.by_row(rows)))
+        return list(chain.from_iterable(self.by_row(rows, named)))
 
-    def by_row(self, rows: Rows) -> list[list[Example]]:
+    def by_row(self, rows: Rows, named: str = "examples") -> list[list[Example]]:
         """The examples of each row; see `__call__`."""
         examples = [list(row.examples) for row in self.encoded(rows)]
         if examples and not any(examples):
             raise DataError(
-                f"of {len(rows)} examples none has a token to learn within {self.max_length}; "
+                f"of {len(rows)} {named} none has a token to learn within {self.max_length}; "
                 "raise model.max_length, or look whether they are empty"
             )
         return examples

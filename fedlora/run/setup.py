@@ -49,7 +49,7 @@ class RunSetup:
     @cached_property
     def evaluation(self) -> list[dict[str, torch.Tensor]]:
         """The global held-out set, encoded; where data.eval_limit is set, so many of it, evenly spread."""
-        examples = self.model.encoder(self.evaluation_rows)
+        examples = self.model.encoder(self.evaluation_rows, named="held-out examples")
         limit = self.config.data.eval_limit or len(examples)
         return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
 

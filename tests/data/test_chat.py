@@ -41,6 +41,10 @@ TEMPLATES = {
     "end token after the last answer alone": template(
         answered="{{- 'w51 ' + m.content + ' ' + ('</s> ' if loop.last else '') }}"
     ),
+    "end token after the last answer alone, before a question that opens like it": template(
+        asked="{{- '<s> ' + m.content + ' w49 ' }}",
+        answered="{{- 'w51 ' + m.content + ('</s> ' if loop.last else '') }}",
+    ),
     "trimmed": template(answered="{{- 'w51 ' + (m.content | trim) + ' </s> ' }}"),
 }
 
