@@ -99,16 +99,35 @@ class ChatTemplate:
 
     def _answers(self, messages: Sequence[Message], turns: Sequence[int], whole: str) -> Iterator[tuple[int, Span]]:
         """Yield the number of each of the assistant's turns that is found in the text, and where it stands."""
+        quickly = self._all_words(messages, turns, whole)
+        alone = self._after_words(messages[: turns[-1] + 1]) if quickly else ""
         after = 0  # the turn before
         for n in turns:
-            span = self._words(messages, n, whole, after)
+            span = quickly.get(n) or self._words(messages, n, whole, after)
             if span is not None:
-                after = span[1] + self._closing(messages[: n + 1], whole[span[1] :])
+                ends = alone or self._after_words(messages[: n + 1])
+                after = span[1] + self._closing(ends, whole[span[1] :])
                 yield n, (span[0], after)
+
+    def _all_words(self, messages: Sequence[Message], turns: Sequence[int], whole: str) -> dict[int, Span]:
+        """Where the words of all these turns stand, if each stands as it is in the place of a mark; none otherwise."""
+        before, *pieces = self._try(_with_marks(messages, turns)).split(MARK)
+        is_plain = all({*messages[n]} <= PLAIN_KEYS for n in turns)
+        if not (is_plain and len(pieces) == len(turns) and whole.startswith(before)):
+            return {}
+        spans, at = {}, len(before)
+        for n, piece in zip(turns, pieces, strict=True):
+            words = str(messages[n].get("content") or "")
+            words = words if whole.startswith(words + piece, at) else words.strip()
+            if not whole.startswith(words + piece, at):
+                return {}
+            spans[n] = (at, at + len(words))
+            at += len(words) + len(piece)
+        return spans if at == len(whole) else {}
 
     def _words(self, messages: Sequence[Message], n: int, whole: str, after: int) -> Span | None:
         """Where the words of turn n stand, not before character `after`; the surest way to tell comes first."""
-        head, mark, tail = self._try(_with_mark(messages, n)).partition(MARK)
+        head, mark, tail = self._try(_with_marks(messages, [n])).partition(MARK)
         changed = (shared(head, whole), len(whole) - shared(tail[::-1], whole[::-1])) if mark else None
         if changed == (len(head), len(whole) - len(tail)) and {*messages[n]} <= PLAIN_KEYS:
             return changed
@@ -122,12 +141,15 @@ class ChatTemplate:
         before = self._try(messages[:-1], add_generation_prompt=True)
         return (len(before), shared(self._try(messages), whole)) if before and whole.startswith(before) else None
 
-    def _closing(self, messages: Sequence[Message], rest: str) -> int:
-        """How many characters after its words still belong to the last of these turns: what ends it.
+    def _after_words(self, messages: Sequence[Message]) -> str:
+        """What the template writes after the words of the last of these turns, where nothing follows."""
+        return self._try(_with_marks(messages, [len(messages) - 1])).partition(MARK)[2]
 
-        `rest` is all that stands after the words in the whole conversation.
+    def _closing(self, alone: str, rest: str) -> int:
+        """How many characters after its words still belong to a turn: what ends it.
+
+        `rest` is all that stands after its words, and `alone` what would stand there if nothing followed.
         """
-        alone = self._try(_with_mark(messages, len(messages) - 1)).partition(MARK)[2]
         size = shared(alone, rest)
         special = self._ends.search(rest)
         if special is None or special.start() >= size:
@@ -150,9 +172,9 @@ def _verbatim(words: str, whole: str, changed: int, after: int) -> Span | None:
     return (at, at + len(words)) if 0 <= at <= changed else None
 
 
-def _with_mark(messages: Sequence[Message], n: int) -> list[Message]:
-    """The conversation with a mark in the place of turn n's words."""
-    return [{"role": m["role"], "content": MARK} if i == n else m for i, m in enumerate(messages)]
+def _with_marks(messages: Sequence[Message], turns: Sequence[int]) -> list[Message]:
+    """The conversation with a mark in the place of the words of these turns."""
+    return [{"role": m["role"], "content": MARK} if i in turns else m for i, m in enumerate(messages)]
 
 
 def _without_none(message: Message) -> dict[str, Any]:
