@@ -1,6 +1,8 @@
 """Adapters in PEFT's files: written from a model, read back into it, and loaded by PEFT alone as a stranger does."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,32 +38,32 @@ def load_adapter(config: ModelConfig, schema: Schema, folder: Path) -> nn.Module
 
 
 def check_loads(model: Model) -> None:
-    """Raise `ModelError` where PEFT would not load this model's adapter from its file as it was written.
+    """Raise `ModelError` where PEFT would not load this model's adapter as it writes it.
 
-    A file of the adapter as it is is loaded over the same architecture without weights, which takes next to no memory
-    and time. PEFT renames modules and parameters of some architectures on the way.
+    What PEFT would write is loaded over the same architecture without weights, which takes next to no memory and time.
+    PEFT renames modules and parameters of some architectures on the way.
     """
     net = model.net.get_base_model()
-    with TemporaryDirectory(prefix="fedlora-") as folder:
-        save_peft(model, model.get_adapter(), Path(folder))
-        try:
-            amiss = _amiss(net, Path(folder))
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as e:
-            amiss = " ".join(str(e).split())[:300] or type(e).__name__
+    try:
+        amiss = _amiss(model, net)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as e:
+        amiss = " ".join(str(e).split())[:300] or type(e).__name__
     if amiss:
         raise ModelError(
-            f"an adapter on these modules of {type(net).__name__} could not be delivered, as PEFT does not load its "
-            f"file as it was written: {amiss}; name other modules in lora.targets"
+            f"an adapter on these modules of {type(net).__name__} could not be delivered, as PEFT does not load it as "
+            f"it writes it: {amiss}; name other modules in lora.targets"
         )
 
 
-def _amiss(net: Any, folder: Path) -> str:
-    """What does not arrive of the adapter in `folder` over a base of this architecture on no device; empty if all."""
-    with torch.device("meta"):
-        bare = type(net)(net.config)
-    loaded, put = _with_adapter(bare, folder, low_cpu_mem_usage=True), cast(Any, set_peft_model_state_dict)
-    found = put(loaded, load_file(folder / "adapter_model.safetensors"), low_cpu_mem_usage=True)
-    # VeRA's matrices are shared by all layers: they are in the file once, and in the model once for every layer.
+def _amiss(model: Model, net: Any) -> str:
+    """What of the adapter does not arrive over a base of this architecture on no device; empty if all does."""
+    written, put = cast(Any, get_peft_model_state_dict), cast(Any, set_peft_model_state_dict)
+    with _as_written(model, model.get_adapter()) as config:
+        state = written(model.net, save_embedding_layers=False)
+    with torch.device("meta"), quiet():
+        loaded = get_peft_model(type(net)(net.config), config, low_cpu_mem_usage=True)
+    found = put(loaded, state, low_cpu_mem_usage=True)
+    # VeRA's matrices are shared by all layers: they are written once, and in the model once for every layer.
     missing = [key for key in found.missing_keys if f".{NAME}" in key and not key.endswith(SHARED)]
     if missing:
         return f"{missing[0]} is not in it"
@@ -95,10 +96,10 @@ def _untie(adapted: Any) -> None:
         adapted.get_base_model().config.tie_word_embeddings = False
 
 
-def _with_adapter(net: nn.Module, folder: Path, **options: Any) -> Any:
+def _with_adapter(net: nn.Module, folder: Path) -> Any:
     loaded: Any = PeftModel  # untyped
     with quiet():
-        return loaded.from_pretrained(net, str(folder), **options)
+        return loaded.from_pretrained(net, str(folder))
 
 
 def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
@@ -107,6 +108,15 @@ def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
     All modules get one rank and one alpha, for readers that know no more: see `_uniform`. It is written beside the
     folder first, and each file then put in place whole, whatever lies there. Raises `OSError` or `SafetensorError`.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _as_written(model, lora), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        model.net.save_pretrained(beside, save_embedding_layers=False)  # they are the base's, as they were
+        _put_in_place(Path(beside), folder)
+
+
+@contextmanager
+def _as_written(model: Model, lora: LoRA) -> Iterator[Any]:
+    """Have the adapter in the model as it is to be written, with the configuration for that, inside a `with`."""
     if model.kind != "vera":
         lora = compact(lora)
     written = lora if model.kind == "vera" else _uniform(model, lora)
@@ -114,11 +124,8 @@ def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
     peft_configs: Any = model.net.peft_config
     of_the_run = peft_configs[NAME]
     peft_configs[NAME] = _config_of(model, written)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            model.net.save_pretrained(beside, save_embedding_layers=False)  # they are the base's, as they were
-            _put_in_place(Path(beside), folder)
+        yield peft_configs[NAME]
     finally:
         peft_configs[NAME] = of_the_run
         model.set_adapter(lora)
