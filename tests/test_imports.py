@@ -34,6 +34,7 @@ FOREIGN = {  # library -> the only packages and modules that know it
     "flwr_datasets": ("fedlora.data.partition",),
     "opacus": ("fedlora.privacy",),
     "typer": ("fedlora.cli",),
+    "lm_eval": ("fedlora.run.harness",),
 }
 
 

@@ -1,6 +1,6 @@
 """`fedlora evaluate`: the metrics of a run's adapter beside those of its base model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +8,13 @@ import typer
 
 from .options import takes_settings
 
+TASKS = "Public benchmarks (lm-eval)"
+
 if TYPE_CHECKING:
     from fedlora.lora import LoRA
     from fedlora.metrics import Metrics
     from fedlora.run.directory import RunDirectory
+    from fedlora.run.harness import Scores
     from fedlora.run.setup import RunSetup
     from fedlora.strategy import Strategy
 
@@ -21,40 +24,92 @@ def evaluate(
     given: dict[str, Any],
     folder: Annotated[Path, typer.Argument(help="A run directory.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-eval, with commas between: gsm8k,arc_easy.", rich_help_panel=TASKS)
+    ] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with task files of your own.", rich_help_panel=TASKS)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a task; default all.", rich_help_panel=TASKS)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before a question.", rich_help_panel=TASKS)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Ask through the model's chat template.", rich_help_panel=TASKS),
+    ] = False,
 ) -> None:
     """Evaluate the adapter that a run delivered, beside its base model."""
     import json
 
-    from fedlora import config as configuration
-    from fedlora.errors import CheckpointError, ConfigError
-    from fedlora.metrics import spread
-    from fedlora.models.peft_files import load_peft
+    from fedlora.errors import ConfigError
     from fedlora.run.compose import compose
     from fedlora.run.console import figures, show_log
     from fedlora.run.directory import RunDirectory
-    from fedlora.run.setup import mute_transformers, reopen
+    from fedlora.run.harness import HarnessTasks, harness
 
     show_log()
     run = RunDirectory(folder)
+    setup, adapter = _reopened(run, given)
+    if not (setup.evaluation or tasks):
+        raise ConfigError("there is nothing to evaluate on: give --eval-data")
+    chosen = HarnessTasks(
+        names=[name for name in tasks.split(",") if name],
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        batch_size=setup.config.eval.batch_size,
+    )
+    benchmark = harness(setup.model, chosen) if tasks else None  # what is wrong with it is said first
+    strategy = compose(setup.config, setup.start, setup.ranks)
+    first = strategy.adapter(strategy.init(setup.start))
+    result = _held_out(setup, strategy, run, {"before": first, "after": adapter})
+    public = {"before": benchmark(first), "after": benchmark(adapter)} if benchmark else {}
+    if as_json:
+        print(json.dumps(result | ({"tasks": public} if public else {})))
+        return
+    for line in (*(f"{name + ':':9}{figures(values)}" for name, values in result.items()), *_task_lines(public)):
+        print(line)
+
+
+def _reopened(run: "RunDirectory", given: Mapping[str, Any]) -> tuple["RunSetup", "LoRA"]:
+    """The pieces of the run, and the adapter that it delivered. Raises `CheckpointError` where it has none yet."""
+    from fedlora import config as configuration
+    from fedlora.errors import CheckpointError
+    from fedlora.models.peft_files import load_peft
+    from fedlora.run.setup import mute_transformers, reopen
+
     config = configuration.build(run.config(), given)
     mute_transformers()
     setup = reopen(run, config)
     if not (run.adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} has no adapter yet; finish the run with fedlora simulate --resume {folder}")
-    adapter = load_peft(setup.model, run.adapter)
-    if not setup.evaluation:
-        raise ConfigError("there is nothing to evaluate on: give --eval-data")
-    strategy = compose(setup.config, setup.start, setup.ranks)
-    first = strategy.adapter(strategy.init(setup.start))
-    result: dict[str, Any] = {"before": _measured(setup, first), "after": _measured(setup, adapter)}
+        raise CheckpointError(
+            f"{run.path} has no adapter yet; finish the run with fedlora simulate --resume {run.path}"
+        )
+    return setup, load_peft(setup.model, run.adapter)
+
+
+def _held_out(
+    setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory", adapters: Mapping[str, "LoRA"]
+) -> dict[str, Any]:
+    """The figures of every adapter on the held-out set, and the clients' own on theirs; none where there are none."""
+    from fedlora.metrics import spread
+
+    result: dict[str, Any] = {}
+    if setup.evaluation:
+        result |= {name: _measured(setup, adapter) for name, adapter in adapters.items()}
     clients = _clients(setup, strategy, run)
-    if clients:
-        result["clients"] = spread(clients)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for name, values in result.items():
-        print(f"{name + ':':9}{figures(values)}")
+    return result | ({"clients": spread(clients)} if clients else {})
+
+
+def _task_lines(public: Mapping[str, "Scores"]) -> Iterator[str]:
+    """Yield a line for every score of every task, before and after."""
+    for task, values in public.get("before", {}).items():
+        for name, before in values.items():
+            yield f"{task} {name}: {before:.4g} before, {public['after'][task][name]:.4g} after"
 
 
 def _measured(setup: "RunSetup", adapter: "LoRA") -> dict[str, float]:

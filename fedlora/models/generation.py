@@ -67,7 +67,7 @@ def end_tokens(model: Model, prompts: Sequence[Prompt]) -> set[int]:
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     learned = {next((t for t in reversed(prompt.answer) if t in special), None) for prompt in prompts}
     known = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    return (known | learned) - {None}
+    return {int(token) for token in known | learned if token is not None}
 
 
 def _room(config: Any, max_new_tokens: int) -> int:
