@@ -70,9 +70,10 @@ def evaluate(
     public = {"before": benchmark(first), "after": benchmark(adapter)} if benchmark else {}
     if as_json:
         print(json.dumps(result | ({"tasks": public} if public else {})))
-        return
-    for line in (*(f"{name + ':':9}{figures(values)}" for name, values in result.items()), *_task_lines(public)):
-        print(line)
+    else:
+        print(
+            "\n".join([*(f"{name + ':':9}{figures(values)}" for name, values in result.items()), *_task_lines(public)])
+        )
 
 
 def _reopened(run: "RunDirectory", given: Mapping[str, Any]) -> tuple["RunSetup", "LoRA"]:
