@@ -10,7 +10,7 @@ from fedlora.errors import DataError, cut, nearest
 
 from .rows import Rows, column
 from .schema import Schema, is_whole
-from .sources import Table
+from .tables import Table
 
 
 def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str]) -> Schema:

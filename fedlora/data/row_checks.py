@@ -9,7 +9,7 @@ from .conversations import prompt_texts, wrong_messages
 from .images import why_unreadable
 from .rows import column
 from .schema import Schema
-from .sources import Table
+from .tables import Table
 from .targets import wrong_target
 
 

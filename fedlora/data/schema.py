@@ -8,7 +8,8 @@ from typing import Any, Literal
 from fedlora.errors import ConfigError, DataError, cut, nearest
 from fedlora.sections import DataConfig
 
-from .sources import Table
+from .guesses import likely_settings
+from .tables import Table
 
 TEXT = ("text", "sentence", "sentence1", "content", "review", "utterance")
 LABEL = ("label", "category", "labels", "intent", "target", "class")
@@ -59,6 +60,7 @@ NEEDS |= {
 }
 NEEDS |= {"image": "data.image and data.label", "seq2seq": "data.prompt and data.response"}
 NEEDS |= {"preference": "columns prompt, chosen and rejected"}
+ANY_NEEDS = "data.text, with data.label if it has classes; data.messages; data.prompt and data.response; or data.image"
 Target = Literal["class", "number", "labels"]  # one class of several, a number, or any of several labels
 MOST_COLUMNS = {"chat": 2, "image": 2, "label": 3, "text": 1, "preference": 3}  # that a kind can have; others: any
 
@@ -209,9 +211,11 @@ def find_schema(data: DataConfig, task: str, tables: Sequence[Table]) -> Schema:
         if schema.kind in KINDS.get(task, (schema.kind,)):
             return _for_language_models(schema, columns)
     there = f"{tables[0].name} has the columns {cut(', '.join(columns.names), 200)}"
+    guess = likely_settings(tables[0], data.label or columns.first(LABEL))
     if schemas:
-        raise ConfigError(f"model.task = {task} does not go with the data: {there}; set {NEEDS[task]}, or another task")
-    raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task, ', or '.join(NEEDS.values()))}")
+        needs = f"set {NEEDS[task]}, or another task"
+        raise ConfigError(f"model.task = {task} does not go with the data: {there}; {needs}{guess}")
+    raise DataError(f"{there}, which do not say what to learn; set {NEEDS.get(task, ANY_NEEDS)}{guess}")
 
 
 def _for_language_models(schema: Schema, columns: Columns) -> Schema:

@@ -16,7 +16,7 @@ from fedlora.sections import DataConfig
 
 from .rows import Rows, column
 from .schema import Schema, Target
-from .sources import Table
+from .tables import Table
 
 GATHERED = "labels"  # the column of labels that several columns of 0 and 1 make
 BY_TASK: dict[str, Target] = {"regression": "number", "multilabel": "labels", "classify": "class"}

@@ -120,7 +120,10 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
     if schema.kind != "image":
         _pad(net, processor)
     if new and not schema.has_head:
-        raise ModelError(f"model {source} is no language model: it has no weights for {', '.join(new)}")
+        raise ModelError(
+            f"model {source} is no language model: it has no weights for {', '.join(new)}; for a classifier, "
+            f"say with data.label which column holds the classes, as {', '.join(schema.columns)} alone is text"
+        )
     return net, processor, new
 
 

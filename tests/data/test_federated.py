@@ -334,3 +334,17 @@ def test_gsm8k_is_questions_and_answers(real_data: Path) -> None:
     assert federated.schema.columns == ("question", "answer")
     assert sum(map(len, federated.clients)) == 7473
     assert {len(rows) for rows in federated.clients} == {149, 150}
+
+
+@pytest.mark.parametrize(("row", "task", "says"), [
+    ({"complaint": "my card is lost", "category": "card"}, "auto", "--data.text complaint --data.label category"),
+    ({"file": "x/1.png", "finding": "normal"}, "auto", "--data.image file --data.label finding"),
+    ({"note": "a long text", "kind": 1}, "classify", "--data.text note --data.label kind"),
+])  # fmt: skip
+def test_columns_of_unusual_names_are_named_in_the_remedy(tmp_path: Path, row: Any, task: str, says: str) -> None:
+    rows = [{key: f"{value}" if key in ("file", "note") else value for key, value in row.items()} for _ in range(4)]
+    for i, one in enumerate(rows):
+        one["id"] = i
+        one[list(row)[-1]] = f"{list(row.values())[-1]}{i % 2}"
+    with pytest.raises((ConfigError, DataError), match=f'is it "{says}"'):
+        read(jsonl(tmp_path / "x.jsonl", *rows), 1, task)
