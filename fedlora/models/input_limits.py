@@ -10,7 +10,7 @@ from torch import nn
 from fedlora.data.input_limits import NO_LIMITS, InputLimits
 from fedlora.data.schema import Schema
 from fedlora.data.tokens import around
-from fedlora.errors import ModelError
+from fedlora.errors import ModelError, cut
 
 POSITIONS = re.compile(r"(wpe|w_pos|embed_positions?|positions?_embed(ding)?s?|pos_(encoding|embeddings?))$")
 OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech")  # a part of the model that reads no text
@@ -52,12 +52,14 @@ def positions(net: nn.Module) -> int | None:
     return min(_positions(net), default=None)
 
 
-def warnings(net: Any, tokenizer: Any, max_length: int) -> tuple[str, ...]:
-    """What may be wrong with the longest examples, or with the tokenizer, as sentences."""
-    return tuple(_warnings(net, tokenizer, max_length))
+def warnings(net: Any, tokenizer: Any, schema: Schema, *, max_length: int) -> tuple[str, ...]:
+    """What may be wrong with the longest examples, or with the tokenizer, as sentences; nothing of images."""
+    if schema.kind == "image":
+        return ()
+    return (*_of_length(net, tokenizer, max_length), *_of_words(net, tokenizer))
 
 
-def _warnings(net: Any, tokenizer: Any, max_length: int) -> Iterator[str]:
+def _of_length(net: Any, tokenizer: Any, max_length: int) -> Iterator[str]:
     trained, most = getattr(net.config.get_text_config(), "max_position_embeddings", None), positions(net)
     if most is not None and most < max_length:
         yield f"model.max_length = {max_length} is above the {most} positions of the model: a longer text is refused"
@@ -65,12 +67,16 @@ def _warnings(net: Any, tokenizer: Any, max_length: int) -> Iterator[str]:
         yield f"model.max_length = {max_length} is above the {trained} tokens that the model was made for"
     if (made_for := tokenizer.model_max_length) < max_length:
         yield f"model.max_length = {max_length} is above the {made_for} tokens that the tokenizer is made for"
+
+
+def _of_words(net: Any, tokenizer: Any) -> Iterator[str]:
     rows = vocabulary(net)
-    unknown = sorted((i, token) for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows)
+    added = () if rows is None else tokenizer.get_vocab().items()
+    unknown = sorted((i, token) for token, i in added if i >= (rows or 0) and i != tokenizer.pad_token_id)
     if unknown:
         yield (
-            f"the tokenizer has {len(unknown)} tokens that the model has no embedding for, from "
-            f'"{unknown[0][1]}" on: an example with one of them is refused'
+            f"the tokenizer has {len(unknown)} token(s) that the model has no embedding for, from "
+            f'"{cut(unknown[0][1], 20)}" on: an example with one of them is refused'
         )
 
 

@@ -51,7 +51,11 @@ class Model:
         called = probe.called_modules(net, self.processor, self.schema, config.dtype)
         targets = find_targets(net, lora, self.schema, new, called)
         self.coverage = coverage(net, targets)
-        self.notes = (*class_order.head_notes(config, self.schema, new), *reach_notes(self.coverage, lora))
+        self.notes = (
+            *class_order.head_notes(config, self.schema, new),
+            *reach_notes(self.coverage, lora),
+            *input_limits.warnings(net, self.processor, self.schema, max_length=config.max_length),
+        )
         self.net = adapter.attach_adapter(net, lora, self.schema, targets, seed)
         if config.quantize == "none":  # a quantised base is where it belongs already
             self.net.to(self.device)

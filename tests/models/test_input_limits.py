@@ -80,17 +80,17 @@ def test_an_example_that_is_too_long_for_the_model_is_refused_and_a_shorter_one_
     assert learner.encoder([{"text": "w1", "label": "no"}])
     with pytest.raises(ConfigError, match=r"max_length = 128 is above the 32 positions .* an example has 62 tokens"):
         learner.encoder([{"text": "w1 " * 60, "label": "no"}])
-    assert "above the 32 positions" in warnings(learner.net, tokenizer(), 128)[0]
+    assert "above the 32 positions" in learner.notes[-1]
 
 
 def test_a_length_that_a_model_was_not_made_for_is_told() -> None:
     t = tokenizer()
     t.model_max_length = 40
-    assert warnings(net("LlamaForCausalLM", WIDE), t, 64) == (
+    assert warnings(net("LlamaForCausalLM", WIDE), t, TEXT, max_length=64) == (
         "model.max_length = 64 is above the 32 tokens that the model was made for",
         "model.max_length = 64 is above the 40 tokens that the tokenizer is made for",
     )
-    assert warnings(net("LlamaForCausalLM", WIDE), t, 32) == ()
+    assert warnings(net("LlamaForCausalLM", WIDE), t, TEXT, max_length=32) == ()
 
 
 def test_a_pad_token_without_an_embedding_is_another_that_has_one(tmp_path: Path) -> None:
@@ -109,7 +109,9 @@ def test_a_word_without_an_embedding_is_named_with_its_text(tmp_path: Path) -> N
     assert learner.encoder([{"text": "w1 w2"}])
     with pytest.raises(DataError, match=r'"<tool>" is token 64 .* ends at 63 \(in the text "w1 <tool>"\)'):
         learner.encoder([{"text": "w1 <tool>"}])
-    assert "1 tokens that the model has no embedding for" in warnings(learner.net, t, 16)[0]
+    assert learner.notes[-1].startswith(
+        'the tokenizer has 1 token(s) that the model has no embedding for, from "<tool>"'
+    )
 
 
 def test_a_pair_has_no_token_types_in_a_model_that_knows_one(tmp_path: Path) -> None:
