@@ -1,12 +1,18 @@
 """A fine-tuned classifier keeps the order of its own classes."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fedlora.data.schema import Schema
+from fedlora.models.class_order import in_checkpoint_order
 from fedlora.models.model import Model
 from fedlora.sections import LoRAConfig, ModelConfig
 from tests.support.models import tokenizer
@@ -32,8 +38,9 @@ def model(path: Path, *labels: str) -> Model:
 
 
 @pytest.mark.parametrize("spelled", [str, str.upper, str.title, lambda name: f"{name} "])
-def test_names_in_another_order_and_spelling_are_the_checkpoints_outputs(tmp_path: Path, spelled: object) -> None:
-    assert callable(spelled)
+def test_names_in_another_order_and_spelling_are_the_checkpoints_outputs(
+    tmp_path: Path, spelled: Callable[[str], str]
+) -> None:
     mine = [spelled(name) for name in NAMES]
     built = model(folder(tmp_path), *sorted(mine))
     assert built.schema.class_order == tuple(mine)
@@ -63,3 +70,24 @@ def test_what_becomes_of_the_checkpoints_head_is_told(tmp_path: Path) -> None:
     assert "was for contradiction" in model(path, "ham", "spam", "eggs").notes[0]
     assert "a new one is learned" in model(path, "ham", "spam").notes[0]
     assert model(folder(tmp_path / "unnamed", ("LABEL_0", "LABEL_1")), "ham", "spam").notes == ()
+
+
+words = st.text("abcdefgh", min_size=1, max_size=4)
+spellings = st.sampled_from([str, str.upper, str.title, "_{}".format, "{}-".format, " {} ".format])
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(words, min_size=2, max_size=6, unique=True), spelled=spellings, data=st.data())
+def test_whatever_the_names_a_class_is_the_output_that_the_checkpoint_calls_so(
+    names: list[str], spelled: Callable[[str], str], data: st.DataObject
+) -> None:
+    """By its name, and by its place among the labels of the data; without weights, as the configuration has it all."""
+    labels = data.draw(st.permutations([spelled(name) for name in names]))
+    with TemporaryDirectory() as place:
+        config = {"model_type": "bert", "id2label": dict(enumerate(names))}
+        (Path(place) / "config.json").write_text(json.dumps(config))
+        schema = in_checkpoint_order(ModelConfig(path=place), Schema("label", ("text", "label"), tuple(labels)))
+    numbers = schema.classes()
+    assert [numbers[spelled(name)] for name in names] == [*range(len(names))]
+    assert [numbers[str(i)] for i in range(len(labels))] == [numbers[label] for label in labels]
+    assert schema.class_order == tuple(map(spelled, names))

@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from fedlora.errors import ModelError
 from fedlora.lora import LoRA, delta
 from fedlora.models.model import Model
-from fedlora.models.peft_files import check_loads, load_adapter, save_peft
+from fedlora.models.peft_files import check_loads, load_adapter, load_peft, save_peft
 from fedlora.sections import LoRAConfig, ModelConfig
 from tests.support.models import FORMS, TEXT, logits, make, plain_logits, random_adapter
 
@@ -50,6 +53,24 @@ def test_a_reader_of_one_alpha_and_one_rank_computes_the_runs_products(
         a, b = (file[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "AB")
         assert a.shape[0] == b.shape[1] == config["r"]
         assert_close(config["lora_alpha"] / config["r"] * b @ a, model.scales[module] * product, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def patterned(llama: Path) -> Model:
+    return build(llama, **PATTERNS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(ranks=st.lists(st.integers(1, 7), min_size=4, max_size=4), zeros=st.integers(0, 3))
+def test_whatever_the_ranks_an_adapter_opens_as_it_was_written(patterned: Model, ranks: list[int], zeros: int) -> None:
+    """Also where a module has not been trained, so that its B, or a column of it, is zero."""
+    parts = [random_adapter(patterned, i, rank) for i, rank in enumerate(ranks)]
+    names = [*patterned.adapted]
+    B = {m: part.B[m] * (i >= zeros) for i, (m, part) in enumerate(zip(names, parts, strict=True))}
+    adapter = LoRA({m: part.A[m] for m, part in zip(names, parts, strict=True)}, B)
+    with TemporaryDirectory() as place:
+        save_peft(patterned, adapter, Path(place))
+        assert_close(vars(load_peft(patterned, Path(place))), vars(adapter), rtol=1e-6, atol=1e-7)
 
 
 def test_saving_leaves_the_adapter_in_the_model_as_it_was(llama: Path, tmp_path: Path) -> None:
