@@ -1,5 +1,6 @@
 """A base model with one adapter, whose factors can be read and replaced by others of any rank."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,7 +15,7 @@ from fedlora.data.encoding import Encoder, Example, length
 from fedlora.data.images import image_channels
 from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
-from fedlora.errors import StrategyError
+from fedlora.errors import ModelError, StrategyError
 from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
@@ -22,9 +23,10 @@ from fedlora.sections import LoRAConfig, ModelConfig
 from . import adapter, base_model, class_order, input_limits, probe, quantization
 from .adapted_modules import coverage, find_targets, reach_notes
 from .adapter import NAME, PREFIX
-from .objectives import TARGETS, answer_log_probabilities, objective
+from .objectives import answer_log_probabilities, network_inputs, objective
 from .offset import Offset
 
+MIXED_TYPES = re.compile("dtype|scalar type|[Ii]nput type|Half|BFloat16")  # in torch's errors
 REFUSALS = {
     "dora": "takes no offset: its magnitudes are those of W + s B A, and would scale what else is added to W",
     "vera": "takes no offset, core or gain: a client trains two vectors a module, beside A and B that are fixed",
@@ -183,12 +185,23 @@ class Model:
 
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scores and targets, a row for each target; of tokens, a target of -100 does not count."""
-        here = {k: v.to(self.device) for k, v in batch.items()}
-        return self.objective.aligned(self._scores(here), here)
+        scores = self._scores(batch)
+        return self.objective.aligned(scores, {k: v.to(self.device) for k, v in batch.items()})
 
     def _scores(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The network's scores of a batch on its device, in float32."""
-        scores: Tensor = self.net(**{k: v for k, v in batch.items() if k not in TARGETS}).logits
+        """The network's scores of a batch, in float32.
+
+        Raises `ModelError` where the architecture cannot compute in `model.dtype`.
+        """
+        try:
+            scores: Tensor = self.net(**network_inputs(batch, self.device, getattr(torch, self.dtype))).logits
+        except RuntimeError as e:  # of transformers' own code, which makes some tensors in float32
+            if self.dtype == "float32" or not MIXED_TYPES.search(str(e)):
+                raise
+            raise ModelError(
+                f"{type(self.net.get_base_model()).__name__} cannot compute in model.dtype = {self.dtype}: "
+                f"{str(e).splitlines()[0]}; set model.dtype = float32"
+            ) from e
         return scores.float()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -225,8 +238,8 @@ class Model:
         found: dict[int, Tensor] = {}
         with self._as_pretrained():
             for batch in _by_length(preferences, batch_size):
-                here = {k: v.to(self.device) for k, v in self.encoder.collate(batch).items()}
-                by_row = answer_log_probabilities(self._scores(here), here["labels"])
+                collated = self.encoder.collate(batch)
+                by_row = answer_log_probabilities(self._scores(collated), collated["labels"].to(self.device))
                 found |= zip(map(id, batch), torch.stack(by_row.chunk(2), dim=1).cpu(), strict=True)
         return [example | {"reference": found[id(example)]} for example in preferences]
 

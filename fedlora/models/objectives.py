@@ -197,6 +197,12 @@ class Preference:
         return Metrics(examples, len(targets), float(loss), right, rewards=scores.double().sum(0).cpu())
 
 
+def network_inputs(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the network sees of a batch, on its device; pixels in the number type of its weights."""
+    seen = {key: value for key, value in batch.items() if key not in TARGETS}
+    return {key: v.to(device, dtype if v.is_floating_point() else v.dtype) for key, v in seen.items()}
+
+
 def answer_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """The logarithm of each row's probability of the tokens that count: (rows,)."""
     by_token = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")

@@ -19,7 +19,7 @@ from fedlora.errors import ExportError, FedloraError
 from fedlora.lora import LoRA
 from fedlora.models import peft_files, probe
 from fedlora.models.model import Model
-from fedlora.models.objectives import TARGETS
+from fedlora.models.objectives import network_inputs
 from fedlora.sections import ModelConfig
 from fedlora.storage.files import write_durably
 
@@ -55,7 +55,7 @@ class LogitsProbe:
         or of an encoder-decoder (tokens, vocabulary) of what all examples are to learn."""
         if self.config.quantize == "none":  # a quantised base is where it belongs already
             net.to(self.device)
-        inputs = {k: v.to(self.device) for k, v in self.batch.items() if k not in TARGETS}
+        inputs = network_inputs(self.batch, self.device, getattr(torch, self.config.dtype))
         scores: Tensor = net.eval()(**inputs).logits.float().cpu()
         if self.schema.has_head:
             return scores
