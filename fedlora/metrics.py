@@ -8,13 +8,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
-HEADLINES = {
-    "accuracy": True,
-    "micro_f1": True,
-    "mse": False,
-    "preference_accuracy": True,
-    "perplexity": False,
-}  # and whether more is better
+HEADLINES = {"accuracy": True, "micro_f1": True, "mse": False, "perplexity": False}  # and whether more is better
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +55,8 @@ class Metrics:
         Always the mean loss. For a language model perplexity and token accuracy; for a classifier accuracy and
         macro-F1; for several labels micro- and macro-F1 and the share of examples with all labels right; for a
         regression the mean squared error, the correlation of Pearson and, where the predictions are at hand, that of
-        Spearman; for preferences the share of pairs in which the chosen answer has the higher reward, and the rewards.
+        Spearman; for preferences the share of pairs in which the chosen answer has the higher reward (a tie is
+        half of one), and the rewards.
         """
         targets = max(self.targets, 1)
         loss, accuracy = self.loss / targets, self.correct / targets
@@ -72,9 +67,9 @@ class Metrics:
         if self.moments is not None:
             return {"loss": loss, "mse": loss, **_correlations(self.targets, self.moments, self.pairs)}
         if self.rewards is not None:
-            chosen, rejected = (self.rewards / targets).tolist()
+            chosen, rejected, ties = (self.rewards / targets).tolist()
             rewards = {"chosen_reward": chosen, "rejected_reward": rejected}
-            return {"loss": loss, "preference_accuracy": accuracy, "margin": chosen - rejected, **rewards}
+            return {"loss": loss, "accuracy": accuracy + ties / 2, "margin": chosen - rejected, **rewards}
         return {"loss": loss, "perplexity": exp(min(loss, 700.0)), "token_accuracy": accuracy}
 
 

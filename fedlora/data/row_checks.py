@@ -60,8 +60,8 @@ def _wrong_value(schema: Schema, name: str, value: Any) -> str:
 
 def _wrong_turns(schema: Schema, name: str, value: Any) -> str:
     """The reason to refuse messages. Where the prompt has a column of its own, prompt and answer may also be texts."""
-    if isinstance(value, str) and len(schema.spoken) > 1:
-        return ""
+    if len(schema.spoken) > 1 and (isinstance(value, str) or value is None):
+        return "" if value is not None else "is null; it takes text or a list of messages"
     return wrong_messages(value, answers=name not in schema.asking)
 
 

@@ -160,7 +160,7 @@ def is_table(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     """Is this a table that metrics may bring: one of its name, number type (as safetensors has it) and shape?"""
     rows = shape[:1]
     forms = {"confusion": ("I64", (*rows, *rows)), "label_counts": ("I64", (*rows, 3)), "moments": ("F64", (5,))}
-    forms["rewards"] = ("F64", (2,))
+    forms["rewards"] = ("F64", (3,))
     return forms.get(name) == (dtype, shape) and len(rows) == 1
 
 

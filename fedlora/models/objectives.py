@@ -18,6 +18,7 @@ from fedlora.errors import ModelError
 from fedlora.metrics import Metrics
 
 Batch = Mapping[str, Tensor]
+TIE = 1e-4  # difference of two rewards up to which neither answer is preferred: a base has none, but for rounding
 TARGETS = ("labels", "reference")  # of a batch, what is no input of the network
 
 
@@ -193,8 +194,9 @@ class Preference:
         return 1
 
     def metrics(self, scores: Tensor, targets: Tensor, *, examples: int) -> Metrics:
-        loss, right = self.losses(scores, targets).sum(), _right(scores[:, 0] > scores[:, 1])
-        return Metrics(examples, len(targets), float(loss), right, rewards=scores.double().sum(0).cpu())
+        loss, margins = self.losses(scores, targets).sum(), scores[:, 0] - scores[:, 1]
+        rewards = torch.cat([scores.sum(0), (margins.abs() <= TIE).sum(0, keepdim=True)]).double().cpu()
+        return Metrics(examples, len(targets), float(loss), _right(margins > TIE), rewards=rewards)
 
 
 def network_inputs(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

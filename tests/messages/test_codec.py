@@ -97,7 +97,7 @@ def test_an_update_comes_back_with_its_numbers_in_the_type_of_the_state(dtype: t
 TABLES = {
     "lm": {},
     "classify": {"confusion": torch.arange(9).view(3, 3)},
-    "preferences": {"rewards": torch.tensor([3.5, -2.0], dtype=torch.float64)},
+    "preferences": {"rewards": torch.tensor([3.5, -2.0, 1.0], dtype=torch.float64)},
     "several labels": {"label_counts": torch.arange(12).view(4, 3)},
     "regression": {"moments": torch.tensor([1.0, -2.0, 3.0, 4.0, 0.5], dtype=torch.float64)},
 }

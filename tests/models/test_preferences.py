@@ -1,6 +1,7 @@
 """Preferences are learned by DPO: the loss is the paper's and TRL's, against the base without the adapter."""
 
 import json
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_the_loss_is_the_papers(model: Model, folder: Path) -> None:
     told = model.metrics(examples).values()
     assert told["loss"] == pytest.approx(float(wanted.mean()), rel=1e-4)
     assert told["margin"] == pytest.approx(float(BETA * sum(c - r for c, r in pairs) / len(pairs)), rel=1e-3)
-    assert told["preference_accuracy"] == pytest.approx(sum(bool(c > r) for c, r in pairs) / len(pairs))
+    assert told["accuracy"] == pytest.approx(sum(bool(c > r) for c, r in pairs) / len(pairs))
 
 
 def test_the_loss_is_trls_on_the_same_batch(model: Model, folder: Path, tmp_path: Path) -> None:
@@ -113,9 +114,10 @@ def test_the_reference_is_the_base_whatever_the_run_has_come_to(model: Model) ->
     assert [p.requires_grad for p in model.net.parameters()] == trainable
 
 
-def test_a_model_that_has_learned_nothing_loses_log_two(model: Model) -> None:
+def test_a_model_that_has_learned_nothing_loses_log_two_and_prefers_neither(model: Model) -> None:
     told = model.metrics(model.encoder(ROWS)).values()
-    assert told["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5) and abs(told["margin"]) < 1e-5
+    assert told["loss"] == pytest.approx(log(2), abs=1e-5) and told["margin"] == pytest.approx(0, abs=1e-5)
+    assert told["accuracy"] == 0.5
 
 
 def test_both_answers_of_a_pair_are_one_example_to_a_private_client(model: Model) -> None:
@@ -164,5 +166,5 @@ def test_a_federation_learns_what_is_preferred(folder: Path, settings: dict[str,
     first, last = run.rounds[0]["eval"], run.rounds[-1]["eval"]
     if settings["strategy"] != "fedsa_lora":  # whose common model has the B of the start
         assert last["margin"] > first["margin"] > 0 and last["loss"] < first["loss"]
-    assert run.rounds[-1]["eval_clients"]["metric"] == "preference_accuracy"
+    assert run.rounds[-1]["eval_clients"]["metric"] == "accuracy"
     export(run.folder, "adapter")
