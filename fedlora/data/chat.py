@@ -112,8 +112,7 @@ class ChatTemplate:
     def _all_words(self, messages: Sequence[Message], turns: Sequence[int], whole: str) -> dict[int, Span]:
         """Where the words of all these turns stand, if each stands as it is in the place of a mark; none otherwise."""
         before, *pieces = self._try(_with_marks(messages, turns)).split(MARK)
-        is_plain = all({*messages[n]} <= PLAIN_KEYS for n in turns)
-        if not (is_plain and len(pieces) == len(turns) and whole.startswith(before)):
+        if len(pieces) != len(turns) or not whole.startswith(before):
             return {}
         spans, at = {}, len(before)
         for n, piece in zip(turns, pieces, strict=True):
@@ -129,7 +128,7 @@ class ChatTemplate:
         """Where the words of turn n stand, not before character `after`; the surest way to tell comes first."""
         head, mark, tail = self._try(_with_marks(messages, [n])).partition(MARK)
         changed = (shared(head, whole), len(whole) - shared(tail[::-1], whole[::-1])) if mark else None
-        if changed == (len(head), len(whole) - len(tail)) and {*messages[n]} <= PLAIN_KEYS:
+        if changed == (len(head), len(whole) - len(tail)):
             return changed
         found = [self._after_prompt(messages[: n + 1], whole), changed]
         if changed and {*messages[n]} <= PLAIN_KEYS:
@@ -139,7 +138,11 @@ class ChatTemplate:
     def _after_prompt(self, messages: Sequence[Message], whole: str) -> Span | None:
         """Where the last of these turns stands, if the text begins as it does when that turn is asked for."""
         before = self._try(messages[:-1], add_generation_prompt=True)
-        return (len(before), shared(self._try(messages), whole)) if before and whole.startswith(before) else None
+        if not before or not whole.startswith(before):
+            return None
+        turn = whole[len(before) : shared(self._try(messages), whole)]
+        ends = [special.end() for special in self._ends.finditer(turn)]
+        return len(before), len(before) + (ends[-1] if ends else len(turn))
 
     def _after_words(self, messages: Sequence[Message]) -> str:
         """What the template writes after the words of the last of these turns, where nothing follows."""

@@ -126,6 +126,9 @@ def test_thoughts_and_calls_beside_the_words_are_learned_too() -> None:
     reasons = template(answered="{{- 'w51 ' + (m.reasoning_content or '') + ' w59 ' + m.content + ' </s> ' }}")
     messages = [*talk("w1"), {"role": "assistant", "content": "w3", "reasoning_content": "w2"}]
     assert learned(reasons, messages) == ["w2 w59 w3 </s>"]
+    calls = template(answered="{{- 'w51 ' + ('w58 ' if loop.last else '') + m.content + (m.calls or '') + ' </s> ' }}")
+    messages = [*talk("w1"), {"role": "assistant", "content": "", "calls": "w2 w4"}, *talk("w5", "w6")]
+    assert learned(calls, messages) == ["w2 w4 </s>", "w6 </s>"]
 
 
 def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_learns_the_same_words() -> None:
