@@ -23,6 +23,7 @@ from fedlora.run.console import so_far
 from fedlora.run.delivery import check_adapter
 from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
+from fedlora.run.preview import Preview
 from fedlora.run.setup import RunSetup
 from fedlora.server.rounds import Fleet, evaluation, fit
 from fedlora.storage.checkpoint import resume_hint
@@ -31,6 +32,9 @@ from fedlora.strategy import Strategy
 
 class RunObserver(Protocol):
     """What is told of a run as it goes on, to show or to count it."""
+
+    def previewed(self, preview: Preview) -> None:
+        """What the run is about to do is known; it has trained and evaluated nothing yet."""
 
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
@@ -73,6 +77,8 @@ def run_rounds(
     strategy = compose(setup.config, setup.start, setup.ranks)
     check_loads(setup.model)
     past = folder.resume_point()
+    folder.keep_preview(setup.preview.record())
+    observer.previewed(setup.preview)
     plan = _plan(setup, fleet, folder)
     state = past.state if past else strategy.init(setup.start)
     ledgers = _ledger_facts(plan, fleet.clients(), charged, past.joined if past else {})

@@ -7,7 +7,7 @@ from fedlora.client import training
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
 from fedlora.data.client_data import ClientData
-from fedlora.errors import ClientFailed, Failure, LedgerError, PrivacyError, SecureError
+from fedlora.errors import ClientFailed, DataError, Failure, LedgerError, PrivacyError, SecureError
 from fedlora.jobs import Client, Job, SecAggStep
 from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
 from fedlora.metrics import Metrics
@@ -15,7 +15,7 @@ from fedlora.models.model import Model
 from fedlora.server.aggregation import Answers
 from fedlora.storage.client_state import ClientState
 
-REFUSALS = ClientFailed, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
+REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
 
 
 class Serial:

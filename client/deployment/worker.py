@@ -33,10 +33,11 @@ from fedlora.errors import Failure, FedloraError, WireError
 from fedlora.messages import codec
 from fedlora.messages.agreement import RunAgreement
 from fedlora.messages.envelope import RUN, RawMessage
+from fedlora.run.preview import Preview
 from fedlora.run.setup import ClientSetup, for_client
 from fedlora.sections import ClientConfig
 from fedlora.storage.event_log import EventLog
-from fedlora.storage.files import secret_key
+from fedlora.storage.files import secret_key, write_durably
 
 TAKEN = ("ledgers", "logs", "runs")  # folders of a client's state that are no run's
 log = logging.getLogger("fedlora")
@@ -78,7 +79,7 @@ class WarmWorker:
         """Raise `WireError` for a task that says it brings more bytes than the model can have use for."""
         if task.numbers.bytes > handlers.LITTLE:
             with self._lock:
-                setup = self._setup or self._setup_for(agreement.kept(run_folder(self.identity, task.run)))
+                setup = self._setup or self._setup_of_run(task.run)
             handlers.check_bytes(task.numbers.bytes, setup.model)
 
     def handle_task(self, task: Task, data: bytes) -> RecordDict | str:
@@ -115,22 +116,37 @@ class WarmWorker:
         if offered:
             agreement.join(folder, offered, policy, run)
         agreed = agreement.kept(folder)
-        setup = self._setup_for(agreed)
+        setup = self._setup_for(agreed, folder)
         runner = JobRunner(identity.id, setup.client_data, folder, policy, once=True)
         store, log_of_run = PartStore(folder), self._event_log(run)
         return handlers.ClientContext(
             setup.model, runner, store, setup.rank, log_of_run, shows_rounds=True, agreement=agreed
         )
 
-    def _setup_for(self, agreed: RunAgreement) -> ClientSetup:
-        """The model and the data by a run's agreement: those that are loaded, if it is the same."""
+    def _setup_of_run(self, run: str) -> ClientSetup:
+        folder = run_folder(self.identity, run)
+        return self._setup_for(agreement.kept(folder), folder)
+
+    def _setup_for(self, agreed: RunAgreement, folder: Path) -> ClientSetup:
+        """The model and the data by a run's agreement: those that are loaded, if it is the same.
+
+        What is new is shown to the operator, and kept in the run's `folder`; nothing of it leaves this machine.
+        """
         if self._setup is None or agreed.hash != self._key:
             self._setup = None  # free the memory first: there may be no room for two models
             key = secret_key(self.identity.state / "split.key")  # the server's seed does not say who is held out
             setup = for_client(agreed.settings, self.identity.settings, self.identity.id, key)
             self._setup, self._key = setup, agreed.hash
+            _show_preview(setup.preview, folder)
             self.watch.follow(self._setup.model.net)
         return self._setup
+
+
+def _show_preview(preview: Preview, folder: Path) -> None:
+    """Log what this client is about to do in a run, and keep it as `inputs.json`, which its owner alone can read."""
+    for line in preview.lines():
+        log.info("  %s", line)
+    write_durably(folder / "inputs.json", f"{json.dumps(preview.record(), indent=1)}\n".encode(), mode=0o600)
 
 
 def run_folder(identity: ClientIdentity, run: str) -> Path:

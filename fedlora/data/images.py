@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -55,6 +56,27 @@ def read_image(value: Any, channels: int = 3) -> Image.Image:
         upright = _upright(image)
         grey = upright.mode in DEEP
         return (_eight_bits(upright) if grey else _opaque(upright, keep=channels == 4)).convert(MODES[channels])
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the file of an image says of it."""
+
+    size: tuple[int, int]  # width and height in pixels, as it is stored
+    mode: str  # Pillow's name
+    frames: int  # 2 stands for any number of several
+    brightest: float | None  # of an image of 16 bits, its largest number as a share of white
+
+
+def image_facts(value: Any) -> ImageFacts:
+    """The facts about an image; its pixels are looked at only if they have 16 bits.
+
+    Raises `DataError` for what cannot be read.
+    """
+    with _readable(value), _open(value) as image:
+        frames = 2 if getattr(image, "is_animated", False) else 1
+        brightest = _brightest(image) if image.mode.startswith("I;16") else None
+        return ImageFacts(image.size, image.mode, frames, brightest)
 
 
 def why_unreadable(value: Any) -> str:
@@ -158,6 +180,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     black, white = _black_and_white(image, pixels)
     scaled = (pixels - black) * (255 / (white - black or 1))
     return Image.fromarray(np.rint(scaled).astype(np.uint8), "L")
+
+
+def _brightest(image: Image.Image) -> float:
+    """The largest number of an image of 16 bits, as a share of white."""
+    pixels = np.asarray(image).astype(np.float64)
+    return float(pixels.max()) / _black_and_white(image, pixels)[1]
 
 
 def _black_and_white(image: Image.Image, pixels: "np.ndarray[Any, Any]") -> tuple[float, float]:

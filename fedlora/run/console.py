@@ -18,13 +18,16 @@ from fedlora.storage.event_log import utc_timestamp
 from fedlora.strategy import Strategy, title
 
 from .directory import RunDirectory, newest
+from .preview import Preview
 from .setup import RunSetup
+from .sides import kept_sides
 
 WIDTHS = {
     "round": 9,
     "clients": 8,
     "train loss": 11,
     "evaluation": 18,
+    "clients' mean": 18,
     "exact match": 12,
     "worst client": 13,
     "off the mean": 13,
@@ -54,8 +57,14 @@ class ConsoleProgress:
         self._columns: list[str] = []
         self._measures = False  # is exactness measured?
         self._private = False
+        self._kept = ""  # sides that clients train and keep, so that the server's model is where it started
         self._told = FIRST  # seconds after which the next line says which clients are waited for
         self.names: Mapping[int, str] = {}  # of clients elsewhere
+
+    def previewed(self, preview: Preview) -> None:
+        """Print what the run is about to do, and what looks wrong in it."""
+        for line in preview.lines():
+            self.say(line)
 
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
@@ -70,11 +79,14 @@ class ConsoleProgress:
         self._private = config.dp.on
         for line in (_heading(setup, title(strategy)), *statement):
             self.say(line)
+        self._kept = kept_sides(strategy, setup.start, config.rounds)
+        if self._kept:
+            self.say(_no_common_model(self._kept, config.data.holdout > 0))
         if before:
             self.say(f"before training: {figures(before)}")
         if done:
             self.say(f"resumed after round {done} of {config.rounds}")
-        left_out = _columns_left_out(config)
+        left_out = _columns_left_out(config, bool(self._kept))
         self._columns = [name for name in WIDTHS if name not in left_out]
         self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
         if _can_move(self._console):
@@ -142,7 +154,7 @@ class ConsoleProgress:
     def _say_how_good(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Show the last evaluation of the global model, and the last one of the clients on their own examples."""
         after, clients = newest(records, "eval").get("eval"), newest(records, "eval_clients").get("eval_clients")
-        if after:
+        if after and not self._kept:
             name, _ = headline(after)
             was = f"{self._before[name]:.4g} before, " if name in self._before else ""
             self.say(f"{name}: {was}{after[name]:.4g} after, in {seconds_of(records):.0f} s")
@@ -228,9 +240,18 @@ def _heading(setup: RunSetup, name: str) -> str:
     )
 
 
-def _columns_left_out(config: Config) -> set[str]:
+def _no_common_model(kept: str, holdout: bool) -> str:
+    """The sentence about a strategy whose clients keep what they train."""
+    sides = " and ".join("the head" if side == "H" else f"side {side}" for side in kept)
+    shown = "scores are each client's own" if holdout else "set data.holdout to see how good each client's own is"
+    return f"clients keep {sides} to themselves, so there is no common model; {shown}"
+
+
+def _columns_left_out(config: Config, no_common_model: bool) -> set[str]:
     """The columns that a run with these settings has nothing to show in."""
     shown = {
+        "evaluation": not no_common_model,
+        "clients' mean": no_common_model and config.data.holdout > 0,
         "exact match": config.eval.generate,
         "worst client": config.data.holdout > 0,
         "off the mean": config.exactness,
@@ -248,6 +269,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         "train loss": "skipped" if loss is None else f"{loss:.4f}",
         "evaluation": metric(record["eval"]),
         "exact match": _share(record["eval"] or {}, "exact_match"),
+        "clients' mean": f"{clients['metric']} {clients['mean']:.4g}" if clients else "",
         "worst client": f"{clients['worst']:.4g}" if clients else "",
         "off the mean": f"{record['exactness']:.1e}" if "exactness" in record else "-",
         "epsilon": f"{record['epsilon']:.3g} ({record['epsilon_median']:.3g})" if "epsilon" in record else "-",

@@ -133,6 +133,10 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
+    def keep_preview(self, preview: Mapping[str, Any]) -> None:
+        """Write what the run is about to do, as `inputs.json`."""
+        write_durably(self.path / "inputs.json", f"{json.dumps(preview, indent=1)}\n".encode())
+
     def records(self) -> list[dict[str, Any]]:
         """The records of the run's rounds: the lines of rounds.jsonl that are whole."""
         try:

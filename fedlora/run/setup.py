@@ -19,6 +19,7 @@ from fedlora.data import federated
 from fedlora.data.client_data import ClientData
 from fedlora.data.rows import Rows
 from fedlora.data.schema import Schema
+from fedlora.data.summary import summarise
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.lora import LoRA
 from fedlora.messages.agreement import DATA, may_name
@@ -29,6 +30,7 @@ from fedlora.privacy.secure_aggregation import fewest_members
 from .answers import AnswerEvaluation, answer_evaluation
 from .client_ranks import ranks
 from .directory import RunDirectory
+from .preview import Preview, client_names, preview
 from .run_files import file_hashes
 
 ITS_OWN = (*DATA, "model.path", "model.revision")  # a client's to choose, whatever the run says
@@ -44,7 +46,20 @@ class RunSetup:
     start: LoRA  # the adapter as PEFT made it
     clients_data: tuple[ClientData, ...]
     ranks: tuple[int, ...]  # of each client
-    evaluation_rows: Rows
+    data: federated.Federated
+
+    @property
+    def evaluation_rows(self) -> Rows:
+        """The global held-out rows."""
+        return self.data.evaluation
+
+    @cached_property
+    def preview(self) -> Preview:
+        """What this side is about to do; see `preview.preview`."""
+        clients, names = self.clients_data, client_names(self.config.data, len(self.clients_data))
+        if not clients and len(self.evaluation_rows):  # on a deployed server
+            clients, names = (ClientData(self.model.encoder, self.evaluation_rows),), ["the evaluation"]
+        return preview(summarise(self.data), self.model, clients, names, keep=self.config.engine == "serial")
 
     @cached_property
     def evaluation(self) -> list[dict[str, torch.Tensor]]:
@@ -110,7 +125,7 @@ def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
     clients_data = tuple(ClientData(model.encoder, train, held, unit, rows.dealt) for train, held in shares)
     memory = partial(model.memory, batch_size=config.train.batch_size)
     dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
-    return RunSetup(config, model, model.get_adapter(), clients_data, tuple(dealt), rows.evaluation)
+    return RunSetup(config, model, model.get_adapter(), clients_data, tuple(dealt), rows)
 
 
 def resolve(config: Config, schema: Schema, clients: int) -> Config:
@@ -182,6 +197,7 @@ class ClientSetup:
     model: Model
     client_data: ClientData
     rank: int
+    preview: Preview
 
 
 def for_server(config: Config, ids: int) -> RunSetup:
@@ -216,7 +232,7 @@ def for_client(settings: Mapping[str, Any], mine: Mapping[str, Any], id: int, ke
         config.data, config.model.task, id=id, clients=config.clients, seed=config.seed, key=key
     )
     setup = assemble(config, rows, ids=max(id + 1, config.clients))
-    return ClientSetup(setup.model, setup.clients_data[0], setup.ranks[id])
+    return ClientSetup(setup.model, setup.clients_data[0], setup.ranks[id], setup.preview)
 
 
 def _merged(settings: Mapping[str, Any], mine: Mapping[str, Any]) -> Config:

@@ -25,6 +25,15 @@ def sides(strategy: Strategy[Any], rounds: int = MOST_ROUNDS) -> tuple[str, str]
     return played
 
 
+def kept_sides(strategy: Strategy[Any], start: LoRA, rounds: int = MOST_ROUNDS) -> str:
+    """The sides that clients train and never send, by their letters: with any, the clients have no common model.
+
+    `start` is the run's adapter; a side that it has not is not counted.
+    """
+    trained, shared = sides(strategy, rounds)
+    return "".join(side for side in trained if side not in shared and start.side(side))
+
+
 def _play(strategy: Strategy[Any], rounds: int) -> tuple[str, str]:
     """The union of the sides of so many rounds' jobs, on an adapter with one small module."""
     generator = torch.Generator().manual_seed(0)

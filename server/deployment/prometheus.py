@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from fedlora.errors import ConfigError, Failure, FailureKind
 from fedlora.jobs import Client
 from fedlora.run.directory import RunDirectory
+from fedlora.run.preview import Preview
 from fedlora.run.setup import RunSetup
 from fedlora.server.run import RunObserver
 from fedlora.strategy import Strategy
@@ -67,6 +68,10 @@ class PrometheusExporter:
         if gauge not in self._shown:
             self._shown.add(gauge)
             self.registry.register(gauge)
+
+    def previewed(self, preview: Preview) -> None:
+        """What the run is about to do is known; the log and the screen show it."""
+        self._inner.previewed(preview)
 
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]

@@ -7,6 +7,7 @@ from typing import Any
 from fedlora.errors import Failure
 from fedlora.jobs import Client
 from fedlora.run.directory import RunDirectory
+from fedlora.run.preview import Preview
 from fedlora.run.setup import RunSetup
 from fedlora.server.run import RunObserver
 from fedlora.strategy import Strategy
@@ -32,6 +33,12 @@ class RunLog:
         for client in missing:
             log.info("%s is not here as the run begins", self._name(client), extra={"client": client})
         self._inner.begins_without(missing)
+
+    def previewed(self, preview: Preview) -> None:
+        """What the run is about to do is known."""
+        for line in preview.lines():
+            log.info("%s", line)
+        self._inner.previewed(preview)
 
     def started(
         self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]

@@ -1,13 +1,14 @@
 """What a strategy's jobs may train and send is known before a run, so that clients can agree to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from fedlora.lora import LoRA
-from fedlora.run.sides import sides
+from fedlora.run.sides import kept_sides, sides
+from fedlora.strategies.head import Head
 from fedlora.strategy import Client, Job, Strategy, catalogue, load
 
 
@@ -72,3 +73,10 @@ class Picky(Strategy[LoRA]):
 
 def test_a_strategy_that_fails_on_made_up_factors_is_taken_to_want_every_side() -> None:
     assert sides(Picky()) == ("ABRH", "ABRH")
+
+
+def test_what_clients_train_and_never_send_they_keep() -> None:
+    start = LoRA({"m": torch.ones(2, 6)}, {"m": torch.ones(5, 2)})  # of a model without a head
+    kept = {entry.name: kept_sides(entry.default, start) for entry in catalogue()}
+    assert {name for name, sides in kept.items() if sides} == {"fedsa_lora"} and kept["fedsa_lora"] == "B"
+    assert kept_sides(Head(load("fedavg"), "local"), replace(start, H={"h": torch.ones(1)})) == "H"

@@ -224,3 +224,9 @@ def test_a_job_with_another_policy_than_the_clients_is_refused(setup: RunSetup, 
     ClientPolicy(egress=("A *", "B *")).refuse(asked, 10)
     with pytest.raises(PrivacyError, match=r'asks for "B model\S+", which client.egress does not let out'):
         ClientPolicy(egress=("A *",)).refuse(asked, 10)
+
+
+def test_its_operator_sees_what_it_is_about_to_do_with_its_data(beside: Beside) -> None:
+    kept = beside.folder / "state" / "runs" / RUN / "0" / "inputs.json"
+    assert "columns used: text" in beside.log and kept.stat().st_mode & 0o077 == 0
+    assert json.loads(kept.read_text())["data"]["sizes"] == [30]

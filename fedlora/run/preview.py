@@ -1,0 +1,207 @@
+"""What a run is about to do, told before it starts: its data, their tokens or images, its adapter, what looks wrong.
+
+A deployed server tells of its own data, and a client of its own, on its own machine alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fedlora.data.client_data import ClientData
+from fedlora.data.examples import EncodedRow
+from fedlora.data.image_summary import ImageSummary, summarise_images
+from fedlora.data.rows import Rows, take
+from fedlora.data.sources import data_files
+from fedlora.data.summary import DataSummary
+from fedlora.errors import DataError
+from fedlora.models.adapted_modules import Coverage
+from fedlora.models.model import Model
+from fedlora.sections import DataConfig
+
+MOST_ROWS = 20_000  # that are looked at; of more, a sample that is spread evenly
+FEWEST_ROWS = 20  # of every client
+MUCH = 0.1  # share of the rows above which it is a warning that they are cut, or have nothing to learn
+FEW_CLASSES = 20  # that are told one by one
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """What became of rows as tokens: of each client's training rows, and on a deployed server of its evaluation's."""
+
+    of: int  # rows that there are
+    rows: tuple[int, ...]  # of each client, that were looked at
+    unlearned: tuple[int, ...]  # of these, the rows with nothing to learn within the longest example
+    median: int  # tokens of a row, before anything was cut
+    longest: int
+    cut: int  # rows of which not all tokens fit
+    unlearned_turns: int  # of the assistant, which a chat template leaves out or writes otherwise
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What one side of a run is about to do, in figures and words."""
+
+    data: DataSummary
+    tokens: TokenSummary | None  # None of images, and where there is nothing to train on
+    images: ImageSummary | None  # None of texts
+    adapter: Coverage
+    max_length: int
+    notes: tuple[str, ...]  # of the model: what it takes, and how it is taken
+    warnings: tuple[str, ...]  # a sentence each
+
+    def record(self) -> dict[str, Any]:
+        """All of it as `inputs.json` has it."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """All of it for people, a line each; what looks wrong comes last."""
+        notes = (f"note: {note}" for note in self.notes)
+        return [*self._facts(), *notes, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def _facts(self) -> Iterator[str]:
+        yield _size_line(self.data)
+        yield _column_line(self.data)
+        if self.data.classes:
+            yield _class_line(self.data.classes)
+        if self.tokens:
+            yield _token_line(self.tokens, self.data, self.max_length)
+        if self.images:
+            yield self.images.line()
+        yield _adapter_line(self.adapter)
+
+
+def preview(
+    data: DataSummary, model: Model, clients: Sequence[ClientData], names: Sequence[str], keep: bool
+) -> Preview:
+    """The preview of one side of a run.
+
+    `clients` are those whose rows are looked at, with their `names`. `keep`: encoded examples stay in memory, as they
+    will be trained on here. Raises `DataError` where no row has anything to learn, or the model cannot take the images.
+    """
+    tokens = images = None
+    if model.schema.kind == "image":
+        images = summarise_images(model.schema, [client.train_rows for client in clients], model.processor)
+    elif clients:
+        tokens = _tokens(clients, keep)
+    max_length = model.encoder.max_length
+    found = [*_token_warnings(tokens, names, max_length)] if tokens else []
+    warnings = (*data.warnings, *found, *(images.warnings() if images else ()))
+    return Preview(data, tokens, images, model.coverage, max_length, model.notes, warnings)
+
+
+def client_names(data: DataConfig, clients: int) -> list[str]:
+    """What each client of a simulation is called: by its number, and its file if each has one."""
+    files: Sequence[Path] = data_files(data.path) if data.partition in ("auto", "files") else ()
+    own = [f" ({path.name})" for path in files] if len(files) == clients else [""] * clients
+    return [f"client {i}{file}" for i, file in enumerate(own)]
+
+
+def _encoded(client: ClientData, share: float, keep: bool) -> Sequence[EncodedRow]:
+    """A client's rows, or a sample of them, as they are encoded."""
+    if share == 1.0 and keep:
+        return client.encoded
+    size = max(FEWEST_ROWS, int(share * len(client.train_rows)))
+    encoder = replace(client.encoder, with_reference=None)  # to ask the base would take long, and is for training
+    return encoder.encoded(_sample(client.train_rows, size))
+
+
+def _sample(rows: Rows, size: int) -> Rows:
+    """At most so many of the rows, evenly spread."""
+    count = len(rows)
+    return take(rows, [i * count // size for i in range(size)]) if count > size else rows
+
+
+def _tokens(clients: Sequence[ClientData], keep: bool) -> TokenSummary:
+    count = sum(len(client.train_rows) for client in clients)
+    encoded = [_encoded(client, min(1.0, MOST_ROWS / max(1, count)), keep) for client in clients]
+    rows = [*chain.from_iterable(encoded)]
+    lengths = [row.tokens for row in rows] or [0]
+    return TokenSummary(
+        of=count,
+        rows=tuple(map(len, encoded)),
+        unlearned=tuple(sum(not row.examples for row in of_client) for of_client in encoded),
+        median=int(median(lengths)),
+        longest=max(lengths),
+        cut=sum(row.cut > 0 for row in rows),
+        unlearned_turns=sum(row.unlearned_turns for row in rows),
+    )
+
+
+def _token_warnings(found: TokenSummary, names: Sequence[str], max_length: int) -> Iterator[str]:
+    """Yield a sentence for whatever looks wrong in the rows as tokens. Raises `DataError` where none can be learned."""
+    rows, unlearned = sum(found.rows), sum(found.unlearned)
+    if rows and unlearned == rows:
+        raise DataError(
+            f"of {_count(rows, 'row')} none has a token to learn within model.max_length = {max_length}; raise it, or "
+            "look whether the texts or answers are empty"
+        )
+    for name, count, of in zip(names, found.unlearned, found.rows, strict=True):
+        if of and count == of:
+            yield f"{name} will fail its rounds: of {_count(of, 'row')} none has a token to learn within {max_length}"
+    if unlearned > MUCH * rows:
+        yield f"{unlearned} of {_count(rows, 'row')} have nothing to learn within model.max_length = {max_length}"
+    if found.cut > MUCH * rows:
+        yield (
+            f"{found.cut} of {_count(rows, 'row')} are cut at model.max_length = {max_length}, and the longest has "
+            f"{found.longest:,} tokens"
+        )
+    if found.unlearned_turns:
+        yield f"{_count(found.unlearned_turns, 'turn')} of the assistant are not learned, as the chat template has it"
+
+
+def _count(number: int, noun: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _size_line(data: DataSummary) -> str:
+    """How many rows there are, and how they are spread over the clients."""
+    parts = []
+    if data.sizes:
+        rows = f"{_count(sum(data.sizes), 'training row')} of {_count(len(data.sizes), 'client')}"
+        spread = f" (smallest {min(data.sizes):,}, median {median(data.sizes):,.0f}, largest {max(data.sizes):,})"
+        parts.append(rows + (spread if len(data.sizes) > 1 else ""))
+    if any(data.heldout):
+        parts.append(f"{sum(data.heldout):,} that clients hold out")
+    parts.append(f"{data.evaluation:,} for the evaluation" if data.evaluation else "none for the evaluation")
+    return f"data: {', '.join(parts)}"
+
+
+def _column_line(data: DataSummary) -> str:
+    """The columns that are used, and those with text that are not."""
+    left = f"; not used: {', '.join(data.left)}" if data.left else ""
+    return f"columns used: {', '.join(data.used)} ({data.kind}){left}"
+
+
+def _class_line(classes: Mapping[str, Sequence[int]]) -> str:
+    """The classes with their counts; of many, how few and how many rows they have."""
+    counts = {name: sum(of_clients) for name, of_clients in classes.items()}
+    if not any(counts.values()):
+        return f"classes: {', '.join(counts)}"
+    if len(counts) <= FEW_CLASSES:
+        return "classes: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"classes: {len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+
+
+def _token_line(tokens: TokenSummary, data: DataSummary, max_length: int) -> str:
+    """How long the rows are, and how many are cut or have nothing to learn."""
+    rows, unlearned = sum(tokens.rows), sum(tokens.unlearned)
+    sample = "" if rows == tokens.of else f" (of a sample of {_count(rows, 'row')})"
+    cut = "longer texts are split" if data.kind == "text" else f"{_count(tokens.cut, 'row')} cut"
+    nothing = f"{_count(unlearned, 'row')} with nothing to learn"
+    return (
+        f"tokens per example{sample}: median {tokens.median:,}, longest {tokens.longest:,}; at most {max_length:,}, "
+        f"{cut}; {nothing}"
+    )
+
+
+def _adapter_line(found: Coverage) -> str:
+    """The modules that wear an adapter, in how many layers, and those that were asked for and do not."""
+    adapted = ", ".join(f"{name} ({count})" for name, count in found.adapted.items())
+    layers = f" in {found.layers} of {found.of_layers} layers" if found.of_layers else ""
+    heads = f"; trained whole: {', '.join(found.heads)}" if found.heads else ""
+    left = "".join(f"; left out: {name} ({count}: {reason})" for name, (reason, count) in found.left_out.items())
+    return f"adapter on {adapted}{layers}{heads}{left}"
