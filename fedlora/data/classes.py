@@ -24,7 +24,7 @@ def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str]) 
     fewest = 1 if schema.target == "labels" else 2
     if len(set(names)) < max(fewest, len(names)):
         raise DataError(
-            f"{tables[0].name}: a classifier needs two different classes, and has {cut(', '.join(names), 200)}; "
+            f"{tables[0].name}: a classifier needs two different classes, and has {', '.join(map(cut, names[:5]))}; "
             f'is "{schema.label_column}" the column of the classes? data.label names another'
         )
     return replace(schema, labels=names)

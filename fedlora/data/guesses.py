@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .tables import Table
@@ -23,8 +24,8 @@ def likely_settings(table: Table, label: str = "") -> str:
         return ""
     others = filter(lambda name: name not in (image, text) and _are_classes(values[name]), values)
     label = label or next(others, "")
-    options = f"--data.image {image}" if image else f"--data.text {text}"
-    return f'; is it "{options}{f" --data.label {label}" if label else ""}"?'
+    options = f"--data.image {quote(image)}" if image else f"--data.text {quote(text)}"
+    return f'; is it "{options}{f" --data.label {quote(label)}" if label else ""}"?'
 
 
 def _first_values(table: Table, name: str) -> Iterator[Any]:

@@ -248,7 +248,7 @@ def possible_schemas(data: DataConfig, columns: Columns) -> list[Schema]:
     text = columns.first(TEXT)
     label = data.label or columns.first(LABEL)
     exchange = _prompts_and_response(data, columns)
-    is_chat = any(isinstance(columns.value(name), list) for name in exchange)
+    is_chat = any(isinstance(columns.value(name), list | dict) for name in exchange)
     pair = next(filter(None, map(columns.all, TEXT_PAIRS)), ())
     schemas = [
         Schema("chat", (data.messages or columns.first(CHAT),)),

@@ -94,8 +94,10 @@ def _are_messages(value: Any) -> bool:
 def _one_object(path: Path, found: Any) -> DataError:
     """The error for a file that holds one object and no list of rows."""
     lists = [f'"{cut(key)}"' for key, value in found.items() if _are_rows(value)] if isinstance(found, dict) else []
-    alone = f"its {' and '.join(lists[:3])} {'are lists' if len(lists) > 1 else 'is a list'}: save that alone, or "
-    return DataError(f"{path}: an object, not a list of rows; {alone if lists else ''}write one row, an object, a line")
+    remedy = (
+        f"its {' and '.join(lists[:3])} {'are lists: save each alone' if lists[1:] else 'is a list: save that alone'}"
+    )
+    return DataError(f"{path}: an object, not a list of rows; {remedy if lists else 'write one object a row'}")
 
 
 def _loads(text: str, place: str, line: int) -> Any:
@@ -103,7 +105,8 @@ def _loads(text: str, place: str, line: int) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as e:
-        raise DataError(f"{place} {line + e.lineno - 1}: not JSON ({e.msg} at column {e.colno})") from e
+        more = "; write one object a line, or a list of them" if e.msg == "Extra data" else ""
+        raise DataError(f"{place} {line + e.lineno - 1}: not JSON ({e.msg} at column {e.colno}){more}") from e
     except RecursionError as e:
         raise DataError(f"{place} {line}: JSON that is nested too deeply to be read; leave that column out") from e
     except ValueError as e:  # a key that stands twice, or a number of more digits than Python converts
@@ -148,7 +151,8 @@ def read_tsv(path: Path) -> Table:
 def _separated(path: Path, separator: str) -> Table:
     text = _text(path)
     _check_separator(path, text.partition("\n")[0], separator)
-    blanks = bool(re.match(f"[^{separator}]+({separator} +[^{separator}]+)+$", text.partition("\n")[0].strip()))
+    _, *others = text.partition("\n")[0].split(separator)
+    blanks = bool(others) and all(name.startswith(" ") for name in others)
     records, lines = _records(path, text, separator, skipinitialspace=blanks)  # as in "text, label"
     header = [name.strip() for name in records[0]] if records else []
     if len(set(header)) < len(header):
