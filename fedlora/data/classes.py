@@ -11,6 +11,7 @@ from fedlora.errors import DataError, cut, nearest
 from .rows import Rows, column
 from .schema import Schema, is_whole
 from .tables import Table
+from .targets import class_name
 
 
 def class_names(tables: Sequence[Table], schema: Schema, chosen: Sequence[str]) -> Schema:
@@ -69,7 +70,7 @@ def labels_of(rows: Rows, schema: Schema) -> list[tuple[str, ...]]:
     if schema.target == "labels":
         return [tuple(map(str, value)) for value in values]
     names = dict(enumerate(written_names(rows, schema)))
-    return [(names.get(value, str(value)) if names else str(value),) for value in values]
+    return [(names.get(value, str(value)) if names else class_name(value),) for value in values]
 
 
 def class_counts(rows: Rows, schema: Schema) -> Counter[str]:

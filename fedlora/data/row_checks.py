@@ -10,7 +10,7 @@ from .images import why_unreadable
 from .rows import column
 from .schema import Schema
 from .tables import Table
-from .targets import wrong_target
+from .targets import type_in_words, wrong_class, wrong_target
 
 
 def check_rows(table: Table, schema: Schema) -> None:
@@ -51,11 +51,11 @@ def _wrong_value(schema: Schema, name: str, value: Any) -> str:
     if schema.kind in ("chat", "preference") and name in schema.spoken:
         return _wrong_turns(schema, name, value)
     if name == schema.label_column:
-        return _wrong_label(value) if schema.target == "class" else wrong_target(schema, value)
+        return wrong_class(value) if schema.target == "class" else wrong_target(schema, value)
     if schema.kind == "image":
         return "is null; it takes the name of a file, or image data" if value is None else why_unreadable(value)
     good = isinstance(value, str) or (value is None and name in schema.optional)
-    return "" if good else f"is {_type(value)}; it takes text"
+    return "" if good else f"is {type_in_words(value)}; it takes text"
 
 
 def _wrong_turns(schema: Schema, name: str, value: Any) -> str:
@@ -63,18 +63,3 @@ def _wrong_turns(schema: Schema, name: str, value: Any) -> str:
     if len(schema.spoken) > 1 and (isinstance(value, str) or value is None):
         return "" if value is not None else "is null; it takes text or a list of messages"
     return wrong_messages(value, answers=name not in schema.asking)
-
-
-def _wrong_label(value: Any) -> str:
-    good = isinstance(value, int | str) and value != ""
-    return "" if good else f"is {_type(value)}; a label is a whole number or a name"
-
-
-def _type(value: Any) -> str:
-    """The type of a value in the words of an error: "null", "empty", "an int", "a list"."""
-    if value is None:
-        return "null"
-    if value == "":
-        return "empty"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

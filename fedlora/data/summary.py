@@ -14,6 +14,7 @@ from .schema import LABEL, Schema, plain
 from .targets import numbers_of
 
 LARGE = 30.0  # a number of a regression beyond which a head learns too slowly
+MANY = 20  # classes that are numbers, beyond which they may be quantities
 LOOKED_AT = 100  # rows in which a column is looked at for text
 MISSING = ("nan", "na", "n/a", "none", "null", "nil", "-", "?", "")  # what stands in a table where nothing stood
 
@@ -79,6 +80,7 @@ def _alike_columns(columns: Iterable[str]) -> Iterator[str]:
 def _odd_classes(schema: Schema, counts: Sequence[Counter[str]]) -> Iterator[str]:
     """Yield a sentence for whatever looks wrong in the classes and their counts."""
     names = schema.labels
+    yield from _quantities(names)
     for alike in _alike(names, plain):
         yield f"the classes {_quoted(alike)} differ by blanks or capitals alone: are they one?"
     for alike in _alike(names, _as_number):
@@ -89,6 +91,12 @@ def _odd_classes(schema: Schema, counts: Sequence[Counter[str]]) -> Iterator[str
     without = [name for name in names if not any(count[name] for count in counts)]
     if counts and without:
         yield f"no training row is of the class {_quoted(without)}"
+
+
+def _quantities(names: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for classes that may be no classes, but numbers of which one is nearer to the next."""
+    if len(names) > MANY and all(map(_is_number, names)):
+        yield f"all {len(names)} classes are numbers: if they measure something, set model.task = regression"
 
 
 def _odd_numbers(schema: Schema, numbers: Sequence[float]) -> Iterator[str]:

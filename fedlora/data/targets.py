@@ -4,6 +4,7 @@ import re
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from itertools import chain
 from math import isfinite
 from typing import Any
@@ -79,8 +80,8 @@ def _with_column(table: Table, name: str, values: Sequence[Sequence[str]]) -> Ta
 def with_target(schema: Schema, tables: Sequence[Table], data: DataConfig, task: str) -> Schema:
     """The schema with what its label column holds: as model.task says, or else by a look at the column.
 
-    Lists are several labels, and numbers of which one has a fraction are numbers; all else is a class, as are numbers
-    that data.labels names.
+    Lists are several labels, and a column of numbers of which one has a fraction holds numbers; all else is a class, as
+    are numbers that data.labels names.
     """
     if schema.label_column is None:
         return schema
@@ -96,10 +97,9 @@ def _likeliest(tables: Sequence[Table], schema: Schema, data: DataConfig) -> Tar
 
 
 def _have_a_fraction(values: Sequence[Any]) -> bool:
-    """Are all of these numbers, of which one is not whole?"""
-    numbers = [number(value) for value in values]
-    found = [x for x in numbers if x is not None]
-    return len(found) == len(numbers) and any(not x.is_integer() for x in found)
+    """Are most of these numbers, of which one is not whole? The others are then mistakes, and are told as such."""
+    found = [x for x in map(number, values) if x is not None]
+    return 2 * len(found) > len(values) and any(not x.is_integer() for x in found)
 
 
 def _column(table: Table, schema: Schema) -> list[Any]:
@@ -111,8 +111,36 @@ def number(value: Any) -> float | None:
     """The finite number that a value is or writes, as 3.5 and "3.5"; none for anything else."""
     if isinstance(value, str):
         value = float(value) if NUMBER.fullmatch(value.strip()) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     return float(value) if is_number and isfinite(value) else None
+
+
+def class_name(value: Any) -> str:
+    """A class as it is called: a float without a fraction, as pandas writes whole numbers, is that whole number."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if is_whole else str(value)
+
+
+def wrong_class(value: Any) -> str:
+    """The reason to refuse a value as a class, to follow the column's name; empty for none."""
+    if (isinstance(value, int | str) and value != "") or (isinstance(value, float) and value.is_integer()):
+        return ""
+    remedy = ""
+    if isinstance(value, float):
+        remedy = "; a regression takes numbers: model.task = regression"
+    if isinstance(value, list | tuple):
+        remedy = "; model.task = multilabel takes several labels"
+    return f"is {type_in_words(value)}; a label is a whole number or a name{remedy}"
+
+
+def type_in_words(value: Any) -> str:
+    """The type of a value in the words of an error: "null", "empty", "an int", "a list"."""
+    if value is None:
+        return "null"
+    if value == "":
+        return "empty"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def numbers_of(rows: Rows, schema: Schema) -> list[float]:
@@ -125,7 +153,9 @@ def numbers_of(rows: Rows, schema: Schema) -> list[float]:
 def wrong_target(schema: Schema, value: Any) -> str:
     """The reason to refuse a value of a number or of several labels, to follow the column's name; empty for none."""
     if schema.target == "number":
-        return "" if number(value) is not None else f"is {_short(value)}; a regression takes numbers, as 3.5"
+        if number(value) is not None:
+            return ""
+        return f"is {_short(value)}; a regression takes numbers, as 3.5; model.task = classify takes names"
     if isinstance(value, str) and not schema.separator and not _written_list(value):
         return (
             f"is the text {_short(value)}, and several labels are a list; set data.label_separator to what stands "
@@ -230,7 +260,7 @@ def encoded_target(schema: Schema, row: Mapping[str, Any]) -> Tensor:
         return torch.tensor(number(value), dtype=torch.float32)
     classes = schema.classes()
     if schema.target == "class":
-        return torch.tensor(classes[str(value)])
+        return torch.tensor(classes[class_name(value)])
     there = {classes[str(label)] for label in value}
     return torch.tensor([float(i in there) for i in range(len(schema.labels))])
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedlora.data.federated import load
-from fedlora.data.summary import DataSummary, summarise
+from fedlora.data.summary import DataSummary, _quantities, summarise
 from fedlora.sections import DataConfig
 
 
@@ -71,3 +71,9 @@ def test_numbers_that_are_too_large_to_learn_are_told(tmp_path: Path) -> None:
 def test_the_labels_of_a_row_are_each_counted(tmp_path: Path) -> None:
     told = summary(tmp_path / "x.jsonl", *({"text": "a", "label": names} for names in (["x", "y"], [], ["y"])))
     assert {name: sum(counts) for name, counts in told.classes.items()} == {"x": 1, "y": 2}
+
+
+def test_many_classes_that_are_numbers_are_told() -> None:
+    assert [*_quantities([str(age) for age in range(18, 60)])] == [
+        "all 42 classes are numbers: if they measure something, set model.task = regression"
+    ]

@@ -1,5 +1,6 @@
 """What a label column holds: classes, numbers, or several labels, in whatever form a file has them."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedlora.data.schema import Schema
 from fedlora.data.sources import Table
-from fedlora.data.targets import as_lists, encoded_target, gathered, number, with_target, wrong_target
+from fedlora.data.targets import as_lists, encoded_target, gathered, number, with_target, wrong_class, wrong_target
 from fedlora.errors import DataError
 from fedlora.sections import DataConfig
 
@@ -28,7 +29,9 @@ def table(*labels: Any) -> Table:
         ((1.0, 2.0), "class"),
         (("1", "2"), "class"),
         (("no", "yes"), "class"),
-        (("3.5", "n/a"), "class"),
+        (("3", "n/a", "4"), "class"),
+        (("3.5", "n/a", "4", "5"), "number"),
+        (("a3.5", "n/a", "4.5"), "class"),
         ((True, False), "class"),
         ((1, 2.5), "number"),
         (("1", "2.5", "-1e-3"), "number"),
@@ -47,6 +50,17 @@ def test_numbers_that_are_named_as_classes_are_classes() -> None:
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_number_is_the_same_as_text(value: float) -> None:
     assert number(value) == number(repr(value)) == value
+
+
+def test_a_float_without_a_fraction_is_the_class_of_that_whole_number() -> None:
+    schema = Schema("label", ("text", "label"), ("0", "1"))
+    assert [encoded_target(schema, {"label": value}).tolist() for value in (1, 1.0, "1")] == [1, 1, 1]
+    assert wrong_class(1.0) == "" and "model.task = regression" in wrong_class(1.5)
+    assert "model.task = multilabel" in wrong_class(["a"])
+
+
+def test_a_decimal_of_a_database_is_a_number() -> None:
+    assert number(Decimal("3.50")) == 3.5
 
 
 @pytest.mark.parametrize("value", ["", "nan", "inf", "1,5", "1_000", "high", None, True, float("nan"), [1.0], "0x1"])

@@ -1,10 +1,13 @@
 """An encoder-decoder learns a response to a prompt: what its decoder sees and learns, and that examples do not mix."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fedlora.data.schema import Schema
@@ -85,3 +88,36 @@ def test_an_encoder_decoder_without_prompts_is_refused(folders: dict[str, Path])
 def test_a_decoder_is_no_model_for_sequence_to_sequence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no encoder beside its decoder"):
         build(make_decoder("gpt2", tmp_path), task="seq2seq")
+
+
+WORDS = st.sampled_from(["w1", "w2", "unknown", "</s>", "<s>", "[PAD]", "\ud83d", "\u00e9", "\n", ""])
+TEXTS = st.lists(WORDS, max_size=20).map(" ".join)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=2, max_size=4))
+def test_any_texts_are_learned_each_by_itself(folders: dict[str, Path], pairs: list[tuple[str, str]]) -> None:
+    model = cached(folders["bart"])
+    rows = [{"prompt": prompt, "response": f"w3 {response}"} for prompt, response in pairs]
+    examples = model.encoder(rows)
+    with torch.no_grad():
+        alone = torch.cat([model.losses(model.encoder.collate([e])) for e in examples])
+        together = model.losses(model.encoder.collate(examples))
+    assert len(examples) == len(rows) and bool(torch.isfinite(alone).all())
+    assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@cache
+def cached(folder: Path) -> Model:
+    model = build(folder, max_length=16)
+    model.net.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_length_beyond_the_positions_is_refused_or_cut_before_the_run(folders: dict[str, Path], kind: str) -> None:
+    """All but T5, whose positions are relative, have 40."""
+    long = {"prompt": "w1 " * 60, "response": "w2 " * 60}
+    model = build(folders[kind], max_length=128)
+    loss = model.metrics(model.encoder([long])).values()["loss"]
+    assert loss > 0
