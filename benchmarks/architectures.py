@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.architectures [llama bert ...] [--out benchmarks/architectures.json]
 
 Each is tiny and random (`tiny_models.py`), learns what it can be used for, and runs by FedAvg with the usual targets
-and by FedEx-LoRA, which has an offset, on all linear layers. The delivered adapter is then loaded by PEFT on a base that
-transformers has loaded afresh, and asked about one row at a time: what comes out must be the run's evaluation, which is
-made of batches. A model that cannot do so must be refused in a sentence before the first round. Writes the JSON after
-every run, where what is right is not done again, and the table in docs/models.md when all are done.
+and by FedEx-LoRA, which has an offset, on all linear layers. The delivered adapter is then loaded by PEFT on a base
+that transformers has loaded afresh, and asked about one row at a time: what comes out must be the run's evaluation,
+which is made of batches. A model that cannot do so must be refused in a sentence before the first round. Writes the
+JSON after every run, where what is right is not done again, and the table in docs/models.md when all are done.
 """
 
 import argparse

@@ -36,6 +36,7 @@ class Architecture:
 ENDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 WIDE = ENDS | {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE |= {"intermediate_size": 48, "max_position_embeddings": 64}
+WIDE |= dict.fromkeys(("initializer_range", "init_std", "initializer_factor"), 0.2)  # scores far enough from chance
 DECODER = WIDE | {"num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = DECODER | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_routed_experts": 4}
@@ -53,7 +54,7 @@ ENCODER_DECODER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decode
 ENCODER_DECODER |= {"decoder_start_token_id": 2}
 ROBERTA = WIDE | {"pad_token_id": 1, "type_vocab_size": 1}  # its positions begin after the pad token's
 PICTURE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-PICTURE |= {"image_size": SIDE, "patch_size": 8}
+PICTURE |= {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.2}
 SWIN = {"image_size": SIDE, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 STAGES = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "embedding_size": 16, "image_size": SIDE}
 TEXT_TOWER = DECODER | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}

@@ -10,7 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Example, Records, length
+from fedlora.data.encoding import Example, Records
 from fedlora.errors import ClientFailed, ReasonCode, TrainingDiverged
 from fedlora.jobs import Job, Update
 from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale
@@ -103,7 +103,7 @@ def run_steps(
     start = [p.detach().clone() for p in parameters]
     optimizer = optimize.make(training, model, sides)
     optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
-    model.net.train()
+    model.begin_training()
     total, targets = 0.0, 0
     steps = optimize.count_steps(training, len(examples))
     chunks = _chunks(len(examples), training, job, client)
@@ -145,9 +145,8 @@ def _gradient(model: Model, chunk: list[Example], batch_size: int) -> tuple[floa
     """Leave the gradient of the mean loss over all targets of the chunk in `.grad`; return as `_step_gradient` does."""
     n = max(model.targets(chunk), 1)
     total = 0.0
-    chunk = sorted(chunk, key=length)  # like lengths together: the sum is the same, with less padding
-    for i in range(0, len(chunk), batch_size):
-        loss: Tensor = model.loss(model.encoder.collate(chunk[i : i + batch_size]))
+    for batch in model.encoder.batches(chunk, batch_size):
+        loss: Tensor = model.loss(model.encoder.collate(batch))
         (loss / n).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total, n

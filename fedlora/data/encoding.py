@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
@@ -79,6 +79,12 @@ class Encoder:
         rows = preferences.as_rows(examples) if self.schema.kind == "preference" else examples
         return {key: self._batched(key, [row[key] for row in rows]) for key in rows[0]}
 
+    def batches(self, examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+        """Yield batches of at most `size` examples of like lengths, or of one length where the model needs that."""
+        ordered = sorted(examples, key=length)  # the sum over all is the same, with less padding
+        for group in _by_length(ordered) if self.limits.one_length else [ordered]:
+            yield from (group[i : i + size] for i in range(0, len(group), size))
+
     @cached_property
     def answers(self) -> AnswerWriter:
         """The writer of rows with answers."""
@@ -104,6 +110,11 @@ class Encoder:
         }
         side = "left" if self.limits.pads_left else "right"
         return pad_sequence(list(tensors), batch_first=True, padding_value=padding.get(key, 0), padding_side=side)
+
+
+def _by_length(ordered: Sequence[Example]) -> Iterator[list[Example]]:
+    """Yield the examples of each length."""
+    yield from (list(group) for _, group in groupby(ordered, key=length))
 
 
 def _text(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:

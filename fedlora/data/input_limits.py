@@ -17,6 +17,7 @@ class InputLimits:
     vocabulary: int | None = None  # tokens that its embedding, and its output, have a row for
     token_types: int | None = None  # kinds of token that it tells apart: those of a pair's first text and of its second
     pads_left: bool = False  # a batch is padded on the left, as the model classifies by the last position
+    one_length: bool = False  # a batch holds rows of one length only, as padding changes the model's numbers
     places: frozenset[int] = frozenset()  # tokens by which it finds where a text ends: no text may hold one
 
     def refuse(self, tokenizer: Any, ids: Sequence[int], text: str = "", *, max_length: int) -> None:

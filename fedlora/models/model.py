@@ -11,7 +11,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Encoder, Example, length
+from fedlora.data.encoding import Encoder, Example
 from fedlora.data.images import image_channels
 from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
@@ -20,7 +20,7 @@ from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
-from . import adapter, base_model, class_order, input_limits, probe, quantization
+from . import adapter, base_model, behaviour, class_order, input_limits, probe, quantization
 from .adapted_modules import coverage, find_targets, reach_notes
 from .adapter import NAME, PREFIX
 from .objectives import answer_log_probabilities, network_inputs, objective
@@ -70,6 +70,7 @@ class Model:
             channels=image_channels(net.config),
             with_reference=self.with_reference,
         )
+        self.encoder = behaviour.encoder_for(self.net, self.encoder)
         self.adapted = adapter.layers(self.net)
         self.scales = {m: 1.0 if self.kind == "vera" else layer.scaling[NAME] for m, layer in self.adapted.items()}
         self.heads = _heads(self.net)
@@ -183,6 +184,16 @@ class Model:
             p.requires_grad_(True)
         return chosen
 
+    def begin_training(self) -> None:
+        """Set the model to train, but for its batch norms: the statistics in them belong to the base, which is frozen.
+
+        In training they would take a row's numbers from its neighbours, and keep means that no adapter holds.
+        """
+        self.net.train()
+        for module in self.net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scores and targets, a row for each target; of tokens, a target of -100 does not count."""
         scores = self._scores(batch)
@@ -224,7 +235,7 @@ class Model:
         """How good the model with its present adapter is on these examples."""
         self.net.eval()
         total = Metrics(0, 0, 0.0, 0)
-        for batch in _by_length(examples, batch_size):
+        for batch in self.encoder.batches(examples, batch_size):
             scores, targets = self.logits(self.encoder.collate(batch))
             total += self.objective.metrics(scores, targets, examples=len(batch))
         return total
@@ -237,7 +248,7 @@ class Model:
         """
         found: dict[int, Tensor] = {}
         with self._as_pretrained():
-            for batch in _by_length(preferences, batch_size):
+            for batch in self.encoder.batches(preferences, batch_size):
                 collated = self.encoder.collate(batch)
                 by_row = answer_log_probabilities(self._scores(collated), collated["labels"].to(self.device))
                 found |= zip(map(id, batch), torch.stack(by_row.chunk(2), dim=1).cpu(), strict=True)
@@ -329,10 +340,3 @@ def _patches(shape: Any) -> int:
     """The count of patches that a vision transformer cuts an image into; 1 for other models."""
     side, patch = getattr(shape, "image_size", 1), getattr(shape, "patch_size", 1)
     return int((side // patch) ** 2) if isinstance(side, int) and isinstance(patch, int) else 1
-
-
-def _by_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Yield batches of examples of like lengths, so that little is padding."""
-    ordered = sorted(examples, key=length)
-    for i in range(0, len(ordered), size):
-        yield list(ordered[i : i + size])

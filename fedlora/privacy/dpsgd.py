@@ -15,7 +15,7 @@ Dropout is drawn in secret too. Which mask a record meets depends on the other r
 knew the masks, one record more or less would change the gradients of all after it, and the sum by more than C.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Protocol
@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Example, Records, length
+from fedlora.data.encoding import Example, Records
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job, PrivacyTerms
 from fedlora.lora import at_least_float32
@@ -130,7 +130,8 @@ def train(
         for step in range(privacy.steps):
             optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
             examples = _batch(records, mechanism, random, rate=privacy.rate)
-            sums = clipped_sum(gradients, parameters, examples, sides, job, mechanism)
+            batches = model.encoder.batches(examples, job.training.batch_size)
+            sums = clipped_sum(gradients, parameters, batches, sides, job, mechanism)
             for p, total in zip(parameters, sums, strict=True):
                 noisy = mechanism.add_noise(total, deviation=privacy.noise * privacy.clip, random=random)
                 p.grad = (noisy / expected_batch).to(p.dtype)
@@ -156,18 +157,16 @@ def _batch(records: Records, mechanism: Mechanism, random: SecureRandom, *, rate
 def clipped_sum(
     gradients: GradientFn,
     parameters: Sequence[nn.Parameter],
-    examples: Sequence[Example],
+    batches: Iterable[Sequence[Example]],
     sides: Mapping[str, list[nn.Parameter]],
     job: Job,
     mechanism: Mechanism = STANDARD,
 ) -> Gradients:
-    """Return the sum of these examples' clipped gradients for each parameter, `train.batch_size` examples at a time."""
+    """Return the sum of these examples' clipped gradients for each parameter, computed a batch at a time."""
     sums = [torch.zeros_like(at_least_float32(p)) for p in parameters]
     groups, bounds = grouped(sides, privacy_of(job))
-    ordered = sorted(examples, key=length)  # like lengths together: less padding
-    size = job.training.batch_size
-    for i in range(0, len(ordered), size):
-        single = gradients(ordered[i : i + size])
+    for batch in batches:
+        single = gradients(batch)
         for total, (part,) in zip(sums, add_up(single, mechanism.clip(single, groups, bounds)), strict=True):
             total += part
         del single  # not held through the next pass

@@ -160,7 +160,8 @@ def _change(probe: Probe, C: float, gradients: GradientFn) -> float:
     job = replace(probe.job, privacy=replace(dpsgd.privacy_of(probe.job), clip=C))
 
     def clipped(examples: Sequence[Example]) -> Gradients:
-        return dpsgd.clipped_sum(gradients, probe.parameters, examples, probe.sides, job, probe.mechanism)
+        batches = probe.model.encoder.batches(examples, job.training.batch_size)
+        return dpsgd.clipped_sum(gradients, probe.parameters, batches, probe.sides, job, probe.mechanism)
 
     whole = clipped(probe.examples)
     fewer = [probe.examples[:i] + probe.examples[i + 1 :] for i in range(len(probe.examples))]
