@@ -61,6 +61,8 @@ TEXT_TOWER = DECODER | {"layer_types": ["sliding_attention", "full_attention"], 
 IMAGE_TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 IMAGE_TOWER |= {"image_size": SIDE, "patch_size": 8}
 MULTIMODAL = {"text_config": TEXT_TOWER, "vision_config": IMAGE_TOWER, "mm_tokens_per_image": 4} | ENDS
+HASHED = WIDE | {"attn_layers": ["lsh", "lsh"], "lsh_attn_chunk_length": 2, "num_buckets": 4, "axial_pos_embds": False}
+HASHED |= {"attention_head_size": 8, "feed_forward_size": 48}
 XLNET = ENDS | {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 
 
@@ -103,6 +105,7 @@ ARCHITECTURES = (
     *_rows(CLASSIFY, WIDE | {"embedding_size": 32}, "squeezebert mobilebert"),
     *_rows(CLASSIFY, ROBERTA, "roberta xlm-roberta camembert"),
     *_rows(BOTH, XLNET, "xlnet"),
+    *_rows(CLASSIFY, HASHED, "reformer"),
     *_rows(CLASSIFY, ENCODER_DECODER, "t5 mt5 umt5"),
     *_rows(BOTH, ENCODER_DECODER, "bart mbart"),
     *_rows(IMAGE, PICTURE, "vit deit beit dinov2 dinov2_with_registers vit_msn data2vec-vision ijepa"),

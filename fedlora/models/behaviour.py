@@ -64,13 +64,13 @@ def _refuse_what_looks_ahead(net: nn.Module, encoder: Encoder, row: Example, lim
 
 
 def _example(encoder: Encoder, n: int) -> Example:
-    """An example of n ordinary tokens; one that has to end with an end token does."""
+    """An example of n tokens: ordinary ones, and the end token, as there are models that look for it."""
     tokenizer = encoder.processor
     known = min(len(tokenizer), encoder.limits.vocabulary or len(tokenizer))
     special = set(tokenizer.all_special_ids)
     ordinary = [i for i in range(known) if i not in special][-LONG:] or [0]
     ids = [ordinary[i % len(ordinary)] for i in range(n)]
-    if encoder.limits.places or encoder.decoder_inputs:
+    if tokenizer.eos_token_id is not None:
         ids[-1] = tokenizer.eos_token_id
     made = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(n, dtype=torch.int64)}
     if encoder.schema.has_head:
