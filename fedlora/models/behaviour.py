@@ -26,7 +26,8 @@ def encoder_for(net: nn.Module, encoder: Encoder) -> Encoder:
     """
     if encoder.schema.kind == "image":  # all are of one size
         return encoder
-    return replace(encoder, limits=replace(encoder.limits, one_length=needs_one_length(net, encoder)))
+    asking = replace(encoder, schema=replace(encoder.schema, kind="text")) if not encoder.schema.has_head else encoder
+    return replace(encoder, limits=replace(encoder.limits, one_length=needs_one_length(net, asking)))
 
 
 def needs_one_length(net: nn.Module, encoder: Encoder) -> bool:

@@ -21,14 +21,13 @@ from fedlora.sections import LoRAConfig, ModelConfig
 TEXT = Schema("text", ("text",))
 LABEL = Schema("label", ("text", "label"), ("no", "yes"))
 SCHEMAS = {"lm": TEXT, "classify": LABEL}
-ALONE = (  # by attention, a state, both, experts, no mask at all, a convolution over words, and two stacks
+ALONE = (  # by attention, a state, experts, a convolution over words, and two stacks
     ("gpt2", "lm"),
     ("qwen3_next", "lm"),
     ("llama", "classify"),
     ("mixtral", "classify"),
     ("bert", "classify"),
     ("roberta", "classify"),
-    ("fnet", "classify"),
     ("convbert", "classify"),
     ("bart", "classify"),
 )
@@ -82,7 +81,7 @@ def test_a_row_has_the_loss_that_it_has_alone_whatever_is_in_its_batch(
             assert_close(found, torch.stack([alone[id(e)] for e in batch]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "is_sensitive"), [("fnet", True), ("convbert", True), ("bert", False)])
+@pytest.mark.parametrize(("name", "is_sensitive"), [("convbert", True), ("bert", False)])
 def test_a_model_that_reads_its_padding_gets_batches_of_one_length(build: Maker, name: str, is_sensitive: bool) -> None:
     model = build(name, "classify")
     batches = [[len(e["input_ids"]) for e in b] for b in model.encoder.batches(_encoded(model, [3, 9, 3, 5, 9]), 4)]
