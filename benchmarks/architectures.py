@@ -76,7 +76,7 @@ def try_model(architecture: Architecture, task: Task, run: str, place: Path) -> 
     folder = save(architecture, task, place / "model")
     train, heldout = _data(task, place)
     out = place / run
-    known = {"architecture": architecture.name, "task": task, "run": run, "model": _name(folder, task)}
+    known: dict[str, Any] = {"architecture": architecture.name, "task": task, "run": run, "model": _name(folder, task)}
     try:
         result = _simulate(folder, train, heldout, out, RUNS[run])
     except FedloraError as e:
@@ -94,7 +94,7 @@ def _simulate(folder: Path, train: Path, heldout: Path, out: Path, more: Mapping
 
 def _compared(known: Mapping[str, Any], result: Result, delivered: float) -> Outcome:
     before, after = result.before["loss"], result.evaluation["loss"]
-    losses = {"before": before, "after": after, "delivered": delivered}
+    losses: dict[str, Any] = {"before": before, "after": after, "delivered": delivered}
     if abs(delivered - after) > LIMIT * after:
         return Outcome(**known, **losses, verdict="wrong", says="the delivered adapter gives another loss")
     if abs(before - after) <= LIMIT * after:
@@ -131,7 +131,8 @@ def _asked(
     from transformers import AutoImageProcessor, AutoTokenizer
 
     if task == "image":
-        pixels = AutoImageProcessor.from_pretrained(folder)(images=[Image.open(row["image"])], return_tensors="pt")
+        loading: Any = AutoImageProcessor  # untyped
+        pixels = loading.from_pretrained(folder)(images=[Image.open(row["image"])], return_tensors="pt")
         return dict(pixels), torch.tensor([classes.index(row["label"])])
     inputs = dict(AutoTokenizer.from_pretrained(folder)(row["text"], return_tensors="pt"))
     target = torch.tensor([classes.index(row["label"])]) if classes else inputs["input_ids"][0, 1:]

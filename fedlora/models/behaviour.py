@@ -4,7 +4,6 @@ Whoever loads a model can be told what its class is, but not this: a BERT is loa
 sees the very word that it is to predict; a model without attention masks reads the padding of its neighbours.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -73,14 +72,14 @@ def _example(encoder: Encoder, n: int) -> Example:
     ids = [ordinary[i % len(ordinary)] for i in range(n)]
     if tokenizer.eos_token_id is not None:
         ids[-1] = tokenizer.eos_token_id
-    made = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(n, dtype=torch.int64)}
+    made: Example = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(n, dtype=torch.int64)}
     if encoder.schema.has_head:
         return made | {"labels": torch.tensor(0)}
     labels = made["input_ids"]
     return made | {"labels": labels} | _decoded(encoder, labels)
 
 
-def _decoded(encoder: Encoder, labels: Tensor) -> Mapping[str, Tensor]:
+def _decoded(encoder: Encoder, labels: Tensor) -> Example:
     return {"decoder_input_ids": encoder.decoder_inputs(labels)} if encoder.decoder_inputs else {}
 
 
