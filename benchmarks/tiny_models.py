@@ -34,7 +34,7 @@ class Architecture:
 
 
 ENDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-WIDE = ENDS | {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE: dict[str, Any] = ENDS | {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE |= {"intermediate_size": 48, "max_position_embeddings": 64}
 WIDE |= dict.fromkeys(("initializer_range", "init_std", "initializer_factor"), 0.2)  # scores far enough from chance
 DECODER = WIDE | {"num_key_value_heads": 2, "head_dim": 8}
@@ -53,7 +53,7 @@ ENCODER_DECODER |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention
 ENCODER_DECODER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 ENCODER_DECODER |= {"decoder_start_token_id": 2}
 ROBERTA = WIDE | {"pad_token_id": 1, "type_vocab_size": 1}  # its positions begin after the pad token's
-PICTURE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+PICTURE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 PICTURE |= {"image_size": SIDE, "patch_size": 8, "initializer_range": 0.2}
 SWIN = {"image_size": SIDE, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 STAGES = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "embedding_size": 16, "image_size": SIDE}
