@@ -84,7 +84,7 @@ def _decoded(encoder: Encoder, labels: Tensor) -> Example:
 
 
 @torch.no_grad()
-def _scores(net: nn.Module, encoder: Encoder, *rows: Example) -> Tensor:
+def _scores(net: Any, encoder: Encoder, *rows: Example) -> Tensor:
     """The scores of the first of these rows, asked in one batch: (classes,), or (its tokens, vocabulary).
 
     Raises `ModelError`, with the model's own words, where it cannot be run.
@@ -95,7 +95,12 @@ def _scores(net: nn.Module, encoder: Encoder, *rows: Example) -> Tensor:
     try:
         scores: Tensor = net.eval()(**{key: t.to(device) for key, t in batch.items()}).logits.float().cpu()
     except Exception as e:  # whatever the code of a model raises
-        raise ModelError(f"{_name(net)} cannot be run on plain text: {type(e).__name__}: {e}") from e
+        kind = str(net.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{_name(net)} cannot compute in model.dtype = {kind}: {type(e).__name__}: {e}; set model.dtype = float32"
+            if kind != "float32"
+            else f"{_name(net)} cannot be run on plain text: {type(e).__name__}: {e}; choose another model"
+        ) from e
     return scores[0] if scores.dim() == 2 else scores[0][labels[0] != IGNORED]
 
 
