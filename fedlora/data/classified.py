@@ -42,7 +42,8 @@ class TextInputs:
             if any(written.search(text) for text in texts):
                 one = {key: value for key, value in self._as_text(texts).items() if key in one}
             self.limits.refuse(self.tokenizer, one["input_ids"], texts[0], max_length=self.max_length)
-            yield ClassifiedText(self._filled(one), len(whole[i]))
+            inputs = self._filled(one)
+            yield ClassifiedText(inputs, max(len(whole[i]), len(inputs["input_ids"])))
 
     def _tokenized(self, *texts: Any, **options: Any) -> dict[str, Any]:
         return {**self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False, **options)}

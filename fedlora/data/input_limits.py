@@ -36,8 +36,10 @@ class InputLimits:
             )
 
     def takes(self, token_types: Iterable[Sequence[int]]) -> bool:
-        """Does the model tell so many kinds of token apart?"""
-        return self.token_types is None or max(map(max, filter(None, token_types)), default=0) < self.token_types
+        """Does the model tell tokens apart by type, and has it so many types?"""
+        if self.token_types is None or self.token_types < 2:
+            return self.token_types is None
+        return max(map(max, filter(None, token_types)), default=0) < self.token_types
 
 
 NO_LIMITS = InputLimits()
