@@ -46,7 +46,7 @@ SETTINGS: Mapping[str, Any] = {
     "cohort": CLIENTS,
     "rounds": 4,
     "data.partition": "iid",
-    "model.max_length": 320,  # 97 of a hundred solutions are whole
+    "model.max_length": 320,  # nine of ten solutions are whole
     "train.lr": 2e-3,
     "train.steps": STEPS,
     "train.batch_size": 8,
@@ -154,21 +154,28 @@ def _scored(
     setup: RunSetup, strategy: Strategy[Any], rounds: Sequence[RoundResult], folder: Path, asked: Rows
 ) -> dict[str, Any]:
     """The scores of the run's model on the questions; of clients' own models, each on its share of them."""
-    model = setup.model
     state = rounds[-1].state if rounds else strategy.init(setup.start)
-    clients = [data.client(i, setup.ranks[i]) for i, data in enumerate(setup.clients_data)]
-    jobs = [replace(strategy.client_init(state, client), round=len(rounds)) for client in clients]
-    if not rounds or all(set(job.trains) <= set(job.shares) for job in jobs):
-        parts = [_asked(setup, strategy.adapter(state), asked)]
-    else:
-        shares = [take(asked, range(i, len(asked), len(jobs))) for i in range(len(jobs))]
-        parts = []
-        for i, job in enumerate(jobs):
-            training.load_start(model, job, ClientState(folder / str(i)).before(job.round))
-            parts.append(_asked(setup, model.get_adapter(), shares[i]))
+    adapters = _own_adapters(setup, strategy, state, len(rounds), folder) or [strategy.adapter(state)]
+    shares = [take(asked, range(i, len(asked), len(adapters))) for i in range(len(adapters))]
+    parts = [_asked(setup, adapter, share) for adapter, share in zip(adapters, shares, strict=True)]
     answers = [answer for _, of_part in parts for answer in of_part]
     metrics = sum((m for m, _ in parts[1:]), parts[0][0])
     return {"models": len(parts), "asked": len(answers), **metrics.values(), **means(answers)}
+
+
+def _own_adapters(setup: RunSetup, strategy: Strategy[Any], state: Any, rounds: int, folder: Path) -> list[LoRA]:
+    """Every client's own adapter after so many rounds; none where all have the common one."""
+    clients = [data.client(i, setup.ranks[i]) for i, data in enumerate(setup.clients_data)]
+    jobs = {c.id: replace(strategy.client_init(state, c), round=rounds) for c in clients}
+    if not rounds or all(set(job.trains) <= set(job.shares) for job in jobs.values()):
+        return []
+    return [_own(setup, folder / str(i), job) for i, job in jobs.items()]
+
+
+def _own(setup: RunSetup, folder: Path, job: Job) -> LoRA:
+    """The adapter that a client would use after the run: what it keeps, and the job's for all else."""
+    training.load_start(setup.model, job, ClientState(folder).before(job.round))
+    return setup.model.get_adapter()
 
 
 def _asked(setup: RunSetup, adapter: LoRA, rows: Rows) -> tuple[Metrics, list[ScoredAnswer]]:
