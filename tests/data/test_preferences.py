@@ -1,13 +1,19 @@
 """Preference data as examples: both answers after the same prompt, whatever form they come in."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.data.encoding import Encoder, Example
-from fedlora.data.schema import Schema
+from fedlora.data.federated import load
+from fedlora.data.schema import Schema, declared_schema
+from fedlora.errors import DataError
+from fedlora.sections import DataConfig
 from tests.support.models import tokenizer
 
 ASKED, UNASKED = Schema("preference", ("prompt", "chosen", "rejected")), Schema("preference", ("chosen", "rejected"))
@@ -71,3 +77,14 @@ def test_a_batch_has_all_chosen_answers_and_then_all_rejected_ones() -> None:
     batch = encoder.collate(encoder(rows))
     learned = [[int(i) - 4 for i in row if i > 3] for row in batch["labels"]]
     assert learned == [[2], [6], [3, 4], [7]] and batch["input_ids"].shape == batch["attention_mask"].shape == (4, 5)
+
+
+def test_a_server_without_data_knows_them_by_the_task() -> None:
+    assert declared_schema(DataConfig(), "preference") == ASKED
+
+
+def test_an_answer_that_is_missing_is_named_with_its_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "w1", "chosen": "w2", "rejected": "w3"}, {"prompt": "w1", "chosen": "w2", "rejected": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match='line 2: "rejected" is null; it takes text or a list of messages'):
+        load(DataConfig(path=str(tmp_path / "rows.jsonl")), "auto", clients=1, seed=0)

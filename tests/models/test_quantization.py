@@ -53,6 +53,22 @@ def test_the_delivered_adapter_gives_the_trained_logits(
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("lora", [{"kind": "dora"}, {"kind": "vera"}, {"init": "olora"}, {"init": "orthonormal"}])
+def test_every_kind_and_start_of_an_adapter_goes_with_it(
+    folders: dict[str, Path], lora: dict[str, Any], bits: str, tmp_path: Path
+) -> None:
+    """A start that is taken from the weights leaves these as they were."""
+    config = settings(folders["llama"], bits)
+    model = Model(config, LoRAConfig(rank=3, **lora), FORMS["llama"], seed=1)
+    trained = random_adapter(model, 4)
+    save_peft(model, trained, tmp_path)
+    model.set_adapter(trained)
+    bare, *_ = base_model.load_base_model(config, FORMS["llama"], seed=99)
+    loaded: Any = PeftModel.from_pretrained(bare, str(tmp_path))
+    assert_close(plain_logits(loaded, "llama"), logits(model, "llama"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_a_base_computes_what_its_weights_say_in_training_and_in_evaluation(
     folders: dict[str, Path], bits: str
 ) -> None:
