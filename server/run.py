@@ -25,6 +25,7 @@ from fedlora.run.directory import RunDirectory
 from fedlora.run.plan import Plan
 from fedlora.run.preview import Preview
 from fedlora.run.setup import RunSetup
+from fedlora.run.sides import kept_sides
 from fedlora.server.rounds import Fleet, evaluation, fit
 from fedlora.storage.checkpoint import resume_hint
 from fedlora.strategy import Strategy
@@ -79,7 +80,7 @@ def run_rounds(
     past = folder.resume_point()
     folder.keep_preview(setup.preview.record())
     observer.previewed(setup.preview)
-    plan = _plan(setup, fleet, folder)
+    plan = _plan(setup, strategy, fleet, folder)
     state = past.state if past else strategy.init(setup.start)
     ledgers = _ledger_facts(plan, fleet.clients(), charged, past.joined if past else {})
     statement = _privacy_statement(setup, plan, strategy, state, fleet, ledgers)
@@ -113,7 +114,7 @@ def _names(names: Mapping[int, str], asked: Sequence[int]) -> dict[str, dict[str
     return {"names": {str(i): names[i] for i in asked if i in names}} if names else {}
 
 
-def _plan(setup: RunSetup, fleet: Fleet, folder: RunDirectory) -> Plan:
+def _plan(setup: RunSetup, strategy: Strategy[Any], fleet: Fleet, folder: RunDirectory) -> Plan:
     """What the rounds are to do, by the run's settings."""
     config = setup.config
     return Plan(
@@ -123,7 +124,7 @@ def _plan(setup: RunSetup, fleet: Fleet, folder: RunDirectory) -> Plan:
         training=config.train,
         policy=config.server,
         evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
-        generate=_generation(setup, folder),
+        generate=_generation(setup, strategy, folder),
         generate_every=config.eval.every,
         evaluate_clients=config.data.holdout > 0,
         exactness=_measured(setup) if config.exactness else None,
@@ -137,11 +138,22 @@ def _plan(setup: RunSetup, fleet: Fleet, folder: RunDirectory) -> Plan:
     )
 
 
-def _generation(setup: RunSetup, folder: RunDirectory) -> Callable[[LoRA, int], Mapping[str, float]] | None:
-    """A function that has held-out prompts answered, keeps the answers, and returns their scores; none without any."""
+def _generation(
+    setup: RunSetup, strategy: Strategy[Any], folder: RunDirectory
+) -> Callable[[LoRA, int], Mapping[str, float]] | None:
+    """A function that has held-out prompts answered, keeps the answers, and returns their scores; none without any.
+
+    Raises `ConfigError` where clients have no common model that could answer.
+    """
     chosen = setup.answers
     if chosen is None:
         return None
+    if kept := kept_sides(strategy, setup.start, setup.config.rounds):
+        raise ConfigError(
+            f"eval.generate asks a common model, and there is none where clients keep {', '.join(kept)} to themselves: "
+            f"leave it out, and after the run have each client's own answer: fedlora evaluate {folder.path} "
+            "--eval.generate"
+        )
 
     def generated(adapter: LoRA, rounds: int) -> Mapping[str, float]:
         scored = chosen.answers(adapter)

@@ -1,6 +1,7 @@
 """One client after another in this process, over one resident base: the reference that other fleets answer to."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.client import training
@@ -12,10 +13,21 @@ from fedlora.jobs import Client, Job, SecAggStep
 from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
+from fedlora.run.answers import AnswerEvaluation, ScoredAnswer
 from fedlora.server.aggregation import Answers
 from fedlora.storage.client_state import ClientState
 
 REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
+
+
+def own_answers(evaluation: AnswerEvaluation, jobs: Mapping[int, Job], folder: Path) -> list[ScoredAnswer]:
+    """The answers of every job's model, with what its client keeps in `folder`, each to its share of the prompts."""
+    answers: list[ScoredAnswer] = []
+    for n, (i, job) in enumerate(jobs.items()):
+        training.load_start(evaluation.model, job, ClientState(folder / str(i)).before(job.round + 1))
+        share = replace(evaluation, prompts=evaluation.prompts[n :: len(jobs)])
+        answers += share.present_answers()
+    return answers
 
 
 class Serial:

@@ -11,6 +11,7 @@ from .options import takes_settings
 TASKS = "Public benchmarks (lm-eval)"
 
 if TYPE_CHECKING:
+    from fedlora.jobs import Job
     from fedlora.lora import LoRA
     from fedlora.metrics import Metrics
     from fedlora.run.directory import RunDirectory
@@ -102,8 +103,10 @@ def _held_out(
     result: dict[str, Any] = {}
     if setup.evaluation:
         result |= {name: _measured(setup, adapter) for name, adapter in adapters.items()}
-    clients = _clients(setup, strategy, run)
-    return result | ({"clients": spread(clients)} if clients else {})
+    jobs = _jobs(setup, strategy, run)
+    clients = _clients(setup, run, {i: job for i, job in jobs.items() if len(setup.clients_data[i].heldout)})
+    result |= {"clients": spread(clients)} if clients else {}
+    return result | _own_answers(setup, strategy, run, jobs)
 
 
 def _task_lines(public: Mapping[str, "Scores"]) -> Iterator[str]:
@@ -121,19 +124,38 @@ def _measured(setup: "RunSetup", adapter: "LoRA") -> dict[str, float]:
     return setup.evaluate(adapter).values() | generated
 
 
-def _clients(setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory") -> Mapping[int, "Metrics"]:
-    """Each client's own model, with what it keeps, on its own held-out examples; none where it has none."""
+def _jobs(setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory") -> dict[int, "Job"]:
+    """Every client's job after the last round, by which its own model is found; none before the first."""
     from dataclasses import replace
 
-    from fedlora.server.rounds import answers_and_failures
-    from fedlora.simulations.serial import Serial
     from fedlora.storage import checkpoint
 
     last = checkpoint.latest(run.checkpoints)
-    able = [id for id, client_data in enumerate(setup.clients_data) if len(client_data.heldout)]
-    if last is None or not able:
+    if last is None:
+        return {}
+    clients = (data.client(i, setup.ranks[i]) for i, data in enumerate(setup.clients_data))
+    return {c.id: replace(strategy.client_init(last.state, c), round=last.round) for c in clients}
+
+
+def _clients(setup: "RunSetup", run: "RunDirectory", jobs: Mapping[int, "Job"]) -> Mapping[int, "Metrics"]:
+    """Each of these clients' own model, with what it keeps, on its own held-out examples."""
+    from fedlora.server.rounds import answers_and_failures
+    from fedlora.simulations.serial import Serial
+
+    if not jobs:
         return {}
     fleet = Serial(setup.model, setup.clients_data, setup.ranks, run.clients)
-    clients = [client for client in fleet.clients() if client.id in able]
-    jobs = {client.id: replace(strategy.client_init(last.state, client), round=last.round) for client in clients}
     return answers_and_failures(jobs, fleet.evaluate(jobs))[0]
+
+
+def _own_answers(
+    setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory", jobs: Mapping[int, "Job"]
+) -> dict[str, Any]:
+    """The scores of what the clients' own models answer, each to its share of the prompts, where none is common."""
+    from fedlora.run.answers import means
+    from fedlora.run.sides import kept_sides
+    from fedlora.simulations.serial import own_answers
+
+    if not setup.answers or not jobs or not kept_sides(strategy, setup.start, setup.config.rounds):
+        return {}
+    return {"own": means(own_answers(setup.answers, jobs, run.clients))}

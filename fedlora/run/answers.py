@@ -44,6 +44,10 @@ class AnswerEvaluation:
     def answers(self, lora: LoRA) -> list[ScoredAnswer]:
         """The model's answer to every prompt under this adapter, with its scores."""
         self.model.set_adapter(lora)
+        return self.present_answers()
+
+    def present_answers(self) -> list[ScoredAnswer]:
+        """The answers of the model with the adapter that it has."""
         chosen = self.settings
         texts = generate(self.model, self.prompts, max_new_tokens=chosen.max_new_tokens, batch_size=chosen.batch_size)
         return [self._scored(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]

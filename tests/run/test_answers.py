@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fedlora import Result, simulate
+from fedlora.cli.app import app
 from fedlora.errors import ConfigError
 from fedlora.run.answers import own_metric, spread_evenly
 from fedlora.run.console import answers_line
@@ -81,3 +83,13 @@ def test_so_many_rows_are_taken_evenly_spread() -> None:
     rows = [{"n": i} for i in range(10)]
     assert [row["n"] for row in spread_evenly(rows, 4)] == [0, 2, 5, 7]
     assert spread_evenly(rows, 0) == rows and spread_evenly(rows, 99) == rows
+
+
+def test_where_no_model_is_common_the_clients_own_answer_after_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is none where clients keep B to themselves"):
+        run(site(tmp_path), strategy="fedsa_lora", eval=CHOSEN)
+    done = run(tmp_path, strategy="fedsa_lora", rounds=1, out=tmp_path / "other")
+    given = ["--eval.generate", "--eval.limit", "3", "--eval.max_new_tokens", "4", "--json"]
+    said = CliRunner().invoke(app, ["evaluate", str(done.folder), *given])
+    found = json.loads(said.stdout.splitlines()[-1])
+    assert found["own"].keys() >= {"exact_match", "rouge_l"} and "exact_match" in found["before"]
