@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, DataError
 from fedlora.sections import DataConfig
 from fedlora.seeds import derive
 
 from . import python_stdlib
 from .classes import check_labels, class_names, labels_in, with_names
 from .partition import hold_out, sample_out, split
-from .row_checks import check_rows
+from .row_checks import check_rows, without_text
 from .rows import Rows as Rows
 from .rows import pool, take
 from .schema import PLAIN_TEXT, Schema, declared_schema, find_schema
@@ -106,8 +106,7 @@ def _read_with_schema(path: str, data: DataConfig, task: str) -> tuple[list[Tabl
     tables, data = gather(read_tables(path, data.limit), data, task)
     schema = replace(find_schema(data, task, tables), template=data.template)
     schema = with_target(schema, tables, data, task)
-    for table in tables:
-        check_rows(table, schema)
+    tables = _checked(tables, schema)
     if schema.label_column is None or schema.target == "number":
         return tables, schema
     if schema.target == "labels":
@@ -115,6 +114,22 @@ def _read_with_schema(path: str, data: DataConfig, task: str) -> tuple[list[Tabl
         schema = replace(schema, labels=names)
     schema = class_names(tables, schema, data.labels)
     return _labelled(tables, schema, schema.classes()), schema
+
+
+def _checked(tables: Sequence[Table], schema: Schema) -> list[Table]:
+    """The tables, whose every row fits the schema, with a warning of each in which there is nothing to learn.
+
+    Raises `DataError` for the first row that does not fit, and if there is nothing to learn in any table.
+    """
+    for table in tables:
+        check_rows(table, schema)
+    empty = [without_text(table, schema) for table in tables]
+    if all(empty):
+        raise DataError(f"{empty[0]}; fill that column, or name another")
+    return [
+        replace(table, warnings=(*table.warnings, warning) if warning else table.warnings)
+        for table, warning in zip(tables, empty, strict=True)
+    ]
 
 
 def _warnings(tables: Sequence[Table]) -> tuple[str, ...]:
@@ -133,8 +148,7 @@ def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> 
     tables = read_tables(path, limit)
     if schema.target == "labels":
         tables = [gathered(table, schema.labels) for table in tables]
-    for table in tables:
-        check_rows(table, schema)
+    tables = _checked(tables, schema)
     if schema.target == "labels":
         tables, _ = as_lists(tables, schema, schema.labels)
     return _pooled(_labelled(tables, schema, classes))

@@ -20,9 +20,14 @@ def check_rows(table: Table, schema: Schema) -> None:
         for name in names:
             if reason := _wrong(schema, name, row):
                 raise DataError(f"{table.location(i)}: {reason}")
+
+
+def without_text(table: Table, schema: Schema) -> str:
+    """A sentence about a table in which there is nothing to learn, as all of its texts are empty; empty for others."""
     learned = schema.columns[-1]
-    if schema.kind in ("text", "response") and not any(map(str.strip, column(table.rows, learned))):
-        raise DataError(f'{table.name}: "{learned}" is empty in all {len(table.rows)} rows; there is nothing to learn')
+    if schema.kind not in ("text", "response") or any(map(str.strip, column(table.rows, learned))):
+        return ""
+    return f'{table.name}: "{learned}" is empty in all {len(table.rows)} rows: there is nothing to learn'
 
 
 def _checked_columns(table: Table, schema: Schema) -> tuple[tuple[str, ...], Iterable[Mapping[str, Any]]]:

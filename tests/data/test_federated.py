@@ -264,6 +264,33 @@ def test_files_must_agree_on_the_columns_that_are_used(tmp_path: Path) -> None:
         read(str(tmp_path), 0)
 
 
+def test_a_site_without_a_word_is_told_of_and_no_other_is_refused(tmp_path: Path) -> None:
+    """The client with that file fails alone; where all are so, nothing begins."""
+    jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    empty = jsonl(tmp_path / "b.jsonl", {"text": ""}, {"text": " "})
+    says = f'{empty}: "text" is empty in all 2 rows: there is nothing to learn'
+    assert read(str(tmp_path), 0).warnings == (says,)
+    with pytest.raises(DataError, match=r'b\.jsonl: "text" is empty in all 2 rows'):
+        read(empty, 1)
+
+
+@pytest.mark.parametrize("files", [("a", "b", "c"), ("c", "b", "a"), ("b", "c", "a")])
+def test_the_order_of_the_files_does_not_change_what_the_columns_mean(tmp_path: Path, files: tuple[str, ...]) -> None:
+    rows = {"a": {}, "b": {"input": ""}, "c": {"input": "i"}}
+    for n, name in enumerate(files):
+        jsonl(tmp_path / f"{n}.jsonl", {"instruction": "q", "output": "o", **rows[name]})
+    assert read(str(tmp_path), 0).schema.columns == ("instruction", "input", "output")
+
+
+def test_files_whose_other_columns_differ_are_pooled_all_the_same(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    for name, ids in (("a", [1, 2]), ("b", ["x", "y"])):
+        Dataset.from_dict({"text": ["u", "v"], "id": ids}).to_parquet(tmp_path / f"{name}.parquet")
+    federated = read(str(tmp_path), 2, partition="iid")
+    assert sorted(row["text"] for rows in federated.clients for row in rows) == ["u", "u", "v", "v"]
+
+
 def test_a_column_that_does_not_exist_is_corrected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'no column "sentense1", as data\.text has it; did you mean "sentence1"\?'):
         read(jsonl(tmp_path / "x.jsonl", *labelled(4)), text=("sentense1",))
