@@ -21,12 +21,18 @@ EXACT, ROUNDED = 1e-4, 5e-2  # share of the scores' size that counts as equal, w
 def encoder_for(net: nn.Module, encoder: Encoder) -> Encoder:
     """The encoder, which makes batches of text as this model needs them.
 
-    Raises `ModelError` as `needs_one_length` does.
+    Raises `ModelError` as `needs_one_length` does, and for preferences and a model that needs rows of one length.
     """
     if encoder.schema.kind == "image":  # all are of one size
         return encoder
     asking = replace(encoder, schema=replace(encoder.schema, kind="text")) if not encoder.schema.has_head else encoder
-    return replace(encoder, limits=replace(encoder.limits, one_length=needs_one_length(net, asking)))
+    one_length = needs_one_length(net, asking)
+    if one_length and encoder.schema.kind == "preference":
+        raise ModelError(
+            f"{_name(net)} gives a text other numbers with padding beside it, and the two answers of a preference, which "
+            "are asked together, differ in length; choose another model"
+        )
+    return replace(encoder, limits=replace(encoder.limits, one_length=one_length))
 
 
 def needs_one_length(net: nn.Module, encoder: Encoder) -> bool:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from fedlora import simulate
 from fedlora.data.encoding import Example
 from fedlora.data.schema import Schema
+from fedlora.errors import ModelError
+from fedlora.models.behaviour import encoder_for
 from fedlora.models.model import Model
 from fedlora.models.peft_files import save_peft
 from fedlora.privacy.per_sample_gradients import LoopedGradients, OnePassGradients
@@ -142,6 +144,15 @@ def test_both_answers_keep_the_same_end_of_a_long_prompt(model: Model) -> None:
 def test_answers_that_are_alike_teach_nothing(model: Model) -> None:
     alike = {"prompt": "w1", "chosen": "w2", "rejected": "w2"}
     assert [len(examples) for examples in model.encoder.by_row([alike, ROWS[0]])] == [0, 1]
+
+
+def test_a_model_that_padding_changes_is_refused(model: Model) -> None:
+    hook = model.net.get_submodule("base_model.model.model.norm").register_forward_hook(
+        lambda _m, _x, y: y * y.shape[1]
+    )
+    with pytest.raises(ModelError, match="the two answers of a preference, which are asked together, differ in length"):
+        encoder_for(model.net, model.encoder)
+    hook.remove()
 
 
 @pytest.mark.parametrize(
