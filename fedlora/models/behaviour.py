@@ -29,8 +29,8 @@ def encoder_for(net: nn.Module, encoder: Encoder) -> Encoder:
     one_length = needs_one_length(net, asking)
     if one_length and encoder.schema.kind == "preference":
         raise ModelError(
-            f"{_name(net)} gives a text other numbers with padding beside it, and the two answers of a preference, which "
-            "are asked together, differ in length; choose another model"
+            f"{_name(net)} gives a text other numbers with padding beside it, and the two answers of a preference, "
+            "which are asked together, differ in length; choose another model"
         )
     return replace(encoder, limits=replace(encoder.limits, one_length=one_length))
 
