@@ -46,6 +46,7 @@ SETTINGS: Mapping[str, Any] = {
     "data.partition": "iid",
 }
 LIMIT = 1e-4  # of the loss, by which two computations in float32 may differ
+OUTCOMES = Path(__file__).with_suffix(".json")
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- made by python -m benchmarks.architectures -->\n", "<!-- end -->\n"
 
@@ -81,7 +82,7 @@ def try_model(architecture: Architecture, task: Task, run: str, place: Path) -> 
         result = _simulate(folder, train, heldout, out, RUNS[run])
     except FedloraError as e:
         begun = (out / "rounds.jsonl").exists() and RunDirectory(out).records()
-        return Outcome(**known, verdict="wrong" if begun else "refused", says=str(e))
+        return Outcome(**known, verdict="wrong" if begun else "refused", says=str(e).replace(f"{place}/", ""))
     except Exception as e:  # a traceback is what this table looks for
         return Outcome(**known, verdict="wrong", says=f"{type(e).__name__}: {e}")
     return _compared(known, result, delivered_loss(folder, result, heldout, task))
@@ -152,7 +153,10 @@ def _name(folder: Path, task: Task) -> str:
     config = transformers.AutoConfig.from_pretrained(folder)
     auto: Any = getattr(transformers, AUTO[task])
     known: dict[Any, Any] = auto._model_mapping
-    return known[type(config)].__name__ if type(config) in known else str(config.architectures[0])
+    if type(config) not in known:
+        return str(config.architectures[0])
+    found = known[type(config)]  # several for DeiT, of which the first is made
+    return str((found[0] if isinstance(found, tuple) else found).__name__)
 
 
 def _data(task: Task, place: Path) -> tuple[Path, Path]:
@@ -202,7 +206,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def _cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
-    return "runs" if outcome.verdict == "right" else f"{outcome.verdict}: {outcome.says}"
+    return "runs" if outcome.verdict == "right" else f"{outcome.verdict}: {outcome.says}".replace("|", "\\|")
 
 
 def _all(names: Sequence[str]) -> Iterator[tuple[Architecture, Task, str]]:
@@ -215,11 +219,11 @@ def _all(names: Sequence[str]) -> Iterator[tuple[Architecture, Task, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures as transformers names them; none: all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=OUTCOMES)
     options = parser.parse_args()
     mute_transformers()
     warnings.simplefilter("ignore")
-    outcomes = {o.key: o for o in _kept(options.out)}
+    outcomes = {o.key: o for o in kept(options.out)}
     for architecture, task, run in _all(options.names):
         key = (architecture.name, task, run)
         if key not in outcomes or outcomes[key].verdict != "right":
@@ -236,7 +240,7 @@ def main() -> None:
         write_docs(list(outcomes.values()))
 
 
-def _kept(path: Path) -> list[Outcome]:
+def kept(path: Path) -> list[Outcome]:
     """The outcomes of earlier runs; none where there is no file."""
     return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 

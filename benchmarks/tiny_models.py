@@ -42,12 +42,13 @@ EXPERTS = DECODER | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_routed_experts": 4}
 DENSE_FIRST = SHARED | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 LATENT = DENSE_FIRST | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-LATENT |= {"v_head_dim": 8}
+LATENT |= {"v_head_dim": 8, "head_dim": 4}
 GATED_DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
 GATED_DELTA |= {"linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 STATE = WIDE | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8, "expand": 2}
 HYBRID = EXPERTS | {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
 HYBRID |= {"mamba_chunk_size": 8, "mamba_d_ssm": 64, "mamba_expand": 2}
+HYBRID |= {"attn_layer_indices": [1], "attn_layer_period": 2, "attn_layer_offset": 1}
 ENCODER_DECODER = WIDE | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 ENCODER_DECODER |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 ENCODER_DECODER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
@@ -78,11 +79,12 @@ BOTH: tuple[Task, ...] = ("lm", "classify")
 IMAGE: tuple[Task, ...] = ("image",)
 
 ARCHITECTURES = (
-    *_rows(BOTH, DECODER, "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 smollm3 olmo olmo2 olmo3"),
+    *_rows(BOTH, DECODER, "llama mistral qwen3 gemma gemma2 gemma3_text phi phi3 smollm3 olmo olmo2 olmo3"),
     *_rows(BOTH, DECODER, "stablelm starcoder2 glm glm4 exaone4 nemotron seed_oss ministral modernbert-decoder"),
     *_rows(LM, DECODER, "cohere cohere2 granite apertus"),
-    *_rows(BOTH, WIDE, "gpt2 gpt_neox gptj gpt_bigcode bloom falcon mpt biogpt opt openai-gpt"),
-    *_rows(LM, WIDE, "codegen rwkv"),
+    *_rows(BOTH, WIDE, "gpt2 gpt_neox gpt_bigcode bloom falcon mpt biogpt opt openai-gpt"),
+    *_rows(BOTH, WIDE | {"rotary_dim": 4}, "gptj"),
+    *_rows(LM, WIDE | {"rotary_dim": 4}, "codegen rwkv"),
     *_rows(BOTH, SHARED, "mixtral qwen2_moe qwen3_moe gpt_oss phimoe jetmoe minimax"),
     *_rows(LM, SHARED, "olmoe granitemoe"),
     *_rows(LM, DENSE_FIRST, "glm4_moe ernie4_5_moe"),

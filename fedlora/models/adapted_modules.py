@@ -29,6 +29,7 @@ OUTPUT = "the output layer, which scores the words"
 FUSED = "its name means the fused experts to PEFT, which are a parameter and no layer"
 EXPERTS = "experts that are fused in a parameter, for which there is no layer to adapt"
 KERNEL = "a state-space kernel takes its weight without calling it, so that an adapter would have no effect"
+ROUTER = "it is a router, which gives more than a product of its weights"
 UNCALLED = "the run's examples never pass through it"
 TWICE = "the model has this one layer in several places, and PEFT would adapt one of them"
 
@@ -112,6 +113,7 @@ def _left_out_of_all(net: Any, body: Modules, lora: LoRAConfig, called: Collecti
     output = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
     reasons = _reasons(net, body, called) | {name: OUTPUT for name, module in body.items() if module is output}
     reasons |= _too_narrow(_without(reasons, body), lora)
+    reasons |= {name: ROUTER for name, module in _without(reasons, body).items() if _computes_more(module)}
     if len(reasons) == len(body):
         raise ModelError(f"{type(net).__name__} has no linear layer that takes an adapter: {_first(reasons)}")
     return reasons
@@ -274,6 +276,12 @@ def _is_part(name: str, modules: Collection[str]) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _computes_more(module: nn.Module) -> bool:
+    """Is it a linear layer that its architecture gives a computation of its own, as a choice of experts?"""
+    own_kind = type(module).__module__.startswith("transformers.models.")
+    return own_kind and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def is_conv1d(module: nn.Module) -> bool:

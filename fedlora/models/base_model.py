@@ -82,8 +82,10 @@ def decoder_inputs(net: Any) -> Callable[[Tensor], Tensor] | None:
 
 def head_modules(net: nn.Module, new: Sequence[str]) -> list[str]:
     """The modules that a classifier has beside its backbone, and any others that are new; none within another."""
-    backbone = getattr(net, "base_model_prefix", "")
-    beside = [name for name, module in net.named_children() if name != backbone and list(module.parameters())]
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
+    prefix = getattr(net, "base_model_prefix", "")
+    backbone = prefix if prefix in sizes else max(sizes, key=lambda name: sizes[name])  # CLIP's has another name
+    beside = [name for name, size in sizes.items() if name != backbone and size]
     heads = sorted({*beside, *new})
     return [name for name in heads if not is_inside(name, heads)]
 
@@ -111,6 +113,11 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
         checkpoint = AutoConfig.from_pretrained(source, **where)
     quantization.refuse_other(config, source, checkpoint)
     model_class = _model_class(config, schema, source, checkpoint)
+    if type(checkpoint) not in model_class._model_mapping:
+        raise ModelError(
+            f"model {source} is of the architecture {checkpoint.model_type}, of which transformers has no "
+            f"{model_class.__name__}; choose another model"
+        )
     with readable(config.path or source, "the image processor" if schema.kind == "image" else "the tokenizer"):
         processor = processor_class.from_pretrained(source, **where)
     load = partial(model_class.from_pretrained, source, output_loading_info=True, **options)

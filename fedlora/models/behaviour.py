@@ -14,7 +14,7 @@ from fedlora.data.encoding import IGNORED, Encoder, Example
 from fedlora.errors import ModelError
 from fedlora.seeds import seeded
 
-SHORT, LONG = 4, 8  # tokens of the two rows that a model is asked about; model.max_length is never below 8
+SHORT, LONG = 5, 8  # tokens of the two rows that a model is asked about; model.max_length is never below 8
 EXACT, ROUNDED = 1e-4, 5e-2  # share of the scores' size that counts as equal, with weights of 32 bits or fewer
 
 
@@ -35,6 +35,17 @@ def encoder_for(net: nn.Module, encoder: Encoder) -> Encoder:
     return replace(encoder, limits=replace(encoder.limits, one_length=one_length))
 
 
+def begin_training(net: nn.Module) -> None:
+    """Set a model to train, but for its batch norms: the statistics in them belong to the base, which is frozen.
+
+    In training they would take a row's numbers from its neighbours, and keep means that no adapter holds.
+    """
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def needs_one_length(net: nn.Module, encoder: Encoder) -> bool:
     """Return whether padding changes what the model says of a row, so that a batch may hold rows of one length only.
 
@@ -42,9 +53,13 @@ def needs_one_length(net: nn.Module, encoder: Encoder) -> bool:
     learn every token by those before it and sees those after it too.
     """
     short, long = _example(encoder, SHORT), _example(encoder, LONG)
+    net.eval()
     with seeded(0):
         alone, again = _scores(net, encoder, short), _scores(net, encoder, short)
         padded = _scores(net, encoder, short, long)
+        begin_training(net)
+        _scores(net, encoder, short)  # some architectures take fewer texts in training
+    net.eval()
     limit = EXACT if all(p.dtype.itemsize >= 4 for p in net.parameters()) else ROUNDED
     if _gap(alone, again) > limit:
         raise ModelError(
@@ -99,7 +114,7 @@ def _scores(net: Any, encoder: Encoder, *rows: Example) -> Tensor:
     labels = batch.pop("labels")
     device = next(net.parameters()).device
     try:
-        scores: Tensor = net.eval()(**{key: t.to(device) for key, t in batch.items()}).logits.float().cpu()
+        scores: Tensor = net(**{key: t.to(device) for key, t in batch.items()}).logits.float().cpu()
     except Exception as e:  # whatever the code of a model raises
         kind = str(net.dtype).removeprefix("torch.")
         raise ModelError(
@@ -116,5 +131,4 @@ def _gap(one: Tensor, other: Tensor) -> float:
 
 
 def _name(net: Any) -> str:
-    base = net.get_base_model() if hasattr(net, "get_base_model") else net
-    return f"{type(base).__name__} ({base.config.name_or_path})"
+    return type(net.get_base_model() if hasattr(net, "get_base_model") else net).__name__

@@ -185,14 +185,8 @@ class Model:
         return chosen
 
     def begin_training(self) -> None:
-        """Set the model to train, but for its batch norms: the statistics in them belong to the base, which is frozen.
-
-        In training they would take a row's numbers from its neighbours, and keep means that no adapter holds.
-        """
-        self.net.train()
-        for module in self.net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        """Set the model to train; see `behaviour.begin_training`."""
+        behaviour.begin_training(self.net)
 
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scores and targets, a row for each target; of tokens, a target of -100 does not count."""

@@ -97,6 +97,13 @@ def test_a_router_narrower_than_the_rank_is_left_out_of_all_linear(net: Any, gat
     assert all("less than the rank" in reason for reason in left.values())
 
 
+@pytest.mark.parametrize("net", ["llama4"], indirect=True)
+def test_a_router_that_gives_more_than_a_product_is_left_out_at_any_rank(net: Any) -> None:
+    found = chosen(net, TEXT, 1, "all-linear")
+    assert "router" not in ends(found)
+    assert "it is a router" in next(reason for name, reason in found.left_out.items() if name.endswith("router"))
+
+
 @pytest.mark.parametrize("net", ["qwen"], indirect=True)
 def test_a_rank_above_what_most_modules_take_is_refused_all_the_same(net: Any) -> None:
     with pytest.raises(ModelError, match="choose a rank of at most 16"):

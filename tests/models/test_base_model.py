@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPForImageClassification
 
 from fedlora.errors import ModelError
-from fedlora.models.base_model import load_base_model
+from fedlora.models.base_model import head_modules, load_base_model
 from fedlora.sections import ModelConfig
 from tests.support.models import TEXT, make
 
@@ -87,3 +88,15 @@ def test_what_is_damaged_or_missing_is_named_in_one_sentence(
     assert says in said
     assert "\n" not in said
     assert not said.endswith(":")
+
+
+def test_an_architecture_that_is_no_language_model_is_refused_by_its_name(tmp_path: Path) -> None:
+    make("vit", tmp_path)
+    with pytest.raises(ModelError, match="of the architecture vit, of which transformers has no AutoModelForCausalLM"):
+        load_base_model(ModelConfig(path=str(tmp_path)), TEXT, seed=0)
+
+
+def test_a_backbone_whose_name_is_not_the_models_own_is_no_head() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    net = CLIPForImageClassification(CLIPConfig(vision_config=sizes | {"image_size": 8, "patch_size": 4}))
+    assert head_modules(net, []) == ["classifier"]

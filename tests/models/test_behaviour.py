@@ -90,7 +90,7 @@ def test_a_model_that_reads_its_padding_gets_batches_of_one_length(build: Maker,
 
 
 def test_a_model_that_sees_both_ways_is_no_causal_language_model(build: Maker) -> None:
-    with pytest.raises(ModelError, match=r"XLNetLMHeadModel .* is no causal language model"):
+    with pytest.raises(ModelError, match=r"XLNetLMHeadModel is no causal language model"):
         build("xlnet", "lm")
 
 
