@@ -42,7 +42,7 @@ def _tokens(example: Example) -> int:
 
 
 def _predictions(example: Example) -> int:
-    if example["labels"].dim() == 0:
+    if example["labels"].dim() == 0 or example["labels"].is_floating_point():  # a class, a number, several labels
         return 1
     first = 0 if "decoder_input_ids" in example else 1
     return int((example["labels"][first:] != IGNORED).sum())

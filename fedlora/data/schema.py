@@ -41,6 +41,9 @@ RESPONSES = (  # what asks, in this order, and last what answers
     ("question", "answer"),
     ("question", "response"),
     ("query", "response"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("article", "highlights"),
     ("input", "output"),
 )
 PREFERENCES = (("prompt", "chosen", "rejected"), ("question", "chosen", "rejected"), ("chosen", "rejected"))

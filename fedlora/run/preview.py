@@ -66,6 +66,9 @@ class Preview:
         yield _column_line(self.data)
         if self.data.classes:
             yield _class_line(self.data.classes)
+        if self.data.numbers:
+            lowest, mean, highest = self.data.numbers
+            yield f"numbers to learn: from {lowest:g} to {highest:g}, mean {mean:.4g}"
         if self.tokens:
             yield _token_line(self.tokens, self.data, self.max_length)
         if self.images:

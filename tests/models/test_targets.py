@@ -82,3 +82,9 @@ def test_several_labels_are_counted_where_their_scores_are_above_zero(folders: d
     assert got.label_counts is not None
     assert got.label_counts[:, 0].tolist() == (guess & (truth > 0)).sum(0).tolist()
     assert got.correct == int((guess == (truth > 0)).all(1).sum())
+
+
+@pytest.mark.parametrize("task", SCHEMAS)
+def test_a_row_of_a_head_asks_for_one_prediction(folders: dict[str, Path], task: str) -> None:
+    encoded = build(folders["bert"], task).encoder.encoded(rows(task))
+    assert [row.learned for row in encoded] == [1] * len(TEXTS)

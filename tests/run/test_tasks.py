@@ -154,3 +154,5 @@ def test_the_clients_scores_of_a_regression_are_told_without_its_rows(folders: d
     settings = {"rounds": 1, "clients": 2, "cohort": 2, "data.holdout": 0.3, "strategy": "fedsa_lora"}
     done = simulate(settings, model=folders["bert"], data=data, out=tmp_path / "out", progress=False)
     assert done.rounds[-1]["eval_clients"]["metric"] == "mse"
+    told = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert told["data"]["numbers"][0] == -1 and told["data"]["numbers"][2] == 2 and not told["data"]["classes"]
