@@ -28,7 +28,7 @@ NARROW = 0.02  # the share of the weights that may be left out as narrower than 
 OUTPUT = "the output layer, which scores the words"
 FUSED = "its name means the fused experts to PEFT, which are a parameter and no layer"
 EXPERTS = "experts that are fused in a parameter, for which there is no layer to adapt"
-KERNEL = "a state-space kernel takes its weight without calling it, so that an adapter would have no effect"
+KERNEL = "the model takes its weight without calling it, so that an adapter would have no effect"
 ROUTER = "it is a router, which gives more than a product of its weights"
 UNCALLED = "the run's examples never pass through it"
 TWICE = "the model has this one layer in several places, and PEFT would adapt one of them"
@@ -152,7 +152,7 @@ def _reason(
     """Why a module cannot be adapted; empty if it can. An expert that was not called may be so for other words."""
     if last_part(name) in fused:
         return FUSED
-    if last_part(name) in PASSED_ON and _is_mamba(net.get_submodule(name.rpartition(".")[0])):
+    if _is_passed_on(net.get_submodule(name.rpartition(".")[0]), last_part(name)):
         return KERNEL
     if name in twice:
         return TWICE
@@ -169,9 +169,14 @@ def _means_experts(net: nn.Module, end: str) -> bool:
     return end not in (config.target_modules or ())
 
 
-def _is_mamba(mixer: nn.Module) -> bool:
-    """Is this a mixer of a state-space model? Linear attention has no D."""
-    return hasattr(mixer, "A_log") and hasattr(mixer, "D")
+def _is_passed_on(parent: nn.Module, end: str) -> bool:
+    """Does a module hand the weight of this part of it to a kernel, instead of calling it?
+
+    PyTorch's attention does, and the mixers of state-space models; linear attention, which has no D, does not.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    return end in PASSED_ON and hasattr(parent, "A_log") and hasattr(parent, "D")
 
 
 def _named_twice(net: nn.Module) -> set[str]:

@@ -120,8 +120,18 @@ def test_what_a_state_space_kernel_takes_uncalled_is_left_out(net: Any, wanted: 
 
 @pytest.mark.parametrize("net", ["mamba", "falcon-h1"], indirect=True)
 def test_out_proj_of_a_state_space_is_refused_with_the_reason(net: Any) -> None:
-    with pytest.raises(ModelError, match=r"out_proj of .* cannot be adapted: a state-space kernel"):
+    with pytest.raises(ModelError, match=r"out_proj of .* cannot be adapted: the model takes its weight without"):
         chosen(net, TEXT, 2, "in_proj", "out_proj")
+
+
+def test_the_output_of_pytorchs_own_attention_is_left_out() -> None:
+    """SigLIP has one in its pooling; its backbone is not called as in the other models of its kind."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    vision = small | {"image_size": 16, "patch_size": 8}
+    config = t.SiglipConfig(vision_config=vision, text_config=small | {"vocab_size": 64}, num_labels=3)
+    found = chosen(t.SiglipForImageClassification(config), IMAGE, 4, "all-linear")
+    assert found.heads == ("classifier",)
+    assert found.left_out == {"vision_model.head.attention.out_proj": found_modules.KERNEL}
 
 
 @pytest.mark.parametrize("net", ["resnet"], indirect=True)
