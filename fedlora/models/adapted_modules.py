@@ -207,14 +207,19 @@ def _fused_experts(net: nn.Module) -> dict[str, str]:
 def coverage(net: nn.Module, targets: AdaptedModules) -> Coverage:
     """How far an adapter on these modules of a model, which has none yet, reaches into it."""
     inside = [name for name, _ in net.named_parameters() if not _is_part(name, targets.heads)]
-    counts = Counter((last_part(name), reason) for name, reason in targets.left_out.items())
     return Coverage(
         adapted=dict(Counter(map(last_part, targets.modules))),
         layers=len(_layers(targets.modules)),
         of_layers=len(_layers(inside)),
-        left_out={end: (reason, n) for (end, reason), n in counts.items()},
+        left_out={end: _summed(end, targets.left_out) for end in dict.fromkeys(map(last_part, targets.left_out))},
         heads=targets.heads,
     )
+
+
+def _summed(end: str, left_out: Mapping[str, str]) -> tuple[str, int]:
+    """Why modules whose names end so are left out, and how many."""
+    reasons = [reason for name, reason in left_out.items() if last_part(name) == end]
+    return ", or ".join(dict.fromkeys(reasons)), len(reasons)
 
 
 def reach_notes(found: Coverage, lora: LoRAConfig) -> list[str]:

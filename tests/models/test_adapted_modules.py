@@ -166,6 +166,12 @@ def test_coverage_counts_the_layers_that_are_reached(net: Any) -> None:
     assert not found_modules.reach_notes(found, LoRAConfig(rank=4, targets=("q_proj", "v_proj")))
 
 
+def test_coverage_counts_what_is_left_out_by_name_with_every_reason() -> None:
+    left_out = {"a.0.out": "it is narrow", "a.1.out": "it is narrow", "b.out": "nothing calls it", "c.fc": "it is new"}
+    found = coverage(torch.nn.Linear(1, 1), AdaptedModules({}, (), left_out, ()))
+    assert found.left_out == {"out": ("it is narrow, or nothing calls it", 3), "fc": ("it is new", 1)}
+
+
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [("embed_tokens", "is a Embedding or in the head"), ("q_prog", 'did you mean "q_proj"')],
