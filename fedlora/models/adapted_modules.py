@@ -31,6 +31,7 @@ EXPERTS = "experts that are fused in a parameter, for which there is no layer to
 KERNEL = "the model takes its weight without calling it, so that an adapter would have no effect"
 ROUTER = "it is a router, which gives more than a product of its weights"
 UNCALLED = "the run's examples never pass through it"
+ADAPTED = "an adapter goes on linear layers outside the head alone"
 TWICE = "the model has this one layer in several places, and PEFT would adapt one of them"
 
 Modules = Mapping[str, Any]  # name -> module of the base, or PEFT's layer around it
@@ -200,8 +201,9 @@ def _too_narrow(modules: Modules, lora: LoRAConfig) -> dict[str, str]:
 
 
 def _fused_experts(net: nn.Module) -> dict[str, str]:
-    """The parameters that hold all experts of a layer."""
-    return {name: EXPERTS for name, p in net.named_parameters() if p.dim() == 3 and "expert" in name}
+    """The parameters that hold all experts of a layer, (experts, d_out, d_in) each."""
+    stacked = (name for name, p in net.named_parameters() if p.dim() == 3 and len(p) > 1)
+    return {name: EXPERTS for name in stacked if "expert" in name or "moe" in name}
 
 
 def coverage(net: nn.Module, targets: AdaptedModules) -> Coverage:
@@ -254,13 +256,11 @@ def _no_such_module(net: nn.Module, target: str, ends: set[str]) -> str:
     """What to say of a target that is no linear module outside the head."""
     other = next((module for name, module in net.named_modules() if _ends(name, target)), None)
     if other is not None:
-        return f'"{target}" of {type(net).__name__} is a {type(other).__name__} or in the head; {ADAPTED}'
+        kind = type(other).__name__
+        return f'"{target}" of {type(net).__name__} is of the type {kind}, or in the head; {ADAPTED}'
     if _means_experts(net, target) or any(_ends(name, target) for name in _fused_experts(net)):
         return f'"{target}" of {type(net).__name__} is in {EXPERTS}; leave it out, or take all-linear'
     return f'{type(net).__name__} has no module "{target}"; {nearest(target, ends)}'
-
-
-ADAPTED = "an adapter goes on linear layers of the body alone"
 
 
 def _usual_targets(names: Iterable[str]) -> tuple[str, ...]:

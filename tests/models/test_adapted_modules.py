@@ -42,6 +42,9 @@ NETS: dict[str, Any] = {
             layer_types=["linear_attention", "full_attention"],
         )
     ),
+    "granite": lambda: t.GraniteMoeForCausalLM(
+        t.GraniteMoeConfig(**{k: v for k, v in WIDE.items() if k != "head_dim"}, num_local_experts=4)
+    ),
     "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(**MAMBA)),
     "falcon-h1": lambda: t.FalconH1ForCausalLM(t.FalconH1Config(**WIDE, **FALCON)),
     "resnet": lambda: t.ResNetForImageClassification(
@@ -70,7 +73,7 @@ def ends(found: AdaptedModules) -> set[str]:
     return set(map(found_modules.last_part, found.modules))
 
 
-@pytest.mark.parametrize("net", ["glm", "deepseek", "qwen", "llama4", "qwen-next"], indirect=True)
+@pytest.mark.parametrize("net", ["glm", "deepseek", "qwen", "llama4", "qwen-next", "granite"], indirect=True)
 def test_all_linear_leaves_out_fused_experts_and_says_so(net: Any) -> None:
     found = chosen(net, TEXT, 4, "all-linear")
     assert found_modules.EXPERTS in found.left_out.values()
@@ -174,7 +177,7 @@ def test_coverage_counts_what_is_left_out_by_name_with_every_reason() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "says"),
-    [("embed_tokens", "is a Embedding or in the head"), ("q_prog", 'did you mean "q_proj"')],
+    [("embed_tokens", "is of the type Embedding, or in the head"), ("q_prog", 'did you mean "q_proj"')],
 )
 @pytest.mark.parametrize("net", ["qwen"], indirect=True)
 def test_a_target_that_is_no_linear_module_is_refused(net: Any, wanted: str, says: str) -> None:
