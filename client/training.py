@@ -124,8 +124,8 @@ def run_steps(
 
 
 def _why_diverged(model: Model, job: Job, step: int, loss: float) -> str:
-    """What to say of a loss that is no number; before any step, the base model itself is the reason."""
-    if job.round == step == 0:
+    """What to say of a loss that is no number; before any step of a sound start, the base model is the reason."""
+    if job.round == step == 0 and all(bool(t.isfinite().all()) for _, _, t in job.start.matrices()):
         return f"the loss is {loss} before any step: {not_finite(model.net, model.dtype)}"
     return (
         f"the loss is {loss} at step {step + 1} of round {job.round + 1}; a train.lr below {job.training.lr:g} may help"

@@ -121,7 +121,7 @@ def check_adapter(setup: RunSetup, adapter: LoRA, folder: RunDirectory) -> None:
         said = f"{folder.adapter} is not what was evaluated: {e}"
         _keep(folder, {"verified": False, "said": said})
         raise ExportError(f"{said}; the rounds are kept, see whether fedlora export can write it otherwise") from e
-    said = f"loaded afresh by PEFT, its logits are the run's to {gap:.0e} of their size"
+    said = f"loaded afresh by PEFT, it gives the run's logits (within {gap:.0e} of their size)"
     return _keep(folder, {"verified": True, "said": said, "difference": gap, "examples": len(wanted)})
 
 
