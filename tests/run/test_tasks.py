@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fedlora import simulate
 from fedlora.config import build
@@ -156,3 +157,24 @@ def test_the_clients_scores_of_a_regression_are_told_without_its_rows(folders: d
     assert done.rounds[-1]["eval_clients"]["metric"] == "mse"
     told = json.loads((tmp_path / "out" / "inputs.json").read_text())
     assert told["data"]["numbers"][0] == -1 and told["data"]["numbers"][2] == 2 and not told["data"]["classes"]
+
+
+def test_findings_in_a_column_of_text_are_several_labels_of_an_image(tmp_path: Path) -> None:
+    """The form of public chest X-rays: a file's name, and findings between bars."""
+    findings = ["Effusion|Mass", "Mass", "No Finding", "Effusion"]
+    for i in range(4):
+        Image.new("L", (9, 7), 40 * i).save(tmp_path / f"{i}.png")
+    rows = [{"file": str(tmp_path / f"{i}.png"), "found": findings[i]} for i in range(4)]
+    data = {"data.image": "file", "data.label": "found", "data.label_separator": "|", "data.eval_share": 0.0}
+    files = {
+        "data.path": str(write(tmp_path / "rows.jsonl", rows)),
+        "model.path": str(models.make("vit", tmp_path / "m")),
+    }
+    setup = prepare(build(data | files | {"clients": 1}))
+    assert setup.config.data.labels == ("Effusion", "Mass", "No Finding")
+    assert {tuple(e["labels"].tolist()) for e in setup.clients_data[0].train} == {
+        (1, 1, 0),
+        (0, 1, 0),
+        (0, 0, 1),
+        (1, 0, 0),
+    }
