@@ -111,8 +111,7 @@ def test_a_checkpoint_that_is_quantised_already_is_opened_as_it_is(
     assert_close(plain_logits(again, "llama"), plain_logits(net, "llama"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("privacy", [{}, {"dp.noise": 1.0}], ids=["plain", "private"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "privacy"), [("8bit", {}), ("4bit", {"dp.noise": 1.0})])
 def test_a_run_trains_on_it_and_delivers_what_was_evaluated(
     folders: dict[str, Path], bits: str, privacy: dict[str, Any], tmp_path: Path
 ) -> None:
