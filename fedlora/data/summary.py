@@ -86,6 +86,7 @@ def _odd_classes(schema: Schema, counts: Sequence[Counter[str]]) -> Iterator[str
     for alike in _alike(names, _as_number):
         yield f"the classes {_quoted(alike)} are the same number: are they one?"
     yield from _mixed(names)
+    yield from _too_many(names, counts)
     for name in filter(lambda name: plain(name) in MISSING, names):
         yield f'the class "{name}" looks like a label that is missing'
     without = [name for name in names if not any(count[name] for count in counts)]
@@ -108,6 +109,13 @@ def _odd_numbers(schema: Schema, numbers: Sequence[float]) -> Iterator[str]:
             f'the numbers in "{schema.label_column}" go from {min(numbers):g} to {max(numbers):g}, and their squared '
             "error is learned as it is: divide them all by the same number, so that they lie about between -1 and 1"
         )
+
+
+def _too_many(names: Sequence[str], counts: Sequence[Counter[str]]) -> Iterator[str]:
+    """Yield a sentence where nearly every row has a class of its own."""
+    rows = sum(sum(count.values()) for count in counts)
+    if len(names) > max(MANY, rows // 2):
+        yield f"{rows} training rows have {len(names)} classes: is that the column of the classes?"
 
 
 def _mixed(names: Sequence[str]) -> Iterator[str]:

@@ -48,6 +48,11 @@ def test_classes_that_look_wrong_are_told_in_words(tmp_path: Path, labels: list[
     assert any(warning.startswith(says) for warning in summary(tmp_path / "x.jsonl", *labelled(*labels)).warnings)
 
 
+def test_a_class_for_every_row_is_told(tmp_path: Path) -> None:
+    told = summary(tmp_path / "x.jsonl", *labelled(*(f"note {i}" for i in range(24))))
+    assert told.warnings == ("24 training rows have 24 classes: is that the column of the classes?",)
+
+
 def test_good_classes_have_no_warning(tmp_path: Path) -> None:
     assert summary(tmp_path / "x.jsonl", *labelled("cat", "dog", "bird")).warnings == ()
 
