@@ -100,6 +100,7 @@ class Encoder:
 
     def _batched(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
         if tensors[0].dim() != 1:
+            _check_alike(tensors)
             return torch.stack(list(tensors))
         pad = getattr(self.processor, "pad_token_id", None) or 0
         padding = {
@@ -115,6 +116,16 @@ class Encoder:
 def _by_length(ordered: Sequence[Example]) -> Iterator[list[Example]]:
     """Yield the examples of each length."""
     yield from (list(group) for _, group in groupby(ordered, key=length))
+
+
+def _check_alike(tensors: Sequence[Tensor]) -> None:
+    """Raise `DataError` for images that the model's processor has left of unlike size."""
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise DataError(
+            f"images of the shapes {shapes[0]} and {shapes[-1]} cannot stand in one batch: the model's image processor "
+            "leaves sizes as they are; give images of one size, or set do_resize in its preprocessor_config.json"
+        )
 
 
 def _text(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from fedlora.data.client_data import ClientData
 from fedlora.data.examples import EncodedRow
 from fedlora.data.image_summary import ImageSummary, summarise_images
 from fedlora.data.rows import Rows, take
 from fedlora.data.sources import data_files
 from fedlora.data.summary import DataSummary
-from fedlora.errors import DataError
+from fedlora.errors import DataError, ModelError, cut
 from fedlora.models.adapted_modules import Coverage
 from fedlora.models.model import Model
 from fedlora.sections import DataConfig
@@ -87,12 +89,30 @@ def preview(
     tokens = images = None
     if model.schema.kind == "image":
         images = summarise_images(model.schema, [client.train_rows for client in clients], model.processor)
+        _try_first_image(model, clients)
     elif clients:
         tokens = _tokens(clients, keep)
     max_length = model.encoder.max_length
     found = [*_token_warnings(tokens, names, max_length)] if tokens else []
     warnings = (*data.warnings, *found, *(images.warnings() if images else ()))
     return Preview(data, tokens, images, model.coverage, max_length, model.notes, warnings)
+
+
+def _try_first_image(model: Model, clients: Sequence[ClientData]) -> None:
+    """Raise `ModelError` where the model cannot take what its own image processor makes of the first image."""
+    rows = next((client.train_rows for client in clients if len(client.train_rows)), None)
+    if rows is None:
+        return
+    batch = model.encoder.collate(model.encoder(take(rows, [0])))
+    try:
+        with torch.no_grad():
+            model.logits(batch)
+    except (ValueError, RuntimeError) as e:  # every model checks its images itself
+        shape = " x ".join(map(str, batch["pixel_values"].shape[1:]))
+        raise ModelError(
+            f"the model refuses an image of {shape}, as its image processor makes it: {cut(str(e), 120)}; give images "
+            "of the size that it takes, or set do_resize and size in its preprocessor_config.json"
+        ) from e
 
 
 def client_names(data: DataConfig, clients: int) -> list[str]:

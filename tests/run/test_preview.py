@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedlora import config
 from fedlora.api import new_run, run
-from fedlora.errors import DataError
+from fedlora.errors import DataError, ModelError
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.preview import Preview
 from fedlora.run.setup import for_client, for_server, prepare
@@ -165,3 +165,8 @@ def test_images_are_told_with_sizes_and_modes(vit: Path, tmp_path: Path) -> None
     found = previewed(str(vit), images(tmp_path, (16, 16), (16, 16)), clients=1)
     assert "images: 2 of 16 x 16 pixels; modes: I;16 2" in found.lines()
     assert any("dark: the brightest pixel has 1.1% of white" in warning for warning in found.warnings)
+
+
+def test_an_image_of_a_size_that_the_model_does_not_take_is_refused_in_a_sentence(vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"the model refuses an image of 3 x 20 x 20, .* Input image size"):
+        _ = previewed(str(vit), images(tmp_path, (20, 20), (20, 20)), clients=1)
