@@ -42,7 +42,8 @@ EXPERTS = DECODER | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_routed_experts": 4}
 DENSE_FIRST = SHARED | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 LATENT = DENSE_FIRST | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-LATENT |= {"v_head_dim": 8, "head_dim": 4}
+LATENT |= {"v_head_dim": 8}
+LATENT.pop("head_dim")  # theirs are those above
 GATED_DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
 GATED_DELTA |= {"linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 STATE = WIDE | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8, "expand": 2}
@@ -92,7 +93,7 @@ ARCHITECTURES = (
     *_rows(LM, LATENT, "glm4_moe_lite"),
     *_rows(BOTH, SHARED | GATED_DELTA, "qwen3_next qwen3_5_text"),
     *_rows(LM, STATE, "mamba mamba2 falcon_mamba"),
-    *_rows(LM, HYBRID, "falcon_h1 bamba granitemoehybrid lfm2 recurrent_gemma"),
+    *_rows(LM, HYBRID, "falcon_h1 bamba lfm2 recurrent_gemma"),
     *_rows(BOTH, HYBRID, "jamba"),
     *_rows(BOTH, MULTIMODAL, "gemma3"),
     *_rows(LM, ENDS | {"text_config": DECODER, "vision_config": IMAGE_TOWER}, "llama4"),

@@ -114,7 +114,7 @@ def _left_out_of_all(net: Any, body: Modules, lora: LoRAConfig, called: Collecti
     output = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
     reasons = _reasons(net, body, called) | {name: OUTPUT for name, module in body.items() if module is output}
     reasons |= _too_narrow(_without(reasons, body), lora)
-    reasons |= {name: ROUTER for name, module in _without(reasons, body).items() if _computes_more(module)}
+    reasons |= {name: ROUTER for name, module in _without(reasons, body).items() if _is_router(module)}
     if len(reasons) == len(body):
         raise ModelError(f"{type(net).__name__} has no linear layer that takes an adapter: {_first(reasons)}")
     return reasons
@@ -288,10 +288,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _computes_more(module: nn.Module) -> bool:
-    """Is it a linear layer that its architecture gives a computation of its own, as a choice of experts?"""
-    own_kind = type(module).__module__.startswith("transformers.models.")
-    return own_kind and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+def _is_router(module: nn.Module) -> bool:
+    """Is it a kind of linear layer that chooses experts? Falcon's kind, which only multiplies, is none."""
+    return isinstance(module, nn.Linear) and "Router" in type(module).__name__
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -47,6 +47,7 @@ NETS: dict[str, Any] = {
     ),
     "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(**MAMBA)),
     "falcon-h1": lambda: t.FalconH1ForCausalLM(t.FalconH1Config(**WIDE, **FALCON)),
+    "falcon": lambda: t.FalconForCausalLM(t.FalconConfig(**SMALL)),
     "resnet": lambda: t.ResNetForImageClassification(
         t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
     ),
@@ -105,6 +106,11 @@ def test_a_router_that_gives_more_than_a_product_is_left_out_at_any_rank(net: An
     found = chosen(net, TEXT, 1, "all-linear")
     assert "router" not in ends(found)
     assert "it is a router" in next(reason for name, reason in found.left_out.items() if name.endswith("router"))
+
+
+@pytest.mark.parametrize("net", ["falcon"], indirect=True)
+def test_a_linear_layer_of_an_architectures_own_kind_is_adapted(net: Any) -> None:
+    assert "query_key_value" in ends(chosen(net, TEXT, 2, "all-linear"))
 
 
 @pytest.mark.parametrize("net", ["qwen"], indirect=True)
