@@ -49,13 +49,13 @@ def make(kind: str, folder: Path) -> Path:
     """Save a model of this kind with its processor; the folder can be given to --model."""
     torch.manual_seed(0)
     small = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
-    wide = small | {"intermediate_size": 40, "max_position_embeddings": 128}
+    wide = small | {"intermediate_size": 40, "max_position_embeddings": 64}
     if kind in ("llama", "llama-tied"):
         model = LlamaForCausalLM(LlamaConfig(**wide, num_key_value_heads=1, tie_word_embeddings=kind == "llama-tied"))
     elif kind == "llama-cls":
         model = LlamaForSequenceClassification(LlamaConfig(**wide, num_labels=3))
     elif kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=2, n_positions=128))
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=2, n_positions=64))
     elif kind == "bert":
         model = BertForSequenceClassification(BertConfig(**wide, num_labels=3))
     else:
