@@ -29,7 +29,7 @@ def _t5() -> Any:
 
 def _bart(kind: str) -> Any:
     name = {"bart": "Bart", "mbart": "MBart", "blenderbot": "BlenderbotSmall"}[kind]
-    wide = {"vocab_size": 64, "d_model": 24, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 3}
+    wide = {"vocab_size": 64, "d_model": 24, "max_position_embeddings": 40, "pad_token_id": 0, "eos_token_id": 3}
     layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIZES.items()}
     config = getattr(transformers, f"{name}Config")(**wide, **layers, bos_token_id=2, decoder_start_token_id=3)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
