@@ -82,10 +82,15 @@ def try_model(architecture: Architecture, task: Task, run: str, place: Path) -> 
         result = _simulate(folder, train, heldout, out, RUNS[run])
     except FedloraError as e:
         begun = (out / "rounds.jsonl").exists() and RunDirectory(out).records()
-        return Outcome(**known, verdict="wrong" if begun else "refused", says=str(e).replace(f"{place}/", ""))
+        return Outcome(**known, verdict="wrong" if begun else "refused", says=_without(place, str(e)))
     except Exception as e:  # a traceback is what this table looks for
         return Outcome(**known, verdict="wrong", says=f"{type(e).__name__}: {e}")
     return _compared(known, result, delivered_loss(folder, result, heldout, task))
+
+
+def _without(place: Path, says: str) -> str:
+    """The sentence without the temporary folder that it names."""
+    return says.replace(f" {place / 'model'}", "").replace(f"{place}/", "")
 
 
 def _simulate(folder: Path, train: Path, heldout: Path, out: Path, more: Mapping[str, Any]) -> Result:
