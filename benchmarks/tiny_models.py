@@ -42,7 +42,7 @@ EXPERTS = DECODER | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_routed_experts": 4}
 DENSE_FIRST = SHARED | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 LATENT = DENSE_FIRST | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-LATENT |= {"v_head_dim": 8}
+LATENT |= {"v_head_dim": 8, "num_key_value_heads": 4}
 LATENT.pop("head_dim")  # theirs are those above
 GATED_DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
 GATED_DELTA |= {"linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
