@@ -24,6 +24,7 @@ from .plan import ResumePoint, RoundResult
 
 CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon")  # of a record
 GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by name
+AS_BEFORE = {"data.split": "sample", "data.template": "plain"}  # of a run that is older than these settings
 log = logging.getLogger("fedlora")
 
 
@@ -124,7 +125,7 @@ class RunDirectory:
                     f"{path} has {key} = {found[key]}, and the finished rounds had {before[key]}; put that back, "
                     "or remove the file: the checkpoint has its settings"
                 )
-        return {"data.split": "sample"} | found  # version 0.1 had no other, and no such setting
+        return AS_BEFORE | found
 
     def adapter_verdict(self) -> str:
         """What was found when the adapter was loaded afresh, in words; empty before."""

@@ -103,6 +103,12 @@ def test_an_empty_config_is_no_run_of_the_default_settings(tmp_path: Path) -> No
         RunDirectory(tmp_path).config()
 
 
+def test_a_run_that_is_older_than_a_setting_goes_on_as_it_began(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("rounds = 3\n")
+    settings = RunDirectory(tmp_path).config()
+    assert (settings["data.split"], settings["data.template"]) == ("sample", "plain")
+
+
 def test_settings_of_the_server_may_be_edited(copy: Path) -> None:
     toml = copy / "config.toml"
     toml.write_text(toml.read_text().replace("patience = 0", "patience = 9"))
