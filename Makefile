@@ -6,7 +6,8 @@ PYTHON ?= python3
 simulate: .venv/installed
 	.venv/bin/fedlora simulate --clients 50
 
-# A process a core and one more (tests/conftest.py), each with one thread; a file, whose tests may share a federation, stays in one.
+# A process a core and one more (tests/conftest.py), each with one thread; a file, whose tests may share a federation,
+# stays in one.
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

@@ -29,8 +29,8 @@ from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedlora.client import training as local_training
-from fedlora.data.encoding import Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Example
 from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA
 from fedlora.models.model import Model

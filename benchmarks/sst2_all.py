@@ -25,8 +25,8 @@ from benchmarks.sweep import Results, sweep
 from fedlora import config as configuration
 from fedlora.client.policy import policy_of
 from fedlora.config import Config
-from fedlora.data.client_data import ClientData
 from fedlora.data.rows import take
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import ConfigError, FedloraError, nearest
 from fedlora.metrics import spread
 from fedlora.privacy.record_level import record_level_dp

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.client.ledger_records import KnownRecords
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import LedgerError, PrivacyError, PrivateJobFailed, ReasonCode
 from fedlora.jobs import Charge, PrivacySpent, PrivacyTerms, Update
 from fedlora.privacy.accounting import epsilon, refuse_charge

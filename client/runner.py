@@ -11,8 +11,8 @@ from fedlora.client.ledger_records import ledger_folder
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.scored_rounds import ScoredRounds
 from fedlora.client.secure_aggregation import SecAggClient
-from fedlora.data.client_data import ClientData
-from fedlora.data.encoding import Records
+from fedlora.encoding.client_data import ClientData
+from fedlora.encoding.encoder import Records
 from fedlora.errors import FedloraError, PrivateJobFailed
 from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA

@@ -10,7 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Example, Records
+from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import ClientFailed, ReasonCode, TrainingDiverged
 from fedlora.jobs import Job, Update
 from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale

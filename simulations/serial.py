@@ -7,7 +7,7 @@ from pathlib import Path
 from fedlora.client import training
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import ClientFailed, DataError, Failure, LedgerError, PrivacyError, SecureError
 from fedlora.jobs import Client, Job, SecAggStep
 from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names

@@ -14,6 +14,7 @@ FOLDERS = ("fedlora", "server", "client", "strategies", "simulations")
 LAYERS = (  # from the ground up; packages that share a line do not know each other
     {"fedlora"},  # the vocabulary: the files beside the packages
     {"fedlora.storage", "fedlora.data"},
+    {"fedlora.encoding"},
     {"fedlora.strategies", "fedlora.messages", "fedlora.models", "fedlora.deployment"},
     {"fedlora.privacy"},
     {"fedlora.run"},
@@ -30,7 +31,7 @@ FOREIGN = {  # library -> the only packages and modules that know it
     "flwr": ("fedlora.messages", "fedlora.server", "fedlora.client", "fedlora.simulations.flower"),
     "ray": ("fedlora.simulations.flower",),
     "peft": ("fedlora.models",),
-    "transformers": ("fedlora.models", "fedlora.data.chat", "fedlora.run.setup", "fedlora.checks"),
+    "transformers": ("fedlora.models", "fedlora.encoding.chat", "fedlora.run.setup", "fedlora.checks"),
     "flwr_datasets": ("fedlora.data.partition",),
     "opacus": ("fedlora.privacy",),
     "typer": ("fedlora.cli",),

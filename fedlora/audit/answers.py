@@ -19,7 +19,7 @@ from fedlora.client.handlers import ClientContext
 from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import ClientPolicy, policy_of
 from fedlora.client.runner import JobRunner
-from fedlora.data.encoding import Example
+from fedlora.encoding.encoder import Example
 from fedlora.errors import (
     DataError,
     FedloraError,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from torch import nn
 
-from fedlora.data.encoding import Example
+from fedlora.encoding.encoder import Example
 from fedlora.jobs import Job, PrivacyTerms
 from fedlora.models.model import Model
 from fedlora.privacy.dpsgd import Engine, Mechanism

@@ -34,8 +34,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora import config as config_module
-from fedlora.data.encoding import Records, length
 from fedlora.data.rows import Rows
+from fedlora.encoding.encoder import Records, length
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.lora import LoRA
 from fedlora.models.model import Model

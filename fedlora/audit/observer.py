@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.data.encoding import Example, Records
+from fedlora.encoding.encoder import Example, Records
 from fedlora.jobs import Job, Update
 from fedlora.lora import LoRA
 from fedlora.models.model import Model

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from fedlora.client import training as local_training
-from fedlora.data.encoding import Example
+from fedlora.encoding.encoder import Example
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
 from fedlora.messages.sketch import select_rows

@@ -21,8 +21,8 @@ from fedlora.client import handlers
 from fedlora.client.runner import JobRunner
 from fedlora.config import Config
 from fedlora.data import federated
-from fedlora.data.client_data import ClientData
-from fedlora.data.encoding import Example
+from fedlora.encoding.client_data import ClientData
+from fedlora.encoding.encoder import Example
 from fedlora.errors import Failure, PrivacyError
 from fedlora.jobs import Client, Job, PrivacyTerms, Update
 from fedlora.lora import LoRA

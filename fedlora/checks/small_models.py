@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.data.client_data import ClientData
 from fedlora.data.schema import Schema
+from fedlora.encoding.client_data import ClientData
 from fedlora.lora import LoRA
 from fedlora.models import base_model
 from fedlora.models.model import Model

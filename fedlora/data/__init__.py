@@ -1,1 +1,1 @@
-"""Data: files to rows, rows to clients, rows to tensors."""
+"""Data: files to rows, and rows to clients."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.encoding import IGNORED, Encoder, Example
+from fedlora.encoding.encoder import IGNORED, Encoder, Example
 from fedlora.errors import ModelError
 from fedlora.seeds import seeded
 

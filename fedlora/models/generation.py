@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.data.prompts import Prompt, padded
+from fedlora.encoding.prompts import Prompt, padded
 from fedlora.errors import ConfigError
 
 from .model import Model

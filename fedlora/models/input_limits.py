@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fedlora.data.input_limits import NO_LIMITS, InputLimits
 from fedlora.data.schema import Schema
-from fedlora.data.tokens import around
+from fedlora.encoding.input_limits import NO_LIMITS, InputLimits
+from fedlora.encoding.tokens import around
 from fedlora.errors import ModelError, cut
 
 POSITIONS = re.compile(r"(wpe|w_pos|embed_positions?|positions?_embed(ding)?s?|pos_(encoding|embeddings?))$")

@@ -11,10 +11,10 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Encoder, Example
 from fedlora.data.images import image_channels
 from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import ModelError, StrategyError
 from fedlora.lora import LoRA, Side
 from fedlora.metrics import Metrics

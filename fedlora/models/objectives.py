@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlora.data.encoding import IGNORED, Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import IGNORED, Example
 from fedlora.errors import ModelError
 from fedlora.metrics import Metrics
 

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Example, Records
+from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job, PrivacyTerms
 from fedlora.lora import at_least_float32

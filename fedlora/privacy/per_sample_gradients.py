@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Encoder, Example
+from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import PrivacyError
 from fedlora.lora import at_least_float32
 

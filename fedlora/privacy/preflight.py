@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedlora.data.encoding import Encoder, Example
 from fedlora.data.targets import made_up_target
+from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Job
 from fedlora.lora import LoRA, map_factors

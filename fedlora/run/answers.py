@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 
-from fedlora.data.prompts import Prompt, prompts
 from fedlora.data.rows import Rows, take
+from fedlora.encoding.prompts import Prompt, prompts
 from fedlora.errors import ConfigError
 from fedlora.lora import LoRA
 from fedlora.models.generation import GeneratedText, generate

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedlora.data.encoding import IGNORED, Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import IGNORED, Example
 from fedlora.errors import ExportError, FedloraError
 from fedlora.lora import LoRA
 from fedlora.models import peft_files, probe

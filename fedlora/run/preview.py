@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from fedlora.data.client_data import ClientData
-from fedlora.data.examples import EncodedRow
 from fedlora.data.image_summary import ImageSummary, summarise_images
 from fedlora.data.rows import Rows, take
 from fedlora.data.sources import data_files
 from fedlora.data.summary import DataSummary
+from fedlora.encoding.client_data import ClientData
+from fedlora.encoding.examples import EncodedRow
 from fedlora.errors import DataError, ModelError, cut
 from fedlora.models.adapted_modules import Coverage
 from fedlora.models.model import Model

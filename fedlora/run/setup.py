@@ -16,10 +16,10 @@ import torch
 from fedlora import config as configuration
 from fedlora.config import Config, absolute
 from fedlora.data import federated
-from fedlora.data.client_data import ClientData
 from fedlora.data.rows import Rows
 from fedlora.data.schema import Schema
 from fedlora.data.summary import summarise
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.lora import LoRA
 from fedlora.messages.agreement import DATA, may_name

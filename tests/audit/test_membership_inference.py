@@ -12,7 +12,7 @@ import pytest
 from fedlora.audit.membership_inference import MOST, against, bound, evenly_spread, losses, measures
 from fedlora.checks.small_models import LABELS, WORDS, small_model
 from fedlora.client import training as local_training
-from fedlora.data.encoding import Records
+from fedlora.encoding.encoder import Records
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
 from fedlora.sections import Training

@@ -18,7 +18,7 @@ from fedlora.client.egress import Answer, Egress
 from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import DataError, PolicyRefusal, ReasonCode
 from fedlora.jobs import Client, MaskingTerms, PrivacySpent, PrivacyTerms, SecAggStep
 from fedlora.lora import LoRA

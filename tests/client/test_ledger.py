@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fedlora.checks.small_models import small_model
 from fedlora.client.ledger import Ledger
-from fedlora.data.client_data import ClientData, fingerprint
+from fedlora.encoding.client_data import ClientData, fingerprint
 from fedlora.errors import LedgerError, PrivacyError, PrivateJobFailed
 from fedlora.jobs import Charge, PrivacyTerms
 from fedlora.privacy.accounting import epsilon

@@ -9,7 +9,7 @@ from fedlora import config
 from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy, client_policy
 from fedlora.client.runner import JobRunner
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import LedgerError, PrivacyError
 from fedlora.messages.agreement import RunAgreement, agreed_settings
 from fedlora.sections import Training

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import LedgerError, PrivacyError
 from fedlora.jobs import PrivacyTerms
 from fedlora.sections import Training

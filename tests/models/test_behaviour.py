@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from benchmarks.tiny_models import ARCHITECTURES, WORDS, save
-from fedlora.data.encoding import Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Example
 from fedlora.errors import ModelError
 from fedlora.models.behaviour import needs_one_length
 from fedlora.models.model import Model

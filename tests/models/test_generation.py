@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.data.encoding import Encoder
-from fedlora.data.prompts import Prompt, prompts
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Encoder
+from fedlora.encoding.prompts import Prompt, prompts
 from fedlora.errors import ConfigError
 from fedlora.models.generation import end_tokens, generate
 from fedlora.models.model import Model

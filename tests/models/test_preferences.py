@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from fedlora import simulate
-from fedlora.data.encoding import Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Example
 from fedlora.errors import ModelError
 from fedlora.models.behaviour import encoder_for
 from fedlora.models.model import Model

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.client import training
-from fedlora.data.encoding import Example, Records
+from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import ClientFailed, PrivacyError
 from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA

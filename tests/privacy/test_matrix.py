@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Example
+from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError
 from fedlora.privacy.per_sample_gradients import LoopedGradients, OnePassGradients, OpacusGradients, PerExample
 from tests.support.zoo import ROWS, Learner, apart, build, examples, quiet

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fedlora.data.encoding import Example
+from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError
 from fedlora.lora import LoRA
 from fedlora.models.model import Model

@@ -19,8 +19,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from fedlora.data.encoding import Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError
 from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA

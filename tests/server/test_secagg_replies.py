@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora.checks.small_models import small_model
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure, FailureKind
 from fedlora.jobs import MaskingTerms, SecAggStep
 from fedlora.messages.parts import PartTracker

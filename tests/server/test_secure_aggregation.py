@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from fedlora.checks.small_models import RANK, small_model
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure, RoundFailed
 from fedlora.jobs import SecAggStep
 from fedlora.lora import SIDES, LoRA, delta

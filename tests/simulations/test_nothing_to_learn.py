@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedlora.checks.small_models import small_model
-from fedlora.data.client_data import ClientData
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure
 from fedlora.jobs import Job
 from fedlora.simulations.serial import Serial

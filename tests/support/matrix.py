@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedlora.data.encoding import Example
+from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError
 from fedlora.privacy.per_sample_gradients import (
     Gradients,

@@ -16,8 +16,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fedlora.data.encoding import Encoder, Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Encoder, Example
 from fedlora.privacy.per_sample_gradients import Gradients
 
 N, WORDS, CLASSES = 5, 67, 3  # examples in a batch, vocabulary, labels

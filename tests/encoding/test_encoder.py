@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fedlora.data.encoding import Encoder
 from fedlora.data.federated import load
 from fedlora.data.rows import Rows
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Encoder
 from fedlora.errors import DataError
 from fedlora.sections import DataConfig
 from tests.support.models import tokenizer

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.data.conversations import conversation
+from fedlora.data.rows import Rows
+
 from .answers import start_of_last
-from .conversations import conversation
-from .encoding import IGNORED, Encoder
-from .rows import Rows
+from .encoder import IGNORED, Encoder
 
 
 @dataclass(frozen=True, eq=False)

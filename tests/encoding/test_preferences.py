@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.encoding import Encoder, Example
 from fedlora.data.federated import load
 from fedlora.data.schema import Schema, declared_schema
+from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import DataError
 from fedlora.sections import DataConfig
 from tests.support.models import tokenizer

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.encoding import Encoder
-from fedlora.data.examples import Example
 from fedlora.data.schema import Schema
-from fedlora.data.tokens import usable
+from fedlora.encoding.encoder import Encoder
+from fedlora.encoding.examples import Example
+from fedlora.encoding.tokens import usable
 from tests.support.models import tokenizer
 
 BOS, EOS = 2, 3

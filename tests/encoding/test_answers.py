@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import pytest
 
-from fedlora.data.encoding import Encoder
-from fedlora.data.prompts import prompts
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Encoder
+from fedlora.encoding.prompts import prompts
 from fedlora.errors import DataError
 from tests.support.models import tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.chat import ChatTemplate
+from fedlora.encoding.chat import ChatTemplate
 from tests.support.models import tokenizer
 
 EOS = 3

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Protocol
 
+from fedlora.data.conversations import Conversation, preference
+from fedlora.data.rows import Rows
+from fedlora.data.schema import Schema
+
 from .answers import AnswerWriter, start_of_last
 from .chat import WrittenChat
-from .conversations import Conversation, preference
 from .examples import IGNORED, EncodedRow, Example
-from .rows import Rows
-from .schema import Schema
 
 ROW = ("input_ids", "attention_mask", "labels")  # of an example, what either answer has
 OTHER = "rejected_"  # before these names, of the answer that was not preferred

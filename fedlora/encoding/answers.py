@@ -7,11 +7,11 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from fedlora.data.conversations import Conversation, conversation
+from fedlora.data.schema import Schema
 from fedlora.errors import DataError
 
 from .chat import ChatTemplate, WrittenChat
-from .conversations import Conversation, conversation
-from .schema import Schema
 from .tokens import any_of, around, ending, ids_of
 
 

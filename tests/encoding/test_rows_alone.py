@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from fedlora.data.encoding import Encoder
-from fedlora.data.examples import Example
 from fedlora.data.schema import Schema
+from fedlora.encoding.encoder import Encoder
+from fedlora.encoding.examples import Example
 from tests.support.models import tokenizer
 
 CHAT = "{% for m in messages %}{{ 'w50 ' + m.content + ' </s> ' }}{% endfor %}"

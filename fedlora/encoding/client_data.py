@@ -7,11 +7,11 @@ from hashlib import blake2b, sha256
 from itertools import chain
 from typing import Literal
 
+from fedlora.data.rows import Rows, row_hashes
 from fedlora.jobs import Client
 
-from .encoding import Encoder, Example, Records
+from .encoder import Encoder, Example, Records
 from .examples import EncodedRow
-from .rows import Rows, row_hashes
 
 
 def fingerprint(rows: Rows, columns: Sequence[str]) -> str:

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedlora.data.conversations import conversation
+from fedlora.data.images import encode_image
+from fedlora.data.rows import Rows
+from fedlora.data.schema import Schema
+from fedlora.data.targets import encoded_target
 from fedlora.errors import DataError
 
 from . import preferences
 from .answers import AnswerWriter, ended, opened
 from .classified import TextInputs
-from .conversations import conversation
 from .examples import IGNORED as IGNORED
 from .examples import EncodedRow, causal
 from .examples import Example as Example
 from .examples import Records as Records
 from .examples import length as length
-from .images import encode_image
 from .input_limits import NO_LIMITS, InputLimits
-from .rows import Rows
-from .schema import Schema
 from .seq2seq import DecoderInputs, Seq2Seq
-from .targets import encoded_target
 from .tokens import around, ending, ids_of
 
 SHORTEST = 8  # tokens of the last block of a long text
