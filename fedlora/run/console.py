@@ -18,7 +18,7 @@ from fedlora.storage.event_log import utc_timestamp
 from fedlora.strategy import Strategy, title
 
 from .directory import RunDirectory, newest
-from .preview import Preview
+from .preview import Preview, counted
 from .setup import RunSetup
 from .sides import kept_sides
 
@@ -234,7 +234,7 @@ def _heading(setup: RunSetup, name: str) -> str:
     config, start = setup.config, setup.start
     trained = sum(t.numel() for side in (start.A, start.B, start.H) for t in side.values())
     return (
-        f"{name}, {config.clients} clients, {config.cohort} a round, {config.rounds} rounds; "
+        f"{name}, {counted(config.clients, 'client')}, {config.cohort} a round, {counted(config.rounds, 'round')}; "
         f"adapter of {trained:,} numbers on a model of {setup.model.size:,}; "
         f"engine {config.engine}, seed {config.seed}"
     )
@@ -324,8 +324,7 @@ def so_far(records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
         return ""
     up, down = (sum(record[key] for record in records) for key in ("bytes_up", "bytes_down"))
-    rounds = f"{len(records)} round{'s' * (len(records) > 1)}"
-    taken = f"so far: {rounds} in {seconds_of(records):.0f} s, {size(up)} up, {size(down)} down"
+    taken = f"so far: {counted(len(records), 'round')} in {seconds_of(records):.0f} s, {size(up)} up, {size(down)} down"
     return f"{taken}; {spending(records)}" if newest(records, "epsilon") else taken
 
 

@@ -158,24 +158,24 @@ def _token_warnings(found: TokenSummary, names: Sequence[str], max_length: int) 
     rows, unlearned = sum(found.rows), sum(found.unlearned)
     if rows and unlearned == rows:
         raise DataError(
-            f"of {_count(rows, 'row')} none has a token to learn within model.max_length = {max_length}; raise it, or "
+            f"of {counted(rows, 'row')} none has a token to learn within model.max_length = {max_length}; raise it, or "
             "look whether the texts or answers are empty"
         )
     for name, count, of in zip(names, found.unlearned, found.rows, strict=True):
         if of and count == of:
-            yield f"{name} will fail its rounds: of {_count(of, 'row')} none has a token to learn within {max_length}"
+            yield f"{name} will fail its rounds: of {counted(of, 'row')} none has a token to learn within {max_length}"
     if unlearned > MUCH * rows:
-        yield f"{unlearned} of {_count(rows, 'row')} have nothing to learn within model.max_length = {max_length}"
+        yield f"{unlearned} of {counted(rows, 'row')} have nothing to learn within model.max_length = {max_length}"
     if found.cut > MUCH * rows:
         yield (
-            f"{found.cut} of {_count(rows, 'row')} are cut at model.max_length = {max_length}, and the longest has "
+            f"{found.cut} of {counted(rows, 'row')} are cut at model.max_length = {max_length}, and the longest has "
             f"{found.longest:,} tokens"
         )
     if found.unlearned_turns:
-        yield f"{_count(found.unlearned_turns, 'turn')} of the assistant are not learned, as the chat template has it"
+        yield f"{counted(found.unlearned_turns, 'turn')} of the assistant are not learned, as the chat template has it"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """A number of things: `1 row`, `1,200 rows`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
@@ -184,7 +184,7 @@ def _size_line(data: DataSummary) -> str:
     """How many rows there are, and how they are spread over the clients."""
     parts = []
     if data.sizes:
-        rows = f"{_count(sum(data.sizes), 'training row')} of {_count(len(data.sizes), 'client')}"
+        rows = f"{counted(sum(data.sizes), 'training row')} of {counted(len(data.sizes), 'client')}"
         spread = f" (smallest {min(data.sizes):,}, median {median(data.sizes):,.0f}, largest {max(data.sizes):,})"
         parts.append(rows + (spread if len(data.sizes) > 1 else ""))
     if any(data.heldout):
@@ -212,9 +212,9 @@ def _class_line(classes: Mapping[str, Sequence[int]]) -> str:
 def _token_line(tokens: TokenSummary, data: DataSummary, max_length: int) -> str:
     """How long the rows are, and how many are cut or have nothing to learn."""
     rows, unlearned = sum(tokens.rows), sum(tokens.unlearned)
-    sample = "" if rows == tokens.of else f" (of a sample of {_count(rows, 'row')})"
-    cut = "longer texts are split" if data.kind == "text" else f"{_count(tokens.cut, 'row')} cut"
-    nothing = f"{_count(unlearned, 'row')} with nothing to learn"
+    sample = "" if rows == tokens.of else f" (of a sample of {counted(rows, 'row')})"
+    cut = "longer texts are split" if data.kind == "text" else f"{counted(tokens.cut, 'row')} cut"
+    nothing = f"{counted(unlearned, 'row')} with nothing to learn"
     return (
         f"tokens per example{sample}: median {tokens.median:,}, longest {tokens.longest:,}; at most {max_length:,}, "
         f"{cut}; {nothing}"
