@@ -154,7 +154,9 @@ class ConsoleProgress:
     def _say_how_good(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Show the last evaluation of the global model, and the last one of the clients on their own examples."""
         after, clients = newest(records, "eval").get("eval"), newest(records, "eval_clients").get("eval_clients")
-        if after and not self._kept:
+        if self._kept:
+            self.say(f"{counted(len(records), 'round')} in {seconds_of(records):.0f} s")
+        elif after:
             name, _ = headline(after)
             was = f"{self._before[name]:.4g} before, " if name in self._before else ""
             self.say(f"{name}: {was}{after[name]:.4g} after, in {seconds_of(records):.0f} s")

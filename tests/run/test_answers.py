@@ -45,10 +45,10 @@ def test_answers_are_scored_kept_and_told_in_the_rounds_that_are_to_have_them(tm
 
 
 def test_a_score_of_ones_own_stands_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_lab.py").write_text("def words(generated, expected):\n    return len(expected.split())\n")
+    (tmp_path / "own_scores.py").write_text("def words(generated, expected):\n    return len(expected.split())\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert run(site(tmp_path), rounds=1, eval=CHOSEN | {"metric": "my_lab:words"}).evaluation["words"] == 2
-    sys.modules.pop("my_lab")
+    assert run(site(tmp_path), rounds=1, eval=CHOSEN | {"metric": "own_scores:words"}).evaluation["words"] == 2
+    sys.modules.pop("own_scores")
 
 
 @pytest.mark.parametrize(
