@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -75,15 +76,30 @@ class Beside:
         return (self.folder / "log").read_text()
 
 
-@pytest.fixture
-def beside(setup: RunSetup, tmp_path: Path) -> Iterator[Beside]:
-    made = Beside(tmp_path, setup.config.model.path)
+@contextmanager
+def joined(folder: Path, setup: RunSetup) -> Iterator[Beside]:
+    """A worker that has joined the run; it ends with this."""
+    made = Beside(folder, setup.config.model.path)
     try:
         made.ask("who", codec.pack_join_request(agreement_for_clients(setup)))
         yield made
     finally:
         made.process.kill()
         made.process.wait()
+
+
+@pytest.fixture
+def beside(setup: RunSetup, tmp_path: Path) -> Iterator[Beside]:
+    """A worker that may be killed."""
+    with joined(tmp_path, setup) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(setup: RunSetup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    """A worker that stays for several tests."""
+    with joined(tmp_path_factory.mktemp("w"), setup) as made:
+        yield made
 
 
 def job(setup: RunSetup, steps: int = 1, round: int = 0) -> Job:
@@ -105,11 +121,11 @@ def same(x: Update, y: Update) -> bool:
     return all(torch.equal(t, y.lora.side(s)[m]) for s in "ABH" for m, t in x.lora.side(s).items())
 
 
-def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(beside: Beside, setup: RunSetup) -> None:
-    first = update(beside.ask("train", letter(setup, job(setup))), job(setup))
-    again = update(beside.ask("train", letter(setup, job(setup))), job(setup))
-    assert same(first, again) and beside.log.count("trained round 1") == 1
-    other = update(beside.ask("train", letter(setup, job(setup, round=1))), job(setup, round=1))
+def test_a_job_that_comes_again_has_the_same_answer_and_is_done_once(shared: Beside, setup: RunSetup) -> None:
+    first = update(shared.ask("train", letter(setup, job(setup))), job(setup))
+    again = update(shared.ask("train", letter(setup, job(setup))), job(setup))
+    assert same(first, again) and shared.log.count("trained round 1") == 1
+    other = update(shared.ask("train", letter(setup, job(setup, round=1))), job(setup, round=1))
     assert not same(first, other)
 
 
@@ -136,27 +152,27 @@ def test_it_remembers_the_runs_settings_when_it_is_started_again(beside: Beside,
     assert same(before, update(beside.ask("train", letter(setup, job(setup))), job(setup)))
 
 
-def test_what_it_refuses_is_a_code_and_the_sentence_is_in_its_log(beside: Beside, setup: RunSetup) -> None:
-    address, refused = f"unix:{beside.socket}", []
+def test_what_it_refuses_is_a_code_and_the_sentence_is_in_its_log(shared: Beside, setup: RunSetup) -> None:
+    address, refused = f"unix:{shared.socket}", []
     for run, content in (("other-run", letter(setup, job(setup))), ("../../etc", letter(setup, job(setup)))):
         with pytest.raises(relay.WorkerFailed) as failed:
             relay.ask(address, "train", envelope.stamp(content, run), None)
         refused.append(failed.value.code)
     with pytest.raises(relay.WorkerFailed, match="more") as failed:
-        beside.ask("train", codec.pack_join_request(RunAgreement()))
+        shared.ask("train", codec.pack_join_request(RunAgreement()))
     assert [*refused, failed.value.code] == [ReasonCode.MESSAGE] * 3
     for said in ("settings are not known here", "a run's name has up to 40", "a message is no JobHead"):
-        assert said in beside.log
+        assert said in shared.log
 
 
-def test_a_job_of_many_times_the_model_is_not_taken_in(beside: Beside, setup: RunSetup) -> None:
+def test_a_job_of_many_times_the_model_is_not_taken_in(shared: Beside, setup: RunSetup) -> None:
     """It is refused by what it says of itself, before its bytes are kept."""
     content = letter(setup, job(setup))
     content["array"] = envelope.as_array(bytes(100 * 2**20))
     with pytest.raises(relay.WorkerFailed) as failed:
-        beside.ask("train", content)
-    assert failed.value.code == ReasonCode.MESSAGE and "at most" in beside.log
-    *_, last = entries(beside.folder / "state" / "audit.jsonl")
+        shared.ask("train", content)
+    assert failed.value.code == ReasonCode.MESSAGE and "at most" in shared.log
+    *_, last = entries(shared.folder / "state" / "audit.jsonl")
     assert (last["event"], last["what"], last["reason"]) == ("left", "reason", "message")
 
 
@@ -172,9 +188,9 @@ def test_a_run_that_an_older_version_began_stays_where_it_was(tmp_path: Path) ->
     assert run_folder(ClientIdentity(0, tmp_path, {}), RUN) == tmp_path / RUN / "0"
 
 
-def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(beside: Beside) -> None:
-    assert beside.socket.stat().st_mode & 0o077 == 0
-    assert is_serving(beside.socket) and not is_serving(beside.folder / "nothing")
+def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(shared: Beside) -> None:
+    assert shared.socket.stat().st_mode & 0o077 == 0
+    assert is_serving(shared.socket) and not is_serving(shared.folder / "nothing")
 
 
 def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> None:
@@ -226,7 +242,7 @@ def test_a_job_with_another_policy_than_the_clients_is_refused(setup: RunSetup, 
         ClientPolicy(egress=("A *",)).refuse(asked, 10)
 
 
-def test_its_operator_sees_what_it_is_about_to_do_with_its_data(beside: Beside) -> None:
-    kept = beside.folder / "state" / "runs" / RUN / "0" / "inputs.json"
-    assert "columns used: text" in beside.log and kept.stat().st_mode & 0o077 == 0
+def test_its_operator_sees_what_it_is_about_to_do_with_its_data(shared: Beside) -> None:
+    kept = shared.folder / "state" / "runs" / RUN / "0" / "inputs.json"
+    assert "columns used: text" in shared.log and kept.stat().st_mode & 0o077 == 0
     assert json.loads(kept.read_text())["data"]["sizes"] == [30]
