@@ -54,7 +54,7 @@ Verdict = Literal["right", "refused", "wrong"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ArchitectureResult:
     """What became of one model in one run."""
 
     model: str  # transformers' class
@@ -72,7 +72,7 @@ class Outcome:
         return (self.architecture, self.task, self.run)
 
 
-def try_model(architecture: Architecture, task: Task, run: str, place: Path) -> Outcome:
+def try_model(architecture: Architecture, task: Task, run: str, place: Path) -> ArchitectureResult:
     """Save the model in `place`, run it there, and compare what was delivered with what was evaluated."""
     folder = save(architecture, task, place / "model")
     train, heldout = _data(task, place)
@@ -82,9 +82,9 @@ def try_model(architecture: Architecture, task: Task, run: str, place: Path) -> 
         result = _simulate(folder, train, heldout, out, RUNS[run])
     except FedloraError as e:
         begun = (out / "rounds.jsonl").exists() and RunDirectory(out).records()
-        return Outcome(**known, verdict="wrong" if begun else "refused", says=_without(place, str(e)))
+        return ArchitectureResult(**known, verdict="wrong" if begun else "refused", says=_without(place, str(e)))
     except Exception as e:  # a traceback is what this table looks for
-        return Outcome(**known, verdict="wrong", says=f"{type(e).__name__}: {e}")
+        return ArchitectureResult(**known, verdict="wrong", says=f"{type(e).__name__}: {e}")
     return _compared(known, result, delivered_loss(folder, result, heldout, task))
 
 
@@ -98,14 +98,14 @@ def _simulate(folder: Path, train: Path, heldout: Path, out: Path, more: Mapping
     return simulate(out=out, progress=False, **SETTINGS, **where, **more)
 
 
-def _compared(known: Mapping[str, Any], result: Result, delivered: float) -> Outcome:
+def _compared(known: Mapping[str, Any], result: Result, delivered: float) -> ArchitectureResult:
     before, after = result.before["loss"], result.evaluation["loss"]
     losses: dict[str, Any] = {"before": before, "after": after, "delivered": delivered}
     if abs(delivered - after) > LIMIT * after:
-        return Outcome(**known, **losses, verdict="wrong", says="the delivered adapter gives another loss")
+        return ArchitectureResult(**known, **losses, verdict="wrong", says="the delivered adapter gives another loss")
     if abs(before - after) <= LIMIT * after:
-        return Outcome(**known, **losses, verdict="wrong", says="nothing was learned")
-    return Outcome(**known, **losses, verdict="right")
+        return ArchitectureResult(**known, **losses, verdict="wrong", says="nothing was learned")
+    return ArchitectureResult(**known, **losses, verdict="right")
 
 
 @torch.no_grad()
@@ -197,7 +197,7 @@ def _read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[ArchitectureResult]) -> str:
     """The outcomes in Markdown, a line for every model that was run."""
     lines = [f"| {' | '.join(('model', *RUNS))} |", f"|{'---|' * (1 + len(RUNS))}"]
     models = dict.fromkeys((o.architecture, o.task, o.model) for o in outcomes)
@@ -208,7 +208,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(outcome: Outcome | None) -> str:
+def _cell(outcome: ArchitectureResult | None) -> str:
     if outcome is None:
         return ""
     return "runs" if outcome.verdict == "right" else f"{outcome.verdict}: {outcome.says}".replace("|", "\\|")
@@ -245,12 +245,14 @@ def main() -> None:
         write_docs(list(outcomes.values()))
 
 
-def kept(path: Path) -> list[Outcome]:
+def kept(path: Path) -> list[ArchitectureResult]:
     """The outcomes of earlier runs; none where there is no file."""
-    return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    if not path.exists():
+        return []
+    return [ArchitectureResult(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def write_docs(outcomes: Sequence[Outcome]) -> None:
+def write_docs(outcomes: Sequence[ArchitectureResult]) -> None:
     """Put the table in its place in docs/models.md."""
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     DOCS.write_text(before + BEGIN + "\n" + table(outcomes) + "\n" + END + rest.partition(END)[2], encoding="utf-8")

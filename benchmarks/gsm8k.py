@@ -84,7 +84,7 @@ class Local(Strategy[LoRA]):
 
 
 @dataclass(frozen=True)
-class Variant:
+class ComparedRun:
     """A run, which is a line of the table, and its settings beside those of all."""
 
     line: str
@@ -97,19 +97,19 @@ class Variant:
 
 
 BEFORE = "before training"
-VARIANTS = (
-    Variant(BEFORE),
-    Variant("FedIT", {"strategy": "fedavg"}),
-    Variant("FedEx-LoRA", {"strategy": "fedex_lora"}),
-    Variant("FFA-LoRA", {"strategy": "ffa_lora", "train.lr": 4e-3}),  # B alone is trained
-    Variant("FedSA-LoRA", {"strategy": "fedsa_lora"}),
-    Variant("each client alone", {"strategy": "benchmarks.gsm8k:Local"}),
-    Variant("all data in one", {"strategy": "fedavg", "clients": 1, "cohort": 1, "train.steps": CLIENTS * STEPS}),
+COMPARED = (
+    ComparedRun(BEFORE),
+    ComparedRun("FedIT", {"strategy": "fedavg"}),
+    ComparedRun("FedEx-LoRA", {"strategy": "fedex_lora"}),
+    ComparedRun("FFA-LoRA", {"strategy": "ffa_lora", "train.lr": 4e-3}),  # B alone is trained
+    ComparedRun("FedSA-LoRA", {"strategy": "fedsa_lora"}),
+    ComparedRun("each client alone", {"strategy": "benchmarks.gsm8k:Local"}),
+    ComparedRun("all data in one", {"strategy": "fedavg", "clients": 1, "cohort": 1, "train.steps": CLIENTS * STEPS}),
 )
 
 
 @dataclass(frozen=True)
-class Place:
+class SharedInputs:
     """The model, the data and the machine, which all runs have in common."""
 
     model: str
@@ -117,7 +117,7 @@ class Place:
     threads: int
     smoke: bool
 
-    def config(self, variant: Variant) -> Config:
+    def config(self, variant: ComparedRun) -> Config:
         """The settings of a run."""
         return configuration.build(
             SETTINGS,
@@ -128,7 +128,7 @@ class Place:
         )
 
 
-def measure(place: Place, variant: Variant) -> dict[str, Any]:
+def measure(place: SharedInputs, variant: ComparedRun) -> dict[str, Any]:
     """Do one run in this process, and return its record."""
     mute_transformers()
     setup = prepare(place.config(variant))
@@ -187,7 +187,7 @@ def _asked(setup: RunSetup, adapter: LoRA, rows: Rows) -> tuple[Metrics, list[Sc
     return metrics, evaluation.answers(adapter)
 
 
-def ready(chosen: Sequence[Variant], results: Results) -> Iterator[Variant]:
+def ready(chosen: Sequence[ComparedRun], results: Results) -> Iterator[ComparedRun]:
     """Yield the runs that are not done."""
     yield from (variant for variant in chosen if not results.get(variant.line))
 
@@ -197,7 +197,7 @@ HEAD = ("", "loss", "exact match, %", "ROUGE-L", "no end, %", "sent by a client 
 
 def table(results: Results) -> str:
     """The runs in Markdown; times are those of training, as a share of FedIT's."""
-    done = {variant.line: results.get(variant.line, {}).get("run", {"error": "not run"}) for variant in VARIANTS}
+    done = {variant.line: results.get(variant.line, {}).get("run", {"error": "not run"}) for variant in COMPARED}
     unit = done["FedIT"].get("trained_seconds", 0.0)
     return markdown(HEAD, [_row(line, record, unit) for line, record in done.items()])
 
@@ -226,7 +226,7 @@ def _sent(rounds: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Parse, run, print."""
     place, only, out = arguments()
-    chosen = [variant for variant in VARIANTS if not only or variant.line in only]
+    chosen = [variant for variant in COMPARED if not only or variant.line in only]
     settings = {**SETTINGS, "asked": ASKED, **(SMOKE if place.smoke else {})}
     try:
         results = sweep(partial(ready, chosen), partial(measure, place), _said, (out, settings), jobs=1)
@@ -235,13 +235,13 @@ def main() -> None:
     print(table(results))
 
 
-def _said(variant: Variant, done: Mapping[str, Any]) -> str:
+def _said(variant: ComparedRun, done: Mapping[str, Any]) -> str:
     if "error" in done:
         return f"{variant.line}: {done['error']}"
     return f"{variant.line}: loss {done['loss']:.4f}, exact match {done['exact_match']:.3f} in {done['seconds']:.0f} s"
 
 
-def arguments() -> tuple[Place, list[str], Path]:
+def arguments() -> tuple[SharedInputs, list[str], Path]:
     """The command line's place, names of wanted lines, and file of results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder of SmolLM2, as benchmarks.models writes it")
@@ -251,7 +251,7 @@ def arguments() -> tuple[Place, list[str], Path]:
     parser.add_argument("--smoke", action="store_true", help="see that everything runs: one step, ten questions")
     given = parser.parse_args()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    place = Place(given.model, str(given.data.absolute()), os.cpu_count() or 1, given.smoke)
+    place = SharedInputs(given.model, str(given.data.absolute()), os.cpu_count() or 1, given.smoke)
     return place, [name for name in given.only.split(",") if name], given.out
 
 

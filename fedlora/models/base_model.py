@@ -201,8 +201,6 @@ def _pad(net: Any, tokenizer: Any) -> None:
     known = [token for token, id in named if token is not None and (rows is None or id < rows)]
     if not known:
         raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no token to pad with; set pad_token in it")
-    if (
-        tokenizer.pad_token != known[0]
-    ):  # none, or one that was added and has no embedding: it never counts, so any does
-        tokenizer.pad_token = known[0]
+    if tokenizer.pad_token != known[0]:  # it has none, or one that was added and has no row in the embedding
+        tokenizer.pad_token = known[0]  # padding never counts, so any token does
     net.config.pad_token_id = net.config.get_text_config().pad_token_id = tokenizer.pad_token_id

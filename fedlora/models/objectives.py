@@ -163,8 +163,8 @@ class SeveralLabels:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """Which of two answers to a prompt is the better one: DPO.
+class DPO:
+    """Which of two answers to a prompt is the better one, by Direct Preference Optimization.
 
     Rafailov et al., Direct Preference Optimization: Your Language Model is Secretly a Reward Model (NeurIPS 2023),
     https://arxiv.org/abs/2305.18290
@@ -216,7 +216,7 @@ def objective(schema: Schema, *, is_encoder_decoder: bool, dpo_beta: float) -> O
     if schema.kind == "preference" and is_encoder_decoder:
         raise ModelError("preferences are learned by causal language models, and this one is an encoder-decoder")
     if schema.kind == "preference":
-        return Preference(dpo_beta)
+        return DPO(dpo_beta)
     if not schema.has_head:
         return Tokens(shifted=is_encoder_decoder)
     by_target: Mapping[str, Objective] = {

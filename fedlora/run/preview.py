@@ -222,7 +222,7 @@ def _token_line(tokens: TokenSummary, data: DataSummary, max_length: int) -> str
 
 
 def _adapter_line(found: Coverage) -> str:
-    """The modules that wear an adapter, in how many layers, and those that were asked for and do not."""
+    """The modules that are adapted, in how many layers, and those that were asked for and are left out."""
     adapted = ", ".join(f"{name} ({count})" for name, count in found.adapted.items())
     layers = f" in {found.layers} of {found.of_layers} layers" if found.of_layers else ""
     heads = f"; trained whole: {', '.join(found.heads)}" if found.heads else ""

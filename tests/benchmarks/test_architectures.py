@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.architectures import BEGIN, DOCS, END, OUTCOMES, Outcome, kept, table, try_model
+from benchmarks.architectures import BEGIN, DOCS, END, OUTCOMES, ArchitectureResult, kept, table, try_model
 from benchmarks.tiny_models import ARCHITECTURES, Task
 
 FEW: tuple[tuple[str, Task, str], ...] = (
@@ -39,5 +39,6 @@ def test_no_architecture_in_the_table_gives_another_adapter_than_was_evaluated()
 
 
 def test_a_refusal_is_shown_with_its_reason() -> None:
-    outcome = Outcome("BertLMHeadModel", "bert", "lm", "FedAvg", "refused", "BertLMHeadModel sees | both ways")
+    says = "BertLMHeadModel sees | both ways"
+    outcome = ArchitectureResult("BertLMHeadModel", "bert", "lm", "FedAvg", "refused", says)
     assert "| BertLMHeadModel | refused: BertLMHeadModel sees \\| both ways |" in table([outcome])

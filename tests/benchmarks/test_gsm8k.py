@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gsm8k import BEFORE, VARIANTS, Place, Variant, measure, ready, table
+from benchmarks.gsm8k import BEFORE, COMPARED, ComparedRun, SharedInputs, measure, ready, table
 from tests.support.models import make
 
 
@@ -26,8 +26,8 @@ def test_the_table_has_a_standard_error_and_no_traffic_of_a_single_client() -> N
 
 
 def test_runs_that_are_done_are_not_done_again() -> None:
-    left = [variant.line for variant in ready(VARIANTS, {BEFORE: {"run": record()}})]
-    assert left == [variant.line for variant in VARIANTS[1:]]
+    left = [variant.line for variant in ready(COMPARED, {BEFORE: {"run": record()}})]
+    assert left == [variant.line for variant in COMPARED[1:]]
 
 
 def test_clients_alone_learn_and_send_nothing(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_clients_alone_learn_and_send_nothing(tmp_path: Path) -> None:
     for name, count in (("train", 40), ("test", 10)):
         rows = [{"question": f"w{i % 9} w{i % 7}", "answer": f"w{i % 5} 1 #### {i % 5}"} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    place = Place(str(tmp_path / "model"), str(tmp_path), threads=1, smoke=True)
-    before = measure(place, VARIANTS[0])
-    alone = measure(place, Variant("alone", {"strategy": "benchmarks.gsm8k:Local", "train.lr": 0.05}))
+    place = SharedInputs(str(tmp_path / "model"), str(tmp_path), threads=1, smoke=True)
+    before = measure(place, COMPARED[0])
+    alone = measure(place, ComparedRun("alone", {"strategy": "benchmarks.gsm8k:Local", "train.lr": 0.05}))
     assert alone["models"] == 10 and alone["asked"] == before["asked"] == 10
     assert [r["bytes_up"] for r in alone["rounds"]] == [0] and alone["loss"] != before["loss"]

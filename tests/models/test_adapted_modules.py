@@ -1,4 +1,4 @@
-"""Which modules wear an adapter: of models with experts, state spaces, routers, image towers, or nothing linear."""
+"""Which modules are adapted: of models with experts, state spaces, routers, image towers, or nothing linear."""
 
 from typing import Any
 

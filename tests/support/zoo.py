@@ -1,6 +1,6 @@
 """Every kind of transformer that a private run may meet: tiny, random, with PEFT's LoRA whose B is not zero.
 
-Built by transformers and PEFT alone, so that the engines are seen on what fedlora's own `Model` would not wear, too.
+Built by transformers and PEFT alone, so that the engines are seen on what fedlora's own `Model` would not take, too.
 """
 
 import re
