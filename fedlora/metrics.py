@@ -25,9 +25,7 @@ class Metrics:
     confusion: Tensor | None = None  # (classes, classes): true class by predicted class, of a classifier
     label_counts: Tensor | None = None  # (labels, 3): true positives, false positives and false negatives of each label
     moments: Tensor | None = None  # (5,) of numbers y and predictions p: the sums of y, p, y y, p p and y p
-    rewards: Tensor | None = (
-        None  # (2,) of preferences: the sums of the chosen answers' rewards, and of the rejected ones'
-    )
+    rewards: Tensor | None = None  # (3,) of preferences: sums of chosen and of rejected rewards, and the count of ties
     pairs: Tensor | None = None  # (targets, 2) the same numbers and predictions, which stay where they were computed
 
     def __add__(self, other: "Metrics") -> "Metrics":

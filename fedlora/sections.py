@@ -75,7 +75,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How generated answers of the held-out set are scored, beside the loss; greedy, so that a run gives the same."""
+    """How generated answers of the held-out set are scored, beside the loss; greedy, so the same each time."""
 
     generate: Annotated[bool, "have a language model answer held-out prompts, and score the answers"] = False
     limit: Annotated[int, Ge(0), "answer so many of the held-out prompts, evenly spread; 0: all"] = 100
@@ -237,7 +237,7 @@ class ModelConfig:
     quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes"] = "none"
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
     dpo_beta: Annotated[
-        float, Gt(0), Le(1e3), "beta of DPO: how dearly a preference may be bought away from the base"
+        float, Gt(0), Le(1e3), "beta of DPO: a higher one keeps the model nearer to the base"
     ] = 0.1
     max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
     device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"

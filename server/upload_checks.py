@@ -196,7 +196,7 @@ def _tables(content: bytes) -> dict[str, Tensor]:
     if len(found) != 1 or not all(is_table(name, dtype, shape) for name, (dtype, shape) in found.items()):
         raise WireError(
             f"metrics came with {_words(tensors)}; they take the counts of a classifier or of several labels, or the "
-            "sums of a regression"
+            "sums of a regression or of preferences"
         )
     for name, table in tensors.items():
         if table.is_floating_point() and not bool(torch.isfinite(table).all()):

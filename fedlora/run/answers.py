@@ -25,7 +25,7 @@ log = logging.getLogger("fedlora")
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """A line of answers.jsonl: a prompt, what was expected and what came, and how near it is."""
+    """A line of `answers/round-NNNN.jsonl`: a prompt, what was expected and what came, and how near it is."""
 
     prompt: str
     expected: str

@@ -117,7 +117,7 @@ class Plan:
     policy: Policy = field(default_factory=Policy)
     evaluate: Callable[[LoRA], Metrics] | None = None  # the global model on the global held-out set
     generate: Callable[[LoRA, int], Mapping[str, float]] | None = None  # its answers after so many rounds, scored
-    generate_every: int = 1  # rounds between generations; 0: after the last alone
+    generate_every: int = 1  # rounds between generations; 0: before the first and after the last alone
     evaluate_clients: bool = False
     exactness: Mapping[str, float] | None = None  # module -> s, to measure it; all of a round's updates are then held
     metrics: bool = True  # may clients tell their training loss?
