@@ -236,9 +236,7 @@ class ModelConfig:
     ] = "float32"
     quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes"] = "none"
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
-    dpo_beta: Annotated[
-        float, Gt(0), Le(1e3), "beta of DPO: a higher one keeps the model nearer to the base"
-    ] = 0.1
+    dpo_beta: Annotated[float, Gt(0), Le(1e3), "beta of DPO: a higher one keeps the model nearer to the base"] = 0.1
     max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
     device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"
 
