@@ -79,7 +79,7 @@ class EvalConfig:
 
     generate: Annotated[bool, "have a language model answer held-out prompts, and score the answers"] = False
     limit: Annotated[int, Ge(0), "answer so many of the held-out prompts, evenly spread; 0: all"] = 100
-    every: Annotated[int, Ge(0), "rounds between generations; 0: before the first and after the last alone"] = 1
+    every: Annotated[int, Ge(0), "evaluations between generations; 0: before the first and after the last alone"] = 1
     max_new_tokens: Annotated[int, Ge(1), Le(2**20), "tokens of an answer at most"] = 128
     batch_size: Annotated[int, Ge(1), Le(2**20), "prompts answered in one batch"] = 16
     extract: Annotated[
@@ -236,6 +236,9 @@ class ModelConfig:
     ] = "float32"
     quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes"] = "none"
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
+    class_order: Annotated[
+        Literal["checkpoint", "data"], "order of a classifier's outputs: its checkpoint's, if that has the same classes"
+    ] = "checkpoint"
     dpo_beta: Annotated[float, Gt(0), Le(1e3), "beta of DPO: a higher one keeps the model nearer to the base"] = 0.1
     max_length: Annotated[int, Ge(8), "tokens in an example; longer text is cut, or split for language modelling"] = 128
     device: Annotated[str, "device that computes; auto: a GPU where there is one"] = "auto"

@@ -207,14 +207,19 @@ def find(spec: str) -> type[Strategy[Any]]:
         return _by_name(spec)
     module = f"{BUILT_IN}.{module}" if module in _built_in() else module
     try:
-        found = getattr(import_module(module), name)
+        loaded = import_module(module)
     except ModuleNotFoundError as e:
         raise StrategyError(
             f'strategy "{spec}": no module named "{e.name}"; run from its folder, or add that folder to PYTHONPATH'
         ) from e
-    except AttributeError as e:
-        classes = [n for n, v in vars(sys.modules[module]).items() if isinstance(v, type)]
-        raise StrategyError(f'strategy "{spec}": {module} has no class "{name}"; {nearest(name, classes)}') from e
+    except Exception as e:  # whatever a user's module raises
+        raise StrategyError(
+            f'strategy "{spec}": {module} could not be imported: {type(e).__name__}: {e}; mend that file'
+        ) from e
+    found = getattr(loaded, name, None)
+    if found is None:
+        classes = [n for n, v in vars(loaded).items() if isinstance(v, type)]
+        raise StrategyError(f'strategy "{spec}": {module} has no class "{name}"; {nearest(name, classes)}')
     if not _is_strategy(found):
         raise StrategyError(f'strategy "{spec}": {name} is not a subclass of fedlora.strategy.Strategy')
     chosen: type[Strategy[Any]] = found

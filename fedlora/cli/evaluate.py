@@ -134,7 +134,7 @@ def _jobs(setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory") -> 
     if last is None:
         return {}
     clients = (data.client(i, setup.ranks[i]) for i, data in enumerate(setup.clients_data))
-    return {c.id: replace(strategy.client_init(last.state, c), round=last.round) for c in clients}
+    return {c.id: replace(strategy.client_init(last.state, c), round=last.round - 1) for c in clients}
 
 
 def _clients(setup: "RunSetup", run: "RunDirectory", jobs: Mapping[int, "Job"]) -> Mapping[int, "Metrics"]:

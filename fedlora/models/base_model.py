@@ -167,6 +167,7 @@ def _pretrained(config: ModelConfig, schema: Schema, load: Callable[..., Any]) -
     new = _new_modules(info)
     whole = quantization.left_whole(net, head_modules(net, new)) if schema.has_head else []
     if whole:
+        del net  # there may be no memory for two
         net, _ = load(**quantize(whole))
     quantization.settle(net)
     return net, new

@@ -16,8 +16,11 @@ NAMED = 8  # classes in a note
 def in_checkpoint_order(config: ModelConfig, schema: Schema) -> Schema:
     """The schema with the order in which the checkpoint's own head scores these classes, if it has these very classes.
 
-    Names are the same but for case, blanks, hyphens and underscores.
+    So it is where `model.class_order` leaves it to the checkpoint. Names are the same but for case, blanks, hyphens and
+    underscores.
     """
+    if config.class_order == "data":
+        return schema
     own = _own_classes(config) if schema.labels else ()
     by_name = {_plain(name): name for name in schema.labels}
     if sorted(map(_plain, own)) != sorted(by_name) or len(by_name) < len(schema.labels):
@@ -50,9 +53,9 @@ def _own_classes(config: ModelConfig) -> tuple[str, ...]:
     """
     from transformers import AutoConfig
 
-    source, known = source_of(config.path), AutoConfig
+    source = source_of(config.path)
     try:
-        read: Any = known.from_pretrained(source, **revision(config), **cached(source), trust_remote_code=False)
+        read: Any = AutoConfig.from_pretrained(source, **revision(config), **cached(source), trust_remote_code=False)
         return tuple(str(name) for _, name in sorted(read.id2label.items()))
     except (OSError, ValueError, KeyError, AttributeError):
         return ()

@@ -3,8 +3,9 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -12,13 +13,15 @@ from fedlora.data.rows import Rows, take
 from fedlora.encoding.prompts import Prompt, prompts
 from fedlora.errors import ConfigError
 from fedlora.lora import LoRA
+from fedlora.metrics import HEADLINES
 from fedlora.models.generation import GeneratedText, generate
 from fedlora.models.model import Model
 from fedlora.sections import EvalConfig
 from fedlora.storage.files import write_durably
-from fedlora.text_scores import extractor, score
+from fedlora.text_scores import TextScore, extractor, score
 
 ANSWERED = ("response", "chat")  # kinds of data whose rows have a prompt and an answer
+OURS = {*HEADLINES, "loss", "token_accuracy", "unfinished", *(field.name for field in fields(TextScore))}
 OwnMetric = Callable[[str, str], float]
 log = logging.getLogger("fedlora")
 
@@ -106,9 +109,11 @@ def _check_extractor(name: str, expected: Sequence[str]) -> None:
 def own_metric(spec: str) -> tuple[str, OwnMetric]:
     """The name of a user's own score, and its function. Raises `ConfigError` where there is none."""
     module, _, name = spec.partition(":")
+    if name in OURS:
+        raise ConfigError(f'eval.metric = "{spec}": "{name}" is the name of a figure of the run; give it another')
     try:
         function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
+    except Exception as e:  # whatever a user's module raises
         raise ConfigError(
             f'eval.metric = "{spec}" could not be imported: {e}; write it package.module:function, and run from the '
             "folder it lies in, or add that to PYTHONPATH"
@@ -120,7 +125,10 @@ def own_metric(spec: str) -> tuple[str, OwnMetric]:
 
 def _own_score(spec: str, metric: OwnMetric, generated: str, expected: str) -> float:
     try:
-        return float(metric(generated, expected))
+        figure = float(metric(generated, expected))
+        if not isfinite(figure):
+            raise ValueError(f"it gave {figure}")
+        return figure
     except Exception as e:  # whatever a user's function raises
         raise ConfigError(
             f"eval.metric = {spec} failed on a generated and an expected text: {type(e).__name__}: {e}"

@@ -24,7 +24,11 @@ from .plan import ResumePoint, RoundResult
 
 CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon")  # of a record
 GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by name
-AS_BEFORE = {"data.split": "sample", "data.template": "plain"}  # of a run that is older than these settings
+AS_BEFORE = {  # of a run that is older than these settings
+    "data.split": "sample",
+    "data.template": "plain",
+    "model.class_order": "data",
+}
 log = logging.getLogger("fedlora")
 
 

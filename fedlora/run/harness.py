@@ -64,10 +64,7 @@ def harness(model: Model, tasks: HarnessTasks) -> Callable[[LoRA], Scores]:
                 bootstrap_iters=RESAMPLED,
                 log_samples=False,
             )
-        except (
-            OSError,
-            ValueError,
-        ) as e:  # data out of reach; a task that contradicts itself
+        except (OSError, ValueError, ImportError) as e:  # data out of reach, a wrong task, a package that it needs
             raise ConfigError(f"--tasks {','.join(tasks.names)}: {' '.join(str(e).split())[:300]}") from e
         return {name: numbers(values) for name, values in done["results"].items()}
 

@@ -59,7 +59,7 @@ class RunSetup:
         clients, names = self.clients_data, client_names(self.config.data, len(self.clients_data))
         if not clients and len(self.evaluation_rows):  # on a deployed server
             clients, names = (ClientData(self.model.encoder, self.evaluation_rows),), ["the evaluation"]
-        return preview(summarise(self.data), self.model, clients, names, keep=self.config.engine == "serial")
+        return preview(summarise(self.data), self.model, clients, names, keep=self.config.engine != "flower")
 
     @cached_property
     def evaluation(self) -> list[dict[str, torch.Tensor]]:

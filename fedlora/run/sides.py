@@ -7,7 +7,7 @@ import torch
 from fedlora.lora import SIDES, LoRA
 from fedlora.strategy import Client, Sender, Strategy, next_state
 
-MOST_ROUNDS = 100  # that are played
+FEWEST_ROUNDS, MOST_ROUNDS = 4, 100  # that are played: a run of one round may be resumed to more
 EVERY = "".join(side for side in SIDES if side != "D")
 
 
@@ -19,7 +19,7 @@ def sides(strategy: Strategy[Any], rounds: int = MOST_ROUNDS) -> tuple[str, str]
     that fails on the made-up factors, as one of a user's own may, is taken to want every side.
     """
     try:
-        played = _play(strategy, min(rounds, MOST_ROUNDS))
+        played = _play(strategy, min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS))
     except Exception:  # whatever a user's strategy raises
         return EVERY, EVERY
     return played

@@ -37,6 +37,13 @@ def model(path: Path, *labels: str) -> Model:
     return Model(ModelConfig(path=str(path)), LoRAConfig(rank=2), Schema("label", ("text", "label"), labels), seed=0)
 
 
+def test_a_run_may_keep_the_order_of_its_data(tmp_path: Path) -> None:
+    """As a run does that is older than this order."""
+    config = ModelConfig(path=str(folder(tmp_path)), class_order="data")
+    schema = Schema("label", ("text", "label"), tuple(sorted(NAMES)))
+    assert in_checkpoint_order(config, schema).class_order == tuple(sorted(NAMES))
+
+
 @pytest.mark.parametrize("spelled", [str, str.upper, str.title, lambda name: f"{name} "])
 def test_names_in_another_order_and_spelling_are_the_checkpoints_outputs(
     tmp_path: Path, spelled: Callable[[str], str]

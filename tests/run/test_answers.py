@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from fedlora import Result, simulate
 from fedlora.cli.app import app
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, StrategyError
 from fedlora.run.answers import own_metric, spread_evenly
 from fedlora.run.console import answers_line
+from fedlora.strategy import find
 from tests.support.models import make
 
 CHOSEN = {"generate": True, "limit": 3, "max_new_tokens": 4, "extract": "number"}
@@ -93,3 +94,20 @@ def test_where_no_model_is_common_the_clients_own_answer_after_the_run(tmp_path:
     said = CliRunner().invoke(app, ["evaluate", str(done.folder), *given])
     found = json.loads(said.stdout.splitlines()[-1])
     assert found["own"].keys() >= {"exact_match", "rouge_l"} and "exact_match" in found["before"]
+
+
+@pytest.mark.parametrize("name", ["loss", "accuracy", "exact_match", "unfinished"])
+def test_a_score_of_ones_own_takes_the_place_of_no_figure_of_the_run(name: str) -> None:
+    with pytest.raises(ConfigError, match=f'"{name}" is the name of a figure of the run; give it another'):
+        own_metric(f"own_scores:{name}")
+
+
+def test_a_module_of_ones_own_that_is_no_python_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_scores.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r'eval\.metric = "broken_scores:f" could not be imported'):
+        own_metric("broken_scores:f")
+    with pytest.raises(StrategyError, match=r"broken_scores could not be imported: SyntaxError"):
+        find("broken_scores:F")

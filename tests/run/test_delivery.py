@@ -10,10 +10,12 @@ from transformers import LlamaForCausalLM
 from fedlora import config as configuration
 from fedlora.api import simulate
 from fedlora.errors import ExportError, FedloraError
-from fedlora.lora import LoRA
+from fedlora.lora import LoRA, scale
 from fedlora.run.delivery import check_adapter
 from fedlora.run.directory import RunDirectory
 from fedlora.run.setup import prepare
+from fedlora.storage.client_state import ClientState
+from tests.cli.test_simulate import fedlora
 from tests.support.models import make
 from tests.support.small_run import begin, site
 
@@ -49,6 +51,24 @@ def test_an_adapter_that_is_not_the_evaluated_one_is_said(place: Path) -> None:
     with pytest.raises(ExportError, match=r"adapter is not what was evaluated: .* differ from the run's"):
         check_adapter(setup, other, run)
     assert not verdict(run.path)["verified"]
+
+
+def test_a_base_that_is_gone_at_the_end_says_nothing_of_the_adapter(place: Path) -> None:
+    run = RunDirectory(begin(place, place / "run", **SMALL))
+    setup = prepare(configuration.build(run.config()))
+    (place / "model" / "config.json").unlink()
+    check_adapter(setup, setup.start, run)
+    assert not verdict(run.path)["verified"] and str(verdict(run.path)["said"]).startswith("not loaded afresh: ")
+
+
+def test_what_a_client_keeps_of_a_round_that_was_cut_off_is_not_evaluated(place: Path) -> None:
+    run = RunDirectory(begin(place, place / "run", **{"data.holdout": 0.3}))
+    whole = fedlora("evaluate", str(run.path), "--json")
+    for client in (0, 1):
+        kept = ClientState(run.clients / str(client))
+        kept.keep(3, scale(kept.before(3), 5.0))  # rounds are counted from 0 here: the fourth
+    again = fedlora("evaluate", str(run.path), "--json")
+    assert whole.returncode == 0 and "clients" in whole.stdout and again.stdout == whole.stdout
 
 
 def test_a_base_that_gives_no_numbers_for_the_data_is_refused_before_a_round(place: Path) -> None:

@@ -107,6 +107,7 @@ def test_a_run_that_is_older_than_a_setting_goes_on_as_it_began(tmp_path: Path) 
     (tmp_path / "config.toml").write_text("rounds = 3\n")
     settings = RunDirectory(tmp_path).config()
     assert (settings["data.split"], settings["data.template"]) == ("sample", "plain")
+    assert settings["model.class_order"] == "data"
 
 
 def test_settings_of_the_server_may_be_edited(copy: Path) -> None:

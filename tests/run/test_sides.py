@@ -22,6 +22,7 @@ def test_the_sides_are_those_of_the_paper(name: str, found: tuple[str, str]) -> 
 
 def test_a_strategy_that_takes_turns_wants_the_sides_of_all_turns() -> None:
     assert sides(load("rolora")) == ("ABH", "ABH")
+    assert sides(load("rolora"), rounds=1) == ("ABH", "ABH")  # it may be resumed to more
 
 
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda e: e.name)
