@@ -16,6 +16,7 @@ LAYERS = (  # from the ground up; packages that share a line do not know each ot
     {"fedlora.storage", "fedlora.data"},
     {"fedlora.encoding"},
     {"fedlora.strategies", "fedlora.messages", "fedlora.models", "fedlora.deployment"},
+    {"fedlora.kernels"},
     {"fedlora.privacy"},
     {"fedlora.run"},
     {"fedlora.server", "fedlora.client"},

@@ -10,7 +10,7 @@ gradients of all its examples at once, and with them `owner`, the client of each
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import PrivacyError
+from fedlora.kernels.replaced import forward_of
 from fedlora.lora import at_least_float32
 
 Gradients = list[Tensor]  # one tensor a parameter, (examples, *shape), float32 or wider
@@ -76,7 +77,7 @@ class OnePassGradients:
         with ExitStack() as stack:  # if a layer is refused, those before it get their own forward back
             for name, module in _holders(self._model.net, LAYERS, "one pass"):
                 forward = partial(LAYERS[type(module)], module, partial(self._check, name), partial(self._keep, module))
-                stack.enter_context(_forward(module, forward))
+                stack.enter_context(forward_of(module, forward))
             self._stack = stack.pop_all()
         return self
 
@@ -227,20 +228,6 @@ def _forget(parameters: Sequence[nn.Parameter]) -> None:
 def _backward(model: Learner, batch: dict[str, Tensor]) -> None:
     loss: Tensor = model.losses(batch).sum()
     loss.backward()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Any) -> Any:
-    """Give this one module another forward within the block."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _linear(module: nn.Module, check: Callable[[Tensor], None], keep: Keep, x: Tensor) -> Tensor:

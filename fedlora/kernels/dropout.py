@@ -1,0 +1,67 @@
+"""Dropout that spends 16 random bits on an element, where torch's draws a number for each on one thread.
+
+On a CPU `bernoulli_` takes 5.9 ns an element, and 64 random bits cut into four a quarter of that: 1.4 ns (Zen 4, one
+thread). Dropout was 11 % of a training step of MiniLM. The probability is a multiple of 1/65536, the nearest to the one
+asked for, and what is kept is divided by just the share that is kept: the mean is that of the input.
+Draws come from torch's generator of the CPU, in another way than those of torch's own dropout: runs of both are equal
+in distribution only. On other devices torch's own dropout is a single fused kernel, and stays.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .replaced import forwards_of
+
+LEVELS = 2**16
+
+
+class _Dropped(torch.autograd.Function):
+    """x times a mask of 0 and 1 / (share kept)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
+        mask = _mask(x, dropped)
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return gradients[0] * mask, None
+
+
+def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
+    """The input with elements set to zero with probability p, and the others divided by 1 - p."""
+    dropped = round(p * LEVELS)
+    if not training or not dropped:
+        return x
+    if x.device.type != "cpu" or dropped == LEVELS:
+        return F.dropout(x, p, training=True)
+    out: Tensor = _Dropped.apply(x, dropped)  # type: ignore[no-untyped-call]
+    return out
+
+
+@contextmanager
+def quick_dropout(net: nn.Module) -> Iterator[None]:
+    """Let every `nn.Dropout` of the network drop in this way within the block."""
+    found = [module for module in net.modules() if type(module) is nn.Dropout and not module.inplace]
+    with forwards_of({module: partial(_forward, module) for module in found}):
+        yield
+
+
+def _forward(module: nn.Dropout, x: Tensor) -> Tensor:
+    return dropout(x, module.p, training=module.training)
+
+
+def _mask(x: Tensor, dropped: int) -> Tensor:
+    """1 / (share kept) where an element is kept, else 0; of the input's type and shape."""
+    n = x.numel()
+    draws = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)  # every one of 64 bits is random
+    bits = draws.view(torch.int16)[:n].view(x.shape)
+    return (bits >= dropped - LEVELS // 2).to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
