@@ -1,6 +1,12 @@
-"""A client's jobs, done with its own data, its own policy and what it keeps on its own disk."""
+"""A client's jobs, done with its own data, its own policy and what it keeps on its own disk.
+
+What a client does around its training is a generator (`JobRunner.steps`), which stops where there is something to be
+trained and goes on with what came of it. So one client can be trained by itself, or many of them in one pass.
+"""
 
 import logging
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +17,7 @@ from fedlora.client.ledger_records import ledger_folder
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.scored_rounds import ScoredRounds
 from fedlora.client.secure_aggregation import SecAggClient
+from fedlora.client.training import Trained, TrainingTask
 from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.encoder import Records
 from fedlora.errors import FedloraError, PrivateJobFailed
@@ -26,6 +33,26 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.storage.client_state import CachedReply, ClientState, earlier_job_hash
 
 log = logging.getLogger("fedlora")
+Steps = Generator[TrainingTask, Trained, Update]  # stops at most once
+
+
+def begin(steps: Steps) -> TrainingTask | Update:
+    """Go on to what is to be trained; an update that needs no training is returned at once. Raises as `run` does."""
+    try:
+        return next(steps)
+    except StopIteration as done:
+        update: Update = done.value
+        return update
+
+
+def end(steps: Steps, outcome: Trained | Exception) -> Update:
+    """Go on from the training with what came of it, to the update. Raises as `run` does."""
+    try:
+        _ = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)
+    except StopIteration as done:
+        update: Update = done.value
+        return update
+    raise AssertionError("a job is trained once")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,24 +73,41 @@ class JobRunner:
         Raises `ClientFailed`; `PrivacyError` or, for a private job, `LedgerError`, and then nothing was trained and
         nothing charged; `SecureError` for a job that is to be masked and may not be.
         """
+        with closing(self.steps(model, job, digest)) as steps:
+            task = begin(steps)
+            if isinstance(task, Update):
+                return task
+            try:
+                outcome: Trained | Exception = training.perform(model, task)
+            except Exception as e:  # whatever it is: the generator says what becomes of it
+                outcome = e
+            return end(steps, outcome)
+
+    def steps(self, model: Model, job: Job, digest: str = "") -> Steps:
+        """Do a round's work as `run` does, but for the training: what is to be trained is yielded.
+
+        The generator is sent what came of it, or thrown the error, and returns the update. While it waits, it holds the
+        lock of a private client's ledger; one that is closed there leaves a charged job without an answer, as a crash.
+        """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
         check_start(model, job)
         digest = digest or hash_parts_and_job(job)
         if job.masking:
-            return self._masked(model, job, digest)
-        return self._compressed(job, self._trained(model, job, digest))
+            return (yield from self._masked(model, job, digest))
+        update = yield from self._trained(model, job, digest)
+        return self._compressed(job, update)
 
-    def _masked(self, model: Model, job: Job, digest: str) -> Update:
+    def _masked(self, model: Model, job: Job, digest: str) -> Steps:
         """The update under its mask; a sketch is narrowed and widened here, as the server sees no single update.
 
         Nothing is trained or charged where the update is not to be masked.
         """
         self.secagg.refuse(job)
-        update = self._trained(model, select_rows(job), digest)
+        update = yield from self._trained(model, select_rows(job), digest)
         return self.secagg.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 
-    def _trained(self, model: Model, job: Job, digest: str) -> Update:
-        return self._private(model, job, job.privacy, digest) if job.privacy else self._plain(model, job, digest)
+    def _trained(self, model: Model, job: Job, digest: str) -> Steps:
+        return self._private(model, job, job.privacy, digest) if job.privacy else self._plain(job, digest)
 
     def _compressed(self, job: Job, update: Update) -> Update:
         """The update encoded as the job asks, and with the numbers that the server will decode from it."""
@@ -76,19 +120,20 @@ class JobRunner:
             store.keep(job.round, left)
         return replace(update, lora=received, packed=packed)
 
-    def _plain(self, model: Model, job: Job, digest: str) -> Update:
+    def _plain(self, job: Job, digest: str) -> Steps:
         """The update of a job without DP-SGD; with `once`, the kept one if this job was done already."""
         store, last = ClientState(self.folder), CachedReply(self.folder)
         if self.once and (done := last.to(digest)):
             return done
-        update, kept = training.train(model, job, self.id, self.client_data.train, store.before(job.round))
+        before = store.before(job.round)
+        update, kept = yield TrainingTask(client=self.id, job=job, kept=before, examples=self.client_data.train)
         log.debug("trained round %d", job.round + 1)
         store.keep(job.round, kept)
         if self.once:
             last.keep(digest, update)
         return update
 
-    def _private(self, model: Model, job: Job, privacy: PrivacyTerms, digest: str) -> Update:
+    def _private(self, model: Model, job: Job, privacy: PrivacyTerms, digest: str) -> Steps:
         """The update of a job with DP-SGD, charged once however often the job comes.
 
         Raises `PrivateJobFailed` for whatever goes wrong after the charge, and for that job ever after.
@@ -99,15 +144,17 @@ class JobRunner:
         with ledger.locked():
             digest = _name_in(ledger, job, digest)
             ledger.charge(digest, privacy, round=job.round, budget=self.policy.budget, delta=delta)
-            answer = ledger.answer(digest) or self._charged(model, job, records, ledger, digest)
+            answer = ledger.answer(digest) or (yield from self._charged(job, records, ledger, digest))
             return replace(answer, spent=ledger.spent(privacy.delta))
 
-    def _charged(self, model: Model, job: Job, records: Records, ledger: Ledger, digest: str) -> Update:
+    def _charged(self, job: Job, records: Records, ledger: Ledger, digest: str) -> Steps:
         """The update of a job that the ledger has just been charged for; it lies on the disk when this returns."""
         store = ClientState(self.folder)
         try:
             before = store.before(job.round)
-            answer, kept = training.train_privately(model, job, self.id, records, before, self.mechanism)
+            answer, kept = yield TrainingTask(
+                client=self.id, job=job, kept=before, records=records, mechanism=self.mechanism
+            )
             store.keep(job.round, kept)
             ledger.keep(digest, answer)
         except Exception:  # whatever it is: its kind may depend on the records

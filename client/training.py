@@ -4,6 +4,7 @@ A job names what is trained and shared, so that every strategy trains by the sam
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from math import isfinite
 
@@ -23,38 +24,64 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.sections import Training
 from fedlora.seeds import derive, seeded
 
+Trained = tuple[Update, LoRA]  # the update, and the sides that stay with the client
 
-def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> tuple[Update, LoRA]:
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingTask:
+    """The training that a job asks of one client: all of the client that it needs, and no model."""
+
+    client: int
+    job: Job
+    kept: LoRA  # the sides that the client kept before this round
+    examples: Sequence[Example] = ()  # of a job without DP-SGD
+    records: Records = ()  # of a private job
+    mechanism: Mechanism = STANDARD  # of a private job
+
+    def refuse_empty(self) -> None:
+        """Raise `ClientFailed` where there is nothing to train on."""
+        if self.job.privacy and not self.records:
+            raise ClientFailed(f"client {self.client} has no records to train on", code=ReasonCode.DATA)
+        if not self.job.privacy and not self.examples:
+            raise ClientFailed(
+                f"client {self.client} has no examples to train on: no row of its data has a token to learn within "
+                "model.max_length",
+                code=ReasonCode.DATA,
+            )
+
+
+def perform(model: Model, task: TrainingTask) -> Trained:
+    """Train one task on the model; return and raise as `train` and `train_privately` do."""
+    if task.job.privacy:
+        return train_privately(model, task.job, task.client, task.records, task.kept, task.mechanism)
+    return train(model, task.job, task.client, task.examples, task.kept)
+
+
+def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> Trained:
     """Train what the job names; return the update, and the sides that stay with the client.
 
     The update of a job that resumes holds the change of the product in its A and B: [A'; A] and [B', -B].
     Raises `TrainingDiverged` where the loss is no longer a number, `ClientFailed` where there are no examples.
     """
-    if not examples:
-        raise ClientFailed(
-            f"client {client} has no examples to train on: no row of its data has a token to learn within "
-            "model.max_length",
-            code=ReasonCode.DATA,
-        )
+    TrainingTask(client=client, job=job, kept=kept, examples=examples).refuse_empty()
     taken = load_start(model, job, kept)
     with seeded(derive(job.seed, "dropout", client, job.round)):
         loss = run_steps(model, _sides(model, job), job, client, examples)
-    return make_update(model, job, taken, len(examples), loss if job.metrics else None)
+    return make_update(job, model.get_adapter(), taken, len(examples), loss)
 
 
 def train_privately(
     model: Model, job: Job, client: int, records: Records, kept: LoRA, mechanism: Mechanism = STANDARD
-) -> tuple[Update, LoRA]:
+) -> Trained:
     """Train what the job names by DP-SGD, on the job's terms; return as `train` does, without a loss.
 
     No loss is in the update, because it would not be private.
     Raises `PrivacyError` for a model that cannot be trained so, `ClientFailed` where there are no records.
     """
-    if not records:
-        raise ClientFailed(f"client {client} has no records to train on", code=ReasonCode.DATA)
+    TrainingTask(client=client, job=job, kept=kept, records=records).refuse_empty()
     taken = load_start(model, job, kept)
     dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
-    return make_update(model, job, taken, len(records), None)
+    return make_update(job, model.get_adapter(), taken, len(records), None)
 
 
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
@@ -65,11 +92,16 @@ def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) ->
 
 def load_start(model: Model, job: Job, kept: LoRA) -> LoRA:
     """Load the client's start into the model; for a job that resumes, return what is subtracted for it, -B A."""
-    start = kept.only(_keeps(job)).over(job.start)
-    moved = job.resumes and any(bool(b.any()) for b in start.B.values())
-    taken = scale(start.only("AB"), -1) if moved else LoRA()
+    start, taken = start_of(job, kept)
     model.set_adapter(start, (*job.offset, taken) if taken else job.offset, job.gain)
     return taken
+
+
+def start_of(job: Job, kept: LoRA) -> tuple[LoRA, LoRA]:
+    """The adapter that a client starts a job from, and what is subtracted beside it: -B A of a job that resumes."""
+    start = kept.only(_keeps(job)).over(job.start)
+    moved = job.resumes and any(bool(b.any()) for b in start.B.values())
+    return start, scale(start.only("AB"), -1) if moved else LoRA()
 
 
 def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
@@ -79,12 +111,14 @@ def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
     return sides
 
 
-def make_update(model: Model, job: Job, taken: LoRA, examples: int, loss: float | None) -> tuple[Update, LoRA]:
-    """The update with the sides that the job shares, and the sides that the client keeps."""
-    lora = model.get_adapter()
+def make_update(job: Job, lora: LoRA, taken: LoRA, examples: int, loss: float | None) -> Trained:
+    """The update of a trained adapter, with the sides that the job shares, and the sides that the client keeps.
+
+    `taken` is what was subtracted beside the adapter's start (see `start_of`). A loss is told only where the job asks.
+    """
     shared = lora.only(job.shares)
     change = join(shared.only("AB"), taken) if taken else LoRA()
-    return Update(change.over(shared), examples, loss), lora.only(_keeps(job))
+    return Update(change.over(shared), examples, loss if job.metrics else None), lora.only(_keeps(job))
 
 
 def _keeps(job: Job) -> str:
@@ -106,13 +140,13 @@ def run_steps(
     model.begin_training()
     total, targets = 0.0, 0
     steps = optimize.count_steps(training, len(examples))
-    chunks = _chunks(len(examples), training, job, client)
+    places = chunks(len(examples), training, job, client)
     for step in range(steps):
         optimize.set_rates(optimizer, training, job, step=step, steps=steps)
-        chunk = [examples[i] for i in next(chunks)]
+        chunk = [examples[i] for i in next(places)]
         loss, n = _step_gradient(model, parameters, chunk, job)
         if not isfinite(loss):
-            raise TrainingDiverged(_why_diverged(model, job, step, loss))
+            raise TrainingDiverged(why_diverged(model, job, step, loss))
         optimize.add_proximal_gradient(parameters, start, training.prox)
         if training.clip and not job.example_clip:  # else every example's gradient is clipped already
             nn.utils.clip_grad_norm_(parameters, training.clip)
@@ -123,7 +157,7 @@ def run_steps(
     return total / targets
 
 
-def _why_diverged(model: Model, job: Job, step: int, loss: float) -> str:
+def why_diverged(model: Model, job: Job, step: int, loss: float) -> str:
     """What to say of a loss that is no number; before any step of a sound start, the base model is the reason."""
     if job.round == step == 0 and all(bool(t.isfinite().all()) for _, _, t in job.start.matrices()):
         return f"the loss is {loss} before any step: {not_finite(model.net, model.dtype)}"
@@ -181,7 +215,7 @@ def _clipped(loss: Tensor, parameters: Sequence[nn.Parameter], largest: float) -
     return [g * (largest / norm.clamp(min=largest)) for g in gradients]
 
 
-def _chunks(n: int, training: Training, job: Job, client: int) -> Iterator[list[int]]:
+def chunks(n: int, training: Training, job: Job, client: int) -> Iterator[list[int]]:
     """Yield the places of the examples of one optimizer step after another, in another order every epoch."""
     size = training.batch_size * training.accumulate
     for epoch in count():

@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import Timeout
 from torch.testing import assert_close
 
 from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy
-from fedlora.client.runner import JobRunner
+from fedlora.client.runner import JobRunner, begin, end
+from fedlora.client.training import TrainingTask, perform
 from fedlora.encoding.client_data import ClientData
-from fedlora.errors import LedgerError, PrivacyError
+from fedlora.errors import LedgerError, PrivacyError, PrivateJobFailed
 from fedlora.jobs import PrivacyTerms
 from fedlora.sections import Training
-from fedlora.strategy import Job
+from fedlora.storage.files import file_lock
+from fedlora.strategy import Job, Update
 
 TERMS = PrivacyTerms(noise=1.0, clip=1.0, head_share=0.5, rate=0.5, steps=2, delta=1e-3)
 SMALL = small_model("gpt2")  # 16 tokens in an example
@@ -101,3 +104,44 @@ def test_what_stays_with_the_client_stays_after_a_private_round(tmp_path: Path) 
     assert not first.lora.B and list(tmp_path.glob("kept-*"))
     same.run(SMALL.model, replace(job(1), shares="A", training=Training(optimizer="sgd", lr=1e-30, batch_size=4)))
     assert_close(SMALL.model.get_adapter().B, kept.B)
+
+
+def test_training_done_elsewhere_gives_the_update_that_training_here_does(tmp_path: Path) -> None:
+    """Several clients stop before their training, and each goes on with what came of its own."""
+    plain = replace(job(), privacy=None)
+    wanted = runner(tmp_path / "wanted").run(SMALL.model, plain)
+    every = [runner(tmp_path / str(i)).steps(SMALL.model, plain) for i in range(2)]
+    tasks = [begin(steps) for steps in every]
+    for steps, task in zip(every, tasks, strict=True):
+        assert isinstance(task, TrainingTask) and task.client == 0 and len(task.examples) == 6
+        assert_close(vars(end(steps, perform(SMALL.model, task)).lora), vars(wanted.lora), rtol=0, atol=0)
+
+
+def test_a_job_that_was_done_already_has_nothing_to_train(tmp_path: Path) -> None:
+    done = runner(tmp_path).run(SMALL.model, job())
+    again = begin(runner(tmp_path).steps(SMALL.model, job()))
+    assert isinstance(again, Update)
+    assert_close(vars(again.lora), vars(done.lora), rtol=0, atol=0)
+
+
+def test_a_private_job_whose_training_fails_elsewhere_has_failed_for_ever(tmp_path: Path) -> None:
+    steps = runner(tmp_path).steps(SMALL.model, job())
+    assert isinstance(begin(steps), TrainingTask)
+    with pytest.raises(PrivateJobFailed):
+        end(steps, ValueError("a name among the records"))
+    with pytest.raises(PrivateJobFailed):
+        runner(tmp_path).run(SMALL.model, job())
+    assert len(runner(tmp_path).ledger.charges()) == 1
+
+
+def test_a_private_job_that_waits_for_its_training_holds_its_ledger(tmp_path: Path) -> None:
+    """One that is given up there was charged and has no answer, as after a crash: it is trained for that charge."""
+    steps, other = runner(tmp_path).steps(SMALL.model, job()), file_lock(tmp_path / ".lock")
+    begin(steps)
+    with pytest.raises(Timeout):
+        other.acquire(blocking=False)
+    steps.close()
+    other.acquire(blocking=False)
+    other.release()
+    spent = runner(tmp_path).run(SMALL.model, job()).spent
+    assert spent is not None and spent.charges == 1

@@ -323,3 +323,18 @@ def step(
     chosen = replace(Training(optimizer="sgd", lr=1.0, batch_size=10, steps=1), **training)  # type: ignore[arg-type]
     after = local_training.train(model, Job(lora, trains="AB", example_clip=largest, training=chosen), 0, rows, LoRA())
     return [t - after[0].lora.side(s)[m] for s in "AB" for m, t in lora.side(s).items()]
+
+
+def test_the_start_of_a_job_needs_no_model(begun: LoRA) -> None:
+    """What a client keeps is its own, all else the job's; what a client that resumes subtracts is minus its product."""
+    own = LoRA(B={m: 2 * b for m, b in begun.B.items()})
+    start, taken = local_training.start_of(Job(begun, shares="A"), own)
+    assert start.A == begun.A and start.B == own.B and not taken
+    start, taken = local_training.start_of(Job(begun, resumes=True), own)
+    assert_close(delta(taken), {m: -p for m, p in delta(LoRA(begun.A, own.B)).items()})
+
+
+def test_an_update_of_a_trained_adapter_needs_no_model(begun: LoRA) -> None:
+    update, kept = local_training.make_update(Job(begun, shares="A", metrics=False), begun, LoRA(), 5, 0.25)
+    assert update.lora.A == begun.A and not update.lora.B and kept.B == begun.B and not kept.A
+    assert update.examples == 5 and update.loss is None
