@@ -20,7 +20,7 @@ LAYERS = (  # from the ground up; packages that share a line do not know each ot
     {"fedlora.privacy"},
     {"fedlora.run"},
     {"fedlora.server", "fedlora.client"},
-    {"fedlora.server.deployment", "fedlora.client.deployment"},
+    {"fedlora.server.deployment", "fedlora.client.deployment", "fedlora.client.stacked"},
     {"fedlora.simulations"},
     {"fedlora.checks"},
     {"fedlora.audit"},

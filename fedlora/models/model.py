@@ -16,7 +16,7 @@ from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
 from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import ModelError, StrategyError
-from fedlora.lora import LoRA, Side
+from fedlora.lora import LoRA, Side, at_least_float32
 from fedlora.metrics import Metrics
 from fedlora.sections import LoRAConfig, ModelConfig
 
@@ -98,6 +98,11 @@ class Model:
     def size(self) -> int:
         """The count of numbers in the base model, without the adapter and the second copy that PEFT makes of a head."""
         return sum(map(quantization.numbers, self.net.parameters())) - sum(p.numel() for p in self._parameters())
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """The type of the factors' numbers: float32, whatever the base is in."""
+        return next(iter(self._sides["A"].values())).dtype
 
     def _parameters(self, sides: str = "ABRH") -> list[nn.Parameter]:
         """The parameters of these sides of the adapter, in a fixed order."""
@@ -194,7 +199,7 @@ class Model:
         return self.objective.aligned(scores, {k: v.to(self.device) for k, v in batch.items()})
 
     def _scores(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The network's scores of a batch, in float32.
+        """The network's scores of a batch, in float32 or wider.
 
         Raises `ModelError` where the architecture cannot compute in `model.dtype`.
         """
@@ -207,7 +212,7 @@ class Model:
                 f"{type(self.net.get_base_model()).__name__} cannot compute in model.dtype = {self.dtype}: "
                 f"{str(e).splitlines()[0]}; set model.dtype = float32"
             ) from e
-        return scores.float()
+        return at_least_float32(scores)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss summed over the targets of a batch."""

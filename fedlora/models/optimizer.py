@@ -31,14 +31,14 @@ def make(training: Training, model: Model, sides: Mapping[str, list[nn.Parameter
     by_rate: dict[float, list[nn.Parameter]] = {}
     for side, parameters in sides.items():
         for p in parameters:
-            by_rate.setdefault(_full_rate(training, side, is_head=id(p) in heads), []).append(p)
+            by_rate.setdefault(full_rate(training, side, is_head=id(p) in heads), []).append(p)
     groups = [{"params": parameters, "full_lr": rate} for rate, parameters in by_rate.items()]
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
     return torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
 
 
-def _full_rate(training: Training, side: str, *, is_head: bool) -> float:
+def full_rate(training: Training, side: str, *, is_head: bool) -> float:
     """A parameter's learning rate before the schedule's factor."""
     if is_head and training.head_lr:
         return training.head_lr

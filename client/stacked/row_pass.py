@@ -1,0 +1,181 @@
+"""A model whose every row is computed with the adapter of its own client, in one forward and one backward pass.
+
+The PEFT model stays as it is: within the context its adapted layers, and the linear layers of its heads, have another
+`forward`, which reads the matrices of the rows from columns of theta (rows, P) and writes their gradients into the same
+columns of G (rows, P_t). The base is frozen and shared. All else, as dropout and attention, is the network's own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.client.stacked.layout import Key, Layout
+from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linear_with_product, row_linear
+from fedlora.encoding.encoder import Example
+from fedlora.models.adapter import NAME
+from fedlora.models.model import Model
+
+
+class NotStackableError(Exception):
+    """The rows of a batch cannot be computed each with its own adapter; the text is a sentence that names the module.
+
+    Whoever meets it trains the clients one after another instead.
+    """
+
+
+class RowPass:
+    """A context in which a model computes every row with its own client's columns of theta."""
+
+    def __init__(self, model: Model, layout: Layout, gains: Sequence[Mapping[str, float]] = ()) -> None:
+        """`gains` are those of each client's job, on the s of a module; without any they are all 1."""
+        self._model, self._layout = model, layout
+        self._scales = {name: _scale(s, name, gains) for name, s in model.scales.items()}
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._rows = torch.empty(0)
+        self._gradient = torch.empty(0)
+        self._owner = torch.empty(0, dtype=torch.int64)
+        self._written: set[Key] = set()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:  # what was replaced before a refusal gets its own forward back
+            for name, layer in self._model.adapted.items():
+                stack.enter_context(replaced(layer, partial(self._adapted, name, layer)))
+            for name, module in head_layers(self._model):
+                stack.enter_context(replaced(module, partial(self._head, name, module)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def assign(self, theta: Tensor, owner: Tensor) -> None:
+        """Let the next batch be of these clients: theta (clients, P), and of each example the place of its client."""
+        self._owner = owner.repeat(self._model.objective.rows)
+        self._rows = theta.index_select(0, self._owner)
+
+    def gradients(
+        self, theta: Tensor, owner: Tensor, weights: Tensor, examples: Sequence[Example]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of weight times loss of every example, (examples, P_t), and the losses, (examples,).
+
+        A loss is the sum over the targets of its example. Raises `NotStackableError`.
+        """
+        self.assign(theta, owner)
+        self._gradient = torch.empty_like(self._rows[:, : self._layout.trained])
+        self._written = set()
+        scores, targets = self._model.logits(self._model.encoder.collate(examples))
+        losses = self._model.objective.losses(scores, targets).view(len(examples), -1).sum(1)
+        (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+        for key in self._layout.columns:
+            if self._layout.is_trained(key) and key not in self._written:
+                self._layout.view(self._gradient, key).zero_()
+        # the rows of one example lie as far apart as there are examples: all first rows, then all second ones
+        by_row, self._gradient = self._gradient, torch.empty(0)
+        rows = self._model.objective.rows
+        gradient = by_row if rows == 1 else by_row.view(rows, len(examples), -1).sum(0)
+        return gradient, losses.detach()
+
+    def _adapted(self, name: str, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What an adapted layer computes of x: (rows, ..., d_in) -> (rows, ..., d_out)."""
+        factors = self._factors(name, "A", "B", self._scale_of(name), self._trains(name))
+        base, dropout = layer.get_base_layer(), layer.lora_dropout[NAME]
+        rows = self._by_rows(name, x)  # (rows, tokens, d_in)
+        if isinstance(dropout, nn.Identity) and _is_plain(base, factors.A.dtype, x):
+            weight = base.weight.T if layer.fan_in_fan_out else base.weight
+            out = linear_with_product(rows, weight, base.bias, self._anchor, factors)
+        else:
+            out = self._by_rows(name, base(x, *args, **kwargs))
+            out = add_product(out, self._by_rows(name, dropout(x)), self._anchor, factors)
+        if ("a", name) in self._layout.columns:
+            beside = self._factors(name, "a", "b", self._model.scales[name], "")
+            out = add_product(out, rows, self._anchor, beside)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _head(self, name: str, module: Any, x: Tensor) -> Tensor:
+        """What a linear layer of a head computes of x, in its own weight's type."""
+        weight = self._own(("H", f"{name}.weight"))
+        bias = None if module.bias is None else self._own(("H", f"{name}.bias"))
+        rows = self._by_rows(name, x).to(weight.dtype)
+        out = row_linear(rows, weight, bias, self._anchor, partial(self._write_head, name))
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _factors(self, name: str, a: str, b: str, scale: Scale, trains: str) -> Factors:
+        core = self._own(("R", name)) if a == "A" and ("R", name) in self._layout.columns else None
+        return Factors(self._own((a, name)), self._own((b, name)), core, scale, trains, partial(self._write, name))
+
+    def _trains(self, name: str) -> str:
+        return "".join(side for side in "ABR" if self._layout.is_trained((side, name)))
+
+    def _scale_of(self, name: str) -> Scale:
+        scale = self._scales[name]
+        return scale if isinstance(scale, float) else scale[self._owner]
+
+    def _own(self, key: Key) -> Tensor:
+        """The matrices of the rows of the present batch."""
+        return self._layout.view(self._rows, key)
+
+    def _by_rows(self, name: str, x: Tensor) -> Tensor:
+        """x as (rows, tokens, d); raises `NotStackableError` where its first dimension is not that of the rows."""
+        if x.dim() < 2 or len(x) != len(self._owner):
+            raise NotStackableError(
+                f"{name} sees {len(x)} rows where a batch has {len(self._owner)}: its tokens lie in one heap"
+            )
+        return x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+
+    def _write(self, name: str, side: str, gradient: Tensor) -> None:
+        key = (side, name)
+        place = self._layout.view(self._gradient, key)
+        if key in self._written:  # a layer that is used twice
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self._written.add(key)
+
+    def _write_head(self, name: str, side: str, gradient: Tensor) -> None:
+        if self._layout.is_trained(("H", f"{name}.{side}")):
+            self._write(f"{name}.{side}", "H", gradient)
+
+
+def head_layers(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers that hold the parameters of the model's heads, by the names that their parameters begin with.
+
+    Raises `NotStackableError` at one that is no linear layer.
+    """
+    holders = {id(p): key for key, p in model.heads.items()}
+    for module in model.net.modules():
+        held = [holders[id(p)] for p in module.parameters(recurse=False) if id(p) in holders]
+        if held and type(module) is not nn.Linear:
+            raise NotStackableError(f"{held[0].rpartition('.')[0]} is a {type(module).__name__}, trained as a whole")
+        if held:
+            yield held[0].rpartition(".")[0], module
+
+
+def _scale(s: float, name: str, gains: Sequence[Mapping[str, float]]) -> Scale:
+    """The s of one module with the gains of all clients: a number, or (clients, 1, 1) where they differ."""
+    own = [s * gain.get(name, 1.0) for gain in gains] or [s]
+    return own[0] if len(set(own)) == 1 else torch.tensor(own)[:, None, None]
+
+
+def _is_plain(base: Any, dtype: torch.dtype, x: Tensor) -> bool:
+    """Is this a linear layer (or GPT-2's transposed one) that nothing has changed, of the same type as its input?"""
+    if type(base).__name__ not in ("Linear", "Conv1D") or "forward" in base.__dict__:
+        return False
+    return bool(base.weight.dtype == x.dtype == dtype) and not base._forward_hooks
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Give this one module another forward within the block."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
