@@ -5,8 +5,8 @@ The PEFT model stays as it is: within the context its adapted layers, and the li
 columns of G (rows, P_t). The base is frozen and shared. All else, as dropout and attention, is the network's own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlora.client.stacked.layout import Key, Layout
 from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linear_with_product, row_linear
 from fedlora.encoding.encoder import Example
+from fedlora.kernels.replaced import forward_of
 from fedlora.models.adapter import NAME
 from fedlora.models.model import Model
 
@@ -43,9 +44,9 @@ class RowPass:
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what was replaced before a refusal gets its own forward back
             for name, layer in self._model.adapted.items():
-                stack.enter_context(replaced(layer, partial(self._adapted, name, layer)))
+                stack.enter_context(forward_of(layer, partial(self._adapted, name, layer)))
             for name, module in head_layers(self._model):
-                stack.enter_context(replaced(module, partial(self._head, name, module)))
+                stack.enter_context(forward_of(module, partial(self._head, name, module)))
             self._stack = stack.pop_all()
         return self
 
@@ -165,17 +166,3 @@ def _is_plain(base: Any, dtype: torch.dtype, x: Tensor) -> bool:
     if type(base).__name__ not in ("Linear", "Conv1D") or "forward" in base.__dict__:
         return False
     return bool(base.weight.dtype == x.dtype == dtype) and not base._forward_hooks
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Give this one module another forward within the block."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
