@@ -6,7 +6,7 @@ gradients of its rows are added up for each client. Clients with fewer steps fin
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.stacked.row_pass import RowPass
 from fedlora.client.training import Trained, TrainingTask
-from fedlora.encoding.encoder import Example
-from fedlora.encoding.encoder import length as length_of
+from fedlora.encoding.encoder import Example, length
 from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.kernels.microbatches import Bounds, plan
 from fedlora.models.model import Model
@@ -27,13 +26,15 @@ from fedlora.seeds import derive, seeded
 
 Result = Trained | ClientFailed
 BOUNDS = Bounds(tokens=1024, overhead=64)
+PATCH = 16  # pixels of the side of a patch of an image
 
 
 def group(model: Model, task: TrainingTask) -> Hashable:
     """What tasks must have alike to be trained in one pass; ranks, rates, steps and batches may differ."""
     job = task.job
     offset = tuple(map(id, job.offset))
-    return "".join(sorted(job.trains)), offset, tuple(job.start.R), job.training.optimizer
+    clips = bool(job.example_clip)
+    return "".join(sorted(job.trains)), offset, tuple(job.start.R), clips, job.training.optimizer
 
 
 def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
@@ -95,6 +96,8 @@ class Cohort:
         self.steps = [count_steps(job.training, len(t.examples)) for job, t in zip(self._jobs, tasks, strict=True)]
         self._chunks = [self._chunks_of(i) for i in range(len(tasks))]
         self._prox = column([job.training.prox for job in self._jobs], self.theta)
+        self._clips_examples = bool(self._jobs[0].example_clip)
+        self._example_clip = column([job.example_clip for job in self._jobs], self.theta)
         self._clip = column([0.0 if job.example_clip else job.training.clip for job in self._jobs], self.theta)
         self._losses: list[Tensor] = []  # of each step, (clients,): summed over the targets of a client's chunk
         self._targets = [0] * len(tasks)
@@ -118,21 +121,32 @@ class Cohort:
         self._optimizer.step(self._trained, self._gradient, column(factors, self.theta), places)
 
     def _add_gradients(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Leave each client's gradient of its mean loss in `_gradient`; return the sums of the losses, (clients,)."""
+        """Leave each client's gradient in `_gradient`; return the sums of the losses, (clients,).
+
+        It is that of the mean loss over the targets of a client's chunk; or, where examples are clipped, the mean of
+        the clipped gradients of each example's own mean loss.
+        """
         examples = list(chain.from_iterable(chunk.examples for chunk in chunks))
-        counts = torch.tensor([len(chunk.examples) for chunk in chunks])
-        owners = torch.tensor([chunk.place for chunk in chunks]).repeat_interleave(counts)
-        weights = torch.tensor([1 / chunk.targets for chunk in chunks], dtype=self.theta.dtype).repeat_interleave(
-            counts
-        )
+        owners = _repeated([chunk.place for chunk in chunks], chunks).to(self.theta.device)
+        weights = self._weights(chunks, examples).to(self.theta)
+        shares = _repeated([1 / len(chunk.examples) for chunk in chunks], chunks).to(self.theta)
         losses = self.theta.new_zeros(len(self.theta))
         self._gradient.zero_()
         for places in micro_batches(self._model, examples):
-            owner, weight = owners[places].to(losses.device), weights[places].to(losses.device)
-            g, loss = self.rows.gradients(self.theta, owner, weight, [examples[i] for i in places])
+            chosen = torch.tensor(places, device=self.theta.device)
+            owner = owners[chosen]
+            g, loss = self.rows.gradients(self.theta, owner, weights[chosen], [examples[i] for i in places])
+            if self._clips_examples:
+                g.mul_(_clipping(g, self._example_clip[owner]) * shares[chosen, None])
             self._gradient.index_add_(0, owner, g)
             losses.index_add_(0, owner, loss.to(losses.dtype))
         return losses
+
+    def _weights(self, chunks: Sequence[Chunk], examples: Sequence[Example]) -> Tensor:
+        """What each example's loss is multiplied by: (examples,)."""
+        if self._clips_examples:
+            return torch.tensor([1 / max(self._model.targets([e]), 1) for e in examples], dtype=torch.float64)
+        return _repeated([1 / chunk.targets for chunk in chunks], chunks)
 
     def results(self) -> list[Result]:
         """What became of every task, once all steps are done."""
@@ -149,7 +163,32 @@ class Cohort:
         return training.make_update(task.job, lora, self._taken[place], len(task.examples), loss)
 
 
+def _repeated(values: Sequence[float], chunks: Sequence[Chunk]) -> Tensor:
+    """One value a chunk, for each of its examples: (examples,)."""
+    counts = torch.tensor([len(chunk.examples) for chunk in chunks])
+    whole = all(isinstance(value, int) for value in values)
+    return torch.tensor(values, dtype=torch.int64 if whole else torch.float64).repeat_interleave(counts)
+
+
+def _clipping(gradient: Tensor, largest: Tensor) -> Tensor:
+    """The factors with which no row of a gradient is longer than `largest`: (rows, 1) both."""
+    norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    return largest / torch.maximum(norms, largest)
+
+
 def micro_batches(model: Model, examples: Sequence[Example]) -> list[list[int]]:
     """The places of the examples of each micro-batch: rows of like lengths, or of one where the model needs that."""
-    lengths = [length_of(example) for example in examples]
-    return plan(lengths, BOUNDS)
+    lengths = [tokens(example) for example in examples]
+    if not model.encoder.limits.one_length:
+        return plan(lengths, BOUNDS)
+    inputs = sorted(range(len(examples)), key=lambda i: length(examples[i]))
+    alike = [list(own) for _, own in groupby(inputs, key=lambda i: length(examples[i]))]
+    planned = [(own, plan([lengths[i] for i in own], BOUNDS)) for own in alike]
+    return [[own[i] for i in batch] for own, batches in planned for batch in batches]
+
+
+def tokens(example: Example) -> int:
+    """What an example costs, in tokens: those it reads and those it writes; an image as many as it has patches."""
+    if "pixel_values" in example:
+        return max(example["pixel_values"][0].numel() // PATCH**2, 1)
+    return length(example) + len(example.get("decoder_input_ids", ()))

@@ -1,21 +1,41 @@
 """Many clients in one pass, against the same clients trained one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fedlora.checks.small_models import KINDS, Kind, SmallModel, small_model
 from fedlora.client import training
 from fedlora.client.stacked import cohort
 from fedlora.client.training import Trained, TrainingTask
+from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.jobs import Job
-from fedlora.lora import LoRA, average, map_factors
+from fedlora.lora import LoRA, average, delta, leading, map_factors
 from fedlora.sections import Training
+from fedlora.strategy import load
 from tests.support.float64 import in_float64
 
 ADAMW = Training(lr=1e-2, batch_size=3, epochs=1)
 NOTHING = LoRA()
+SGD = Training(optimizer="sgd", lr=0.3, momentum=0.9, weight_decay=0.1, batch_size=3)
+SETTINGS = {
+    "momentum and decay": Job(NOTHING, training=SGD),
+    "FedProx, a clip and a cosine": Job(
+        NOTHING, training=replace(ADAMW, prox=0.5, clip=0.01, schedule="cosine", warmup=0.2, weight_decay=0.1)
+    ),
+    "rates of B and of the head": Job(NOTHING, training=replace(ADAMW, lora_plus=4, head_lr=1e-3, clip=0)),
+    "accumulation, two epochs": Job(NOTHING, training=replace(ADAMW, batch_size=2, accumulate=2, epochs=2)),
+    "B alone": Job(NOTHING, trains="B", shares="B", training=ADAMW),
+    "A and a head that stays": Job(NOTHING, trains="AH", shares="A", training=ADAMW),
+    "B that stays": Job(NOTHING, shares="AH", training=ADAMW),
+    "going on from its own factors": Job(NOTHING, resumes=True, training=ADAMW),
+    "clipped examples": Job(NOTHING, example_clip=0.05, training=ADAMW),
+}
+
+
+Train = Callable[[SmallModel, Sequence[TrainingTask]], list[Trained]]
 
 
 def double(lora: LoRA) -> LoRA:
@@ -28,7 +48,7 @@ def furthest(one: LoRA, other: LoRA) -> float:
     return max(float((t - other.side(s)[m]).abs().max()) for s, m, t in one.matrices())
 
 
-def tasks_of(small: SmallModel, jobs: Sequence[Job], kept: Sequence[LoRA]) -> list[TrainingTask]:
+def tasks_of(small: SmallModel, jobs: Sequence[Job], kept: Sequence[LoRA] = (NOTHING,) * 3) -> list[TrainingTask]:
     return [
         TrainingTask(client=i, job=job, kept=own, examples=data.train)
         for i, (job, own, data) in enumerate(zip(jobs, kept, small.clients, strict=True))
@@ -39,7 +59,12 @@ def one_by_one(small: SmallModel, tasks: Sequence[TrainingTask]) -> list[Trained
     return [training.perform(small.model, task) for task in tasks]
 
 
-def rounds(small: SmallModel, job: Job, train, n: int = 3) -> LoRA:
+def in_one_pass(small: SmallModel, tasks: Sequence[TrainingTask]) -> list[Trained]:
+    results = cohort.train(small.model, tasks)
+    return [result for result in results if not isinstance(result, ClientFailed)]
+
+
+def rounds(small: SmallModel, job: Job, train: Train, n: int = 3) -> LoRA:
     """The mean adapter after some rounds of clients that keep what the job leaves with them."""
     state, kept = double(small.start), [NOTHING] * 3
     for round in range(n):
@@ -56,6 +81,84 @@ def test_three_rounds_with_adamw_come_to_the_same_adapter(kind: Kind) -> None:
     with in_float64(small.model):
         job = Job(start=NOTHING, training=ADAMW)
         serial = rounds(small, job, one_by_one)
-        stacked = rounds(small, job, lambda s, tasks: cohort.train(s.model, tasks))
+        stacked = rounds(small, job, in_one_pass)
     assert furthest(serial, stacked) < 1e-7
     assert furthest(serial, small.start) > 1e-3
+
+
+@pytest.mark.parametrize("job", SETTINGS.values(), ids=list(SETTINGS))
+def test_what_a_job_asks_of_one_client_it_has_of_many(job: Job) -> None:
+    small = small_model("bert")
+    with in_float64(small.model):
+        serial, stacked = rounds(small, job, one_by_one), rounds(small, job, in_one_pass)
+    assert furthest(serial, stacked) < 1e-7
+
+
+def compared(small: SmallModel, jobs: Sequence[Job]) -> float:
+    """How far apart one round's updates are at most."""
+    with in_float64(small.model):
+        pairs = zip(one_by_one(small, tasks_of(small, jobs)), in_one_pass(small, tasks_of(small, jobs)), strict=True)
+        return max(furthest(one.lora, other.lora) for (one, _), (other, _) in pairs)
+
+
+def filled(lora: LoRA, seed: int) -> LoRA:
+    """The adapter in float64 with other numbers in its B, as if it had been trained."""
+    g = torch.Generator().manual_seed(seed)
+    return double(LoRA(lora.A, {m: torch.randn(b.shape, generator=g) / 4 for m, b in lora.B.items()}, lora.H))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_of_unlike_ranks_stay_within_theirs(kind: Kind) -> None:
+    small = small_model(kind)
+    starts = [leading(filled(small.start, i), rank) for i, rank in enumerate((1, 2, 1))]
+    assert compared(small, [Job(start, training=replace(ADAMW, weight_decay=0.1)) for start in starts]) < 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_core_between_the_factors_is_trained(kind: Kind) -> None:
+    small = small_model(kind)
+    start = load("fed_sb").init(filled(small.start, 0))
+    assert compared(small, [Job(double(start), trains="RH", shares="RH", training=ADAMW)] * 3) < 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gains_and_offsets_are_those_of_the_job(kind: Kind) -> None:
+    small = small_model(kind)
+    offset = (filled(small.start, 1).only("AB"), LoRA(D=delta(filled(small.start, 2))))
+    gains = [{m: 1 + i / 3} for i, m in enumerate(small.start.A)] * 3
+    jobs = [Job(filled(small.start, 3), offset=offset, gain=gain, training=ADAMW) for gain in gains[:3]]
+    assert compared(small, jobs) < 1e-7
+
+
+def test_a_client_whose_loss_is_no_number_fails_alone() -> None:
+    small = small_model("bert")
+    wild = map_factors(lambda t: t * float("nan"), small.start)
+    tasks = tasks_of(small, [Job(small.start, training=ADAMW), Job(wild, training=ADAMW), Job(small.start)])
+    first, second, third = cohort.train(small.model, tasks)
+    assert isinstance(second, TrainingDiverged)
+    assert not isinstance(first, Exception) and not isinstance(third, Exception)
+    assert all(bool(t.isfinite().all()) for _, _, t in first[0].lora.matrices())
+
+
+def test_a_client_without_examples_fails_alone() -> None:
+    small = small_model("bert")
+    tasks = tasks_of(small, [Job(small.start, training=ADAMW)] * 3)
+    first, second, _ = cohort.train(small.model, [tasks[0], replace(tasks[1], examples=()), tasks[2]])
+    assert isinstance(second, ClientFailed) and not isinstance(first, Exception)
+
+
+def test_the_model_is_as_it_was_afterwards() -> None:
+    small = small_model("llama")
+    small.model.set_adapter(small.start)
+    before = small.logits()
+    cohort.train(small.model, tasks_of(small, [Job(small.start, training=ADAMW)] * 3))
+    small.model.set_adapter(small.start)
+    assert torch.equal(before, small.logits())
+
+
+def test_the_loss_told_is_the_mean_over_all_targets() -> None:
+    small = small_model("llama")
+    with in_float64(small.model):
+        tasks = tasks_of(small, [Job(double(small.start), training=ADAMW)] * 3)
+        losses = [[update.loss for update, _ in train(small, tasks)] for train in (one_by_one, in_one_pass)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
