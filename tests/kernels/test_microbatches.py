@@ -5,8 +5,9 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from fedlora.kernels.microbatches import Bounds, padded_tokens, plan
+from fedlora.kernels.microbatches import Bounds, bounds, padded_tokens, plan
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=9)
 BOUNDS = st.builds(Bounds, tokens=st.integers(1, 60), overhead=st.integers(0, 20), rows=st.integers(1, 9))
@@ -52,3 +53,15 @@ def test_no_rows_make_no_micro_batches() -> None:
 @pytest.mark.parametrize(("overhead", "batches"), [(0, 4), (1000, 1)])
 def test_the_dearer_a_micro_batch_the_fewer_there_are(overhead: int, batches: int) -> None:
     assert len(plan([3, 6, 9, 12], Bounds(tokens=1000, overhead=overhead))) == batches
+
+
+def test_bounds_are_the_same_whenever_they_are_asked_for() -> None:
+    net = nn.Linear(4, 4)
+    assert bounds(net) == bounds(net)
+    assert len(plan([16] * 400, bounds(net))) == 7  # 64 rows of 16 tokens are the 1,024 that fit
+
+
+def test_a_batch_of_a_hundred_thousand_rows_is_cut_without_trying_every_pair() -> None:
+    lengths = [5 + (i * i) % 120 for i in range(100_000)]
+    batches = plan(lengths, Bounds(tokens=1024, overhead=48))
+    assert padded_tokens(lengths, batches) < 1.02 * sum(lengths)
