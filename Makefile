@@ -7,9 +7,11 @@ simulate: .venv/installed
 	.venv/bin/fedlora simulate --clients 50
 
 # A process a core and one more (tests/conftest.py), each with one thread; a file, whose tests may share a federation,
-# stays in one.
-test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# stays in one. The tests of optional libraries come after the others and see these libraries alone: where bitsandbytes is
+# installed PEFT imports it, which costs every process two seconds.
+test: .venv/installed .venv/optional/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not optional_library'
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/optional .venv/bin/python -m pytest -m optional_library tests/models
 
 # No function is more complex than 10 by radon, which counts comprehensions and boolean operators too, as ruff does not.
 # mypy is shown the packages as a wheel lays them out: it cannot follow fedlora/__init__.py to the folders beside it.
@@ -33,3 +35,9 @@ hashes.txt: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,dev]'
 	touch .venv/installed
+
+# What they need in turn is in .venv already.
+.venv/optional/installed: .venv/installed
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/optional \
+		bitsandbytes trl
+	touch .venv/optional/installed

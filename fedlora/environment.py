@@ -1,4 +1,9 @@
-"""Environment variables by which libraries send nothing to their makers and show nothing of their own."""
+"""Environment variables that libraries read when they are imported.
+
+By some they send nothing to their makers and show nothing of their own. By another, threads of one operation that wait
+for the next sleep, and do not spin: on a machine that has other work too, spinning ones take the processor from the
+very thread that they wait for (`python -m benchmarks.spinning`; the figures are in benchmarks/README.md).
+"""
 
 import os
 
@@ -11,9 +16,12 @@ QUIET = {
 }
 
 
-def quiet_libraries() -> None:
-    """Set these variables for this process, where nobody has; libraries read them when they are imported."""
-    for name, value in QUIET.items():
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def configure_libraries() -> None:
+    """Set these variables for this process and those that it starts, where nobody has; call it before torch loads."""
+    for name, value in (QUIET | WAITING).items():
         os.environ.setdefault(name, value)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.config import Config
 from fedlora.deployment.processes import scratch_folder
-from fedlora.environment import no_proxy, quiet_libraries
+from fedlora.environment import configure_libraries, no_proxy
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.models.base_model import device
 from fedlora.server.rounds import Fleet
@@ -168,7 +168,7 @@ class Flower(Thread):
 
 def _quiet() -> None:
     """Nothing is sent, nothing is said: to be called before Flower and Ray are imported, as they read it then."""
-    quiet_libraries()
+    configure_libraries()
     for name, value in RAY.items():
         os.environ.setdefault(name, value)
     os.environ.update(no_proxy())

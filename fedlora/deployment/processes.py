@@ -18,7 +18,7 @@ from typing import IO
 
 import psutil
 
-from fedlora.environment import QUIET, no_proxy
+from fedlora.environment import QUIET, WAITING, no_proxy
 from fedlora.errors import ConfigError
 from fedlora.storage.files import hold_lock
 
@@ -43,8 +43,8 @@ class Process:
         """Write the program's output to `log`; add `env` to the environment that this process has."""
         self.name, self._command, self._log = name, list(command), log
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        quiet = QUIET | FOR_CHILDREN | no_proxy()
-        self._env = os.environ | quiet | {"PATH": path} | dict(env or {})  # PATH: Flower starts its own by name
+        known, quiet = WAITING | os.environ, QUIET | FOR_CHILDREN | no_proxy()
+        self._env = known | quiet | {"PATH": path} | dict(env or {})  # PATH: Flower starts its own by name
         self._child: psutil.Popen | None = None
         self._copier: Thread | None = None
         self.started = 0.0  # by time.monotonic()

@@ -75,8 +75,9 @@ def test_the_loss_is_the_papers(model: Model, folder: Path) -> None:
     assert told["accuracy"] == pytest.approx(sum(bool(c > r) for c, r in pairs) / len(pairs))
 
 
+@pytest.mark.optional_library("trl")
 def test_the_loss_is_trls_on_the_same_batch(model: Model, folder: Path, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
 
     examples = model.encoder(ROWS)

@@ -23,7 +23,7 @@ from fedlora.run.setup import reopen
 from fedlora.sections import LoRAConfig, ModelConfig
 from tests.support.models import FORMS, batch, logits, make, plain_logits, random_adapter, tokenizer
 
-pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.optional_library("bitsandbytes")
 BITS = ("8bit", "4bit")
 
 
