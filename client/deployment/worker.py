@@ -139,6 +139,8 @@ class WarmWorker:
             self._setup, self._key = setup, agreed.hash
             _show_preview(setup.preview, folder)
             self.watch.follow(self._setup.model.net)
+        elif not (folder / "inputs.json").exists():  # another run by the same agreement
+            _show_preview(self._setup.preview, folder)
         return self._setup
 
 

@@ -43,38 +43,41 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate the adapter that a run delivered, beside its base model."""
-    import json
-
     from fedlora.errors import ConfigError
     from fedlora.run.compose import compose
-    from fedlora.run.console import figures, show_log
+    from fedlora.run.console import show_log
     from fedlora.run.directory import RunDirectory
     from fedlora.run.harness import HarnessTasks, harness
 
     show_log()
+    how: dict[str, Any] = {
+        "include_path": include_path,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template or None,
+    }
+    _refuse_without_tasks(tasks, how)
     run = RunDirectory(folder)
     setup, adapter = _reopened(run, given)
     if not (setup.evaluation or tasks):
         raise ConfigError("there is nothing to evaluate on: give --eval-data")
-    chosen = HarnessTasks(
-        names=[name for name in tasks.split(",") if name],
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template,
-        batch_size=setup.config.eval.batch_size,
-    )
+    names = [name for name in tasks.split(",") if name]
+    chosen = HarnessTasks(names, batch_size=setup.config.eval.batch_size, **how)
     benchmark = harness(setup.model, chosen) if tasks else None  # what is wrong with it is said first
     strategy = compose(setup.config, setup.start, setup.ranks)
     first = strategy.adapter(strategy.init(setup.start))
     result = _held_out(setup, strategy, run, {"before": first, "after": adapter})
     public = {"before": benchmark(first), "after": benchmark(adapter)} if benchmark else {}
-    if as_json:
-        print(json.dumps(result | ({"tasks": public} if public else {})))
-    else:
-        print(
-            "\n".join([*(f"{name + ':':9}{figures(values)}" for name, values in result.items()), *_task_lines(public)])
-        )
+    print(_as_json(result, public) if as_json else "\n".join([*_figure_lines(result), *_task_lines(public)]))
+
+
+def _refuse_without_tasks(tasks: str, how: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for an option that says how tasks are done where there are none."""
+    from fedlora.errors import ConfigError
+
+    named = [f"--{name.replace('_', '-')}" for name, value in how.items() if value is not None]
+    if named and not tasks:
+        raise ConfigError(f"{named[0]} says how tasks of lm-eval are done, and none is named; add --tasks, or drop it")
 
 
 def _reopened(run: "RunDirectory", given: Mapping[str, Any]) -> tuple["RunSetup", "LoRA"]:
@@ -107,6 +110,19 @@ def _held_out(
     clients = _clients(setup, run, {i: job for i, job in jobs.items() if len(setup.clients_data[i].heldout)})
     result |= {"clients": spread(clients)} if clients else {}
     return result | _own_answers(setup, strategy, run, jobs)
+
+
+def _as_json(result: Mapping[str, Any], public: Mapping[str, "Scores"]) -> str:
+    import json
+
+    return json.dumps({**result, "tasks": public} if public else result)
+
+
+def _figure_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for the figures of every model."""
+    from fedlora.run.console import figures
+
+    yield from (f"{name + ':':9}{figures(values)}" for name, values in result.items())
 
 
 def _task_lines(public: Mapping[str, "Scores"]) -> Iterator[str]:

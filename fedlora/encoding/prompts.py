@@ -44,8 +44,8 @@ def _continued(encoder: Encoder, row: Mapping[str, Any]) -> Prompt:
     rest = zip(written.ids[start:], written.learned[start:], strict=True)
     answer = tuple(token for token, is_learned in rest if is_learned)
     opening = getattr(encoder.processor, "bos_token_id", None)
-    ids = _cut(written.ids[:start], encoder.max_length, opening)
-    return Prompt(torch.tensor(ids, dtype=torch.int64), _expected(encoder, row), answer)
+    ids = shortened(torch.tensor(written.ids[:start], dtype=torch.int64), encoder.max_length, opening)
+    return Prompt(ids, _expected(encoder, row), answer)
 
 
 def _expected(encoder: Encoder, row: Mapping[str, Any]) -> str:
@@ -59,10 +59,10 @@ def _learned(labels: Tensor) -> tuple[int, ...]:
     return tuple(labels[labels != IGNORED].tolist())
 
 
-def _cut(ids: list[int], size: int, opening: int | None) -> list[int]:
+def shortened(ids: Tensor, size: int, opening: int | None) -> Tensor:
     """At most `size` tokens: the last ones, and before them the one that opens a text, where it is there."""
-    kept = ids[: int(ids[:1] == [opening])]
-    return ids if len(ids) <= size else [*kept, *ids[len(ids) - size + len(kept) :]]
+    kept = ids[: int(ids[:1].tolist() == [opening])]
+    return ids if len(ids) <= size else torch.cat([kept, ids[len(ids) - size + len(kept) :]])
 
 
 def padded(prompts: Sequence[Tensor], padding: int, side: str) -> dict[str, Tensor]:

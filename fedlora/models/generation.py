@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.encoding.prompts import Prompt, padded
+from fedlora.encoding.prompts import Prompt, padded, shortened
 from fedlora.errors import ConfigError
 
+from .behaviour import EXACT, ROUNDED
 from .model import Model
 
 FEWEST = 8  # tokens that a prompt has room for, at least
-WITHOUT_POSITIONS = ("t5", "mt5", "umt5", "longt5", "switch_transformers")  # n_positions in their config bind nothing
 TOKENS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")  # that a model's own generation begins with
 
 
@@ -33,26 +33,61 @@ def generate(model: Model, prompts: Sequence[Prompt], *, max_new_tokens: int, ba
     the adapter does. Raises `ConfigError` where the model has no positions for so many new tokens.
     """
     net: Any = model.net.get_base_model()
-    room = _room(net.config, max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # like lengths go together
+    tokenizer = model.encoder.processor
+    room = _room(model, max_new_tokens)
+    opening = getattr(tokenizer, "bos_token_id", None)
+    asked = [shortened(prompt.ids, room, opening) if room else prompt.ids for prompt in prompts]
     stops = end_tokens(model, prompts)
     net.eval()
     written: dict[int, GeneratedText] = {}
-    with torch.no_grad(), _greedily(net, model.encoder.processor, stops, max_new_tokens):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            texts = _answered(model, net, [_shortened(prompts[i].ids, room) for i in batch], stops)
+    with torch.no_grad(), _greedily(net, tokenizer, stops, max_new_tokens):
+        size = 1 if _sees_padding(model, net, asked) else batch_size
+        for batch in _batches(asked, size):
+            texts = _answered(model, net, [asked[i] for i in batch], stops)
             written |= dict(zip(batch, texts, strict=True))
     return [written[i] for i in range(len(prompts))]
+
+
+def _batches(asked: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    """Yield the places of the prompts of one batch after another; like lengths go together."""
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _sees_padding(model: Model, net: Any, asked: Sequence[Tensor]) -> bool:
+    """Does the model begin an answer otherwise where its prompt is padded, as one without attention masks does?
+
+    Prompts of one length would not be enough for it: RWKV of transformers mixes up the states that it keeps of a batch.
+    """
+    shortest, longest = min(asked, key=len, default=None), max(asked, key=len, default=None)
+    if shortest is None or longest is None or len(shortest) == len(longest):
+        return False
+    alone, beside = (_first_scores(model, net, batch) for batch in ([shortest], [shortest, longest]))
+    gap = (alone - beside).abs().nan_to_num(posinf=0.0).max()  # a token that may not come first has no finite score
+    limit = EXACT if all(p.dtype.itemsize >= 4 for p in net.parameters()) else ROUNDED
+    return float(gap) > limit * float(alone.nan_to_num(neginf=0.0).abs().max())
+
+
+def _first_scores(model: Model, net: Any, batch: Sequence[Tensor]) -> Tensor:
+    """The scores of the first token of the answer to the first of these prompts: (vocabulary,)."""
+    inputs = _inputs(model, net, batch)
+    found = net.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    return found.logits[0][0].float()  # type: ignore[no-any-return]
+
+
+def _inputs(model: Model, net: Any, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+    """These prompts as one batch, padded on the side that the architecture needs."""
+    side = "right" if net.config.is_encoder_decoder else "left"
+    padded_batch = padded(batch, model.encoder.processor.pad_token_id, side)
+    return {key: value.to(model.device) for key, value in padded_batch.items()}
 
 
 def _answered(model: Model, net: Any, prompts: Sequence[Tensor], stops: set[int]) -> Iterator[GeneratedText]:
     """Yield the answers of one batch."""
     tokenizer = model.encoder.processor
-    is_apart = net.config.is_encoder_decoder
-    inputs = padded(prompts, tokenizer.pad_token_id, "right" if is_apart else "left")
-    ids: Tensor = net.generate(**{key: value.to(model.device) for key, value in inputs.items()})
-    begin = 1 if is_apart else inputs["input_ids"].shape[1]
+    inputs = _inputs(model, net, prompts)
+    ids: Tensor = net.generate(**inputs)
+    begin = 1 if net.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     for row in ids[:, begin:].tolist():
         end = next((n for n, token in enumerate(row) if token in stops), None)
         text: str = tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -70,11 +105,15 @@ def end_tokens(model: Model, prompts: Sequence[Prompt]) -> set[int]:
     return {int(token) for token in known | learned if token is not None}
 
 
-def _room(config: Any, max_new_tokens: int) -> int:
-    """The tokens that a prompt may have, so that the model has positions for the answer too; 0 for any number."""
-    text = config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if config.model_type in WITHOUT_POSITIONS or not positions or positions < 0:  # XLNet has -1
+def _room(model: Model, max_new_tokens: int) -> int:
+    """The tokens that a prompt may have, so that the model has positions for the answer too; 0 for any number.
+
+    These are the positions that it has a table for, or, without a table, those that it was made for.
+    """
+    config: Any = model.net.get_base_model().config
+    made_for = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = model.encoder.limits.positions or made_for
+    if not isinstance(positions, int) or positions < 1:
         return 0
     shortest = 1 if config.is_encoder_decoder else FEWEST  # a decoder begins its answer with one token
     if positions - max_new_tokens < shortest:
@@ -82,12 +121,7 @@ def _room(config: Any, max_new_tokens: int) -> int:
             f"eval.max_new_tokens = {max_new_tokens} leaves a prompt no room in the model's {positions} positions; "
             f"choose {positions - shortest} or fewer"
         )
-    return 0 if config.is_encoder_decoder else int(positions) - max_new_tokens
-
-
-def _shortened(ids: Tensor, room: int) -> Tensor:
-    """The last tokens of a prompt, as many as there is room for; it is never empty."""
-    return ids[max(0, len(ids) - room) :] if room else ids
+    return 0 if config.is_encoder_decoder else positions - max_new_tokens
 
 
 @contextmanager

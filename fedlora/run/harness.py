@@ -26,7 +26,7 @@ class HarnessTasks:
     include_path: Path | None = None  # a folder with task files of one's own
     limit: int | None = None  # examples of a task; none: all
     num_fewshot: int | None = None  # solved examples before a question; none: as the task says
-    apply_chat_template: bool = False
+    apply_chat_template: bool | None = None
     batch_size: int = 16
 
 
@@ -60,7 +60,7 @@ def harness(model: Model, tasks: HarnessTasks) -> Callable[[LoRA], Scores]:
                 task_manager=manager,
                 limit=tasks.limit,
                 num_fewshot=tasks.num_fewshot,
-                apply_chat_template=tasks.apply_chat_template,
+                apply_chat_template=bool(tasks.apply_chat_template),
                 bootstrap_iters=RESAMPLED,
                 log_samples=False,
             )

@@ -71,6 +71,11 @@ def test_a_run_measures_exactness_and_evaluate_knows_what_clients_keep(tmp_path:
     assert again["clients"] == lines[-1]["eval_clients"]
 
 
+def test_options_of_lm_evals_tasks_are_refused_where_no_task_is_named(tmp_path: Path) -> None:
+    refused = fedlora("evaluate", "run", "--limit", "3", cwd=tmp_path)
+    assert refused.returncode == 1 and "--limit says how tasks of lm-eval are done" in refused.stderr
+
+
 OPTIONS = {  # of every command: its options, an argument in capitals; !: required, *: may be given more than once
     "simulate": """--clients int>=1, --rounds int>=1, --cohort int>=1, --strategy text, --option* text, --model text,
         --data text, --eval-data text, --partition text, --engine text, --config path, --seed int, --dp-epsilon float,

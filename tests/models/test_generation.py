@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from fedlora.data.schema import Schema
 from fedlora.encoding.encoder import Encoder
-from fedlora.encoding.prompts import Prompt, prompts
+from fedlora.encoding.prompts import Prompt, prompts, shortened
 from fedlora.errors import ConfigError
 from fedlora.models.generation import end_tokens, generate
 from fedlora.models.model import Model
@@ -69,6 +70,26 @@ def test_an_answer_is_what_a_plain_loop_writes_whatever_its_neighbours(kind: str
     asked = questions(kind, [1, 9, 3, 5, 2])
     answers = [answer.text for answer in generate(model(kind), asked, max_new_tokens=8, batch_size=3)]
     assert answers == [plainly(kind, prompt, 8) for prompt in asked] and len({*answers}) > 2
+
+
+def test_a_model_that_sees_padding_answers_each_prompt_as_if_it_were_alone(tmp_path: Path) -> None:
+    """RWKV takes no attention mask: what stands on the left of a shorter prompt would move its state."""
+    torch.manual_seed(1)
+    config = RwkvConfig(vocab_size=120, hidden_size=16, num_hidden_layers=2, eos_token_id=3, bos_token_id=2)
+    RwkvForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    rwkv = Model(ModelConfig(path=str(tmp_path), max_length=32, device="cpu"), LoRAConfig(rank=2), RESPONSE, seed=0)
+    with torch.no_grad():
+        for p in rwkv.net.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)
+    asked = questions("llama", [1, 9, 3, 9])
+    together = generate(rwkv, asked, max_new_tokens=6, batch_size=4)
+    assert together == [generate(rwkv, [one], max_new_tokens=6, batch_size=1)[0] for one in asked]
+
+
+def test_a_prompt_without_room_keeps_the_token_that_opens_it() -> None:
+    whole = torch.tensor([2, 5, 6, 7, 8])
+    assert shortened(whole, 3, 2).tolist() == [2, 7, 8] and shortened(whole, 3, None).tolist() == [6, 7, 8]
 
 
 def test_sampling_and_penalties_of_the_checkpoint_do_not_count() -> None:

@@ -68,8 +68,8 @@ class Beside:
             command = [sys.executable, "-m", "fedlora", *map(str, words)]
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
-    def ask(self, kind: str, content: RecordDict) -> RecordDict:
-        return relay.ask(f"unix:{self.socket}", kind, envelope.stamp(content, RUN), None)
+    def ask(self, kind: str, content: RecordDict, run: str = RUN) -> RecordDict:
+        return relay.ask(f"unix:{self.socket}", kind, envelope.stamp(content, run), None)
 
     @property
     def log(self) -> str:
@@ -246,3 +246,10 @@ def test_its_operator_sees_what_it_is_about_to_do_with_its_data(shared: Beside) 
     kept = shared.folder / "state" / "runs" / RUN / "0" / "inputs.json"
     assert "columns used: text" in shared.log and kept.stat().st_mode & 0o077 == 0
     assert json.loads(kept.read_text())["data"]["sizes"] == [30]
+
+
+def test_each_run_says_so_though_its_agreement_is_that_of_one_before(shared: Beside, setup: RunSetup) -> None:
+    shared.ask("who", codec.pack_join_request(agreement_for_clients(setup)), run="another")
+    runs = shared.folder / "state" / "runs"
+    one, other = ((runs / run / "0" / "inputs.json").read_bytes() for run in (RUN, "another"))
+    assert one == other
