@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from fedlora.client import training
-from fedlora.client.stacked import optimizers
-from fedlora.client.stacked.layout import layout_of
+from fedlora.client.stacked.adapters import Adapters
 from fedlora.client.stacked.optimizers import column
-from fedlora.client.stacked.row_pass import RowPass
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.encoding.encoder import Example, length
 from fedlora.errors import ClientFailed, TrainingDiverged
@@ -72,33 +70,25 @@ def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
     model.set_trainable("")
     model.begin_training()
     job = tasks[0].job
-    with seeded(derive(job.seed, "dropout of many", job.round)), cohort.rows:
-        for step in range(max(cohort.steps)):
+    with seeded(derive(job.seed, "dropout of many", job.round)), cohort.adapters.rows:
+        for step in range(max(cohort.adapters.steps)):
             cohort.step(step)
     return cohort.results()
 
 
 class Cohort:
-    """Clients in the middle of their training: theta (clients, P), and all that an optimizer keeps of it."""
+    """Clients in the middle of their training, and what each brings to the next steps."""
 
     def __init__(self, model: Model, tasks: Sequence[TrainingTask]) -> None:
-        self._model, self._tasks, self._jobs = model, tasks, [task.job for task in tasks]
-        self._starts, self._taken = zip(*(training.start_of(t.job, t.kept) for t in tasks), strict=True)
-        self.layout = layout_of(self._starts, self._jobs[0].trains, self._taken)
-        dtype = model.adapter_dtype
-        rows = [self.layout.flat(*pair, dtype) for pair in zip(self._starts, self._taken, strict=True)]
-        self.theta = torch.stack(rows).to(model.device)
-        self._trained = self.theta[:, : self.layout.trained]  # the same memory
-        self._start = self._trained.clone()
-        self._gradient = torch.zeros_like(self._trained)
-        self._optimizer = optimizers.make(self.layout, model, self._jobs, dtype)
-        self.rows = RowPass(model, self.layout, [job.gain for job in self._jobs])
-        self.steps = [count_steps(job.training, len(t.examples)) for job, t in zip(self._jobs, tasks, strict=True)]
+        self._model, self._tasks = model, tasks
+        jobs = [task.job for task in tasks]
+        steps = [count_steps(job.training, len(t.examples)) for job, t in zip(jobs, tasks, strict=True)]
+        self.adapters = Adapters(model, tasks, steps)
+        self._theta = self.adapters.theta
         self._chunks = [self._chunks_of(i) for i in range(len(tasks))]
-        self._prox = column([job.training.prox for job in self._jobs], self.theta)
-        self._clips_examples = bool(self._jobs[0].example_clip)
-        self._example_clip = column([job.example_clip for job in self._jobs], self.theta)
-        self._clip = column([0.0 if job.example_clip else job.training.clip for job in self._jobs], self.theta)
+        self._clips_examples = bool(jobs[0].example_clip)
+        self._example_clip = column([job.example_clip for job in jobs], self._theta)
+        self._clip = column([0.0 if job.example_clip else job.training.clip for job in jobs], self._theta)
         self._losses: list[Tensor] = []  # of each step, (clients,): summed over the targets of a client's chunk
         self._targets = [0] * len(tasks)
 
@@ -110,35 +100,32 @@ class Cohort:
 
     def step(self, step: int) -> None:
         """Do the same step of all clients that have one left."""
-        chunks = [next(own) for own, steps in zip(self._chunks, self.steps, strict=True) if step < steps]
+        chunks = [next(self._chunks[place]) for place in self.adapters.places(step)]
         self._losses.append(self._add_gradients(chunks))
         for chunk in chunks:
             self._targets[chunk.place] += chunk.targets
-        self._gradient.add_(self._prox * (self._trained - self._start))
-        optimizers.clip_norms(self._gradient, self._clip)
-        factors = optimizers.lr_factors(self._jobs, self.steps, step)
-        places = torch.tensor([chunk.place for chunk in chunks], device=self.theta.device)
-        self._optimizer.step(self._trained, self._gradient, column(factors, self.theta), places)
+        self.adapters.step(step, self._clip)
 
     def _add_gradients(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Leave each client's gradient in `_gradient`; return the sums of the losses, (clients,).
+        """Leave each client's gradient in that of `adapters`; return the sums of the losses, (clients,).
 
         It is that of the mean loss over the targets of a client's chunk; or, where examples are clipped, the mean of
         the clipped gradients of each example's own mean loss.
         """
         examples = list(chain.from_iterable(chunk.examples for chunk in chunks))
-        owners = _repeated([chunk.place for chunk in chunks], chunks).to(self.theta.device)
-        weights = self._weights(chunks, examples).to(self.theta)
-        shares = _repeated([1 / len(chunk.examples) for chunk in chunks], chunks).to(self.theta)
-        losses = self.theta.new_zeros(len(self.theta))
-        self._gradient.zero_()
+        theta, gradient = self._theta, self.adapters.gradient
+        owners = _repeated([chunk.place for chunk in chunks], chunks).to(theta.device)
+        weights = self._weights(chunks, examples).to(theta)
+        shares = _repeated([1 / len(chunk.examples) for chunk in chunks], chunks).to(theta)
+        losses = theta.new_zeros(len(theta))
+        gradient.zero_()
         for places in micro_batches(self._model, examples):
-            chosen = torch.tensor(places, device=self.theta.device)
+            chosen = torch.tensor(places, device=theta.device)
             owner = owners[chosen]
-            g, loss = self.rows.gradients(self.theta, owner, weights[chosen], [examples[i] for i in places])
+            g, loss = self.adapters.rows.gradients(theta, owner, weights[chosen], [examples[i] for i in places])
             if self._clips_examples:
                 g.mul_(_clipping(g, self._example_clip[owner]) * shares[chosen, None])
-            self._gradient.index_add_(0, owner, g)
+            gradient.index_add_(0, owner, g)
             losses.index_add_(0, owner, loss.to(losses.dtype))
         return losses
 
@@ -151,16 +138,14 @@ class Cohort:
     def results(self) -> list[Result]:
         """What became of every task, once all steps are done."""
         losses = torch.stack(self._losses).cpu()  # (steps, clients)
-        return [self._result(i, losses[: self.steps[i], i]) for i in range(len(self._tasks))]
+        return [self._result(i, losses[: self.adapters.steps[i], i]) for i in range(len(self._tasks))]
 
     def _result(self, place: int, losses: Tensor) -> Result:
-        task, start = self._tasks[place], self._starts[place]
+        task = self._tasks[place]
         wrong = (~losses.isfinite()).nonzero()[:, 0].tolist()
         if wrong:
             return TrainingDiverged(training.why_diverged(self._model, task.job, wrong[0], float(losses[wrong[0]])))
-        lora = self.layout.lora(self.theta[place], start)
-        loss = float(losses.sum()) / self._targets[place]
-        return training.make_update(task.job, lora, self._taken[place], len(task.examples), loss)
+        return self.adapters.update(place, len(task.examples), float(losses.sum()) / self._targets[place])
 
 
 def _repeated(values: Sequence[float], chunks: Sequence[Chunk]) -> Tensor:

@@ -1,0 +1,56 @@
+"""The adapters of many clients in the middle of their training, and the steps that an optimizer takes with them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.client import training
+from fedlora.client.stacked import optimizers
+from fedlora.client.stacked.layout import layout_of
+from fedlora.client.stacked.optimizers import column
+from fedlora.client.stacked.row_pass import RowPass
+from fedlora.client.training import Trained, TrainingTask
+from fedlora.lora import LoRA
+from fedlora.models.model import Model
+
+
+class Adapters:
+    """theta (clients, P) of tasks of one group, a gradient beside it, and all that an optimizer keeps of them."""
+
+    def __init__(self, model: Model, tasks: Sequence[TrainingTask], steps: Sequence[int]) -> None:
+        """`steps` are those that each client will take in this round."""
+        self._tasks, self._jobs, self.steps = tasks, [task.job for task in tasks], steps
+        self._starts, self._taken = zip(*(training.start_of(t.job, t.kept) for t in tasks), strict=True)
+        self.layout = layout_of(self._starts, self._jobs[0].trains, self._taken)
+        dtype = model.adapter_dtype
+        rows = [self.layout.flat(*pair, dtype) for pair in zip(self._starts, self._taken, strict=True)]
+        self.theta = torch.stack(rows).to(model.device)
+        self._trained = self.theta[:, : self.layout.trained]  # the same memory
+        self._start = self._trained.clone()
+        self.gradient = torch.zeros_like(self._trained)  # (clients, P_t): what the next step follows
+        self._optimizer = optimizers.make(self.layout, model, self._jobs, dtype)
+        self._prox = column([job.training.prox for job in self._jobs], self.theta)
+        self.rows = RowPass(model, self.layout, [job.gain for job in self._jobs])
+
+    def places(self, step: int) -> list[int]:
+        """The clients that take this step, counted from 0: those that have not finished."""
+        return [i for i, steps in enumerate(self.steps) if step < steps]
+
+    def step(self, step: int, clip: Tensor | None = None) -> None:
+        """Follow the gradient, with FedProx's term added and no longer than `clip` (clients, 1) if that is given."""
+        self.gradient.add_(self._prox * (self._trained - self._start))
+        if clip is not None:
+            optimizers.clip_norms(self.gradient, clip)
+        factors = optimizers.lr_factors(self._jobs, self.steps, step)
+        places = torch.tensor(self.places(step), device=self.theta.device)
+        self._optimizer.step(self._trained, self.gradient, column(factors, self.theta), places)
+
+    def lora(self, place: int) -> LoRA:
+        """A copy of the adapter of the client at this place as it is now."""
+        return self.layout.lora(self.theta[place], self._starts[place])
+
+    def update(self, place: int, examples: int, loss: float | None) -> Trained:
+        """The update and the kept sides of the client at this place."""
+        job, taken = self._tasks[place].job, self._taken[place]
+        return training.make_update(job, self.lora(place), taken, examples, loss)
