@@ -26,8 +26,8 @@ class _Dropped(torch.autograd.Function):
     """x times a mask of 0 and 1 / (share kept)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        mask = _mask(x, dropped)
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        mask = dropout_mask(x, p)
         ctx.save_for_backward(mask)
         return x * mask
 
@@ -39,13 +39,25 @@ class _Dropped(torch.autograd.Function):
 
 def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
     """The input with elements set to zero with probability p, and the others divided by 1 - p."""
-    dropped = round(p * LEVELS)
-    if not training or not dropped:
+    if not training or not p:
         return x
-    if x.device.type != "cpu" or dropped == LEVELS:
+    if x.device.type != "cpu":
         return F.dropout(x, p, training=True)
-    out: Tensor = _Dropped.apply(x, dropped)  # type: ignore[no-untyped-call]
+    out: Tensor = _Dropped.apply(x, p)  # type: ignore[no-untyped-call]
     return out
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """1 / (share kept) where an element is kept, else 0; of the type and shape of `x`, which is on the CPU."""
+    n, dropped = x.numel(), round(p * LEVELS)
+    if dropped == LEVELS:
+        return torch.zeros_like(x)
+    draws = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)  # every one of 64 bits is random
+    bits = draws.view(torch.int16)[:n].view(x.shape)
+    kept = torch.ge(
+        bits, dropped - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype)
+    )  # booleans take 8 times as long
+    return kept.mul_(LEVELS / (LEVELS - dropped))
 
 
 @contextmanager
@@ -58,12 +70,3 @@ def quick_dropout(net: nn.Module) -> Iterator[None]:
 
 def _forward(module: nn.Dropout, x: Tensor) -> Tensor:
     return dropout(x, module.p, training=module.training)
-
-
-def _mask(x: Tensor, dropped: int) -> Tensor:
-    """1 / (share kept) where an element is kept, else 0; of the input's type and shape."""
-    n = x.numel()
-    draws = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)  # every one of 64 bits is random
-    bits = draws.view(torch.int16)[:n].view(x.shape)
-    kept = torch.ge(bits, dropped - LEVELS // 2, out=torch.empty_like(x))  # as booleans first it takes 8 times as long
-    return kept.mul_(LEVELS / (LEVELS - dropped))
