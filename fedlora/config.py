@@ -27,7 +27,14 @@ from .sections import (
     Training,
 )
 
-CHANGEABLE_ON_RESUME = ("rounds", "engine", "threads", "model.device", "data.eval_limit")  # and server.*, eval.*
+CHANGEABLE_ON_RESUME = (
+    "rounds",
+    "engine",
+    "threads",
+    "model.device",
+    "data.eval_limit",
+    "data.cache",
+)  # and server.*, eval.*
 MOVABLE = ("model.path", "data.path", "data.eval", "lora.init_data")  # paths whose content a run knows by its hash
 CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections in which a client may have settings of its own
 CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")  # and single ones of other sections
@@ -204,9 +211,10 @@ def absolute(config: Config) -> Config:
     def on_disk(path: str) -> str:
         return full(path) if _on_disk(path) else path
 
+    cache = config.data.cache if config.data.cache in ("auto", "off") else full(config.data.cache)
     return replace(
         config,
-        data=replace(config.data, path=on_disk(config.data.path), eval=on_disk(config.data.eval)),
+        data=replace(config.data, path=on_disk(config.data.path), eval=on_disk(config.data.eval), cache=cache or "off"),
         model=replace(config.model, path=on_disk(config.model.path)),
         lora=replace(config.lora, init_data=on_disk(config.lora.init_data)),
         dp=replace(config.dp, ledger=full(config.dp.ledger)),

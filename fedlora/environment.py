@@ -6,6 +6,7 @@ very thread that they wait for (`python -m benchmarks.spinning`; the figures are
 """
 
 import os
+from pathlib import Path
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -30,3 +31,9 @@ def no_proxy(*more: str) -> dict[str, str]:
     known = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     hosts = dict.fromkeys(filter(None, (*known.split(","), "127.0.0.1", "localhost", "::1", *more)))
     return {"NO_PROXY": ",".join(hosts), "no_proxy": ",".join(hosts)}
+
+
+def user_cache() -> Path:
+    """The folder of what can be computed again: FEDLORA_CACHE, or `fedlora` where the desktop's caches are."""
+    given, desktop = os.environ.get("FEDLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(given).expanduser() if given else Path(desktop or "~/.cache").expanduser() / "fedlora"

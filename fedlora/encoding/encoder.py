@@ -1,8 +1,8 @@
 """Rows encoded as tensors: the inputs of the model, and the tokens or classes that it is to learn."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -26,6 +26,9 @@ from .examples import Example as Example
 from .examples import Records as Records
 from .examples import length as length
 from .input_limits import NO_LIMITS, InputLimits
+from .lazy import examples_of
+from .packed import UnpackableError, in_memory, pack
+from .row_cache import EncodingRules, RowCache
 from .seq2seq import DecoderInputs, Seq2Seq
 from .tokens import around, ending, ids_of
 
@@ -43,6 +46,7 @@ class Encoder:
     limits: InputLimits = NO_LIMITS
     channels: int = 3  # of an image
     with_reference: Callable[[list[Example]], list[Example]] | None = None  # adds what the base says of preferences
+    cache: RowCache = field(default_factory=RowCache)  # of rows that were encoded before
 
     def __call__(self, rows: Rows, named: str = "examples") -> list[Example]:
         """The examples of all rows, without padding; an error calls the rows as they are named.
@@ -53,23 +57,41 @@ class Encoder:
         classifier has what its tokenizer gives, (tokens,), or pixel_values (channels, height, width), and labels, a
         scalar. Raises `DataError` for rows that cannot be encoded, or if none has anything to learn.
         """
-        return list(chain.from_iterable(self.by_row(rows, named)))
+        return list(self.examples(rows, named))
 
-    def by_row(self, rows: Rows, named: str = "examples") -> list[list[Example]]:
-        """The examples of each row; see `__call__`."""
-        examples = [list(row.examples) for row in self.encoded(rows)]
-        if examples and not any(examples):
+    def examples(self, rows: Rows, named: str = "examples") -> Sequence[Example]:
+        """The same, each made when it is asked for."""
+        examples = examples_of(self.complete(self.encoded(rows)))
+        if len(rows) and not examples:
             raise DataError(
                 f"of {len(rows)} {named} none has a token to learn within {self.max_length}; "
                 "raise model.max_length, or look whether they are empty"
             )
         return examples
 
-    def encoded(self, rows: Rows) -> list[EncodedRow]:
-        """Each row's examples, if it has any, and what was cut of it. Raises `DataError` as `__call__` does."""
-        if not len(rows):
-            return []
-        return list((_seq2seq if self.decoder_inputs else KINDS[self.schema.kind])(self, rows))
+    def by_row(self, rows: Rows) -> list[list[Example]]:
+        """The examples of each row; see `__call__`."""
+        return [list(row.examples) for row in self.complete(self.encoded(rows))]
+
+    def encoded(self, rows: Rows) -> Sequence[EncodedRow]:
+        """Each row's examples, if it has any, and what was cut of it. Raises `DataError` as `__call__` does.
+
+        Texts lie packed, in memory or in the cache's file, and are unpacked when they are asked for.
+        """
+        encode = partial(_seq2seq if self.decoder_inputs else KINDS[self.schema.kind], self)
+        if self.schema.kind == "image" or not len(rows):
+            return [*encode(rows)]
+        try:
+            return self.cache.encoded(self._rules, rows, encode)
+        except UnpackableError:  # a tokenizer with inputs of its own
+            return [*encode(rows)]
+
+    def complete(self, rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
+        """The rows as they are trained on: with what the base says of preferences, which is not cached."""
+        if self.schema.kind != "preference" or self.with_reference is None:
+            return rows
+        completed = iter(self.with_reference(list(examples_of(rows))))
+        return in_memory([pack(replace(row, examples=[*islice(completed, len(row.examples))])) for row in rows])
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A batch, padded to its longest example: (examples, tokens), or images and classes stacked.
@@ -84,6 +106,10 @@ class Encoder:
         ordered = sorted(examples, key=length)  # the sum over all is the same, with less padding
         for group in _by_length(ordered) if self.limits.one_length else [ordered]:
             yield from (group[i : i + size] for i in range(0, len(group), size))
+
+    @cached_property
+    def _rules(self) -> EncodingRules:
+        return EncodingRules(self.processor, self.schema, self.max_length, self.limits, self.decoder_inputs)
 
     @cached_property
     def answers(self) -> AnswerWriter:
@@ -168,15 +194,6 @@ def _seq2seq(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
         yield row
 
 
-def _preference(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
-    """Yield a pair of answers a row, with what the base says of them."""
-    encoded = list(preferences.encoded(encoder, rows))
-    if encoder.with_reference is None:
-        return iter(encoded)
-    completed = iter(encoder.with_reference([example for row in encoded for example in row.examples]))
-    return (replace(row, examples=tuple(islice(completed, len(row.examples)))) for row in encoded)
-
-
 def _label(encoder: Encoder, rows: Rows) -> Iterator[EncodedRow]:
     """Yield one example a row: a text, or a pair of texts, and its class."""
     *texts, _ = encoder.schema.columns
@@ -198,7 +215,7 @@ KINDS: dict[str, Callable[[Encoder, Rows], Iterator[EncodedRow]]] = {  # of ever
     "text": _text,
     "response": _answered,
     "chat": _answered,
-    "preference": _preference,
+    "preference": preferences.encoded,
     "label": _label,
     "image": _image,
 }

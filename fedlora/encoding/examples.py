@@ -21,7 +21,7 @@ def length(example: Example) -> int:
 class EncodedRow:
     """What one row of the data became."""
 
-    examples: tuple[Example, ...]  # none of a row with nothing to learn
+    examples: Sequence[Example]  # none of a row with nothing to learn
     tokens: int = 0  # before anything was cut; 0 of an image
     unlearned_turns: int = 0  # of the assistant in a conversation, that its template leaves out or writes otherwise
 

@@ -4,8 +4,8 @@ A deployed server tells of its own data, and a client of its own, on its own mac
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,14 +17,15 @@ from fedlora.data.rows import Rows, take
 from fedlora.data.sources import data_files
 from fedlora.data.summary import DataSummary
 from fedlora.encoding.client_data import ClientData
-from fedlora.encoding.examples import EncodedRow
 from fedlora.errors import DataError, ModelError, cut
 from fedlora.models.adapted_modules import Coverage
 from fedlora.models.model import Model
 from fedlora.sections import DataConfig
 
-MOST_ROWS = 20_000  # that are looked at; of more, a sample that is spread evenly
-FEWEST_ROWS = 20  # of every client
+MOST_ROWS = 5_000  # that are looked at as tokens; of more, a sample that is spread evenly
+MOST_CHARACTERS = 500_000  # in them, about: half a second of a tokenizer's time
+FEWEST_ROWS = 20  # of every client, while there are no more characters in them
+MOST_CLIENTS = 1_000  # that are looked at; of more, a sample that is spread evenly
 MUCH = 0.1  # share of the rows above which it is a warning that they are cut, or have nothing to learn
 FEW_CLASSES = 20  # that are told one by one
 
@@ -78,22 +79,21 @@ class Preview:
         yield _adapter_line(self.adapter)
 
 
-def preview(
-    data: DataSummary, model: Model, clients: Sequence[ClientData], names: Sequence[str], keep: bool
-) -> Preview:
+def preview(data: DataSummary, model: Model, clients: Sequence[ClientData], names: Sequence[str]) -> Preview:
     """The preview of one side of a run.
 
-    `clients` are those whose rows are looked at, with their `names`. `keep`: encoded examples stay in memory, as they
-    will be trained on here. Raises `DataError` where no row has anything to learn, or the model cannot take the images.
+    `clients` are those whose rows are looked at, with their `names`. Raises `DataError` where no row has anything to
+    learn, or the model cannot take the images.
     """
     tokens = images = None
     if model.schema.kind == "image":
         images = summarise_images(model.schema, [client.train_rows for client in clients], model.processor)
         _try_first_image(model, clients)
     elif clients:
-        tokens = _tokens(clients, keep)
+        tokens = _tokens(model, [client.train_rows for client in clients])
     max_length = model.encoder.max_length
-    found = [*_token_warnings(tokens, names, max_length)] if tokens else []
+    sizes = [len(client.train_rows) for client in clients]
+    found = [*_token_warnings(tokens, dict(zip(names, sizes, strict=True)), max_length)] if tokens else []
     warnings = (*data.warnings, *found, *(images.warnings() if images else ()))
     return Preview(data, tokens, images, model.coverage, max_length, model.notes, warnings)
 
@@ -122,28 +122,15 @@ def client_names(data: DataConfig, clients: int) -> list[str]:
     return [f"client {i}{file}" for i, file in enumerate(own)]
 
 
-def _encoded(client: ClientData, share: float, keep: bool) -> Sequence[EncodedRow]:
-    """A client's rows, or a sample of them, as they are encoded."""
-    if share == 1.0 and keep:
-        return client.encoded
-    size = max(FEWEST_ROWS, int(share * len(client.train_rows)))
-    encoder = replace(client.encoder, with_reference=None)  # to ask the base would take long, and is for training
-    return encoder.encoded(_sample(client.train_rows, size))
-
-
-def _sample(rows: Rows, size: int) -> Rows:
-    """At most so many of the rows, evenly spread."""
-    count = len(rows)
-    return take(rows, [i * count // size for i in range(size)]) if count > size else rows
-
-
-def _tokens(clients: Sequence[ClientData], keep: bool) -> TokenSummary:
-    count = sum(len(client.train_rows) for client in clients)
-    encoded = [_encoded(client, min(1.0, MOST_ROWS / max(1, count)), keep) for client in clients]
+def _tokens(model: Model, clients: Sequence[Rows]) -> TokenSummary:
+    """What becomes of the clients' rows as tokens, found in a sample of them if they are many."""
+    samples = _samples(clients, model.schema.columns)
+    every = iter(model.encoder.encoded([*chain.from_iterable(samples)]))
+    encoded = [[*islice(every, len(sample))] for sample in samples]
     rows = [*chain.from_iterable(encoded)]
     lengths = [row.tokens for row in rows] or [0]
     return TokenSummary(
-        of=count,
+        of=sum(map(len, clients)),
         rows=tuple(map(len, encoded)),
         unlearned=tuple(sum(not row.examples for row in of_client) for of_client in encoded),
         median=int(median(lengths)),
@@ -153,16 +140,37 @@ def _tokens(clients: Sequence[ClientData], keep: bool) -> TokenSummary:
     )
 
 
-def _token_warnings(found: TokenSummary, names: Sequence[str], max_length: int) -> Iterator[str]:
-    """Yield a sentence for whatever looks wrong in the rows as tokens. Raises `DataError` where none can be learned."""
+def _samples(clients: Sequence[Rows], columns: Sequence[str]) -> list[Rows]:
+    """The rows of each client that are looked at; none of some clients, where there are very many."""
+    looked_at = {i * len(clients) // MOST_CLIENTS for i in range(MOST_CLIENTS)}
+    chosen = [rows if len(clients) <= MOST_CLIENTS or i in looked_at else () for i, rows in enumerate(clients)]
+    some = [*chain.from_iterable(_sample(rows, 2) for rows in chosen)]
+    characters = sum(len(str(row.get(name, ""))) for row in some for name in columns) / max(1, len(some))
+    affordable = MOST_CHARACTERS / max(characters, 1.0)
+    share = min(MOST_ROWS, affordable) / max(1, sum(map(len, chosen)))
+    fewest = max(1, min(FEWEST_ROWS, int(affordable / max(1, sum(map(bool, map(len, chosen)))))))
+    return [_sample(rows, max(fewest, int(share * len(rows)))) for rows in chosen]
+
+
+def _sample(rows: Rows, size: int) -> Rows:
+    """At most so many of the rows, evenly spread."""
+    count = len(rows)
+    return take(rows, [i * count // size for i in range(size)]) if count > size else rows
+
+
+def _token_warnings(found: TokenSummary, sizes: Mapping[str, int], max_length: int) -> Iterator[str]:
+    """Yield a sentence for whatever looks wrong in the rows as tokens; `sizes` has how many each client has.
+
+    Raises `DataError` where none can be learned.
+    """
     rows, unlearned = sum(found.rows), sum(found.unlearned)
     if rows and unlearned == rows:
         raise DataError(
             f"of {counted(rows, 'row')} none has a token to learn within model.max_length = {max_length}; raise it, or "
             "look whether the texts or answers are empty"
         )
-    for name, count, of in zip(names, found.unlearned, found.rows, strict=True):
-        if of and count == of:
+    for (name, size), count, of in zip(sizes.items(), found.unlearned, found.rows, strict=True):
+        if of and count == of >= min(size, FEWEST_ROWS):
             yield f"{name} will fail its rounds: of {counted(of, 'row')} none has a token to learn within {max_length}"
     if unlearned > MUCH * rows:
         yield f"{unlearned} of {counted(rows, 'row')} have nothing to learn within model.max_length = {max_length}"

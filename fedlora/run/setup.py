@@ -5,10 +5,11 @@ is the same (`assemble`).
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ import torch
 from fedlora import config as configuration
 from fedlora.config import Config, absolute
 from fedlora.data import federated
-from fedlora.data.rows import Rows
+from fedlora.data.rows import Rows, take
 from fedlora.data.schema import Schema
 from fedlora.data.summary import summarise
 from fedlora.encoding.client_data import ClientData
+from fedlora.encoding.examples import Example
+from fedlora.encoding.row_cache import RowCache, user_folder
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.lora import LoRA
 from fedlora.messages.agreement import DATA, may_name
@@ -59,14 +62,16 @@ class RunSetup:
         clients, names = self.clients_data, client_names(self.config.data, len(self.clients_data))
         if not clients and len(self.evaluation_rows):  # on a deployed server
             clients, names = (ClientData(self.model.encoder, self.evaluation_rows),), ["the evaluation"]
-        return preview(summarise(self.data), self.model, clients, names, keep=self.config.engine != "flower")
+        return preview(summarise(self.data), self.model, clients, names)
 
     @cached_property
-    def evaluation(self) -> list[dict[str, torch.Tensor]]:
+    def evaluation(self) -> Sequence[Example]:
         """The global held-out set, encoded; where data.eval_limit is set, so many of it, evenly spread."""
-        examples = self.model.encoder(self.evaluation_rows, named="held-out examples")
-        limit = self.config.data.eval_limit or len(examples)
-        return examples[:: max(1, ceil(len(examples) / max(limit, 1)))]
+        rows, limit = self.evaluation_rows, self.config.data.eval_limit
+        if self.data.schema.has_head:  # a row is an example there, so that the others need not be encoded
+            rows = take(rows, range(0, len(rows), _stride(len(rows), limit)))
+        examples = self.model.encoder.examples(rows, named="held-out examples")
+        return examples[:: _stride(len(examples), limit)]
 
     @cached_property
     def answers(self) -> AnswerEvaluation | None:
@@ -88,12 +93,17 @@ class RunSetup:
         return self.model.metrics(self.evaluation)
 
 
+def _stride(count: int, limit: int) -> int:
+    """Every how many examples one is taken, so that at most `limit` are; 0: no limit."""
+    return max(1, ceil(count / limit)) if limit else 1
+
+
 def prepare(config: Config) -> RunSetup:
     """The pieces of a simulated run: the server's and every client's. The config comes back with nothing left open."""
     config = localise(config)
     rows = federated.load(config.data, config.model.task, clients=config.clients, seed=_deal_seed(config))
     config = resolve(config, rows.schema, len(rows.clients))
-    return assemble(config, rows, ids=config.clients)
+    return assemble(config, rows, ids=config.clients, cache=user_folder())
 
 
 def _deal_seed(config: Config) -> int:
@@ -112,13 +122,17 @@ def localise(config: Config) -> Config:
     return absolute(config)
 
 
-def assemble(config: Config, rows: federated.Federated, ids: int) -> RunSetup:
+def assemble(config: Config, rows: federated.Federated, ids: int, cache: Path | None = None) -> RunSetup:
     """The pieces that one side of a run makes of its rows: the model, each client's examples, every client's rank.
 
-    `ids` is one more than the highest number of a client; each number below it has a rank.
+    `ids` is one more than the highest number of a client; each number below it has a rank. `cache` is where encoded
+    rows are kept, if the settings do not say; nowhere in a deployment.
     """
     public = federated.public_rows(config.lora.init_data, rows.schema)
     model = Model(config.model, config.lora, rows.schema, config.seed, public)
+    folders = {"auto": cache, "off": None}
+    kept = RowCache(folders.get(config.data.cache, Path(config.data.cache)))
+    model.encoder = replace(model.encoder, cache=kept)
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
