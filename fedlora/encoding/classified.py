@@ -34,9 +34,7 @@ class TextInputs:
         columns = [[usable(text) for text in column] for column in columns]
         got = {**self.tokenizer(*columns, verbose=False)}
         counts = [len(ids) for ids in got["input_ids"]]
-        self._cut(got, columns)
-        if not self.limits.takes(got.get("token_type_ids", ())):
-            got.pop("token_type_ids", None)
+        self._fit(got, columns)
         written = any_of(self.tokenizer.convert_ids_to_tokens(sorted(self.limits.places)))
         for i, texts in enumerate(zip(*columns, strict=True)):
             one = {key: values[i] for key, values in got.items()}
@@ -46,13 +44,15 @@ class TextInputs:
             inputs = self._filled(one)
             yield ClassifiedText(inputs, max(counts[i], len(inputs["input_ids"])))
 
-    def _cut(self, got: Mapping[str, list[list[int]]], columns: Sequence[Sequence[str]]) -> None:
-        """Put in the place of what is too long what the tokenizer makes of it when it is to cut it."""
+    def _fit(self, got: dict[str, list[list[int]]], columns: Sequence[Sequence[str]]) -> None:
+        """Cut what is too long as the tokenizer does, and leave out types of tokens if the model does not take them."""
         too_long = [i for i, ids in enumerate(got["input_ids"]) if len(ids) > self.max_length]
         cut = self._tokenized(*([column[i] for i in too_long] for column in columns)) if too_long else {}
         for key, values in cut.items():
             for i, value in zip(too_long, values, strict=True):
                 got[key][i] = value
+        if not self.limits.takes(got.get("token_type_ids", ())):
+            got.pop("token_type_ids", None)
 
     def _tokenized(self, *texts: Any, **options: Any) -> dict[str, Any]:
         return {**self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False, **options)}
