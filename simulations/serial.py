@@ -6,10 +6,9 @@ from pathlib import Path
 
 from fedlora.client import training
 from fedlora.client.policy import ClientPolicy
-from fedlora.client.runner import JobRunner
 from fedlora.encoding.client_data import ClientData
-from fedlora.errors import ClientFailed, DataError, Failure, LedgerError, PrivacyError, SecureError
-from fedlora.jobs import Client, Job, SecAggStep
+from fedlora.errors import Failure
+from fedlora.jobs import Client, Job, SecAggStep, Update
 from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
@@ -17,7 +16,7 @@ from fedlora.run.answers import AnswerEvaluation, ScoredAnswer
 from fedlora.server.aggregation import Answers
 from fedlora.storage.client_state import ClientState
 
-REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
+from .local_clients import REFUSALS, LocalClients
 
 
 def own_answers(evaluation: AnswerEvaluation, jobs: Mapping[int, Job], folder: Path) -> list[ScoredAnswer]:
@@ -43,51 +42,46 @@ class Serial:
         policy: ClientPolicy = ClientPolicy(),  # noqa: B008
     ) -> None:
         self.traffic = PartTracker()
-        self._model, self._clients_data, self._ranks, self._answered = model, clients_data, ranks, answered
-        self._runners = [
-            JobRunner(i, client_data, folder / str(i), policy) for i, client_data in enumerate(clients_data)
-        ]
+        self._model, self._answered = model, answered
+        self._clients = LocalClients(clients_data, ranks, folder, policy)
 
     def clients(self) -> Sequence[Client]:
         """All clients, with their counts and ranks."""
-        return [
-            client_data.client(i, rank)
-            for i, (client_data, rank) in enumerate(zip(self._clients_data, self._ranks, strict=True))
-        ]
+        return self._clients.known
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job; yield each answer as soon as it is there."""
         parts = Parts()
         for i, job in jobs.items():
-            own_parts = parts.of(job)
-            self.traffic.send(i, own_parts)
-            start, offset = part_names(own_parts)
+            digest = send(self.traffic, parts, i, job)
+            answer: Update | Failure
             try:
-                update = self._runners[i].run(self._model, job, job_hash(job, start=start, offset=offset))
+                answer = self._clients.runner(i).run(self._model, job, digest)
             except REFUSALS as e:
-                self._answered(i)
-                yield i, Failure.because_of(e)
+                answer = Failure.because_of(e)
             else:
-                self.traffic.receive(update)
-                self._answered(i)
-                yield i, update
+                self.traffic.receive(answer)
+            self._answered(i)
+            yield i, answer
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         """Have each client do its step of secure aggregation; the result is what each says."""
-        replies: dict[int, Mapping[str, str] | Failure] = {}
-        for i, ask in asks.items():
-            try:
-                replies[i] = self._runners[i].reply(ask)
-            except SecureError as e:
-                replies[i] = Failure.because_of(e)
-        return replies
+        return self._clients.ask(asks)
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
         parts = Parts()
         answers = {}
         for i, job in jobs.items():
-            self.traffic.send(i, parts.of(job))
-            kept = ClientState(self._runners[i].folder).before(job.round + 1)
-            answers[i] = training.evaluate(self._model, job, self._clients_data[i].heldout, kept)
+            send(self.traffic, parts, i, job)
+            kept, heldout = self._clients.kept(i, before=job.round + 1), self._clients.clients_data[i].heldout
+            answers[i] = training.evaluate(self._model, job, heldout, kept)
         return answers
+
+
+def send(traffic: PartTracker, parts: Parts, client: int, job: Job) -> str:
+    """Count a job as sent to its client; return the job's name."""
+    own_parts = parts.of(job)
+    traffic.send(client, own_parts)
+    start, offset = part_names(own_parts)
+    return job_hash(job, start=start, offset=offset)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, pairwise
 from math import ceil, isfinite
 from random import Random
 from typing import Any
@@ -41,6 +41,10 @@ class PartitionSpec:
     clients: int
     label: str | None  # the column that holds the class
     seed: int
+
+    def shuffled(self) -> list[int]:
+        """The numbers of all rows, in an order by the seed."""
+        return Random(derive(self.seed, "partition")).sample(range(len(self.rows)), len(self.rows))
 
     @property
     def parameter(self) -> str:
@@ -153,7 +157,9 @@ def _iid(partition: PartitionSpec) -> Shares:
     """Equal shares of the shuffled rows."""
     if partition.parameter:
         raise partition.wrong("iid takes no parameter")
-    return _shares(partition, "IidPartitioner", num_partitions=partition.clients)
+    order, clients = partition.shuffled(), partition.clients
+    ends = [(i * (len(order) // clients) + min(i, len(order) % clients)) for i in range(clients + 1)]
+    return [order[a:b] for a, b in pairwise(ends)]
 
 
 def _dirichlet(partition: PartitionSpec) -> Shares:
@@ -282,13 +288,15 @@ def _shares(partition: PartitionSpec, partitioner: str, by: Sequence[int] = (), 
     from flwr_datasets import partitioner as partitioners
 
     make = getattr(partitioners, partitioner)(**options)
-    order = Random(derive(partition.seed, "partition")).sample(range(len(partition.rows)), len(partition.rows))
+    order = partition.shuffled()
     told_apart = by or range(len(order))
     make.dataset = Dataset.from_dict({"row": order, "by": [told_apart[i] for i in order]})
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it warns at every try, and draws a bar
             warnings.simplefilter("ignore")
-            return [list(make.load_partition(i)["row"]) for i in range(make.num_partitions)]
+            make.load_partition(0)  # of all partitions their places are then known; to load each takes a millisecond
+            places = make._partition_id_to_indices
+            return [[order[place] for place in places[i]] for i in range(make.num_partitions)]
     except ValueError as e:
         raise DataError(
             f'data.partition = "{partition.spec}" leaves one of {partition.clients} clients with none of '

@@ -1,0 +1,50 @@
+"""The clients of a run on this machine: what each has, and what each does by itself, whatever engine trains them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedlora.client.policy import ClientPolicy
+from fedlora.client.runner import JobRunner
+from fedlora.encoding.client_data import ClientData
+from fedlora.errors import ClientFailed, DataError, Failure, LedgerError, PrivacyError, SecureError
+from fedlora.jobs import Client, SecAggStep
+from fedlora.lora import LoRA
+from fedlora.storage.client_state import ClientState
+
+REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
+
+
+@dataclass(frozen=True, eq=False)
+class LocalClients:
+    """All clients of a run; nothing is made for one before it is asked."""
+
+    clients_data: Sequence[ClientData]
+    ranks: Sequence[int]
+    folder: Path  # with a folder for each
+    policy: ClientPolicy
+
+    @cached_property
+    def known(self) -> tuple[Client, ...]:
+        """All clients, with their counts and ranks."""
+        shares = zip(self.clients_data, self.ranks, strict=True)
+        return tuple(client_data.client(i, rank) for i, (client_data, rank) in enumerate(shares))
+
+    def runner(self, i: int) -> JobRunner:
+        """What does the jobs of client i."""
+        return JobRunner(i, self.clients_data[i], self.folder / str(i), self.policy)
+
+    def kept(self, i: int, *, before: int) -> LoRA:
+        """The sides that client i has kept before a round, counted from 0."""
+        return ClientState(self.folder / str(i)).before(before)
+
+    def ask(self, asks: Mapping[int, SecAggStep]) -> dict[int, Mapping[str, str] | Failure]:
+        """Have each client do its step of secure aggregation; the result is what each says."""
+        return {i: self._reply(i, ask) for i, ask in asks.items()}
+
+    def _reply(self, i: int, ask: SecAggStep) -> Mapping[str, str] | Failure:
+        try:
+            return self.runner(i).reply(ask)
+        except SecureError as e:
+            return Failure.because_of(e)
