@@ -16,7 +16,7 @@ from fedlora.client.runner import JobRunner
 from fedlora.run.compose import check_kind_and_ranks
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory, newest
-from fedlora.run.setup import RunSetup, mute_transformers, prepare
+from fedlora.run.setup import RunSetup, engine_of, mute_transformers, prepare
 from fedlora.server.rounds import Fleet
 from fedlora.server.run import run_rounds
 
@@ -108,7 +108,7 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
     Raises `ConfigError` where another process does.
     """
     with folder.only_writer():
-        screen.say(f"run directory {folder.path}; loading model and data")
+        screen.say(f"run directory {folder.path}, engine {engine_of(config)}; loading model and data")
         mute_transformers()
         setup = prepare(config)
         folder.create(setup.config, again=goes_on, files=setup.files)
@@ -134,19 +134,18 @@ def _charged(setup: RunSetup, folder: RunDirectory) -> dict[int, list[Charge]]:
 
 
 def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, serve: Callable[[Fleet], None]) -> None:
-    """Have `serve` use the run's clients: in Flower's simulation, or one after another in this process."""
+    """Have `serve` use the run's clients: in Flower's simulation, or in this process by one model."""
     if setup.config.engine == "flower":
         from fedlora.simulations import flower
 
         flower.simulate(setup.config, folder.clients, serve, screen.answered)
-    else:
-        from fedlora.simulations.serial import Serial
+        return
+    from fedlora.simulations.serial import Serial
+    from fedlora.simulations.stacked import Stacked
 
-        serve(
-            Serial(
-                setup.model, setup.clients_data, setup.ranks, folder.clients, screen.answered, policy_of(setup.config)
-            )
-        )
+    engine = Serial if setup.config.engine == "serial" else Stacked
+    policy = policy_of(setup.config)
+    serve(engine(setup.model, setup.clients_data, setup.ranks, folder.clients, screen.answered, policy))
 
 
 def _unused(strategy: str) -> Path:

@@ -60,7 +60,7 @@ class Config:
     seed: Annotated[int, Ge(0), Lt(2**64), "seed of every random draw"] = 0
     engine: Annotated[
         Literal["auto", "serial", "stacked", "flower"],
-        "where clients run: serial (in this process), flower (many processes); auto: serial",
+        "how clients run: stacked (many in a pass), serial (one by one), flower (many processes); auto: stacked",
     ] = "auto"
     exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
     threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0

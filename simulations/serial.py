@@ -9,14 +9,13 @@ from fedlora.client.policy import ClientPolicy
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure
 from fedlora.jobs import Client, Job, SecAggStep, Update
-from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
+from fedlora.messages.parts import Parts, PartTracker
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.run.answers import AnswerEvaluation, ScoredAnswer
 from fedlora.server.aggregation import Answers
+from fedlora.simulations.local_clients import REFUSALS, LocalClients, send
 from fedlora.storage.client_state import ClientState
-
-from .local_clients import REFUSALS, LocalClients
 
 
 def own_answers(evaluation: AnswerEvaluation, jobs: Mapping[int, Job], folder: Path) -> list[ScoredAnswer]:
@@ -70,18 +69,4 @@ class Serial:
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
-        parts = Parts()
-        answers = {}
-        for i, job in jobs.items():
-            send(self.traffic, parts, i, job)
-            kept, heldout = self._clients.kept(i, before=job.round + 1), self._clients.clients_data[i].heldout
-            answers[i] = training.evaluate(self._model, job, heldout, kept)
-        return answers
-
-
-def send(traffic: PartTracker, parts: Parts, client: int, job: Job) -> str:
-    """Count a job as sent to its client; return the job's name."""
-    own_parts = parts.of(job)
-    traffic.send(client, own_parts)
-    start, offset = part_names(own_parts)
-    return job_hash(job, start=start, offset=offset)
+        return self._clients.evaluate(self._model, jobs, self.traffic)

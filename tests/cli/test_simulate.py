@@ -241,7 +241,6 @@ def test_a_strategy_can_come_by_entry_point(given: list[str], tmp_path: Path) ->
         (["--option", "lam=1"], 'has no option "lam"'),
         (["--lora.rnk", "4"], 'did you mean "lora.rank"'),
         (["--model", "no-such/model"], "no-such/model"),
-        (["--engine", "stacked"], "not in this version"),
         (["--train.lr", "1e30", "--train.clip", "0"], "train.lr"),
     ],
 )
