@@ -209,11 +209,11 @@ class _Observed(Serial):
 
     def _ask(self, i: int, job: Job) -> tuple[Update, StepObserver]:
         """Have a client do a job under observation, by a job runner of its own, as after a start."""
-        client_data = self._clients_data[i]
+        client_data = self._clients.clients_data[i]
         observer = StepObserver(self._model, job, client_data.records, self._unit(i, job))
         where = canaries.places(job, self._setting.canaries, self._setting.seed)
         mechanism = observer.on(self._subject.mechanism, where)
-        self._runners[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
+        self._clients.observed[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
         ((_, answer),) = super().train({i: job})
         observer.finish()
         if isinstance(answer, Failure):
@@ -222,7 +222,7 @@ class _Observed(Serial):
 
     def _unit(self, i: int, job: Job) -> float:
         """The noisy sum of a step over the change that the step makes."""
-        return -self._setting.privacy.rate * len(self._clients_data[i].records) / job.training.lr
+        return -self._setting.privacy.rate * len(self._clients.clients_data[i].records) / job.training.lr
 
     def _observed(self, i: int, job: Job, before: LoRA, answer: Update, observer: StepObserver) -> ObservedRound:
         """What the client did to the model, whatever it reports."""
