@@ -30,6 +30,7 @@ class Adapters:
         self._start = self._trained.clone()
         self.gradient = torch.zeros_like(self._trained)  # (clients, P_t): what the next step follows
         self._optimizer = optimizers.make(self.layout, model, self._jobs, dtype)
+        self._is_proximal = any(job.training.prox for job in self._jobs)
         self._prox = column([job.training.prox for job in self._jobs], self.theta)
         self.rows = RowPass(model, self.layout, [job.gain for job in self._jobs])
 
@@ -39,7 +40,8 @@ class Adapters:
 
     def step(self, step: int, clip: Tensor | None = None) -> None:
         """Follow the gradient, with FedProx's term added and no longer than `clip` (clients, 1) if that is given."""
-        self.gradient.add_(self._prox * (self._trained - self._start))
+        if self._is_proximal:
+            self.gradient.add_(self._prox * (self._trained - self._start))
         if clip is not None:
             optimizers.clip_norms(self.gradient, clip)
         factors = optimizers.lr_factors(self._jobs, self.steps, step)

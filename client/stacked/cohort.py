@@ -17,13 +17,12 @@ from fedlora.client.stacked.optimizers import column
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.encoding.encoder import Example, length
 from fedlora.errors import ClientFailed, TrainingDiverged
-from fedlora.kernels.microbatches import Bounds, plan
+from fedlora.kernels.microbatches import bounds, plan
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps
 from fedlora.seeds import derive, seeded
 
 Result = Trained | ClientFailed
-BOUNDS = Bounds(tokens=1024, overhead=64)
 PATCH = 16  # pixels of the side of a patch of an image
 
 
@@ -163,12 +162,12 @@ def _clipping(gradient: Tensor, largest: Tensor) -> Tensor:
 
 def micro_batches(model: Model, examples: Sequence[Example]) -> list[list[int]]:
     """The places of the examples of each micro-batch: rows of like lengths, or of one where the model needs that."""
-    lengths = [tokens(example) for example in examples]
+    lengths, limits = [tokens(example) for example in examples], bounds(model.net)
     if not model.encoder.limits.one_length:
-        return plan(lengths, BOUNDS)
+        return plan(lengths, limits)
     inputs = sorted(range(len(examples)), key=lambda i: length(examples[i]))
     alike = [list(own) for _, own in groupby(inputs, key=lambda i: length(examples[i]))]
-    planned = [(own, plan([lengths[i] for i in own], BOUNDS)) for own in alike]
+    planned = [(own, plan([lengths[i] for i in own], limits)) for own in alike]
     return [[own[i] for i in batch] for own, batches in planned for batch in batches]
 
 

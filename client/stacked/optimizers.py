@@ -4,7 +4,8 @@ They do what torch's AdamW and SGD do, as `fedlora.models.optimizer` sets them u
 step to do keeps its row and its moments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of torch's AdamW
 class ClientsOptimizer(Protocol):
     """The optimizer of a cohort."""
 
-    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, chosen: Tensor) -> None:
+    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
         """Change theta (clients, P_t) in place for the clients at these places; the others stay.
 
         `factors`, (clients, 1), are those of the schedule on each client's rates.
@@ -32,11 +33,14 @@ class ClientsOptimizer(Protocol):
 
 def make(layout: Layout, model: Model, jobs: Sequence[Job], dtype: torch.dtype) -> ClientsOptimizer:
     """The optimizer of the clients that do these jobs, which all name the same kind of optimizer."""
-    rates = torch.stack([_rates(layout, model, job.training, dtype) for job in jobs]).to(model.device)
-    decay = column([job.training.weight_decay for job in jobs], rates)
-    if jobs[0].training.optimizer == "sgd":
-        return SGD(rates, decay, column([job.training.momentum for job in jobs], rates))
-    return AdamW(rates, decay)
+    settings = [job.training for job in jobs]
+    alike = all(training == settings[0] for training in settings)  # then one row of rates is that of all
+    made = [_rates(layout, model, training, dtype) for training in (settings[:1] if alike else settings)]
+    rates = torch.stack(made).to(model.device)
+    decay = column([training.weight_decay for training in settings], rates)
+    if settings[0].optimizer == "sgd":
+        return SGD(rates, decay, column([training.momentum for training in settings], rates), layout.trained)
+    return AdamW(rates, decay, layout.trained)
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -73,31 +77,48 @@ def clip_norms(gradient: Tensor, largest: Tensor) -> None:
 class AdamW:
     """AdamW with decoupled weight decay, https://arxiv.org/abs/1711.05101."""
 
-    def __init__(self, rates: Tensor, decay: Tensor) -> None:
-        self._rates, self._decay = rates, decay
-        self._mean, self._square = torch.zeros_like(rates), torch.zeros_like(rates)
+    def __init__(self, rates: Tensor, decay: Tensor, size: int) -> None:
+        self._rates, self._decay, self._decays = rates, decay, bool(decay.any())
+        self._mean, self._square = rates.new_zeros(len(decay), size), rates.new_zeros(len(decay), size)
         self._steps = torch.zeros_like(decay)  # of each client, (clients, 1)
 
-    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, chosen: Tensor) -> None:
-        g, rates = gradient[chosen], self._rates[chosen] * factors[chosen]
-        self._steps[chosen] += 1
-        t = self._steps[chosen]
-        mean = self._mean[chosen].lerp_(g, 1 - BETA1)
-        square = self._square[chosen].mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        self._mean[chosen], self._square[chosen] = mean, square
-        size = (square / (1 - BETA2**t)).sqrt_().add_(EPSILON)
-        decayed = theta[chosen] * (1 - rates * self._decay[chosen])
-        theta[chosen] = decayed - rates / (1 - BETA1**t) * mean / size
+    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
+        g, rates, decay = _rows(gradient, places), _rows(self._rates * factors, places), _rows(self._decay, places)
+        with _changed(places, theta, self._mean, self._square, self._steps) as (theta, mean, square, t):
+            t += 1
+            mean.lerp_(g, 1 - BETA1)
+            square.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+            if self._decays:
+                theta.mul_(1 - rates * decay)
+            size = square.sqrt().div_((1 - BETA2**t).sqrt()).add_(EPSILON)
+            theta.sub_(torch.div(mean, size, out=size).mul_(rates / (1 - BETA1**t)))
 
 
 class SGD:
     """Gradient descent with momentum, the first step's gradient being its first momentum."""
 
-    def __init__(self, rates: Tensor, decay: Tensor, momentum: Tensor) -> None:
+    def __init__(self, rates: Tensor, decay: Tensor, momentum: Tensor, size: int) -> None:
         self._rates, self._decay, self._momentum = rates, decay, momentum
-        self._velocity = torch.zeros_like(rates)
+        self._velocity = rates.new_zeros(len(decay), size)
 
-    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, chosen: Tensor) -> None:
-        g = gradient[chosen] + self._decay[chosen] * theta[chosen]
-        self._velocity[chosen] = self._momentum[chosen] * self._velocity[chosen] + g
-        theta[chosen] -= self._rates[chosen] * factors[chosen] * self._velocity[chosen]
+    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
+        g, rates = _rows(gradient, places), _rows(self._rates * factors, places)
+        decay, momentum = _rows(self._decay, places), _rows(self._momentum, places)
+        with _changed(places, theta, self._velocity) as (theta, velocity):
+            velocity.mul_(momentum).add_(g).addcmul_(decay, theta)
+            theta.sub_(velocity * rates)
+
+
+def _rows(matrix: Tensor, places: Tensor) -> Tensor:
+    """The rows at these places, which are in order; the matrix itself where they are all of them."""
+    return matrix if len(places) == len(matrix) else matrix[places]
+
+
+@contextmanager
+def _changed(places: Tensor, *matrices: Tensor) -> Iterator[list[Tensor]]:
+    """The rows at these places of every matrix, to be changed in place within the block; the others stay."""
+    chosen = [_rows(matrix, places) for matrix in matrices]
+    yield chosen
+    for matrix, rows in zip(matrices, chosen, strict=True):
+        if rows is not matrix:
+            matrix[places] = rows

@@ -2,7 +2,8 @@
 
 The PEFT model stays as it is: within the context its adapted layers, and the linear layers of its heads, have another
 `forward`, which reads the matrices of the rows from columns of theta (rows, P) and writes their gradients into the same
-columns of G (rows, P_t). The base is frozen and shared. All else, as dropout and attention, is the network's own.
+columns of G (rows, P_t). The base is frozen and shared. All else is the network's own, with the quicker dropout and
+attention of `fedlora.kernels`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from fedlora.client.stacked.layout import Key, Layout
 from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linear_with_product, row_linear
 from fedlora.encoding.encoder import Example
+from fedlora.kernels.attention import quick_attention
+from fedlora.kernels.dropout import quick_dropout
 from fedlora.kernels.replaced import forward_of
 from fedlora.models.adapter import NAME
 from fedlora.models.model import Model
@@ -43,6 +46,8 @@ class RowPass:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what was replaced before a refusal gets its own forward back
+            stack.enter_context(quick_dropout(self._model.net))
+            stack.enter_context(quick_attention(self._model.net))
             for name, layer in self._model.adapted.items():
                 stack.enter_context(forward_of(layer, partial(self._adapted, name, layer)))
             for name, module in head_layers(self._model):
