@@ -110,15 +110,21 @@ def busy_neighbours(count: int) -> Iterator[None]:
 
 
 def machine() -> dict[str, str | int]:
-    """The processor, what it can do with bfloat16, its cores, and torch's version."""
+    """The processor, the instructions that torch uses on it, its cores, and torch's version."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    facts = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))
-    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
     return {
-        "processor": facts.get("model name", "unknown"),
-        "bfloat16": ", ".join(flags) or "none",
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16 instructions": "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no",
         "cores": psutil.cpu_count() or 1,
         "torch": torch.__version__,
     }
+
+
+def _processor() -> str:
+    """The processor's name as Linux knows it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")
