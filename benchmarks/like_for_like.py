@@ -67,7 +67,7 @@ KEPT = Engine("plain Flower app that keeps its model", {"keep-model": True}, pee
 BFLOAT16 = Engine("stacked, bf16", {"engine": "stacked", "precision": "bf16"})
 ALL = STACKED, BFLOAT16, SERIAL, FLOWER, PLAIN, KEPT
 
-MINILM: Mapping[str, Any] = {
+MINILM: dict[str, Any] = {
     "clients": 50,
     "cohort": 50,
     "rounds": 3,
@@ -80,7 +80,7 @@ MINILM: Mapping[str, Any] = {
     "train.steps": 10,
     "train.batch_size": 8,
 }
-SMOLLM2: Mapping[str, Any] = MINILM | {
+SMOLLM2: dict[str, Any] = MINILM | {
     "clients": 10,
     "cohort": 10,
     "rounds": 2,
@@ -99,8 +99,8 @@ WORKLOADS = {
     "private": Workload(
         (
             STACKED,
-            Engine("stacked, private", NOISE | STACKED.settings),
-            Engine("serial, private", NOISE | SERIAL.settings),
+            Engine("stacked, private", {**NOISE, **STACKED.settings}),
+            Engine("serial, private", {**NOISE, **SERIAL.settings}),
         ),
         MINILM,
         BANKING77,
@@ -246,11 +246,11 @@ def _ratio(runs: Mapping[str, Mapping[str, Any]], first: Mapping[str, Mapping[st
 
 
 def disagreement(results: Results, wanted: Sequence[Turn]) -> str:
-    """The line whose adapter is not that of the others of its kind, with the distance; empty where all agree."""
-    adapters = {t.line: results[t.line][t.name].get("adapter") for t in wanted if _is_exact(t.engine)}
-    found = {line: adapter for line, adapter in adapters.items() if adapter}
-    reference = next((adapter for line, adapter in found.items() if line.endswith(": serial")), None)
-    apart = {line: _distance(a, reference) for line, a in found.items()} if reference else {}
+    """The lines whose adapters are not the serial engine's, with the distance; empty where all agree."""
+    exact = [turn for turn in wanted if _is_exact(turn.engine)]
+    adapters = {turn.line: results[turn.line][turn.name].get("adapter", []) for turn in exact}
+    reference = next((adapter for line, adapter in adapters.items() if line.endswith(": serial")), [])
+    apart = {line: _distance(adapter, reference) for line, adapter in adapters.items() if reference and adapter}
     return "; ".join(f"{line} is {d:.1e} from serial" for line, d in apart.items() if not d <= CLOSE)
 
 

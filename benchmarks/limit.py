@@ -123,8 +123,7 @@ def _operations(model: Model, example: Example) -> int:
 @torch.no_grad()
 def matrix_rate(model: Model, rows: int = BLOCK) -> float:
     """Operations a second of all products of the frozen base, forward and backward, with so many rows each."""
-    weights = [m.weight for m in model.net.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) > 128]
-    weights = weights or [m.weight for m in model.net.modules() if isinstance(m, nn.Linear)]
+    weights = base_weights(model)
     inputs, gradients = (_operands(weights, rows, side) for side in (1, 0))
     seconds = []
     for _ in range(5):
@@ -134,6 +133,12 @@ def matrix_rate(model: Model, rows: int = BLOCK) -> float:
             gradients[weight.shape[0]] @ weight
         seconds.append(clock(model.device) - began)
     return sum(4 * rows * w.numel() for w in weights) / median(seconds)
+
+
+def base_weights(model: Model) -> list[torch.Tensor]:
+    """The weights of the network's linear layers, without factors and narrow heads where there are larger ones."""
+    weights = [module.weight for module in model.net.modules() if isinstance(module, nn.Linear)]
+    return [weight for weight in weights if min(weight.shape) > 128] or weights
 
 
 def _operands(weights: Sequence[torch.Tensor], rows: int, side: int) -> dict[int, torch.Tensor]:
@@ -192,7 +197,7 @@ def part_of(operation: str) -> str:
 
 def distance(model: Model, tasks: Sequence[TrainingTask]) -> float:
     """How far the engines' updates are apart, relative to what training changed: the largest of all clients."""
-    stacked, reference = ([update.lora for update, _ in train(model, tasks)] for train in (cohort.train, serial))
+    stacked, reference = ([update.lora for update, _ in train(model, tasks)] for train in (ENGINES["stacked"], serial))
     pairs = zip(stacked, reference, tasks, strict=True)
     return max(euclidean_norm(difference(a, b)) / euclidean_norm(difference(b, task.job.start)) for a, b, task in pairs)
 

@@ -21,12 +21,13 @@ def kept_model(*settings: tuple[str, Any]) -> Any:
 @app.train()
 def train(msg: Message, context: Context) -> Message:
     """Train the adapter that came on this client's rows, and send it back."""
-    settings = dict(msg.content["config"])
+    settings: Any = dict(msg.content["config"])
+    arrays: Any = msg.content["arrays"]
     partition, partitions = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     examples = encode(load_partition(partition, partitions, settings["data"]), settings)
     same = {key: value for key, value in settings.items() if key != "server-round"}
     model = kept_model(*sorted(same.items())) if settings["keep-model"] else get_model(settings)
-    set_peft_model_state_dict(model, msg.content["arrays"].to_torch_state_dict())
+    set_peft_model_state_dict(model, arrays.to_torch_state_dict())
     result = get_trainer(model, settings, examples).train()
     told = MetricRecord({"train_loss": result.training_loss, "num-examples": len(examples)})
     content = RecordDict({"arrays": ArrayRecord(get_peft_model_state_dict(model)), "metrics": told})

@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from benchmarks.peers.task import Settings, encode, get_model, load_rows, test
+from benchmarks.peers.task import Settings, encode, get_model, load_rows, scores
 
 
 def server_app(settings: Settings, rounds: int, found: dict[str, float]) -> ServerApp:
@@ -25,7 +25,7 @@ def server_app(settings: Settings, rounds: int, found: dict[str, float]) -> Serv
             rows = load_rows(settings["eval-data"])
             step = max(1, len(rows) // settings["eval-limit"])
             chosen = rows.select(range(0, len(rows), step)[: settings["eval-limit"]])
-            found.update(test(model, settings, encode(chosen, settings)))
+            found.update(scores(model, settings, encode(chosen, settings)))
             return MetricRecord(dict(found))
 
         strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)

@@ -110,6 +110,7 @@ def get_trainer(model: Any, settings: Settings, examples: list[dict[str, Any]]) 
         logging_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=False,
         disable_tqdm=True,
     )
     data: Any = examples
@@ -119,7 +120,7 @@ def get_trainer(model: Any, settings: Settings, examples: list[dict[str, Any]]) 
 
 
 @torch.no_grad()
-def test(model: Any, settings: Settings, examples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def scores(model: Any, settings: Settings, examples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean loss over batches of 32, and the accuracy where there are classes."""
     model.eval()
     loss, right = 0.0, 0

@@ -24,7 +24,7 @@ from benchmarks.like_for_like import (
     table,
     turns,
 )
-from benchmarks.peers.task import encode, get_model, get_trainer, load_partition, load_rows, test
+from benchmarks.peers.task import encode, get_model, get_trainer, load_partition, load_rows, scores
 
 PLACE = Place("minilm", "model", "data", neighbours=2, smoke=False)
 ENGINES = STACKED, SERIAL
@@ -80,10 +80,10 @@ def test_the_plain_app_trains(task: Any, suffix: str, targets: str, tmp_path: Pa
     torch.manual_seed(0)
     examples = encode(load_partition(1, 3, settings["data"]), settings)
     net = get_model(settings)
-    before = test(net, settings, examples)
+    before = scores(net, settings, examples)
     get_trainer(net, settings, examples).train()
     assert len(examples) == len(load_rows(settings["data"])) / 3
-    assert test(net, settings, examples)["loss"] < before["loss"]
+    assert scores(net, settings, examples)["loss"] < before["loss"]
 
 
 def test_every_job_compares_with_stacked() -> None:
