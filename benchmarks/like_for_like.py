@@ -247,11 +247,16 @@ def _ratio(runs: Mapping[str, Mapping[str, Any]], first: Mapping[str, Mapping[st
 
 def disagreement(results: Results, wanted: Sequence[Turn]) -> str:
     """The lines whose adapters are not the serial engine's, with the distance; empty where all agree."""
-    exact = [turn for turn in wanted if _is_exact(turn.engine)]
-    adapters = {turn.line: results[turn.line][turn.name].get("adapter", []) for turn in exact}
-    reference = next((adapter for line, adapter in adapters.items() if line.endswith(": serial")), [])
-    apart = {line: _distance(adapter, reference) for line, adapter in adapters.items() if reference and adapter}
+    adapters = _adapters(results, [turn for turn in wanted if _is_exact(turn.engine)])
+    reference = [adapter for line, adapter in adapters.items() if line.endswith(": serial")]
+    apart = {line: _distance(adapter, serial) for line, adapter in adapters.items() for serial in reference}
     return "; ".join(f"{line} is {d:.1e} from serial" for line, d in apart.items() if not d <= CLOSE)
+
+
+def _adapters(results: Results, wanted: Sequence[Turn]) -> dict[str, list[float]]:
+    """What each line's run came to, where it did."""
+    records = {turn.line: results.get(turn.line, {}).get(turn.name, {}) for turn in wanted}
+    return {line: record["adapter"] for line, record in records.items() if "adapter" in record}
 
 
 def _is_exact(engine: Engine) -> bool:
