@@ -16,7 +16,7 @@ from fedlora.client.runner import JobRunner
 from fedlora.run.compose import check_kind_and_ranks
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory, newest
-from fedlora.run.setup import RunSetup, engine_of, mute_transformers, prepare
+from fedlora.run.setup import RunSetup, engine_of, mute_transformers, prepare, why_apart
 from fedlora.server.rounds import Fleet
 from fedlora.server.run import run_rounds
 
@@ -108,7 +108,7 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
     Raises `ConfigError` where another process does.
     """
     with folder.only_writer():
-        screen.say(f"run directory {folder.path}, engine {engine_of(config)}; loading model and data")
+        screen.say(f"run directory {folder.path}, {_engine_words(config)}; loading model and data")
         mute_transformers()
         setup = prepare(config)
         folder.create(setup.config, again=goes_on, files=setup.files)
@@ -146,6 +146,12 @@ def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, 
     engine = Serial if setup.config.engine == "serial" else Stacked
     policy = policy_of(setup.config)
     serve(engine(setup.model, setup.clients_data, setup.ranks, folder.clients, screen.answered, policy))
+
+
+def _engine_words(config: Config) -> str:
+    """The engine that runs these settings and, where it is not the one that was asked for, why."""
+    engine = engine_of(config)
+    return f"engine {engine}" + (f" ({why_apart(config)})" if engine not in ("stacked", config.engine) else "")
 
 
 def _unused(strategy: str) -> Path:

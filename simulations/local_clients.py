@@ -1,7 +1,7 @@
 """The clients of a run on this machine: what each has, and what each does by itself, whatever engine trains them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from fedlora.storage.client_state import ClientState
 
 REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
 
+MakeRunner = Callable[[int, ClientData, Path, ClientPolicy], JobRunner]
+
 
 @dataclass(frozen=True, eq=False)
 class LocalClients:
@@ -28,7 +30,7 @@ class LocalClients:
     ranks: Sequence[int]
     folder: Path  # with a folder for each
     policy: ClientPolicy
-    observed: dict[int, JobRunner] = field(default_factory=dict)  # an audit's runners, in the place of others
+    make: MakeRunner = JobRunner  # makes the runner of each job; an audit has others
 
     @cached_property
     def known(self) -> tuple[Client, ...]:
@@ -38,7 +40,7 @@ class LocalClients:
 
     def runner(self, i: int) -> JobRunner:
         """What does the jobs of client i."""
-        return self.observed.get(i) or JobRunner(i, self.clients_data[i], self.folder / str(i), self.policy)
+        return self.make(i, self.clients_data[i], self.folder / str(i), self.policy)
 
     def kept(self, i: int, *, before: int) -> LoRA:
         """The sides that client i has kept before a round, counted from 0."""

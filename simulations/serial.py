@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedlora.client import training
 from fedlora.client.policy import ClientPolicy
+from fedlora.client.runner import JobRunner
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure
 from fedlora.jobs import Client, Job, SecAggStep, Update
@@ -14,7 +15,7 @@ from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.run.answers import AnswerEvaluation, ScoredAnswer
 from fedlora.server.aggregation import Answers
-from fedlora.simulations.local_clients import REFUSALS, LocalClients, send
+from fedlora.simulations.local_clients import REFUSALS, LocalClients, MakeRunner, send
 from fedlora.storage.client_state import ClientState
 
 
@@ -39,10 +40,11 @@ class Serial:
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
         policy: ClientPolicy = ClientPolicy(),  # noqa: B008
+        make: MakeRunner = JobRunner,
     ) -> None:
         self.traffic = PartTracker()
         self._model, self._answered = model, answered
-        self._clients = LocalClients(clients_data, ranks, folder, policy)
+        self._clients = LocalClients(clients_data, ranks, folder, policy, make)
 
     def clients(self) -> Sequence[Client]:
         """All clients, with their counts and ranks."""

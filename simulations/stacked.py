@@ -6,19 +6,18 @@ itself is trained as in `Serial`, and a warning says why, once a run.
 """
 
 import logging
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from fedlora.client import training
 from fedlora.client.policy import ClientPolicy
-from fedlora.client.runner import Steps, begin, end
-from fedlora.client.stacked import cohort, support
-from fedlora.client.stacked.row_pass import NotStackableError
-from fedlora.client.training import Trained, TrainingTask
+from fedlora.client.runner import JobRunner, Steps, begin, end
+from fedlora.client.stacked import together
+from fedlora.client.stacked.together import Outcome
+from fedlora.client.training import TrainingTask
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure
 from fedlora.jobs import Client, Job, SecAggStep, Update
@@ -26,7 +25,7 @@ from fedlora.messages.parts import Parts, PartTracker
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.server.aggregation import Answers
-from fedlora.simulations.local_clients import REFUSALS, LocalClients, send
+from fedlora.simulations.local_clients import REFUSALS, LocalClients, MakeRunner, send
 
 MOST_BYTES = 4 * 2**30  # of the numbers that the clients of a block train, and all that is kept for each
 BYTES = 24  # for a number: itself, its start, its gradient, two moments, and the job's own
@@ -69,10 +68,11 @@ class Stacked:
         folder: Path,
         answered: Callable[[int], None] = lambda _: None,
         policy: ClientPolicy = ClientPolicy(),  # noqa: B008
+        make: MakeRunner = JobRunner,
     ) -> None:
         self.traffic = PartTracker()
         self._model, self._answered = model, answered
-        self._clients = LocalClients(clients_data, ranks, folder, policy)
+        self._clients = LocalClients(clients_data, ranks, folder, policy, make)
         self._said = set[str]()  # why jobs were trained by themselves
 
     def clients(self) -> Sequence[Client]:
@@ -114,25 +114,10 @@ class Stacked:
         self._answered(client)
         return answer
 
-    def _trained(self, jobs: Sequence[_BegunJob]) -> Iterator[tuple[_BegunJob, Trained | Exception]]:
-        """Train these jobs: those that fit together in one pass, and each of the others by itself."""
-        groups = defaultdict[Hashable, list[_BegunJob]](list)
-        for job in jobs:
-            if why := support.why_not(self._model, job.task.job):
-                self._warn(why)
-                yield job, _outcome(training.perform, self._model, job.task)
-            else:
-                groups[cohort.group(self._model, job.task)].append(job)
-        for group in groups.values():
-            yield from zip(group, self._together([job.task for job in group]), strict=True)
-
-    def _together(self, tasks: Sequence[TrainingTask]) -> Iterable[Trained | Exception]:
-        """What comes of tasks that fit together: of one pass, or where that cannot be, of each by itself."""
-        try:
-            return cohort.train(self._model, tasks)
-        except NotStackableError as e:
-            self._warn(str(e))
-            return (_outcome(training.perform, self._model, task) for task in tasks)
+    def _trained(self, jobs: Sequence[_BegunJob]) -> Iterator[tuple[_BegunJob, Outcome]]:
+        """Train these jobs; yield each with what came of it."""
+        outcomes = together.perform(self._model, [job.task for job in jobs], self._warn)
+        return ((jobs[place], outcome) for place, outcome in outcomes)
 
     def _warn(self, why: str) -> None:
         """Say, once a run, why jobs are trained by themselves."""
@@ -155,11 +140,3 @@ def _or_failure(go_on: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | 
         return go_on(*args, **named)
     except REFUSALS as e:
         return Failure.because_of(e)
-
-
-def _outcome(train: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | Exception:
-    """What a training returns or, whatever it is, raises: the job's own steps say what becomes of that."""
-    try:
-        return train(*args, **named)
-    except Exception as e:
-        return e

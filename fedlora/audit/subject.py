@@ -195,7 +195,9 @@ class _Observed(Serial):
         *,
         asked_twice: bool,
     ) -> None:
-        super().__init__(setting.model, clients_data, [setting.config.lora.rank] * len(clients_data), folder)
+        ranks = [setting.config.lora.rank] * len(clients_data)
+        super().__init__(setting.model, clients_data, ranks, folder, make=lambda i, *_: self._observed_runners[i])
+        self._observed_runners: dict[int, JobRunner] = {}
         self.seen: list[ObservedRound] = []
         self._setting, self._subject, self._folder, self._asked_twice = setting, subject, folder, asked_twice
 
@@ -213,7 +215,7 @@ class _Observed(Serial):
         observer = StepObserver(self._model, job, client_data.records, self._unit(i, job))
         where = canaries.places(job, self._setting.canaries, self._setting.seed)
         mechanism = observer.on(self._subject.mechanism, where)
-        self._clients.observed[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
+        self._observed_runners[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
         ((_, answer),) = super().train({i: job})
         observer.finish()
         if isinstance(answer, Failure):

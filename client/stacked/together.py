@@ -1,0 +1,47 @@
+"""Tasks of several clients, trained on one model: those that fit together in one pass, each of the others by itself."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+
+from fedlora.client import training
+from fedlora.client.stacked import cohort, support
+from fedlora.client.stacked.row_pass import NotStackableError
+from fedlora.client.training import Trained, TrainingTask
+from fedlora.errors import FedloraError
+from fedlora.models.model import Model
+
+Outcome = Trained | Exception
+
+
+def perform(model: Model, tasks: Sequence[TrainingTask], warn: Callable[[str], None]) -> Iterator[tuple[int, Outcome]]:
+    """Yield the place of each task and what came of it, or whatever was raised: what becomes of that its client says.
+
+    `warn` is told, in a sentence, why tasks are trained by themselves; it may be told the same more than once.
+    """
+    groups = defaultdict[Hashable, list[int]](list)
+    for place, task in enumerate(tasks):
+        if why := support.why_not(model, task.job):
+            warn(why)
+            yield place, _alone(model, task)
+        else:
+            groups[cohort.group(model, task)].append(place)
+    for places in groups.values():
+        yield from zip(places, _together(model, [tasks[place] for place in places], warn), strict=True)
+
+
+def _together(model: Model, tasks: Sequence[TrainingTask], warn: Callable[[str], None]) -> Iterable[Outcome]:
+    """What comes of tasks that fit together: of one pass, or where that cannot be, of each by itself."""
+    try:
+        return cohort.train(model, tasks)
+    except NotStackableError as e:
+        warn(str(e))
+    except FedloraError:  # of one client, as a file that cannot be read: alone, it fails alone
+        pass
+    return (_alone(model, task) for task in tasks)
+
+
+def _alone(model: Model, task: TrainingTask) -> Outcome:
+    try:
+        return training.perform(model, task)
+    except Exception as e:  # whatever it is: the cause of a private job's failure may not be told
+        return e
