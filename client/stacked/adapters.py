@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedlora.client import training
 from fedlora.client.stacked import optimizers
-from fedlora.client.stacked.layout import layout_of
+from fedlora.client.stacked.layout import Key, layout_of
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.stacked.row_pass import RowPass
 from fedlora.client.training import Trained, TrainingTask
@@ -49,8 +49,14 @@ class Adapters:
         self._optimizer.step(self._trained, self.gradient, column(factors, self.theta), places)
 
     def lora(self, place: int) -> LoRA:
-        """A copy of the adapter of the client at this place as it is now."""
+        """A copy of the adapter of the client at this place as it is now; what got no gradient is as it was before."""
+        for key in self._unreached():
+            self.layout.view(self._trained, key)[place] = self.layout.view(self._start, key)[place]
         return self.layout.lora(self.theta[place], self._starts[place])
+
+    def _unreached(self) -> list[Key]:
+        """The matrices that no batch has used, and that torch's optimizers would therefore leave alone."""
+        return [key for key in self.layout.columns if self.layout.is_trained(key) and key not in self.rows.reached]
 
     def update(self, place: int, examples: int, loss: float | None) -> Trained:
         """The update and the kept sides of the client at this place."""

@@ -43,6 +43,8 @@ class RowPass:
         self._gradient = torch.empty(0)
         self._owner = torch.empty(0, dtype=torch.int64)
         self._written: set[Key] = set()
+        self.reached: set[Key] = set()  # that had a gradient in any batch so far
+        self._is_told_apart = False  # has a batch shown that every adapted layer sees rows first?
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what was replaced before a refusal gets its own forward back
@@ -70,12 +72,18 @@ class RowPass:
 
         A loss is the sum over the targets of its example. Raises `NotStackableError`.
         """
+        batch = self._model.encoder.collate(examples)
+        if len(examples) > 1 and not self._is_told_apart and _could_be_transposed(batch):
+            halves = slice(1), slice(1, None)
+            parts = [self.gradients(theta, owner[own], weights[own], examples[own]) for own in halves]
+            return torch.cat([g for g, _ in parts]), torch.cat([losses for _, losses in parts])
         self.assign(theta, owner)
         self._gradient = torch.empty_like(self._rows[:, : self._layout.trained])
         self._written = set()
-        scores, targets = self._model.logits(self._model.encoder.collate(examples))
-        losses = self._model.objective.losses(scores, targets).view(len(examples), -1).sum(1)
+        losses = self._model.objective.losses(*self._model.logits(batch)).view(len(examples), -1).sum(1)
         (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+        self._is_told_apart = True
+        self.reached |= self._written
         for key in self._layout.columns:
             if self._layout.is_trained(key) and key not in self._written:
                 self._layout.view(self._gradient, key).zero_()
@@ -158,6 +166,12 @@ def head_layers(model: Model) -> Iterator[tuple[str, nn.Module]]:
             raise NotStackableError(f"{held[0].rpartition('.')[0]} is a {type(module).__name__}, trained as a whole")
         if held:
             yield held[0].rpartition(".")[0], module
+
+
+def _could_be_transposed(batch: Mapping[str, Tensor]) -> bool:
+    """Has a batch as many rows as tokens, so that a layer which sees tokens first could not be told from others?"""
+    sides = [batch[name].shape for name in ("input_ids", "decoder_input_ids") if name in batch]
+    return any(rows == tokens > 1 for rows, tokens in sides)
 
 
 def _scale(s: float, name: str, gains: Sequence[Mapping[str, float]]) -> Scale:
