@@ -1,18 +1,22 @@
 """The adapters of many clients in the middle of their training, and the steps that an optimizer takes with them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fedlora.client import training
 from fedlora.client.stacked import optimizers
-from fedlora.client.stacked.layout import Key, layout_of
+from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.stacked.row_pass import RowPass
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
+from fedlora.seeds import seeded
+
+MOST_BYTES = 2**28  # of what a micro-batch gathers and leaves: of each row its own columns of theta, and its gradient
 
 
 class Adapters:
@@ -34,6 +38,20 @@ class Adapters:
         self._prox = column([job.training.prox for job in self._jobs], self.theta)
         self.rows = RowPass(model, self.layout, [job.gain for job in self._jobs])
 
+    @property
+    def most_rows(self) -> int:
+        """The rows that a micro-batch may have, by the memory that each takes besides its activations."""
+        return max(1, MOST_BYTES // ((self.layout.size + self.layout.trained) * self.theta.element_size()))
+
+    @contextmanager
+    def training(self, model: Model, *, dropout_seed: int) -> Iterator[None]:
+        """Within the block the model trains, and computes each row by its client's columns."""
+        model.offset.set(self._jobs[0].offset)
+        model.set_trainable("")
+        model.begin_training()
+        with seeded(dropout_seed), self.rows:
+            yield
+
     def places(self, step: int) -> list[int]:
         """The clients that take this step, counted from 0: those that have not finished."""
         return [i for i, steps in enumerate(self.steps) if step < steps]
@@ -48,15 +66,27 @@ class Adapters:
         places = torch.tensor(self.places(step), device=self.theta.device)
         self._optimizer.step(self._trained, self.gradient, column(factors, self.theta), places)
 
+    def restore_unreached(self) -> None:
+        """Put back what no batch has used: torch's optimizers leave alone what has no gradient.
+
+        Not for private clients: there is noise on all that is trained, and whether there was a batch is nobody's to
+        know.
+        """
+        for key in self.layout.columns:
+            if self.layout.is_trained(key) and key not in self.rows.reached:
+                self.layout.view(self._trained, key).copy_(self.layout.view(self._start, key))
+
     def lora(self, place: int) -> LoRA:
-        """A copy of the adapter of the client at this place as it is now; what got no gradient is as it was before."""
-        for key in self._unreached():
-            self.layout.view(self._trained, key)[place] = self.layout.view(self._start, key)[place]
+        """A copy of the adapter of the client at this place as it is now."""
         return self.layout.lora(self.theta[place], self._starts[place])
 
-    def _unreached(self) -> list[Key]:
-        """The matrices that no batch has used, and that torch's optimizers would therefore leave alone."""
-        return [key for key in self.layout.columns if self.layout.is_trained(key) and key not in self.rows.reached]
+    def of_trained(self, row: Tensor, place: int) -> LoRA:
+        """What lies in a row of trained columns, (P_t,), by the sides and modules of the client at this place."""
+        return self.layout.lora(row, self._starts[place].only(self._jobs[place].trains))
+
+    def set_gradient(self, place: int, gradient: LoRA) -> None:
+        """Let the client at this place follow this gradient in the next step."""
+        self.gradient[place] = self.layout.flat(gradient, LoRA(), self.gradient.dtype)[: self.layout.trained]
 
     def update(self, place: int, examples: int, loss: float | None) -> Trained:
         """The update and the kept sides of the client at this place."""

@@ -4,8 +4,9 @@ In every step the rows of all clients lie in one heap, which is cut into micro-b
 gradients of its rows are added up for each client. Clients with fewer steps finish earlier.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 
 import torch
@@ -20,17 +21,17 @@ from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.kernels.microbatches import bounds, plan
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps
-from fedlora.seeds import derive, seeded
+from fedlora.seeds import derive
 
-Result = Trained | ClientFailed
+Result = Trained | Exception
 PATCH = 16  # pixels of the side of a patch of an image
 
 
 def group(model: Model, task: TrainingTask) -> Hashable:
-    """What tasks must have alike to be trained in one pass; ranks, rates, steps and batches may differ."""
+    """What tasks must have alike to be trained in one pass; ranks, rates, steps, batches and noise may differ."""
     job = task.job
     offset = tuple(map(id, job.offset))
-    clips = bool(job.example_clip)
+    clips = (job.privacy.clip, job.privacy.head_share) if job.privacy else bool(job.example_clip)
     return "".join(sorted(job.trains)), offset, tuple(job.start.R), clips, job.training.optimizer
 
 
@@ -39,8 +40,15 @@ def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
 
     Raises `NotStackableError` where the model's rows cannot be told apart: nothing is done then.
     """
+    return with_data(tasks, partial(_train, model))
+
+
+def with_data(
+    tasks: Sequence[TrainingTask], train: Callable[[Sequence[TrainingTask]], Sequence[Result]]
+) -> list[Result]:
+    """The results of those tasks that there are data for, and the errors of the others."""
     results: list[Result | None] = [_empty(task) for task in tasks]
-    trained = iter(_train(model, [task for task, failed in zip(tasks, results, strict=True) if failed is None]))
+    trained = iter(train([task for task, failed in zip(tasks, results, strict=True) if failed is None]))
     return [next(trained) if failed is None else failed for failed in results]
 
 
@@ -64,12 +72,8 @@ class Chunk:
 def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
     if not tasks:
         return []
-    cohort = Cohort(model, tasks)
-    model.offset.set(tasks[0].job.offset)
-    model.set_trainable("")
-    model.begin_training()
-    job = tasks[0].job
-    with seeded(derive(job.seed, "dropout of many", job.round)), cohort.adapters.rows:
+    cohort, job = Cohort(model, tasks), tasks[0].job
+    with cohort.adapters.training(model, dropout_seed=derive(job.seed, "dropout of many", job.round)):
         for step in range(max(cohort.adapters.steps)):
             cohort.step(step)
     return cohort.results()
@@ -118,7 +122,7 @@ class Cohort:
         shares = _repeated([1 / len(chunk.examples) for chunk in chunks], chunks).to(theta)
         losses = theta.new_zeros(len(theta))
         gradient.zero_()
-        for places in micro_batches(self._model, examples):
+        for places in micro_batches(self._model, examples, self.adapters.most_rows):
             chosen = torch.tensor(places, device=theta.device)
             owner = owners[chosen]
             g, loss = self.adapters.rows.gradients(theta, owner, weights[chosen], [examples[i] for i in places])
@@ -136,6 +140,7 @@ class Cohort:
 
     def results(self) -> list[Result]:
         """What became of every task, once all steps are done."""
+        self.adapters.restore_unreached()
         losses = torch.stack(self._losses).cpu()  # (steps, clients)
         return [self._result(i, losses[: self.adapters.steps[i], i]) for i in range(len(self._tasks))]
 
@@ -160,9 +165,9 @@ def _clipping(gradient: Tensor, largest: Tensor) -> Tensor:
     return largest / torch.maximum(norms, largest)
 
 
-def micro_batches(model: Model, examples: Sequence[Example]) -> list[list[int]]:
+def micro_batches(model: Model, examples: Sequence[Example], most_rows: int) -> list[list[int]]:
     """The places of the examples of each micro-batch: rows of like lengths, or of one where the model needs that."""
-    lengths, limits = [tokens(example) for example in examples], bounds(model.net)
+    lengths, limits = [tokens(example) for example in examples], replace(bounds(model.net), rows=most_rows)
     if not model.encoder.limits.one_length:
         return plan(lengths, limits)
     inputs = sorted(range(len(examples)), key=lambda i: length(examples[i]))

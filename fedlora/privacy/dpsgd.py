@@ -15,10 +15,10 @@ Dropout is drawn in secret too. Which mask a record meets depends on the other r
 knew the masks, one record more or less would change the gradients of all after it, and the sum by more than C.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job, PrivacyTerms
-from fedlora.lora import at_least_float32
+from fedlora.lora import LoRA, at_least_float32
 from fedlora.models import optimizer
 from fedlora.models.model import Model
 from fedlora.seeds import derive, seeded
@@ -92,15 +92,37 @@ def _holds(module: nn.Module, trained: Container[int]) -> bool:
     return any(id(p) in trained for p in module.parameters(recurse=False))
 
 
+class RowGradients(Protocol):
+    """A function that returns the gradients of single records of many clients, (examples, P_t): a row for each.
+
+    `owner`, (examples,), has the place of each example's client among those that are trained together.
+    """
+
+    def __call__(self, examples: Sequence[Example], owner: Tensor) -> Tensor: ...
+
+
+def _unchanged(gradients: RowGradients) -> RowGradients:
+    return gradients
+
+
+def _unwatched(read: Callable[[], LoRA]) -> None:
+    """Look at nothing."""
+
+
 @dataclass(frozen=True)
 class Mechanism:
-    """The parts of DP-SGD that its guarantee rests on: the audit observes them, and plants bugs in them one by one."""
+    """The parts of DP-SGD that its guarantee rests on: the audit observes them, and plants bugs in them one by one.
+
+    They are the same whether a client is trained by itself or in one pass with others, but for the gradients.
+    """
 
     source: Callable[[Job, int, PrivacyTerms], SecureRandom] = source
     draw: Callable[[SecureRandom, int, float], list[int]] = SecureRandom.poisson_sample
-    engine: Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine] = engine
+    engine: Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine] = engine  # of a client by itself
+    rows: Callable[[RowGradients], RowGradients] = _unchanged  # of a pass, around which a client's mechanism may stand
     clip: Callable[[Gradients, Sequence[int], Sequence[float]], list[Tensor]] = clip
     add_noise: NoiseAdder = add_noise
+    watch: Callable[[Callable[[], LoRA]], None] = _unwatched  # is given, before the first step, what reads the adapter
 
 
 STANDARD = Mechanism()
@@ -126,10 +148,11 @@ def train(
     random = mechanism.source(job, client, privacy)
     steps = optimizer.make(job.training, model, sides)
     model.net.train()
+    mechanism.watch(model.get_adapter)
     with seeded(random.seed()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
         for step in range(privacy.steps):
             optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
-            examples = _batch(records, mechanism, random, rate=privacy.rate)
+            examples = draw_examples(records, mechanism, random, rate=privacy.rate)
             batches = model.encoder.batches(examples, job.training.batch_size)
             sums = clipped_sum(gradients, parameters, batches, sides, job, mechanism)
             for p, total in zip(parameters, sums, strict=True):
@@ -138,17 +161,18 @@ def train(
             optimizer.add_proximal_gradient(parameters, start, job.training.prox)
             steps.step()
             steps.zero_grad()
-    if not all(map(_is_finite, parameters)):
+    refuse_infinite(parameters, job)
+
+
+def refuse_infinite(trained: Iterable[Tensor], job: Job) -> None:
+    """Raise `TrainingDiverged` where what a job has trained is not finite."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained):
         raise TrainingDiverged(
             f"the adapter is not finite after round {job.round + 1}; a train.lr below {job.training.lr:g} may help"
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _batch(records: Records, mechanism: Mechanism, random: SecureRandom, *, rate: float) -> list[Example]:
+def draw_examples(records: Records, mechanism: Mechanism, random: SecureRandom, *, rate: float) -> list[Example]:
     """Return one example, drawn at random, of every record in a Poisson sample; records without examples have none."""
     drawn = [records[i] for i in mechanism.draw(random, len(records), rate)]
     return [record[random.one_of(len(record))] for record in drawn if len(record)]
@@ -173,8 +197,11 @@ def clipped_sum(
     return sums
 
 
-def grouped(sides: Mapping[str, list[nn.Parameter]], privacy: PrivacyTerms) -> tuple[list[int], list[float]]:
-    """Return the group of each parameter, 0 for the factors and 1 for the head, and the clips of the two groups."""
+def grouped(sides: Mapping[str, Collection[Any]], privacy: PrivacyTerms) -> tuple[list[int], list[float]]:
+    """Return the group of each parameter, 0 for the factors and 1 for the head, and the clips of the two groups.
+
+    `sides` has the parameters of each side, or their names.
+    """
     groups = [int(side == "H") for side, parameters in sides.items() for _ in parameters]
     if len(set(groups)) < 2:
         return groups, [privacy.clip, privacy.clip]

@@ -26,7 +26,7 @@ from fedlora.models.model import Model
 from fedlora.seeds import seeded
 
 from . import dpsgd
-from .dpsgd import STANDARD, Mechanism
+from .dpsgd import STANDARD, Engine, Mechanism
 from .per_sample_gradients import GradientFn, Gradients, LoopedGradients
 
 RECORDS = 4  # made-up ones
@@ -56,6 +56,7 @@ class Probe:
     sides: dict[str, list[nn.Parameter]]
     examples: list[Example]
     mechanism: Mechanism
+    engine: Engine  # which is checked
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -83,9 +84,10 @@ def check_once(model: Model, job: Job) -> Findings:
     return passed[key]
 
 
-def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
+def check(model: Model, job: Job, mechanism: Mechanism = STANDARD, engine: Engine | None = None) -> Findings:
     """Run both checks and return what they measured; the model has another adapter afterwards.
 
+    What is checked is the given engine of single gradients, or else the one that the job names.
     Raises `PrivacyError`, naming the module, for a model that cannot be trained by DP-SGD.
     """
     model.net.train()
@@ -94,8 +96,9 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD) -> Findings:
     with seeded(7), no_dropout(model.net):
         model.set_adapter(random_start(job.start), gain=job.gain)
         sides = {side: model.set_trainable(side) for side in job.trains}
-        model.set_trainable(job.trains)
-        probe = Probe(model, job, sides, synthetic(model.encoder, RECORDS), mechanism)
+        parameters = model.set_trainable(job.trains)
+        checked = engine or dpsgd.engine(model, parameters, dpsgd.privacy_of(job))
+        probe = Probe(model, job, sides, synthetic(model.encoder, RECORDS), mechanism, checked)
         findings = Findings(error=_error(probe), sensitivity=_sensitivity(probe))
     _refuse_changed_buffers(model.net, buffers)
     return findings
@@ -118,8 +121,7 @@ def _refuse_shared_statistics(net: nn.Module) -> None:
 
 def _error(probe: Probe) -> float:
     """Return the largest relative error of the engine's gradients of single examples."""
-    engine = dpsgd.engine(probe.model, probe.parameters, dpsgd.privacy_of(probe.job))
-    with engine(probe.model, probe.parameters) as gradients:
+    with probe.engine(probe.model, probe.parameters) as gradients:
         got = gradients(probe.examples)
     with LoopedGradients(probe.model, probe.parameters) as gradients:
         wanted = gradients(probe.examples)
@@ -142,9 +144,8 @@ def _relative_errors(got: Gradients, wanted: Gradients) -> Tensor:
 
 def _sensitivity(probe: Probe) -> float:
     """Return the largest change of the clipped sum when one record is left out, over the clip."""
-    engine = dpsgd.engine(probe.model, probe.parameters, dpsgd.privacy_of(probe.job))
     seen: dict[tuple[int, ...], Gradients] = {}  # a pass is the same whatever the clip
-    with engine(probe.model, probe.parameters) as gradients:
+    with probe.engine(probe.model, probe.parameters) as gradients:
 
         def remembered(examples: Sequence[Example]) -> Gradients:
             key = tuple(map(id, examples))
