@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from fedlora.client import training
-from fedlora.client.stacked import cohort, support
+from fedlora.client.stacked import cohort, private, support
 from fedlora.client.stacked.row_pass import NotStackableError
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.errors import FedloraError
@@ -31,8 +31,9 @@ def perform(model: Model, tasks: Sequence[TrainingTask], warn: Callable[[str], N
 
 def _together(model: Model, tasks: Sequence[TrainingTask], warn: Callable[[str], None]) -> Iterable[Outcome]:
     """What comes of tasks that fit together: of one pass, or where that cannot be, of each by itself."""
+    train = private.train if tasks[0].job.privacy else cohort.train
     try:
-        return cohort.train(model, tasks)
+        return train(model, tasks)
     except NotStackableError as e:
         warn(str(e))
     except FedloraError:  # of one client, as a file that cannot be read: alone, it fails alone

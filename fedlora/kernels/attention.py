@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedlora.lora import at_least_float32
 
-from .dropout import dropout_mask
+from .dropout import dropout_mask, probability
 
 SHORT = 32  # tokens up to which these are faster without dropout too
 
@@ -92,6 +92,7 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' function for torch's attention returns: (rows, tokens, heads, width)."""
+    dropout = probability(dropout)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not _pays(query, key, dropout) or not _known(query, key, attention_mask, others, causal=causal):
         return plain(

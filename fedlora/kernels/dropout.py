@@ -10,6 +10,7 @@ in distribution only. On other devices torch's own dropout is a single fused ker
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,24 @@ from torch import Tensor, nn
 from .replaced import forwards_of
 
 LEVELS = 2**16
+
+
+_off = ContextVar("dropout is off", default=False)
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within the block nothing here drops anything, whatever a module says of itself."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def probability(p: float) -> float:
+    """The probability that counts: p, or 0 where dropout is off."""
+    return 0.0 if _off.get() else p
 
 
 class _Dropped(torch.autograd.Function):
@@ -39,7 +58,7 @@ class _Dropped(torch.autograd.Function):
 
 def dropout(x: Tensor, p: float, *, training: bool = True) -> Tensor:
     """The input with elements set to zero with probability p, and the others divided by 1 - p."""
-    if not training or not p:
+    if not training or not probability(p):
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p, training=True)

@@ -21,6 +21,7 @@ from fedlora.data.targets import made_up_target
 from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Job
+from fedlora.kernels.dropout import without_dropout
 from fedlora.lora import LoRA, map_factors
 from fedlora.models.model import Model
 from fedlora.seeds import seeded
@@ -237,6 +238,7 @@ def no_dropout(net: nn.Module) -> Iterator[None]:
     dropouts = [m for m in net.modules() if "Drop" in type(m).__name__ and m.training]
     mode: Any = _Undropped  # untyped
     with ExitStack() as stack:
+        stack.enter_context(without_dropout())
         for module in dropouts:
             module.eval()
             stack.callback(module.train)

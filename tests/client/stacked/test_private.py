@@ -115,7 +115,7 @@ def test_a_core_between_the_factors_is_trained_privately() -> None:
 
 def sums(small: SmallModel, records: Sequence[Records], clip: float) -> list[torch.Tensor]:
     """The clipped sum of each client, over one pass of all of their records, without dropout."""
-    terms = replace(EXACT, clip=clip)
+    terms = replace(EXACT, clip=clip, seeded=False)
     start = map_factors(lambda t: t + 0.05, small.start)
     jobs = [Job(start, training=replace(PLAIN, lr=len(own)), privacy=terms) for own in records]
     tasks = [
@@ -190,6 +190,13 @@ def test_the_dropout_of_a_pass_is_secret_as_long_as_one_clients_source_is() -> N
     jobs = [Job(small.start, training=PLAIN, privacy=replace(EXACT, seeded=i > 0)) for i in range(3)]
     seeds = {private.PrivateCohort(small.model, tasks_of(small, jobs)).dropout_seed() for _ in range(3)}
     assert len(seeds) == 3
+
+
+def test_the_checks_switch_off_every_dropout_of_a_pass() -> None:
+    """That of modules, and that of the quick attention, which no module has."""
+    small = small_model("bert")
+    one, other = (sums(small, [data.records for data in small.clients], C) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 def test_no_loss_is_told_and_records_are_counted() -> None:
