@@ -39,7 +39,7 @@ class TokenSummary:
     unlearned: tuple[int, ...]  # of these, the rows with nothing to learn within the longest example
     median: int  # tokens of a row, before anything was cut
     longest: int
-    cut: int  # rows of which not all tokens fit
+    cut: int  # rows of which not all tokens fit; none of texts, which are split
     unlearned_turns: int  # of the assistant, which a chat template leaves out or writes otherwise
 
 
@@ -129,13 +129,14 @@ def _tokens(model: Model, clients: Sequence[Rows]) -> TokenSummary:
     encoded = [[*islice(every, len(sample))] for sample in samples]
     rows = [*chain.from_iterable(encoded)]
     lengths = [row.tokens for row in rows] or [0]
+    splits = model.schema.kind == "text"  # then no more than the last few tokens of a row are left out
     return TokenSummary(
         of=sum(map(len, clients)),
         rows=tuple(map(len, encoded)),
         unlearned=tuple(sum(not row.examples for row in of_client) for of_client in encoded),
         median=int(median(lengths)),
         longest=max(lengths),
-        cut=sum(row.cut > 0 for row in rows),
+        cut=0 if splits else sum(row.cut > 0 for row in rows),
         unlearned_turns=sum(row.unlearned_turns for row in rows),
     )
 

@@ -66,6 +66,12 @@ def test_tokens_are_told_with_how_many_rows_are_cut(llama: str, tmp_path: Path) 
     assert any("2 of 11 rows are cut at model.max_length = 16" in warning for warning in found.warnings)
 
 
+def test_texts_that_are_split_are_not_called_cut(llama: str, tmp_path: Path) -> None:
+    rows = [{"text": "w1 w2 w3 " * 6} for _ in range(10)]  # one block, and a rest that is too short for another
+    found = previewed(llama, write(tmp_path / "x.jsonl", rows), clients=1, **{"model.max_length": 16})
+    assert found.tokens and found.tokens.cut == 0 and not found.warnings
+
+
 def ending_on(question: str) -> dict[str, Any]:
     """A conversation of which a long question leaves nothing to learn, as its end is what is kept."""
     turns = [("user", "w1"), ("assistant", "w2 w3"), ("user", question)]
