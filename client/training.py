@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import ClientFailed, ReasonCode, TrainingDiverged
 from fedlora.jobs import Job, Update
+from fedlora.kernels.evaluation import measure
 from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale
 from fedlora.metrics import Metrics
 from fedlora.models import optimizer as optimize
@@ -87,7 +88,7 @@ def train_privately(
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
     """Measure the model that this client would use: the sides it keeps, and the job's for all others."""
     load_start(model, job, kept)
-    return model.metrics(examples)
+    return measure(model, examples)
 
 
 def load_start(model: Model, job: Job, kept: LoRA) -> LoRA:

@@ -24,6 +24,7 @@ from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.examples import Example
 from fedlora.encoding.row_cache import RowCache, user_folder
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
+from fedlora.kernels.evaluation import measure
 from fedlora.lora import LoRA
 from fedlora.messages.agreement import DATA, may_name
 from fedlora.metrics import Metrics
@@ -90,7 +91,7 @@ class RunSetup:
     def evaluate(self, lora: LoRA) -> Metrics:
         """The metrics of the global model, with this adapter, on the global held-out set."""
         self.model.set_adapter(lora)
-        return self.model.metrics(self.evaluation)
+        return measure(self.model, self.evaluation)
 
 
 def _stride(count: int, limit: int) -> int:

@@ -1,0 +1,76 @@
+"""The held-out scores of many clients' own models, in one pass over the examples of all of them."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fedlora.client import training
+from fedlora.client.stacked.layout import layout_of
+from fedlora.client.stacked.row_pass import NotStackableError, RowPass
+from fedlora.client.stacked.support import why_not
+from fedlora.encoding.encoder import Example
+from fedlora.jobs import Job
+from fedlora.kernels.evaluation import measure_each
+from fedlora.lora import LoRA
+from fedlora.metrics import Metrics
+from fedlora.models.model import Model
+
+MOST_BYTES = 2 * 2**30  # of the adapters that are held at once
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationTask:
+    """A client's own model, by the job of a round and the sides that it keeps, and the examples that it holds out."""
+
+    job: Job
+    examples: Sequence[Example]
+    kept: LoRA
+
+
+def evaluate(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
+    """The metrics of every task, as `training.evaluate` finds them one by one."""
+    found: dict[int, Metrics] = {}
+    for places in _blocks(model, tasks):
+        found |= zip(places, _together(model, [tasks[i] for i in places]), strict=True)
+    return [found[i] for i in range(len(tasks))]
+
+
+def _blocks(model: Model, tasks: Sequence[EvaluationTask]) -> Iterator[list[int]]:
+    """Yield the places of tasks that are measured together, as many as there is memory for."""
+    groups = defaultdict[Hashable, list[int]](list)
+    for i, task in enumerate(tasks):
+        groups[tuple(map(id, task.job.offset)), tuple(task.job.start.R)].append(i)
+    for places in groups.values():
+        numbers = 2 * tasks[places[0]].job.start.numel()  # twice, of clients that resume
+        size = max(1, MOST_BYTES // max(1, 4 * numbers))
+        yield from (places[i : i + size] for i in range(0, len(places), size))
+
+
+def _together(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
+    """The metrics of tasks that have the same weights beside their adapters."""
+    first = tasks[0].job
+    if all(task.job.start is first.start and task.job.gain == first.gain and not task.kept for task in tasks):
+        training.load_start(model, first, LoRA())
+        return measure_each(model, [task.examples for task in tasks])  # they all have the same model
+    if why_not(model, first) is None:
+        try:
+            return _stacked(model, tasks)
+        except NotStackableError:  # as the training of these clients has said already
+            pass
+    return [training.evaluate(model, task.job, task.examples, task.kept) for task in tasks]
+
+
+def _stacked(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
+    """The metrics of these tasks in one pass, every row with the adapter of its client."""
+    jobs = [task.job for task in tasks]
+    starts, taken = zip(*(training.start_of(task.job, task.kept) for task in tasks), strict=True)
+    layout = layout_of(starts, "", taken)
+    flat = [layout.flat(*pair, model.adapter_dtype) for pair in zip(starts, taken, strict=True)]
+    theta = torch.stack(flat).to(model.device)
+    model.offset.set(jobs[0].offset)
+    with RowPass(model, layout, [job.gain for job in jobs]) as rows:
+        assign = partial(rows.assign, theta)
+        return measure_each(model, [task.examples for task in tasks], assign)
