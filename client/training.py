@@ -85,6 +85,15 @@ def train_privately(
     return make_update(job, model.get_adapter(), taken, len(records), None)
 
 
+@dataclass(frozen=True, eq=False)
+class EvaluationTask:
+    """The model that a client would use, with the sides it keeps and a job's for all others, and what it holds out."""
+
+    job: Job
+    examples: Sequence[Example]
+    kept: LoRA
+
+
 def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) -> Metrics:
     """Measure the model that this client would use: the sides it keeps, and the job's for all others."""
     load_start(model, job, kept)

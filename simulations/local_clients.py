@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedlora.client import training
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
+from fedlora.client.training import EvaluationTask
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import ClientFailed, DataError, Failure, LedgerError, PrivacyError, SecureError
 from fedlora.jobs import Client, Job, SecAggStep
 from fedlora.lora import LoRA
 from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
-from fedlora.metrics import Metrics
-from fedlora.models.model import Model
 from fedlora.storage.client_state import ClientState
 
 REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
@@ -56,14 +54,15 @@ class LocalClients:
         except SecureError as e:
             return Failure.because_of(e)
 
-    def evaluate(self, model: Model, jobs: Mapping[int, Job], traffic: PartTracker) -> dict[int, Metrics | Failure]:
-        """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
-        parts, answers = Parts(), dict[int, Metrics | Failure]()
+    def own_models(self, jobs: Mapping[int, Job], traffic: PartTracker) -> list[EvaluationTask]:
+        """Each job's model, with what its client keeps, and that client's held-out examples."""
+        parts = Parts()
         for i, job in jobs.items():
             send(traffic, parts, i, job)
-            kept = self.kept(i, before=job.round + 1)
-            answers[i] = training.evaluate(model, job, self.clients_data[i].heldout, kept)
-        return answers
+        return [
+            EvaluationTask(job, self.clients_data[i].heldout, self.kept(i, before=job.round + 1))
+            for i, job in jobs.items()
+        ]
 
 
 def send(traffic: PartTracker, parts: Parts, client: int, job: Job) -> str:

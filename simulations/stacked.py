@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner, Steps, begin, end
-from fedlora.client.stacked import together
+from fedlora.client.stacked import evaluation, together
 from fedlora.client.stacked.together import Outcome
 from fedlora.client.training import TrainingTask
 from fedlora.encoding.client_data import ClientData
@@ -131,7 +131,8 @@ class Stacked:
 
     def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
         """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
-        return self._clients.evaluate(self._model, jobs, self.traffic)
+        tasks = self._clients.own_models(jobs, self.traffic)
+        return dict(zip(jobs, evaluation.evaluate(self._model, tasks), strict=True))
 
 
 def _or_failure(go_on: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | Failure:

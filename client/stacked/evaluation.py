@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,23 +10,13 @@ from fedlora.client import training
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.stacked.support import why_not
-from fedlora.encoding.encoder import Example
-from fedlora.jobs import Job
+from fedlora.client.training import EvaluationTask
 from fedlora.kernels.evaluation import measure_each
 from fedlora.lora import LoRA
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 
 MOST_BYTES = 2 * 2**30  # of the adapters that are held at once
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationTask:
-    """A client's own model, by the job of a round and the sides that it keeps, and the examples that it holds out."""
-
-    job: Job
-    examples: Sequence[Example]
-    kept: LoRA
 
 
 def evaluate(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:

@@ -1,6 +1,7 @@
 """Rows encoded as tensors: the inputs of the model, and the tokens or classes that it is to learn."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, groupby, islice
@@ -81,12 +82,10 @@ class Encoder:
         if not len(rows):  # some tokenizers take no empty list
             return []
         encode = partial(_seq2seq if self.decoder_inputs else KINDS[self.schema.kind], self)
-        if self.schema.kind == "image":
-            return [*encode(rows)]
-        try:
-            return self.cache.encoded(self._rules, rows, encode)
-        except UnpackableError:  # a tokenizer with inputs of its own
-            return [*encode(rows)]
+        if self.schema.kind != "image":
+            with suppress(UnpackableError):  # of a tokenizer with inputs of its own
+                return self.cache.encoded(self._rules, rows, encode)
+        return [*encode(rows)]
 
     def complete(self, rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
         """The rows as they are trained on: with what the base says of preferences, which is not cached."""

@@ -27,12 +27,17 @@ class Lazy(Sequence[T], Generic[T]):
         return self.make(places) if isinstance(places, int) else Lazy(len(places), lambda i: self.make(places[i]))
 
 
+def joined(parts: Sequence[Sequence[T]]) -> Sequence[T]:
+    """The items of all parts, one after another."""
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+    def item(i: int) -> T:
+        part = int(np.searchsorted(ends, i, side="right"))
+        return parts[part][i - int(ends[part])]  # counted from the part's end
+
+    return Lazy(int(ends[-1]) if len(ends) else 0, item)
+
+
 def examples_of(rows: Sequence[EncodedRow]) -> Sequence[Example]:
     """The examples of all rows, one after another."""
-    ends = np.cumsum([len(row.examples) for row in rows], dtype=np.int64)
-
-    def example(i: int) -> Example:
-        row = int(np.searchsorted(ends, i, side="right"))
-        return rows[row].examples[i - int(ends[row])]  # counted from the row's end
-
-    return Lazy(int(ends[-1]) if len(ends) else 0, example)
+    return joined(Lazy(len(rows), lambda i: rows[i].examples))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.encoding.encoder import Example
+from fedlora.encoding.lazy import joined
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 
@@ -34,7 +35,7 @@ def measure_each(
     """
     sums = [Metrics(0, 0, 0.0, 0)] * len(sets)
     owners = list(chain.from_iterable([i] * len(examples) for i, examples in enumerate(sets)))
-    every = list(chain.from_iterable(sets))
+    every = joined(sets)
     model.net.eval()
     with quick_attention(model.net):
         for places in micro_batches(model, every):

@@ -57,6 +57,10 @@ def test_a_text_without_words_gives_no_example() -> None:
         encode(TEXT, [{"text": ""}])
 
 
+def test_no_rows_of_a_classifier_are_no_examples() -> None:
+    assert Encoder(tokenizer(), Schema("label", ("text", "label"), ("a", "b")), 8)([]) == []
+
+
 def test_no_rows_are_no_examples() -> None:
     assert encode(TEXT, []) == []
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.encoding.examples import IGNORED, EncodedRow, Example
@@ -32,6 +32,7 @@ def example(draw: st.DrawFn) -> Example:
     return dict(draw(st.permutations([*made.items(), *((key, more[key]) for key in chosen)])))
 
 
+@settings(max_examples=15)
 @given(st.lists(example(), max_size=3), st.integers(0, 2**31 - 1), st.integers(0, 9))
 def test_a_row_is_itself_again(examples: list[Example], tokens: int, turns: int) -> None:
     row = unpack(pack(EncodedRow(examples, tokens, turns)))
@@ -39,6 +40,7 @@ def test_a_row_is_itself_again(examples: list[Example], tokens: int, turns: int)
     assert (row.tokens, row.unlearned_turns) == (tokens, turns)
 
 
+@settings(max_examples=10)
 @given(st.lists(st.lists(example(), max_size=3), max_size=4))
 def test_rows_lie_in_memory_one_after_another(rows: list[list[Example]]) -> None:
     packed = in_memory([pack(EncodedRow(examples)) for examples in rows])

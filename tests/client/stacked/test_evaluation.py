@@ -7,7 +7,8 @@ import pytest
 
 from fedlora.checks.small_models import KINDS, Kind, SmallModel, small_model
 from fedlora.client import training
-from fedlora.client.stacked.evaluation import EvaluationTask, evaluate
+from fedlora.client.stacked.evaluation import evaluate
+from fedlora.client.training import EvaluationTask
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
 from tests.support.float64 import in_float64
