@@ -51,5 +51,5 @@ def measure_each(
 def _batch_metrics(model: Model, examples: Sequence[Example], counts: Sequence[int]) -> list[Metrics]:
     """The sums of so many examples after one another, in one forward pass."""
     scores, targets = (t.view(len(examples), -1, *t.shape[1:]) for t in model.logits(model.encoder.collate(examples)))
-    by_set = zip(scores.split([*counts]), targets.split([*counts]), counts, strict=True)
+    by_set = zip(torch.split(scores, [*counts]), torch.split(targets, [*counts]), counts, strict=True)  # type: ignore[no-untyped-call]
     return [model.objective.metrics(s.flatten(0, 1), t.flatten(0, 1), examples=n) for s, t, n in by_set]
