@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .seeds import derive
+from .svd import Product as Product
 from .svd import at_least_float32 as at_least_float32
 from .svd import row_signs
 from .svd import svd as svd
@@ -221,12 +222,19 @@ def principal(lora: LoRA, rank: int) -> LoRA:
     The first k rows of A and columns of B are the best rank-k approximation, for any k. Signs are fixed: the entry of
     a row of A that is largest in absolute value is positive.
     """
-    A, B = {}, {}
+    return principal_part(lora, rank)[0]
+
+
+def principal_part(lora: LoRA, rank: int) -> tuple[LoRA, float]:
+    """What `principal` returns, and the energy of the whole product: the sum of its squared singular values."""
+    A, B, energy = {}, {}, 0.0
     for m in modules(lora):
-        u, s, vh = svd(*_pair(lora, m), rank)
+        product = Product(*_pair(lora, m))
+        u, s, vh = product.svd(rank)
         sign = row_signs(vh)  # (rank, 1)
         B[m], A[m] = u * s * sign.T, sign * vh
-    return LoRA(A, B)
+        energy += product.energy
+    return LoRA(A, B), energy
 
 
 def orthonormal(lora: LoRA) -> LoRA:

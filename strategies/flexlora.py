@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedlora.lora import LoRA, at_least_float32, average, inner, leading, principal, stack
+from fedlora.lora import LoRA, at_least_float32, average, inner, leading, principal_part, stack
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -42,9 +42,9 @@ class FlexLoRA(Strategy[State]):
         return Job(start=leading(state.lora, client.rank))
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        mean = stack(updates, weights)
-        lora = filled(principal(mean, max(a.shape[0] for a in state.first.A.values())), state.first)
-        energy, kept = inner(mean, mean), inner(lora, lora)
+        part, energy = principal_part(stack(updates, weights), max(a.shape[0] for a in state.first.A.values()))
+        lora = filled(part, state.first)
+        kept = inner(lora, lora)
         head = average([u.only("H") for u in updates], weights)
         return State(head.over(lora), state.first, max(0.0, 1 - kept / energy) if energy else 0.0)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from fedlora.lora import LoRA, average, densify, inner, join, leading, reinitialise, stack, svd
+from fedlora.lora import LoRA, Product, average, densify, join, leading, reinitialise, stack
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
@@ -69,11 +69,10 @@ def threshold(stacked: LoRA, tau: float) -> tuple[LoRA, float, float]:
     """The product with only its leading share tau of energy in each module, the mean rank kept, and the share cut."""
     A, B, held, whole = {}, {}, 0.0, 0.0
     for m in stacked.A:
-        one = LoRA({m: stacked.A[m]}, {m: stacked.B[m]})
-        energy = inner(one, one)
-        U, S, Vt = svd(one.B[m], one.A[m], energy=tau * energy if tau < 1 else inf)  # (d_out, p), (p,), (p, d_in)
+        product = Product(stacked.B[m], stacked.A[m])
+        U, S, Vt = product.svd(energy=tau * product.energy if tau < 1 else inf)  # (d_out, p), (p,), (p, d_in)
         root = S.sqrt()
         B[m], A[m] = U * root, root[:, None] * Vt
-        held, whole = held + float(S.double().square().sum()), whole + energy
+        held, whole = held + float(S.double().square().sum()), whole + product.energy
     mean_rank = sum(a.shape[0] for a in A.values()) / len(A)
     return LoRA(A, B), mean_rank, max(0.0, 1 - held / whole) if whole and tau < 1 else 0.0

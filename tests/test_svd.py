@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.svd import _krylov, _through_core, svd
+from fedlora.svd import Product, _by_grams, _gram, _krylov, _through_core, svd
 
 D_OUT, D_IN, R = 160, 144, 128  # a rank of 2 or 4 of 128 goes the quick way
 
@@ -199,3 +199,70 @@ def test_the_same_factors_give_the_same_bits() -> None:
     once = svd(B, A, 2)
     torch.manual_seed(2)
     assert all(torch.equal(x, y) for x, y in zip(once, svd(B, A, 2), strict=True))
+
+
+@settings(max_examples=40)
+@given(st.floats(0.97, 1), st.integers(1, R), st.integers(0, 99))
+def test_from_gram_matrices_the_loss_is_within_its_bound_of_the_least(by: float, rank: int, seed: int) -> None:
+    B, A = product(falling(by), seed)
+    got, M = _by_grams(Product(B, A), rank, inf), dense(B, A)
+    if got is not None:
+        assert_orthonormal(got)
+        least = float((M - best(M, rank)).norm())
+        assert least * (1 - 1e-6) <= loss(M, got) <= least * (1 + 5e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 64, 100])
+def test_a_flat_spectrum_is_left_to_the_gram_matrices(rank: int) -> None:
+    B, A = product(falling(0.999))
+    got, thorough, M = _by_grams(Product(B, A), rank, inf), _through_core(B, A, rank), dense(B, A)
+    assert got is not None
+    assert_close(got[1], thorough[1], rtol=1e-5, atol=0)
+    assert loss(M, got) == pytest.approx(float((M - best(M, rank)).norm()), rel=1e-6)
+    assert all(map(torch.equal, svd(B, A, rank), got)) or rank == 1
+
+
+@pytest.mark.parametrize("by", [0.3, 0.6])
+def test_what_is_left_of_a_falling_spectrum_is_too_little_for_the_gram_matrices(by: float) -> None:
+    assert _by_grams(Product(*product(falling(by))), 8, inf) is None
+
+
+def test_gram_matrices_are_not_for_float64_nor_for_more_than_full_rank() -> None:
+    assert _by_grams(Product(*product(falling(1.0), dtype=torch.float64)), 4, inf) is None
+    g = torch.Generator().manual_seed(0)
+    assert _by_grams(Product(torch.randn(20, 30, generator=g), torch.randn(30, 40, generator=g)), 4, inf) is None
+
+
+@pytest.mark.parametrize("directions", [1, 20, 100])
+def test_factors_that_share_directions_have_gram_matrices_all_the_same(directions: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    B = torch.randn(D_OUT, directions, generator=g) @ torch.randn(directions, R, generator=g)
+    A = torch.randn(R, directions, generator=g) @ torch.randn(directions, D_IN, generator=g)
+    for rank in (1, 8, 60):
+        got, M = svd(B, A, rank), dense(B, A)
+        assert_orthonormal(got)
+        assert float((back(got) - best(M, rank)).norm()) <= 1e-5 * float(M.norm())
+
+
+@given(st.integers(0, 9), st.integers(1, 30), st.integers(0, 99))
+def test_the_energy_is_the_squared_norm_and_a_gram_matrix_is_the_product(rank: int, d: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    B, A = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((d, rank), (rank, d + 1)))
+    assert_close(_gram(A), A @ A.T)
+    assert Product(B, A).energy == pytest.approx(float((B @ A).square().sum()))
+
+
+def test_a_tie_at_the_cut_is_no_reason_to_go_on() -> None:
+    spectrum = torch.cat([torch.ones(4, dtype=torch.float64), torch.full((R - 4,), 0.001, dtype=torch.float64)])
+    B, A = product(spectrum)
+    quick = _krylov(B, A, 3, inf, 3)
+    assert quick is not None
+    assert loss(dense(B, A), quick) == pytest.approx(float(spectrum[3:].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e12])
+def test_a_product_that_is_nearly_nothing_has_triplets_all_the_same(size: float) -> None:
+    B, A = product(falling(0.999))
+    got = svd(size * B, A, 4)
+    assert_close(got[1], size * svd(B, A, 4)[1], rtol=1e-4, atol=0)
+    assert bool(torch.isfinite(back(got)).all())
