@@ -53,6 +53,12 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, w
     return out
 
 
+def row_affine(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, write: Write) -> Tensor:
+    """The scale and shift at the end of a layer norm, (rows, d) each, of x (rows, tokens, d); else as `row_linear`."""
+    out: Tensor = _RowAffine.apply(x, weight, bias, anchor, write)  # type: ignore[no-untyped-call]
+    return out
+
+
 def _inner(factors: Factors, x: Tensor) -> tuple[Tensor, Tensor]:
     """x A^T and s (x A^T) R^T: (rows, tokens, r) each."""
     h = torch.bmm(x, factors.A.transpose(1, 2))
@@ -123,3 +129,20 @@ class _RowLinear(torch.autograd.Function):
         if ctx.biased:
             ctx.write("bias", g.sum(1))
         return torch.bmm(g, weight) if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+class _RowAffine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor, write: Write) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.write, ctx.biased = write, bias is not None
+        scaled = x * weight[:, None]
+        return scaled if bias is None else scaled + bias[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, weight) = grads, ctx.saved_tensors
+        ctx.write("weight", (g * x).sum(1))
+        if ctx.biased:
+            ctx.write("bias", g.sum(1))
+        return g * weight[:, None] if ctx.needs_input_grad[0] else None, None, None, None, None

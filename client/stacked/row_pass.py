@@ -1,6 +1,6 @@
 """A model whose every row is computed with the adapter of its own client, in one forward and one backward pass.
 
-The PEFT model stays as it is: within the context its adapted layers, and the linear layers of its heads, have another
+The PEFT model stays as it is: within the context its adapted layers, and the layers of its heads, have another
 `forward`, which reads the matrices of the rows from columns of theta (rows, P) and writes their gradients into the same
 columns of G (rows, P_t). The base is frozen and shared. All else is the network's own, with the quicker dropout and
 attention of `fedlora.kernels`.
@@ -12,16 +12,19 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.client.stacked.layout import Key, Layout
-from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linear_with_product, row_linear
+from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linear_with_product, row_affine, row_linear
 from fedlora.encoding.encoder import Example
 from fedlora.kernels.attention import quick_attention
 from fedlora.kernels.dropout import quick_dropout
 from fedlora.kernels.replaced import forward_of
 from fedlora.models.adapter import NAME
 from fedlora.models.model import Model
+
+HEAD_LAYERS = nn.Linear, nn.LayerNorm
 
 
 class NotStackableError(Exception):
@@ -110,11 +113,14 @@ class RowPass:
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _head(self, name: str, module: Any, x: Tensor) -> Tensor:
-        """What a linear layer of a head computes of x, in its own weight's type."""
+        """What a linear layer, or a layer norm, of a head computes of x, in its own weight's type."""
         weight = self._own(("H", f"{name}.weight"))
         bias = None if module.bias is None else self._own(("H", f"{name}.bias"))
-        rows = self._by_rows(name, x).to(weight.dtype)
-        out = row_linear(rows, weight, bias, self._anchor, partial(self._write_head, name))
+        rows, write = self._by_rows(name, x).to(weight.dtype), partial(self._write_head, name)
+        if isinstance(module, nn.LayerNorm):
+            rows = F.layer_norm(rows, module.normalized_shape, eps=module.eps)
+        compute = row_affine if isinstance(module, nn.LayerNorm) else row_linear
+        out = compute(rows, weight, bias, self._anchor, write)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _factors(self, name: str, a: str, b: str, scale: Scale, trains: str) -> Factors:
@@ -157,12 +163,12 @@ class RowPass:
 def head_layers(model: Model) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers that hold the parameters of the model's heads, by the names that their parameters begin with.
 
-    Raises `NotStackableError` at one that is no linear layer.
+    Raises `NotStackableError` at one that is neither a linear layer nor a layer norm.
     """
     holders = {id(p): key for key, p in model.heads.items()}
     for module in model.net.modules():
         held = [holders[id(p)] for p in module.parameters(recurse=False) if id(p) in holders]
-        if held and type(module) is not nn.Linear:
+        if held and type(module) not in HEAD_LAYERS:
             raise NotStackableError(f"{held[0].rpartition('.')[0]} is a {type(module).__name__}, trained as a whole")
         if held:
             yield held[0].rpartition(".")[0], module

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import tiny_models
 from fedlora.client.stacked.layout import Layout, layout_of
-from fedlora.client.stacked.row_pass import RowPass
+from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.data.schema import Schema
 from fedlora.encoding.encoder import Example
 from fedlora.lora import LoRA
@@ -95,3 +96,23 @@ def test_every_linear_layer_may_be_adapted(kind: str, tmp_path: Path) -> None:
     schema = RESPONSE if kind == "t5" else TEXT
     with in_float64(model_of(kind, schema, tmp_path, "all-linear")) as model:
         assert distance(model) < 1e-9
+
+
+def architecture(name: str, folder: Path) -> Model:
+    """A classifier of this architecture of transformers, tiny and random."""
+    made = next(one for one in tiny_models.ARCHITECTURES if one.name == name)
+    config = ModelConfig(path=str(tiny_models.save(made, "classify", folder)), max_length=24, device="cpu")
+    return Model(config, LoRAConfig(rank=3), LABEL, seed=1)
+
+
+def test_a_norm_in_a_head_is_each_rows_own(tmp_path: Path) -> None:
+    assert distance(architecture("modernbert", tmp_path)) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [5, 3])
+def test_a_layer_that_sees_tokens_first_is_refused(rows: int, tmp_path: Path) -> None:
+    """Also where there are as many rows as tokens, so that one batch alone could not tell."""
+    model = architecture("xlnet", tmp_path)
+    example = model.encoder([{"text": "w1 w2 w3", "label": "no"}])[0]  # 5 tokens
+    with pytest.raises(NotStackableError, match=r"transformer\.layer\.0\.ff\.layer_1 sees 5 rows"):
+        stacked(model, [random_adapter(model, 0)], torch.zeros(rows, dtype=torch.int64), [example] * rows)
