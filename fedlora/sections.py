@@ -70,6 +70,9 @@ class Policy:
         float, Ge(0.5), Le(1), "largest share of one client in a mean of three or more, whatever examples it has"
     ] = 0.5
     eval_every: Annotated[int, Ge(0), "rounds between evaluations; the last is always evaluated; 0: only that"] = 1
+    eval_clients: Annotated[
+        int, Ge(0), "clients that are asked at most, in an evaluation, how well their own models do; 0: all"
+    ] = 200
     patience: Annotated[int, Ge(0), "evaluations without a lower loss before the run stops early; 0: never"] = 0
 
 

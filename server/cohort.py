@@ -17,19 +17,26 @@ class Cohort:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._left_out = set[int]()
+        self._reasons: dict[Client, str] = {}  # why a client with these counts is left out; empty: it is not
 
     def eligible(self, clients: Sequence[Client]) -> list[Client]:
         """The clients that can train. Raises `PrivacyError` where none of them can."""
         dp = self._plan.record_level
         if not dp:
             return [*clients]
-        reasons = {c: dp.why_left_out(c) for c in clients}
-        if reasons and all(reasons.values()):
-            raise PrivacyError(next(iter(reasons.values())))
-        for c, why in reasons.items():
-            if why:
-                self.leave_out(c, why)
+        for c in set(clients) - self._reasons.keys():
+            self._reasons[c] = dp.why_left_out(c)
+        if clients and all(self._reasons[c] for c in clients):
+            raise PrivacyError(self._reasons[clients[0]])
+        for c in clients:
+            if self._reasons[c]:
+                self.leave_out(c, self._reasons[c])
         return [c for c in clients if c.id not in self._left_out]
+
+    def evaluated(self, clients: Sequence[Client], t: int) -> list[Client]:
+        """The clients that are asked after round t how well their own models do: a sample, where there are many."""
+        able, most = self.eligible(clients), self._plan.policy.eval_clients
+        return sample(able, most, self._plan.seed, t, purpose="evaluation") if most else able
 
     def leave_out(self, client: Client, why: str) -> None:
         """Draw this client no more."""
@@ -58,8 +65,11 @@ def _with_budget(clients: Sequence[Client], most: int, t: int, joined: Mapping[i
     return left
 
 
-def sample(clients: Sequence[Client], cohort: int, seed: int, t: int) -> list[Client]:
-    """The clients of round t, drawn without replacement by (seed, round) alone, in the order of their ids."""
+def sample(clients: Sequence[Client], cohort: int, seed: int, t: int, purpose: str = "cohort") -> list[Client]:
+    """The clients of round t, drawn without replacement by (seed, round) alone, in the order of their ids.
+
+    Another `purpose` has a draw of its own.
+    """
     ordered = sorted(clients, key=lambda c: c.id)
-    chosen = Random(f"{seed}/cohort/{t}").sample(ordered, min(cohort, len(ordered)))
+    chosen = Random(f"{seed}/{purpose}/{t}").sample(ordered, min(cohort, len(ordered)))
     return sorted(chosen, key=lambda c: c.id)

@@ -215,7 +215,7 @@ class _Run:
         values = evaluation(plan, self.strategy.adapter(state), t + 1) or None
         if not plan.evaluate_clients:
             return _Evaluation(values)
-        jobs = {c.id: self._job(state, c, t) for c in self.cohort.eligible(self.fleet.clients())}
+        jobs = {c.id: self._job(state, c, t) for c in self.cohort.evaluated(self.fleet.clients(), t)}
         return _Evaluation(values, answers_and_failures(jobs, self.fleet.evaluate(jobs))[0])
 
     def _after(self, past: ResumePoint, outcome: _Outcome, found: _Evaluation) -> ResumePoint:

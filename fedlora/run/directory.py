@@ -27,6 +27,7 @@ GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by
 AS_BEFORE = {  # of a run that is older than these settings
     "data.split": "sample",
     "data.template": "plain",
+    "server.eval_clients": 0,
     "model.class_order": "data",
 }
 log = logging.getLogger("fedlora")

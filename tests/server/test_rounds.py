@@ -126,6 +126,21 @@ def test_clients_are_evaluated_with_mean_worst_and_spread() -> None:
     assert values is not None and values["clients"] == 4 and values["worst_client"] == 3
 
 
+def test_of_many_clients_a_sample_is_evaluated_another_in_every_round() -> None:
+    asked = list[tuple[int, ...]]()
+
+    class Noted(Few):
+        def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+            asked.append(tuple(jobs))
+            return super().evaluate(jobs)
+
+    for _ in range(2):
+        run(Noted(20), Plan(2, 2, policy=Policy(eval_clients=5), evaluate_clients=True))
+    run(Noted(20), Plan(1, 2, policy=Policy(eval_clients=0), evaluate_clients=True))
+    assert [len(clients) for clients in asked] == [5, 5, 5, 5, 20]
+    assert asked[:2] == asked[2:4] and asked[0] != asked[1]
+
+
 def test_no_better_loss_stops_the_run_early() -> None:
     losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
     plan = Plan(5, 2, policy=Policy(patience=2), evaluate=lambda _: Metrics(1, 1, next(losses), 0))
