@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlora.client import training
 from fedlora.client.stacked import optimizers
-from fedlora.client.stacked.layout import layout_of
+from fedlora.client.stacked.layout import Layout, layout_of
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.stacked.row_pass import RowPass
 from fedlora.client.training import Trained, TrainingTask
@@ -41,7 +41,7 @@ class Adapters:
     @property
     def most_rows(self) -> int:
         """The rows that a micro-batch may have, by the memory that each takes besides its activations."""
-        return max(1, MOST_BYTES // ((self.layout.size + self.layout.trained) * self.theta.element_size()))
+        return most_rows(self.layout, self.theta)
 
     @contextmanager
     def training(self, model: Model, *, dropout_seed: int) -> Iterator[None]:
@@ -92,3 +92,8 @@ class Adapters:
         """The update and the kept sides of the client at this place."""
         job, taken = self._tasks[place].job, self._taken[place]
         return training.make_update(job, self.lora(place), taken, examples, loss)
+
+
+def most_rows(layout: Layout, theta: Tensor) -> int:
+    """How many rows have memory for their columns of theta, and for their gradients."""
+    return max(1, MOST_BYTES // ((layout.size + layout.trained) * theta.element_size()))

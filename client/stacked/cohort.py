@@ -5,9 +5,9 @@ gradients of its rows are added up for each client. Clients with fewer steps fin
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,15 +16,14 @@ from fedlora.client import training
 from fedlora.client.stacked.adapters import Adapters
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.training import Trained, TrainingTask
-from fedlora.encoding.encoder import Example, length
+from fedlora.encoding.encoder import Example
 from fedlora.errors import ClientFailed, TrainingDiverged
-from fedlora.kernels.microbatches import bounds, plan
+from fedlora.kernels.example_batches import micro_batches
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps
 from fedlora.seeds import derive
 
 Result = Trained | Exception
-PATCH = 16  # pixels of the side of a patch of an image
 
 
 def group(model: Model, task: TrainingTask) -> Hashable:
@@ -163,21 +162,3 @@ def _clipping(gradient: Tensor, largest: Tensor) -> Tensor:
     """The factors with which no row of a gradient is longer than `largest`: (rows, 1) both."""
     norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
     return largest / torch.maximum(norms, largest)
-
-
-def micro_batches(model: Model, examples: Sequence[Example], most_rows: int) -> list[list[int]]:
-    """The places of the examples of each micro-batch: rows of like lengths, or of one where the model needs that."""
-    lengths, limits = [tokens(example) for example in examples], replace(bounds(model.net), rows=most_rows)
-    if not model.encoder.limits.one_length:
-        return plan(lengths, limits)
-    inputs = sorted(range(len(examples)), key=lambda i: length(examples[i]))
-    alike = [list(own) for _, own in groupby(inputs, key=lambda i: length(examples[i]))]
-    planned = [(own, plan([lengths[i] for i in own], limits)) for own in alike]
-    return [[own[i] for i in batch] for own, batches in planned for batch in batches]
-
-
-def tokens(example: Example) -> int:
-    """What an example costs, in tokens: those it reads and those it writes; an image as many as it has patches."""
-    if "pixel_values" in example:
-        return max(example["pixel_values"][0].numel() // PATCH**2, 1)
-    return length(example) + len(example.get("decoder_input_ids", ()))

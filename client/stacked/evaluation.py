@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from fedlora.client import training
+from fedlora.client.stacked.adapters import most_rows
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.stacked.support import why_not
@@ -62,4 +63,4 @@ def _stacked(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
     model.offset.set(jobs[0].offset)
     with RowPass(model, layout, [job.gain for job in jobs]) as rows:
         assign = partial(rows.assign, theta)
-        return measure_each(model, [task.examples for task in tasks], assign)
+        return measure_each(model, [task.examples for task in tasks], assign, most_rows(layout, theta))

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from fedlora.client import training
 from fedlora.client.stacked.adapters import Adapters
-from fedlora.client.stacked.cohort import Result, micro_batches, with_data
+from fedlora.client.stacked.cohort import Result, with_data
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.training import TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job
+from fedlora.kernels.example_batches import micro_batches
 from fedlora.lora import LoRA, from_matrices
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, preflight

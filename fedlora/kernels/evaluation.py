@@ -18,6 +18,8 @@ from fedlora.models.model import Model
 from .attention import quick_attention
 from .example_batches import micro_batches
 
+MOST_ROWS = 2**31  # of a micro-batch, where its tokens alone are bounded
+
 
 def measure(model: Model, examples: Sequence[Example]) -> Metrics:
     """How good the model with its present adapter is on these examples; as `Model.metrics`."""
@@ -26,19 +28,22 @@ def measure(model: Model, examples: Sequence[Example]) -> Metrics:
 
 @torch.no_grad()
 def measure_each(
-    model: Model, sets: Sequence[Sequence[Example]], before: Callable[[Tensor], None] = lambda _: None
+    model: Model,
+    sets: Sequence[Sequence[Example]],
+    before: Callable[[Tensor], None] = lambda _: None,
+    most_rows: int = MOST_ROWS,
 ) -> list[Metrics]:
     """How good the model is on each of several sets of examples.
 
-    `before` is called before each micro-batch with the set of each of its examples, (examples,): it may give every row
-    an adapter of its own.
+    `before` is called before each micro-batch, of at most `most_rows`, with the set of each of its examples,
+    (examples,): it may give every row an adapter of its own.
     """
     sums = [Metrics(0, 0, 0.0, 0)] * len(sets)
     owners = list(chain.from_iterable([i] * len(examples) for i, examples in enumerate(sets)))
     every = joined(sets)
     model.net.eval()
     with quick_attention(model.net):
-        for places in micro_batches(model, every):
+        for places in micro_batches(model, every, most_rows):
             places.sort(key=owners.__getitem__)  # so that those of one set lie together
             own = [owners[i] for i in places]
             before(torch.tensor(own, device=model.device))

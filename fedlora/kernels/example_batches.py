@@ -1,6 +1,7 @@
 """Examples of any kind cut into micro-batches: their cost in tokens, and what a model can take together."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from fedlora.encoding.encoder import Example, length
@@ -11,10 +12,10 @@ from .microbatches import bounds, plan
 PATCH = 16  # pixels of the side of a patch of an image
 
 
-def micro_batches(model: Model, examples: Sequence[Example]) -> list[list[int]]:
+def micro_batches(model: Model, examples: Sequence[Example], most_rows: int) -> list[list[int]]:
     """The places of the examples of each micro-batch: rows of like lengths, or of one where the model needs that."""
     costs = [tokens(example) for example in examples]
-    limits = bounds(model.net)
+    limits = replace(bounds(model.net), rows=most_rows)
     if not model.encoder.limits.one_length:
         return plan(costs, limits)
     lengths = [length(example) for example in examples]

@@ -45,6 +45,6 @@ def test_several_sets_are_measured_each_by_itself(measured: tuple[Model, list[Ex
 def test_little_of_a_micro_batch_is_padding(measured: tuple[Model, list[Example]]) -> None:
     model, examples = measured
     order = Random(0).choices(range(len(examples)), k=60)
-    batches = micro_batches(model, [examples[i] for i in order])
+    batches = micro_batches(model, [examples[i] for i in order], most_rows=20)
     assert sorted(i for batch in batches for i in batch) == [*range(60)]
-    assert len(batches) < 30
+    assert len(batches) < 30 and max(map(len, batches)) <= 20

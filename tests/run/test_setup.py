@@ -74,6 +74,28 @@ def test_a_client_has_the_simulations_examples_and_rank(
     )
 
 
+def test_a_deployed_client_keeps_no_texts_on_a_disk_unless_it_says_so(
+    folder: Path, server: RunSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "user"))
+    mine = {"data.path": str(folder / "site_0.jsonl"), "model.path": str(folder / "model")}
+    mine |= {"data.labels": ", ".join(server.config.data.labels)}
+    agreed_on = agreed(server) | {"data.cache": str(tmp_path / "wanted by the server")}
+    assert len(for_client(agreed_on, mine, 0).client_data.train) and not [*tmp_path.iterdir()]
+    assert len(for_client(agreed_on, mine | {"data.cache": str(tmp_path / "own")}, 0).client_data.train)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*")} == {0o600}
+    assert len(prepare(config.build(settings(folder), {"data.path": str(folder / "site_*.jsonl")})).evaluation)
+    assert (tmp_path / "user").is_dir()  # of a simulation
+
+
+def test_a_part_of_the_evaluation_is_spread_evenly(folder: Path, whole: RunSetup) -> None:
+    some = {"data.path": str(folder / "site_*.jsonl"), "data.eval_limit": 5}
+    few = prepare(config.build(settings(folder), some)).evaluation
+    expected = [example["input_ids"].tolist() for example in whole.evaluation][::3]
+    assert [example["input_ids"].tolist() for example in few] == expected and len(expected) == 4
+
+
 def test_clients_are_not_told_where_the_server_has_its_files(server: RunSetup, folder: Path) -> None:
     assert str(folder) not in json.dumps(agreed(server))
     with pytest.raises(ConfigError, match="in a folder of its own, model; give --model"):
