@@ -7,24 +7,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedlora.client.policy import policy_of
-from fedlora.client.runner import JobRunner
 from fedlora.run.compose import check_kind_and_ranks
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory, newest
-from fedlora.run.setup import RunSetup, engine_of, mute_transformers, prepare, why_apart
-from fedlora.server.rounds import Fleet
-from fedlora.server.run import run_rounds
 
 from . import config as configuration
 from .config import CHANGEABLE_ON_RESUME, SHORT, Config
 from .errors import ConfigError, LedgerError, StrategyError
 from .jobs import Charge
 from .strategy import load
+
+if TYPE_CHECKING:  # which load transformers and PEFT: a run says its first line before it waits for them
+    from fedlora.run.setup import RunSetup
+    from fedlora.server.rounds import Fleet
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,9 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
     """
     with folder.only_writer():
         screen.say(f"run directory {folder.path}, {_engine_words(config)}; loading model and data")
+        from fedlora.run.setup import mute_transformers, prepare
+        from fedlora.server.run import run_rounds
+
         mute_transformers()
         setup = prepare(config)
         folder.create(setup.config, again=goes_on, files=setup.files)
@@ -124,8 +126,11 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
         return Result(folder.path, tuple(folder.records()))
 
 
-def _charged(setup: RunSetup, folder: RunDirectory) -> dict[int, list[Charge]]:
+def _charged(setup: "RunSetup", folder: RunDirectory) -> dict[int, list[Charge]]:
     """What every client's ledger holds, of this run and of others; one that is not whole is its client's to refuse."""
+    from fedlora.client.policy import policy_of
+    from fedlora.client.runner import JobRunner
+
     charged: dict[int, list[Charge]] = {}
     for i, data in enumerate(setup.clients_data if setup.config.dp.by_record else ()):
         with suppress(LedgerError):
@@ -133,13 +138,16 @@ def _charged(setup: RunSetup, folder: RunDirectory) -> dict[int, list[Charge]]:
     return {i: charges for i, charges in charged.items() if charges}
 
 
-def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, serve: Callable[[Fleet], None]) -> None:
+def _with_fleet(
+    setup: "RunSetup", folder: RunDirectory, screen: ConsoleProgress, serve: Callable[["Fleet"], None]
+) -> None:
     """Have `serve` use the run's clients: in Flower's simulation, or in this process by one model."""
     if setup.config.engine == "flower":
         from fedlora.simulations import flower
 
         flower.simulate(setup.config, folder.clients, serve, screen.answered)
         return
+    from fedlora.client.policy import policy_of
     from fedlora.simulations.serial import Serial
     from fedlora.simulations.stacked import Stacked
 
@@ -150,8 +158,9 @@ def _with_fleet(setup: RunSetup, folder: RunDirectory, screen: ConsoleProgress, 
 
 def _engine_words(config: Config) -> str:
     """The engine that runs these settings and, where it is not the one that was asked for, why."""
-    engine = engine_of(config)
-    return f"engine {engine}" + (f" ({why_apart(config)})" if engine not in ("stacked", config.engine) else "")
+    engine = configuration.engine_of(config)
+    why = f" ({configuration.why_apart(config)})" if engine not in ("stacked", config.engine) else ""
+    return f"engine {engine}{why}"
 
 
 def _unused(strategy: str) -> Path:

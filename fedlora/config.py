@@ -221,6 +221,23 @@ def absolute(config: Config) -> Config:
     )
 
 
+def engine_of(config: Config) -> Any:
+    """The engine that runs these settings: where they leave it open, the fastest on one machine that can."""
+    if config.engine in ("auto", "stacked"):
+        return "serial" if why_apart(config) else "stacked"
+    return config.engine
+
+
+def why_apart(config: Config) -> str:
+    """Why no two clients of these settings may be trained in one pass; empty where they may."""
+    if config.dp.by_client:
+        return (
+            "dp.level = client: in one pass an update would depend by rounding on who else takes part, which no noise "
+            "is for"
+        )
+    return ""
+
+
 def _on_disk(path: str) -> bool:
     """Whether a path names files here, or is a pattern of such; an empty one does not."""
     return any(c in path for c in "*?[") or (bool(path) and Path(path).expanduser().exists())

@@ -1,4 +1,4 @@
-"""Text from elsewhere, fit for a log: what the other side names is shown, and can neither forge nor hide a line."""
+"""Words fit for a log: text from elsewhere, which can neither forge nor hide a line, and numbers of things."""
 
 import logging
 import traceback
@@ -34,3 +34,8 @@ def escape_logs() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, EscapingFilter) for known in logger.filters):
             logger.addFilter(EscapingFilter())
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

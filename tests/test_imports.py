@@ -118,3 +118,22 @@ def test_a_client_knows_no_algorithm() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, fedlora.__main__; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LOADS = """
+import sys
+import {first}
+assert not {not_yet} & set(sys.modules), {not_yet} & set(sys.modules)
+import {then}
+assert not {never} & set(sys.modules), {never} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("first", "not_yet", "then", "never"), [
+    ("fedlora.server.deployment.supervisor", {"torch"}, "fedlora.errors", {"torch"}),
+    ("fedlora.api", {"transformers", "peft"}, "fedlora.server.run, fedlora.run.setup", {"opacus", "datasets"}),
+], ids=["a server's command", "a run before its first line"])  # fmt: skip
+def test_libraries_are_loaded_by_who_needs_them(first: str, not_yet: set[str], then: str, never: set[str]) -> None:
+    """They take seconds each; a run that is not private never loads Opacus, nor one of embedded data the datasets."""
+    code = LOADS.format(first=first, not_yet=not_yet, then=then, never=never)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,6 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from fedlora.encoding.encoder import Encoder, Example
@@ -120,6 +119,8 @@ class OpacusGradients:
         self._model, self._parameters = model, parameters
 
     def __enter__(self) -> Self:
+        from opacus.grad_sample import GradSampleHooks  # here, as the import takes a second
+
         # Opacus would try other layers by functorch: it fails on some with an error of its own, and overlooks some
         list(_holders(self._model.net, GradSampleHooks.GRAD_SAMPLERS, "Opacus"))
         made: Any = GradSampleHooks  # untyped

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.status import Status
@@ -13,14 +13,17 @@ from rich.status import Status
 from fedlora.config import Config
 from fedlora.errors import Failure
 from fedlora.jobs import Client
+from fedlora.log_lines import counted
 from fedlora.metrics import headline
 from fedlora.storage.event_log import utc_timestamp
 from fedlora.strategy import Strategy, title
 
 from .directory import RunDirectory, newest
-from .preview import Preview, counted
-from .setup import RunSetup
 from .sides import kept_sides
+
+if TYPE_CHECKING:  # which load transformers and PEFT: a run's first line does not wait for them
+    from .preview import Preview
+    from .setup import RunSetup
 
 WIDTHS = {
     "round": 9,
@@ -61,13 +64,18 @@ class ConsoleProgress:
         self._told = FIRST  # seconds after which the next line says which clients are waited for
         self.names: Mapping[int, str] = {}  # of clients elsewhere
 
-    def previewed(self, preview: Preview) -> None:
+    def previewed(self, preview: "Preview") -> None:
         """Print what the run is about to do, and what looks wrong in it."""
         for line in preview.lines():
             self.say(line)
 
     def started(
-        self, setup: RunSetup, strategy: Strategy[Any], before: Mapping[str, float], done: int, statement: Sequence[str]
+        self,
+        setup: "RunSetup",
+        strategy: Strategy[Any],
+        before: Mapping[str, float],
+        done: int,
+        statement: Sequence[str],
     ) -> None:
         """Print the heading, what the run promises, the evaluation before it, and the names of the columns."""
         config = setup.config
@@ -231,7 +239,7 @@ def _can_move(console: Console) -> bool:
     return on_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
-def _heading(setup: RunSetup, name: str) -> str:
+def _heading(setup: "RunSetup", name: str) -> str:
     """The first line of a run: its strategy, its size and how it is computed."""
     config, start = setup.config, setup.start
     trained = sum(t.numel() for side in (start.A, start.B, start.H) for t in side.values())

@@ -18,6 +18,7 @@ from fedlora.data.sources import data_files
 from fedlora.data.summary import DataSummary
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import DataError, ModelError, cut
+from fedlora.log_lines import counted
 from fedlora.models.adapted_modules import Coverage
 from fedlora.models.model import Model
 from fedlora.sections import DataConfig
@@ -182,11 +183,6 @@ def _token_warnings(found: TokenSummary, sizes: Mapping[str, int], max_length: i
         )
     if found.unlearned_turns:
         yield f"{counted(found.unlearned_turns, 'turn')} of the assistant are not learned, as the chat template has it"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things: `1 row`, `1,200 rows`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _size_line(data: DataSummary) -> str:

@@ -154,27 +154,10 @@ def resolve(config: Config, schema: Schema, clients: int) -> Config:
         config,
         clients=clients,
         cohort=cohort,
-        engine=engine_of(config),
+        engine=configuration.engine_of(config),
         data=replace(config.data, labels=schema.labels),
         model=replace(config.model, task=_task(config.model.task, schema)),
     )
-
-
-def engine_of(config: Config) -> Any:
-    """The engine that runs these settings: where they leave it open, the fastest on one machine that can."""
-    if config.engine in ("auto", "stacked"):
-        return "serial" if why_apart(config) else "stacked"
-    return config.engine
-
-
-def why_apart(config: Config) -> str:
-    """Why no two clients of these settings may be trained in one pass; empty where they may."""
-    if config.dp.by_client:
-        return (
-            "dp.level = client: in one pass an update would depend by rounding on who else takes part, which no noise "
-            "is for"
-        )
-    return ""
 
 
 def _task(task: str, schema: Schema) -> Any:

@@ -35,11 +35,10 @@ from fedlora.deployment.provision import check_private, read_clients
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError, RoundFailed
-from fedlora.run.directory import RunDirectory
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.refused_keys import RefusedKeys
 from fedlora.server.deployment.superlink import Control, ControlError
-from fedlora.storage.files import write_durably
+from fedlora.storage.files import only_writer, write_durably
 
 GATE = "gate"  # the name of its process
 TRIES = 5  # ServerApps that may end one after another without a finished round between them
@@ -74,7 +73,7 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
     handoff = Handoff(options.run)
     names = read_clients(options.credentials) if options.credentials else {}
     os.environ.update(no_proxy(host_of(options.superlink)) | flwr_home(handoff.flower))
-    with RunDirectory(options.run).only_writer():
+    with only_writer(options.run):
         config = _settings(options.run, file, given, len(names))
         if _is_done(handoff, config):
             print(f"{options.run}: all {config.rounds} rounds are done; the adapter is in {options.run / 'adapter'}")
@@ -97,7 +96,7 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
 def _settings(run: Path, file: Path | None, given: Mapping[str, Any], registered: int) -> Config:
     """The run's settings: those that it began with, if it has begun; else the file's under the command line's."""
     from_file = configuration.read(file) if file else {}
-    if (run / "config.toml").exists() or RunDirectory(run).checkpoints.exists():
+    if (run / "config.toml").exists() or (run / "checkpoint").exists():
         return _resumed_settings(run, from_file, given)
     clients = {"clients": registered} if registered else {}
     config = absolute(over_defaults(from_file, clients | dict(given)))
@@ -113,6 +112,8 @@ def _cohort(clients: int) -> int:
 
 def _resumed_settings(run: Path, from_file: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     """The settings that the run began with, and those that may change. Raises `ConfigError` for any other change."""
+    from fedlora.run.directory import RunDirectory  # slow: it loads torch, which this process can do without
+
     begun = RunDirectory(run).config()
     before = configuration.flatten(configuration.build(begun))
     config = absolute(configuration.build(begun, from_file, given))
