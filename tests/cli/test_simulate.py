@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fedlora.cli.app import main
 from tests.support.files import open_to_others
+from tests.support.forked import Forked
 from tests.support.models import make
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,6 @@ def fedlora(*words: str | Path, cwd: Path | None = None) -> Done:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             sys.path.remove(str(cwd or Path.cwd()))
     return Done(code, out.getvalue(), err.getvalue())
-
-
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    """The command in a process of its own, to be killed."""
-    command = [sys.executable, "-m", "fedlora", *map(str, words)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1, text=True)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -129,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
 ) -> None:
     """kill -9 after so many rounds, at whatever moment of the next; the end is the same, bit for bit."""
     out = tmp_path / "killed"
-    process = start("simulate", *given, "--data.holdout", "0.2", "--out", out)
+    process = Forked("simulate", *given, "--data.holdout", "0.2", "--out", out)
     begun = out / (f"checkpoint/round-{rounds:06d}.safetensors" if rounds else "config.toml")
     while not begun.exists():
         assert process.poll() is None
@@ -179,7 +174,7 @@ def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(
     if signal.getsignal(by) is signal.SIG_IGN:
         pytest.skip(f"whoever started these tests has {by.name} ignored, as nohup does, and so does a run")
     out = tmp_path / "run"
-    process = start("simulate", *given, "--out", out, "--rounds", "500")
+    process = Forked("simulate", *given, "--out", out, "--rounds", "500")
     while not (out / "checkpoint" / "round-000002.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -274,8 +269,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(given: list[str], whole: 
 
 
 def test_help_lists_the_commands_quickly() -> None:
-    start("--help").communicate()
+    command, env = [sys.executable, "-m", "fedlora", "--help"], os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=env, capture_output=True, check=True)
     began = time.monotonic()
-    said = start("--help").communicate()[0]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     assert all(word in said for word in ("simulate", "strategies", "evaluate", "settings"))
     assert time.monotonic() - began < 2  # half a second on an idle machine; tests share theirs

@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
-from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ from fedlora.sections import Training
 from fedlora.strategy import Job
 from tests.client.test_ledger import NONE, TERMS, opened, update
 from tests.client.test_runner import SMALL, job, runner
+from tests.support.forked import FORKS, preload
 
 RACES = 150
-PROCESSES = get_context("forkserver")  # a process without threads loads this module once, and each is a fork of it
-PROCESSES.set_forkserver_preload([__name__, "tests.support.remembered_epsilon"])
+preload(__name__, "tests.support.remembered_epsilon")
 
 
 def in_process(work: Callable[..., None], *args: Any) -> int:
     """Do the work in a process of its own; return its exit code."""
-    process = PROCESSES.Process(target=work, args=args)
+    process = FORKS.Process(target=work, args=args)
     process.start()
     process.join()
     return process.exitcode or 0
@@ -43,8 +42,8 @@ def race(folder: Path, name: str, start: Barrier) -> None:
 
 
 def test_two_processes_on_one_ledger_lose_no_charge(tmp_path: Path) -> None:
-    start = PROCESSES.Barrier(2)
-    racers = [PROCESSES.Process(target=race, args=(tmp_path, name, start)) for name in ("a", "b")]
+    start = FORKS.Barrier(2)
+    racers = [FORKS.Process(target=race, args=(tmp_path, name, start)) for name in ("a", "b")]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -65,8 +64,8 @@ def send(folder: Path, answer: Update) -> None:
 
 
 def test_a_job_that_two_processes_are_sent_has_one_answer_and_one_charge(tmp_path: Path) -> None:
-    start = PROCESSES.Barrier(2)
-    workers = [PROCESSES.Process(target=do_at_once, args=(tmp_path, start)) for _ in range(2)]
+    start = FORKS.Barrier(2)
+    workers = [FORKS.Process(target=do_at_once, args=(tmp_path, start)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -29,7 +29,7 @@ from tests.support.models import make
 CONFIG = """
 clients = 3
 cohort = 3
-rounds = 3
+rounds = 2
 strategy = "fedsa_lora"
 threads = 1
 [model]
@@ -125,7 +125,7 @@ def test_both_sides_log_what_left_and_entered_by_name(resumed: Path, federation:
     updates = [e for e in received if e["event"] == "received" and e["what"] == "train"]
     assert updates and all(t.startswith("A ") for e in updates for t in e["tensors"]) and updates[0]["bytes"] > 0
     left = [e for e in federation.events(1) if e["event"] == "left" and e["what"] == "update"]
-    assert len(left) >= 3 and left[0]["tensors"] == updates[0]["tensors"]
+    assert len(left) >= 2 and left[0]["tensors"] == updates[0]["tensors"]
 
 
 def test_what_server_and_clients_write_their_user_alone_can_read(resumed: Path, federation: Federation) -> None:
@@ -138,7 +138,7 @@ def test_what_server_and_clients_write_their_user_alone_can_read(resumed: Path, 
 def test_no_job_is_done_twice(resumed: Path, federation: Federation) -> None:
     """The round that the crash cut off was asked for again; its answer lay on the disk, or it had not been done."""
     trained = (federation.state(1) / "logs" / "worker.log").read_text().count("trained round")
-    assert trained == 3
+    assert trained == 2
 
 
 def test_what_it_delivered_is_evaluated_and_exported_where_it_lies(resumed: Path) -> None:
@@ -151,15 +151,15 @@ def test_what_it_delivered_is_evaluated_and_exported_where_it_lies(resumed: Path
 
 
 def test_a_killed_client_is_missed_named_and_back(federation: Federation, resumed: Path) -> None:
-    client, server = federation.running[1], federation.server("killed", "--server.deadline", "30", "--rounds", "14")
+    client, server = federation.running[1], federation.server("killed", "--server.deadline", "30", "--rounds", "500")
     federation.until(lambda: federation.is_training(2, "killed", 2))
     kill_all(client)
     federation.client(2)
-    assert server.wait(2 * SLOW) == 0, federation.everything()
-    records = federation.records("killed")
-    assert len(records) == 14 and records[1]["answered"] == 2 and list(records[1]["failed"]) == ["1"]
-    assert records[-1]["answered"] == 3
-    assert (federation.folder / "killed" / "adapter" / "adapter_model.safetensors").exists()
+    federation.until(lambda: [r for r in federation.records("killed")[2:] if r["answered"] == 3])
+    server.send_signal(signal.SIGINT)
+    assert server.wait(SLOW) == 130, federation.everything()
+    missed = federation.records("killed")[1]
+    assert missed["answered"] == 2 and list(missed["failed"]) == ["1"]
 
 
 def heartbeats(run: Path, name: str) -> tuple[float, str]:
@@ -171,21 +171,26 @@ def heartbeats(run: Path, name: str) -> tuple[float, str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def serving(federation: Federation, resumed: Path) -> "subprocess.Popen[bytes]":
+    """A server in the middle of a run without a deadline; what ends the federation ends it."""
+    server = federation.server("attacked", "--rounds", "500")
+    federation.until(lambda: federation.records("attacked"))
+    return server
+
+
 def test_a_client_that_was_killed_and_is_back_before_it_was_missed_holds_no_round(
-    federation: Federation, resumed: Path
+    federation: Federation, serving: "subprocess.Popen[bytes]"
 ) -> None:
     """The ServerApp is stopped while the last heartbeat runs out, so that it sees the node before and after it."""
-    client, server, run = (
-        federation.running[2],
-        federation.server("silent", "--rounds", "3"),
-        federation.folder / "silent",
-    )
-    federation.until(lambda: federation.is_training(3, "silent", 2))
+    client, run = federation.running[2], federation.folder / "attacked"
+    federation.until(lambda: federation.is_training(3, "attacked", len(federation.records("attacked")) + 1))
+    cut_off = len(federation.records("attacked")) + 1
     kill_all(client)
     federation.client(3)
     _, started = heartbeats(run, "client-3")
     federation.until(lambda: heartbeats(run, "client-3")[0] - time.time() < 2)
-    apps = named(server.pid, "flwr-serverapp")
+    apps = named(serving.pid, "flwr-serverapp")
     assert apps
     for pid in apps:
         os.kill(pid, signal.SIGSTOP)
@@ -194,19 +199,14 @@ def test_a_client_that_was_killed_and_is_back_before_it_was_missed_holds_no_roun
     finally:
         for pid in apps:
             os.kill(pid, signal.SIGCONT)
-    assert server.wait(SLOW) == 0, federation.everything()
-    assert [record["answered"] for record in federation.records("silent")] == [3, 3, 3]
-
-
-@pytest.fixture(scope="module")
-def serving(federation: Federation, resumed: Path) -> None:
-    """A server in the middle of a run; what ends the federation ends it."""
-    federation.server("attacked", "--rounds", "500")
-    federation.until(lambda: federation.records("attacked"))
+    federation.until(lambda: len(federation.records("attacked")) >= cut_off)
+    assert {record["answered"] for record in federation.records("attacked")} == {3}
 
 
 @pytest.mark.parametrize("what", ATTACKS)
-def test_whoever_has_the_authoritys_certificate_alone_cannot(what: str, federation: Federation, serving: None) -> None:
+def test_whoever_has_the_authoritys_certificate_alone_cannot(
+    what: str, federation: Federation, serving: object
+) -> None:
     """The gateway does not know these paths; they are sent raw, as a client library would mend them."""
     trust = ssl.create_default_context(cafile=str(federation.keys / "server" / "ca.crt"))
     connection = HTTPSConnection("localhost", federation.port, context=trust, timeout=30)
@@ -216,7 +216,7 @@ def test_whoever_has_the_authoritys_certificate_alone_cannot(what: str, federati
 
 
 @pytest.mark.parametrize("path", ["activate-node", "pull-messages", "send-node-heartbeat", "get-run", "pull-object"])
-def test_nor_speak_for_a_client_without_its_key(path: str, federation: Federation, serving: None) -> None:
+def test_nor_speak_for_a_client_without_its_key(path: str, federation: Federation, serving: object) -> None:
     trust = ssl.create_default_context(cafile=str(federation.keys / "server" / "ca.crt"))
     url = f"https://localhost:{federation.port}"
     with httpx.Client(base_url=url, verify=trust, trust_env=False, timeout=30) as http:
@@ -232,7 +232,7 @@ def supernode(federation: Federation, log: Path, *key: str) -> "subprocess.Popen
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | QUIET | {"PATH": PATH})
 
 
-def test_nor_join_with_a_key_of_nobody(federation: Federation, serving: None, tmp_path: Path) -> None:
+def test_nor_join_with_a_key_of_nobody(federation: Federation, serving: object, tmp_path: Path) -> None:
     made = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(tmp_path / "key")]
     subprocess.run(made, check=True)
     node = supernode(federation, tmp_path / "log", "--auth-supernode-private-key", str(tmp_path / "key"))
@@ -241,7 +241,7 @@ def test_nor_join_with_a_key_of_nobody(federation: Federation, serving: None, tm
     assert "SuperNode ID" not in (tmp_path / "log").read_text()
 
 
-def test_nor_join_without_a_key(federation: Federation, serving: None, tmp_path: Path) -> None:
+def test_nor_join_without_a_key(federation: Federation, serving: object, tmp_path: Path) -> None:
     """It asks to be registered, which the gateway does not know of, and tries on for ever."""
     node = supernode(federation, tmp_path / "log")
     try:
@@ -253,15 +253,16 @@ def test_nor_join_without_a_key(federation: Federation, serving: None, tmp_path:
         node.wait()
 
 
-def test_the_run_goes_on_whatever_was_tried(federation: Federation, serving: None) -> None:
+def test_the_run_goes_on_whatever_was_tried(federation: Federation, serving: object) -> None:
     before = len(federation.records("attacked"))
     federation.until(lambda: len(federation.records("attacked")) > before)
     assert all(record["answered"] == 3 for record in federation.records("attacked"))
 
 
-def test_ctrl_c_ends_a_server_in_a_run_and_leaves_nothing_behind(federation: Federation, serving: None) -> None:
-    server = federation.running[-1]
+def test_ctrl_c_ends_a_server_in_a_run_and_leaves_nothing_behind(
+    federation: Federation, serving: "subprocess.Popen[bytes]"
+) -> None:
     pids = [pid for process in federation.running for pid in named(process.pid, "")]
     federation.end()
-    assert server.returncode == 130
+    assert serving.returncode == 130
     federation.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)  # init reaps orphans

@@ -11,7 +11,8 @@ import pytest
 
 from fedlora.jobs import Charge
 from fedlora.privacy.accounting import epsilon
-from tests.cli.test_simulate import SMALL, Done, adapter, fedlora, given, records, same, site, start  # noqa: F401
+from tests.cli.test_simulate import SMALL, Done, adapter, fedlora, given, records, same, site  # noqa: F401
+from tests.support.forked import Forked
 
 DP = ["--dp-epsilon", "6", "--dp.rate", "0.4", "--train.steps", "2", "--train.optimizer", "sgd", "--rounds", "3"]
 SEEDED = [*DP, "--dp.seeded"]
@@ -105,7 +106,7 @@ def test_a_killed_run_goes_on_and_no_client_pays_twice(
 ) -> None:
     """kill -9 as soon as a client has charged, or has its answer: the job that comes again costs nothing more."""
     out = tmp_path / "killed"
-    process = start("simulate", *given, *SEEDED, "--out", out)
+    process = Forked("simulate", *given, *SEEDED, "--out", out)
     while not list(out.rglob(moment)):
         assert process.poll() is None
         time.sleep(0.002)

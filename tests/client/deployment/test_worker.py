@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from fedlora.sections import Training
 from fedlora.server import upload_checks
 from fedlora.storage.event_log import entries
 from fedlora.strategy import Job, Update
+from tests.support.forked import Forked
 from tests.support.models import make
 
 ROOT = Path(__file__).parents[3]
@@ -63,10 +63,7 @@ class Beside:
     def start(self) -> None:
         words = ["worker", "--socket", self.socket, "--state", self.folder / "state", "--id", "0"]
         words += ["--data", self.folder / "data.jsonl", "--model", self._model, "--threads", "1", *self._more]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        with (self.folder / "log").open("ab") as out:
-            command = [sys.executable, "-m", "fedlora", *map(str, words)]
-            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+        self.process = Forked(*words, log=self.folder / "log")
 
     def ask(self, kind: str, content: RecordDict, run: str = RUN) -> RecordDict:
         return relay.ask(f"unix:{self.socket}", kind, envelope.stamp(content, run), None)
@@ -196,10 +193,9 @@ def test_its_socket_is_its_owners_alone_and_it_says_that_it_serves(shared: Besid
 def test_data_with_a_mistake_end_it_at_once_with_the_place(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"text"\n')
     words = ["worker", "--socket", "s", "--state", "state", "--id", "0", "--data", "bad.jsonl"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fedlora", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "bad.jsonl line 2" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    worker = Forked(*words, cwd=tmp_path)
+    said, errors = worker.communicate(timeout=120)
+    assert worker.returncode == 2 and "bad.jsonl line 2" in said and "Traceback" not in said + errors
 
 
 def test_a_worker_whose_job_stands_still_ends_and_says_so(setup: RunSetup, tmp_path: Path) -> None:
