@@ -12,10 +12,11 @@ import pytest
 from fedlora.jobs import Charge
 from fedlora.privacy.accounting import epsilon
 from tests.cli.test_simulate import SMALL, Done, adapter, fedlora, given, records, same, site  # noqa: F401
-from tests.support.forked import Forked
+from tests.support.forked import Forked, preload
 
 DP = ["--dp-epsilon", "6", "--dp.rate", "0.4", "--train.steps", "2", "--train.optimizer", "sgd", "--rounds", "3"]
 SEEDED = [*DP, "--dp.seeded"]
+preload("opacus.accountants")
 
 
 @pytest.fixture(scope="module")
