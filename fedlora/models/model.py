@@ -198,8 +198,8 @@ class Model:
         scores = self._scores(batch)
         return self.objective.aligned(scores, {k: v.to(self.device) for k, v in batch.items()})
 
-    def _scores(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The network's scores of a batch, in float32 or wider.
+    def outputs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The network's scores of a batch, as it returns them.
 
         Raises `ModelError` where the architecture cannot compute in `model.dtype`.
         """
@@ -212,7 +212,11 @@ class Model:
                 f"{type(self.net.get_base_model()).__name__} cannot compute in model.dtype = {self.dtype}: "
                 f"{str(e).splitlines()[0]}; set model.dtype = float32"
             ) from e
-        return at_least_float32(scores)
+        return scores
+
+    def _scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The network's scores of a batch, in float32 or wider."""
+        return at_least_float32(self.outputs(batch))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss summed over the targets of a batch."""

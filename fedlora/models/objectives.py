@@ -180,7 +180,11 @@ class DPO:
 
     def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The rewards of the chosen and of the rejected answers, (examples, 2), and which is better: the first."""
-        gained = answer_log_probabilities(logits, batch["labels"]) - batch["reference"]  # (2 examples,)
+        return self.rewards(answer_log_probabilities(logits, batch["labels"]), batch["reference"])
+
+    def rewards(self, by_row: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the log-probabilities of the answers by the model and by the base, (2 examples,) each."""
+        gained = by_row - reference
         rewards = self.beta * torch.stack(gained.chunk(2), dim=1)
         return rewards, torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
 
