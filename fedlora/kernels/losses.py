@@ -86,7 +86,9 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, learned: Learned) -> Tensor:
-        losses, gradients, wanted = [], [], ctx.needs_input_grad[0]
+        wanted: bool = ctx.needs_input_grad[0]
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for piece, targets in _pieces(replace(learned, states=states.detach())):
             piece.requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
@@ -162,4 +164,4 @@ def _aligned(model: Model, labels: Tensor) -> Tensor:
 def _pieces(learned: Learned) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield states and targets, some at a time, whose scores fit into memory that is near."""
     size = max(CHUNK, SCORES.get(learned.states.device.type, 0) // learned.words)
-    yield from zip(learned.states.split(size), learned.targets.split(size), strict=True)
+    yield from zip(torch.split(learned.states, size), torch.split(learned.targets, size), strict=True)
