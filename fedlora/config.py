@@ -63,6 +63,13 @@ class Config:
         "how clients run: stacked (many in a pass), serial (one by one), flower (many processes); auto: stacked",
     ] = "auto"
     exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "mixed"],
+        (
+            "number type of the base's products: bf16 (model.dtype = bfloat16), or mixed (bfloat16 between activations "
+            "and weights in float32); auto: as model.dtype says"
+        ),
+    ] = "auto"
     threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -75,6 +82,28 @@ class Config:
     messages: MessageConfig = field(default_factory=MessageConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
+
+    def __post_init__(self) -> None:
+        if self.precision != "auto":
+            self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Raise `ConfigError` where another setting contradicts the precision."""
+        dtypes = {"fp32": ("float32",), "bf16": ("float32", "bfloat16"), "mixed": ("float32",)}[self.precision]
+        if self.model.dtype not in dtypes:
+            raise ConfigError(
+                f"precision = {self.precision} and model.dtype = {self.model.dtype}: leave one of them out"
+            )
+        if self.precision == "mixed" and self.model.quantize != "none":
+            raise ConfigError(
+                f"precision = mixed and model.quantize = {self.model.quantize}: a quantised base has products of its "
+                "own; choose precision = auto"
+            )
+        if self.precision != "fp32" and self.dp.by_record:
+            raise ConfigError(
+                f"precision = {self.precision} and dp: records of one batch move each other's gradients by rounding, "
+                "which no noise is for; choose precision = fp32"
+            )
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _learned(model: Model, batch: Mapping[str, Tensor]) -> Learned | None:
     targets = _aligned(model, batch["labels"])  # (rows, tokens)
     places = (targets.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU, where a batch is collated
     device = model.device
-    at, states, plain = places.to(device), list[Tensor](), layer.forward
+    at, states = places.to(device), list[Tensor]()
 
     def only_learned(x: Tensor) -> Tensor:
         states.append(x.flatten(0, -2).index_select(0, at))
@@ -133,8 +133,13 @@ def _learned(model: Model, batch: Mapping[str, Tensor]) -> Learned | None:
         _refused.add(net)
         return None
     rows, length = targets.shape
+
+    def scores(x: Tensor) -> Tensor:
+        with model.products():
+            return layer(x)  # type: ignore[no-any-return]
+
     own, row = targets.flatten()[places].to(device), (places // length).to(device)
-    return Learned(states[0], own, row, rows, plain, layer.out_features)
+    return Learned(states[0], own, row, rows, scores, layer.out_features)
 
 
 def _returned(model: Model, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,8 +1,8 @@
 """A base model with one adapter, whose factors can be read and replaced by others of any rank."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -84,6 +84,7 @@ class Model:
         # A weight in half precision, or quantised, would swallow small residuals: there they stay beside it.
         folds = config.quantize == "none" and config.dtype == "float32"
         self.offset = Offset(self.adapted, self.scales, folds, adapter.tied(self.net, self.adapted))
+        self.products: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the network computes
         self._hooks: list[Any] = []  # of the cores
         if lora.init == "eva":
             self._start_from_inputs(public)
@@ -175,6 +176,11 @@ class Model:
             for name, p in self._sides[letter].items():
                 p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
 
+    def keep_offset_beside(self) -> None:
+        """Let offsets be computed beside the pretrained weights, and none be folded into them, from here on."""
+        self.offset.set(())
+        self.offset = Offset(self.adapted, self.scales, folds=False, tied=adapter.tied(self.net, self.adapted))
+
     def modules(self, side: str) -> frozenset[str]:
         """The names of the modules that have a matrix of their own on this side."""
         return frozenset(self._sides.get(side, {}))
@@ -204,7 +210,8 @@ class Model:
         Raises `ModelError` where the architecture cannot compute in `model.dtype`.
         """
         try:
-            scores: Tensor = self.net(**network_inputs(batch, self.device, getattr(torch, self.dtype))).logits
+            with self.products():
+                scores: Tensor = self.net(**network_inputs(batch, self.device, getattr(torch, self.dtype))).logits
         except RuntimeError as e:  # of transformers' own code, which makes some tensors in float32
             if self.dtype == "float32" or not MIXED_TYPES.search(str(e)):
                 raise

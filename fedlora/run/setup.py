@@ -25,6 +25,7 @@ from fedlora.encoding.examples import Example
 from fedlora.encoding.row_cache import RowCache, user_folder
 from fedlora.errors import ClientFailed, ConfigError, PrivacyError
 from fedlora.kernels.evaluation import measure
+from fedlora.kernels.precision import set_precision
 from fedlora.lora import LoRA
 from fedlora.messages.agreement import DATA, may_name
 from fedlora.metrics import Metrics
@@ -134,6 +135,7 @@ def assemble(config: Config, rows: federated.Federated, ids: int, cache: Path | 
     folders = {"auto": cache, "off": None}
     kept = RowCache(folders.get(config.data.cache, Path(config.data.cache)))
     model.encoder = replace(model.encoder, cache=kept)
+    set_precision(model, config.precision)
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
@@ -156,8 +158,13 @@ def resolve(config: Config, schema: Schema, clients: int) -> Config:
         cohort=cohort,
         engine=configuration.engine_of(config),
         data=replace(config.data, labels=schema.labels),
-        model=replace(config.model, task=_task(config.model.task, schema)),
+        model=replace(config.model, task=_task(config.model.task, schema), dtype=_dtype(config)),
     )
+
+
+def _dtype(config: Config) -> Any:
+    """The number type of the base, which the precision may say."""
+    return "bfloat16" if config.precision == "bf16" else config.model.dtype
 
 
 def _task(task: str, schema: Schema) -> Any:
