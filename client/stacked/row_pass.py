@@ -20,6 +20,7 @@ from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linea
 from fedlora.encoding.encoder import Example
 from fedlora.kernels.attention import quick_attention
 from fedlora.kernels.dropout import quick_dropout
+from fedlora.kernels.losses import example_losses
 from fedlora.kernels.replaced import forward_of
 from fedlora.models.adapter import NAME
 from fedlora.models.model import Model
@@ -83,7 +84,7 @@ class RowPass:
         self.assign(theta, owner)
         self._gradient = torch.empty_like(self._rows[:, : self._layout.trained])
         self._written = set()
-        losses = self._model.objective.losses(*self._model.logits(batch)).view(len(examples), -1).sum(1)
+        losses = example_losses(self._model, batch)
         (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
         self._is_told_apart = True
         self.reached |= self._written
