@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a seconds-long form")
     options = parser.parse_args()
     places = {name: folder for name in ROUNDS if (folder := getattr(options, name))}
-    common = {"model.path": options.model, "threads": options.threads} | (SMOKE if options.smoke else {})
+    common = {"model.path": options.model, "threads": options.threads} | (dict(SMOKE) if options.smoke else {})
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
     results["machine"] = machine()
     for run in planned(list(places), options.seeds, options.precisions.split(",")):

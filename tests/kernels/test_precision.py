@@ -31,10 +31,10 @@ def test_mixed_products_are_float32_but_for_the_rounding_of_bfloat16(small: Smal
     model, batch = small.model, small.batch
     model.net.eval()
     parameters = model.set_trainable("AB")
-    plain = [model.loss(batch), *torch.autograd.grad(model.loss(batch), parameters)]
+    plain = [model.loss(batch).detach(), *torch.autograd.grad(model.loss(batch), parameters)]
     set_precision(model, "mixed")
     parameters = model.set_trainable("AB")
-    mixed = [model.loss(batch), *torch.autograd.grad(model.loss(batch), parameters)]
+    mixed = [model.loss(batch).detach(), *torch.autograd.grad(model.loss(batch), parameters)]
     for one, other in zip(mixed, plain, strict=True):
         assert one.dtype == torch.float32
         assert 0 < float((one - other).norm()) < 3e-2 * float(other.norm())
