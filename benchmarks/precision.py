@@ -31,7 +31,14 @@ from fedlora.kernels.precision import speed_of_bfloat16
 PRECISIONS = ("fp32", "bf16", "mixed")
 SIMULATIONS = Path(__file__).parents[1] / "simulations"
 ROUNDS = {"banking77": 20, "sst2": 5}
-SMOKE: Mapping[str, Any] = {"rounds": 1, "train.steps": 1, "data.limit": 60, "data.eval_limit": 20, "clients": 2}
+SMOKE: Mapping[str, Any] = {
+    "rounds": 1,
+    "train.steps": 1,
+    "data.limit": 60,
+    "data.eval_limit": 20,
+    "clients": 2,
+    "cohort": 2,
+}
 POINTS = 0.5  # of accuracy, that a precision may lose
 
 
