@@ -2,8 +2,8 @@
 
 The PEFT model stays as it is: within the context its adapted layers, and the layers of its heads, have another
 `forward`, which reads the matrices of the rows from columns of theta (rows, P) and writes their gradients into the same
-columns of G (rows, P_t). The base is frozen and shared. All else is the network's own, with the quicker dropout and
-attention of `fedlora.kernels`.
+columns of G (rows, P_t). The base is frozen and shared. All else is the network's own, with the quicker dropout,
+attention, norms and losses of `fedlora.kernels`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from fedlora.encoding.encoder import Example
 from fedlora.kernels.attention import quick_attention
 from fedlora.kernels.dropout import quick_dropout
 from fedlora.kernels.losses import example_losses
+from fedlora.kernels.norms import quick_norms
 from fedlora.kernels.replaced import forward_of
 from fedlora.models.adapter import NAME
 from fedlora.models.model import Model
@@ -54,6 +55,7 @@ class RowPass:
         with ExitStack() as stack:  # what was replaced before a refusal gets its own forward back
             stack.enter_context(quick_dropout(self._model.net))
             stack.enter_context(quick_attention(self._model.net))
+            stack.enter_context(quick_norms(self._model.net))
             for name, layer in self._model.adapted.items():
                 stack.enter_context(forward_of(layer, partial(self._adapted, name, layer)))
             for name, module in head_layers(self._model):

@@ -17,6 +17,7 @@ from fedlora.models.model import Model
 
 from .attention import quick_attention
 from .example_batches import micro_batches
+from .losses import metrics_by_set
 
 MOST_ROWS = 2**31  # of a micro-batch, where its tokens alone are bounded
 
@@ -47,14 +48,8 @@ def measure_each(
             places.sort(key=owners.__getitem__)  # so that those of one set lie together
             own = [owners[i] for i in places]
             before(torch.tensor(own, device=model.device))
-            found = _batch_metrics(model, [every[i] for i in places], [len([*g]) for _, g in groupby(own)])
+            batch = model.encoder.collate([every[i] for i in places])
+            found = metrics_by_set(model, batch, [len([*g]) for _, g in groupby(own)])
             for owner, metrics in zip(dict.fromkeys(own), found, strict=True):
                 sums[owner] += metrics
     return sums
-
-
-def _batch_metrics(model: Model, examples: Sequence[Example], counts: Sequence[int]) -> list[Metrics]:
-    """The sums of so many examples after one another, in one forward pass."""
-    scores, targets = (t.view(len(examples), -1, *t.shape[1:]) for t in model.logits(model.encoder.collate(examples)))
-    by_set = zip(torch.split(scores, [*counts]), torch.split(targets, [*counts]), counts, strict=True)  # type: ignore[no-untyped-call]
-    return [model.objective.metrics(s.flatten(0, 1), t.flatten(0, 1), examples=n) for s, t, n in by_set]

@@ -18,7 +18,7 @@ A network is computed so if its output layer is a plain frozen linear layer and 
 one that divides them, or bounds them, after the layer is not, and neither is one whose output layer is adapted.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
@@ -69,16 +69,29 @@ def example_losses(model: Model, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def batch_metrics(model: Model, batch: dict[str, Tensor]) -> Metrics:
-    """How good the model is on a batch, as its objective has it."""
-    objective, examples = model.objective, len(batch["labels"]) // model.objective.rows
-    learned = _learned(model, batch) if isinstance(objective, Tokens) else None
+def metrics_by_set(model: Model, batch: dict[str, Tensor], counts: Sequence[int]) -> list[Metrics]:
+    """How good the model is on so many examples of a batch after one another, as its objective has it."""
+    learned = _learned(model, batch) if isinstance(model.objective, Tokens) else None
     if learned is None:
-        return objective.metrics(*model.logits(batch), examples=examples)
-    total = Metrics(examples, 0, 0.0, 0)
-    for states, targets in _pieces(learned):
-        total += objective.metrics(at_least_float32(learned.layer(states)), targets, examples=0)
-    return total
+        return _plain_metrics(model, batch, counts)
+    sets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(learned.row.device)[learned.row]
+    found = [_loss_and_right(learned.layer(states), targets) for states, targets in _pieces(learned)]
+    sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=sets.device)  # of targets, losses and right ones
+    if found:
+        sums.index_add_(0, sets, torch.cat(found))
+    return [Metrics(n, int(t), loss, int(r)) for n, (t, loss, r) in zip(counts, sums.tolist(), strict=True)]
+
+
+def _plain_metrics(model: Model, batch: dict[str, Tensor], counts: Sequence[int]) -> list[Metrics]:
+    scores, targets = (t.view(sum(counts), -1, *t.shape[1:]) for t in model.logits(batch))
+    by_set = zip(torch.split(scores, [*counts]), torch.split(targets, [*counts]), counts, strict=True)  # type: ignore[no-untyped-call]
+    return [model.objective.metrics(s.flatten(0, 1), t.flatten(0, 1), examples=n) for s, t, n in by_set]
+
+
+def _loss_and_right(scores: Tensor, targets: Tensor) -> Tensor:
+    """For each token 1, its loss, and whether it has the highest score: (tokens, 3)."""
+    losses = F.cross_entropy(at_least_float32(scores), targets, reduction="none").double()
+    return torch.stack([torch.ones_like(losses), losses, (scores.argmax(-1) == targets).double()], dim=1)
 
 
 class _TokenLosses(torch.autograd.Function):

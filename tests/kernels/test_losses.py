@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from fedlora.checks.small_models import small_model
 from fedlora.data.schema import Schema
 from fedlora.kernels import losses
-from fedlora.kernels.losses import batch_metrics, example_losses
+from fedlora.kernels.losses import example_losses, metrics_by_set
 from fedlora.models.model import Model
 from fedlora.sections import LoRAConfig, ModelConfig
 from fedlora.seeds import seeded
@@ -105,10 +105,15 @@ def test_losses_and_their_gradients_are_the_models_own(
 
 
 @pytest.mark.parametrize("make_model", [*LEARNED, *OTHERS])
-def test_metrics_are_the_models_own(make_model: Make, tmp_path: Path) -> None:
+def test_metrics_of_sets_that_share_a_batch_are_the_models_own(make_model: Make, tmp_path: Path) -> None:
     model, examples = make_model(tmp_path)
-    found, plain = batch_metrics(model, model.encoder.collate(examples)), model.metrics(examples)
-    assert found.values() == pytest.approx(plain.values(), rel=1e-5)
+    model.net.eval()
+    sets = [examples[:1], examples[1:]]
+    found = metrics_by_set(model, model.encoder.collate(examples), [len(own) for own in sets])
+    for metrics, own in zip(found, sets, strict=True):
+        plain = model.metrics(own)
+        assert (metrics.examples, metrics.targets, metrics.correct) == (plain.examples, plain.targets, plain.correct)
+        assert metrics.values() == pytest.approx(plain.values(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("make_model", "alone"), [*((m, True) for m in LEARNED), *((m, False) for m in OTHERS)])
