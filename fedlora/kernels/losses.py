@@ -84,7 +84,7 @@ def metrics_by_set(model: Model, batch: dict[str, Tensor], counts: Sequence[int]
 
 def _plain_metrics(model: Model, batch: dict[str, Tensor], counts: Sequence[int]) -> list[Metrics]:
     scores, targets = (t.view(sum(counts), -1, *t.shape[1:]) for t in model.logits(batch))
-    by_set = zip(torch.split(scores, [*counts]), torch.split(targets, [*counts]), counts, strict=True)  # type: ignore[no-untyped-call]
+    by_set = zip(torch.split(scores, [*counts]), torch.split(targets, [*counts]), counts, strict=True)
     return [model.objective.metrics(s.flatten(0, 1), t.flatten(0, 1), examples=n) for s, t, n in by_set]
 
 

@@ -30,7 +30,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = at_least_float32(x)
         r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).to(x.dtype).mul_(weight)
+        out: Tensor = (wide * r).to(x.dtype)
+        return out.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
