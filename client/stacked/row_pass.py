@@ -42,7 +42,8 @@ class RowPass:
     def __init__(self, model: Model, layout: Layout, gains: Sequence[Mapping[str, float]] = ()) -> None:
         """`gains` are those of each client's job, on the s of a module; without any they are all 1."""
         self._model, self._layout = model, layout
-        self._scales = {name: _scale(s, name, gains) for name, s in model.scales.items()}
+        like = torch.zeros((), dtype=model.adapter_dtype, device=model.device)
+        self._scales = {name: _scale(s, name, gains, like) for name, s in model.scales.items()}
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._rows = torch.empty(0)
         self._gradient = torch.empty(0)
@@ -183,10 +184,10 @@ def _could_be_transposed(batch: Mapping[str, Tensor]) -> bool:
     return any(rows == tokens > 1 for rows, tokens in sides)
 
 
-def _scale(s: float, name: str, gains: Sequence[Mapping[str, float]]) -> Scale:
+def _scale(s: float, name: str, gains: Sequence[Mapping[str, float]], like: Tensor) -> Scale:
     """The s of one module with the gains of all clients: a number, or (clients, 1, 1) where they differ."""
     own = [s * gain.get(name, 1.0) for gain in gains] or [s]
-    return own[0] if len(set(own)) == 1 else torch.tensor(own)[:, None, None]
+    return own[0] if len(set(own)) == 1 else like.new_tensor(own)[:, None, None]
 
 
 def _is_plain(base: Any, dtype: torch.dtype, x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from fedlora.models.model import Model
 from fedlora.sections import LoRAConfig, ModelConfig
 from tests.support import encoder_decoders
 from tests.support.float64 import in_float64
-from tests.support.models import LABEL, TEXT, make, random_adapter
+from tests.support.models import FORMS, LABEL, TEXT, make, random_adapter
 
 SENTENCES = ["w1 w2 w3", "w4 w5 w6 w7 w8", "w9 w10", "w11 w12 w13 w14 w15", "w2 w3 w4"]
 PREFERENCE = Schema("preference", ("prompt", "chosen", "rejected"))
@@ -46,9 +46,9 @@ def row(i: int, schema: Schema) -> dict[str, Any]:
     return texts | {"rejected": SENTENCES[i - 2], "label": labels.get(schema.target, ("no", "maybe", "yes")[i % 3])}
 
 
-def model_of(kind: str, schema: Schema, folder: Path, *targets: str) -> Model:
+def model_of(kind: str, schema: Schema, folder: Path, *targets: str, **settings: Any) -> Model:
     made = encoder_decoders.make if kind in encoder_decoders.KINDS else make
-    config = ModelConfig(path=str(made(kind, folder)), max_length=24, device="cpu")
+    config = ModelConfig(path=str(made(kind, folder)), max_length=24, device="cpu", **settings)
     return Model(config, LoRAConfig(rank=3, targets=targets), schema, seed=1)
 
 
@@ -116,3 +116,16 @@ def test_a_layer_that_sees_tokens_first_is_refused(rows: int, tmp_path: Path) ->
     example = model.encoder([{"text": "w1 w2 w3", "label": "no"}])[0]  # 5 tokens
     with pytest.raises(NotStackableError, match=r"transformer\.layer\.0\.ff\.layer_1 sees 5 rows"):
         stacked(model, [random_adapter(model, 0)], torch.zeros(rows, dtype=torch.int64), [example] * rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_over_a_base_in_half_precision_gradients_are_in_float32(kind: str, tmp_path: Path) -> None:
+    """They differ by the rounding of what the base computes, which depends on padding."""
+    model = model_of(kind, FORMS[kind], tmp_path, dtype="bfloat16")
+    assert distance(model) < 5e-2
+    layout, found = stacked(model, [random_adapter(model, 0)], torch.zeros(1, dtype=torch.int64), one_example(model))
+    assert found.dtype == torch.float32 and layout.trained == found.shape[1]
+
+
+def one_example(model: Model) -> list[Example]:
+    return model.encoder([row(0, model.schema)])
