@@ -21,18 +21,27 @@ def in_float64(model: Model) -> Iterator[Model]:
     model.dtype = "float64"
     for norm in norms:
         norm.forward = _rms_norm(norm)
-    drops = {m: m.p for m in model.net.modules() if isinstance(m, nn.Dropout)}
-    for drop in drops:
-        drop.p = 0.0
     try:
-        yield model
+        with without_dropout(model.net):
+            yield model
     finally:
         for norm in norms:
             del norm.forward
-        for drop, p in drops.items():
-            drop.p = p
         model.net.float()
         model.dtype = dtype
+
+
+@contextmanager
+def without_dropout(net: nn.Module) -> Iterator[None]:
+    """No dropout within the block."""
+    drops = {m: m.p for m in net.modules() if isinstance(m, nn.Dropout)}
+    for drop in drops:
+        drop.p = 0.0
+    try:
+        yield
+    finally:
+        for drop, p in drops.items():
+            drop.p = p
 
 
 def _rms_norm(module: Any) -> Any:

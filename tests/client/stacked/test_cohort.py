@@ -15,7 +15,7 @@ from fedlora.jobs import Job
 from fedlora.lora import LoRA, average, delta, leading, map_factors
 from fedlora.sections import Training
 from fedlora.strategy import load
-from tests.support.float64 import in_float64
+from tests.support.float64 import in_float64, without_dropout
 
 ADAMW = Training(lr=1e-2, batch_size=3, epochs=1)
 NOTHING = LoRA()
@@ -128,6 +128,16 @@ def test_gains_and_offsets_are_those_of_the_job(kind: Kind) -> None:
     gains = [{m: 1 + i / 3} for i, m in enumerate(small.start.A)] * 3
     jobs = [Job(filled(small.start, 3), offset=offset, gain=gain, training=ADAMW) for gain in gains[:3]]
     assert compared(small, jobs) < 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_in_float32_agrees_to_rounding(kind: Kind) -> None:
+    small = small_model(kind)
+    job = Job(small.start, training=replace(SGD, steps=1, momentum=0, clip=0))
+    with without_dropout(small.model.net):
+        tasks = tasks_of(small, [job] * 3)
+        pairs = zip(one_by_one(small, tasks), in_one_pass(small, tasks), strict=True)
+        assert max(furthest(one.lora, other.lora) for (one, _), (other, _) in pairs) < 1e-5
 
 
 def test_a_client_whose_loss_is_no_number_fails_alone() -> None:
