@@ -1,5 +1,6 @@
 """What several test files build on: settings of hypothesis, and real data where it lies."""
 
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,12 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest go first, so that no core is idle at the end."""
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what was loaded until now: Flower calls it at each array that it reads."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
