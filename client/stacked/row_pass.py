@@ -91,14 +91,18 @@ class RowPass:
         (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
         self._is_told_apart = True
         self.reached |= self._written
-        for key in self._layout.columns:
-            if self._layout.is_trained(key) and key not in self._written:
-                self._layout.view(self._gradient, key).zero_()
+        self._zero_unwritten()
         # the rows of one example lie as far apart as there are examples: all first rows, then all second ones
         by_row, self._gradient = self._gradient, torch.empty(0)
         rows = self._model.objective.rows
         gradient = by_row if rows == 1 else by_row.view(rows, len(examples), -1).sum(0)
         return gradient, losses.detach()
+
+    def _zero_unwritten(self) -> None:
+        """Give what no layer of this batch has used a gradient of zero."""
+        for key in self._layout.columns:
+            if self._layout.is_trained(key) and key not in self._written:
+                self._layout.view(self._gradient, key).zero_()
 
     def _adapted(self, name: str, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapted layer computes of x: (rows, ..., d_in) -> (rows, ..., d_out)."""
