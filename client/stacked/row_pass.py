@@ -3,7 +3,7 @@
 The PEFT model stays as it is: within the context its adapted layers, and the layers of its heads, have another
 `forward`, which reads the matrices of the rows from columns of theta (rows, P) and writes their gradients into the same
 columns of G (rows, P_t). The base is frozen and shared. All else is the network's own, with the quicker dropout,
-attention, norms and losses of `fedlora.kernels`.
+attention, norms and losses of `fedlora.kernels`, and in BERT's last layer the first token alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from fedlora.client.stacked.row_layers import Factors, Scale, add_product, linea
 from fedlora.encoding.encoder import Example
 from fedlora.kernels.attention import quick_attention
 from fedlora.kernels.dropout import quick_dropout
+from fedlora.kernels.first_token import first_token_alone
 from fedlora.kernels.losses import example_losses
 from fedlora.kernels.norms import quick_norms
 from fedlora.kernels.replaced import forward_of
@@ -57,6 +58,7 @@ class RowPass:
             stack.enter_context(quick_dropout(self._model.net))
             stack.enter_context(quick_attention(self._model.net))
             stack.enter_context(quick_norms(self._model.net))
+            stack.enter_context(first_token_alone(self._model.net))
             for name, layer in self._model.adapted.items():
                 stack.enter_context(forward_of(layer, partial(self._adapted, name, layer)))
             for name, module in head_layers(self._model):
