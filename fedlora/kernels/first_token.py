@@ -53,7 +53,8 @@ def _attend(
     rows = len(hidden_states)
 
     def heads(layer: Any, x: Tensor) -> Tensor:  # (rows, heads, tokens, width)
-        return layer(x).view(rows, x.shape[1], -1, attention.attention_head_size).transpose(1, 2)
+        y: Tensor = layer(x)
+        return y.view(rows, x.shape[1], -1, attention.attention_head_size).transpose(1, 2)
 
     q = heads(attention.query, hidden_states[:, :1])
     k, v = heads(attention.key, hidden_states), heads(attention.value, hidden_states)
