@@ -132,9 +132,10 @@ def _charged(setup: "RunSetup", folder: RunDirectory) -> dict[int, list[Charge]]
     from fedlora.client.runner import JobRunner
 
     charged: dict[int, list[Charge]] = {}
+    policy = policy_of(setup.config)
     for i, data in enumerate(setup.clients_data if setup.config.dp.by_record else ()):
         with suppress(LedgerError):
-            charged[i] = JobRunner(i, data, folder.clients / str(i), policy_of(setup.config)).ledger.charges()
+            charged[i] = JobRunner(i, data, folder.clients / str(i), policy).ledger.charges()
     return {i: charges for i, charges in charged.items() if charges}
 
 

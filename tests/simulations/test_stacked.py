@@ -95,6 +95,16 @@ def test_blocks_of_any_size_come_to_the_same(tmp_path: Path, monkeypatch: pytest
     assert max(furthest(whole[i].lora, each[i].lora) for i in whole) < 1e-7
 
 
+def test_a_round_that_is_done_again_has_the_same_bits(tmp_path: Path) -> None:
+    """With dropout and in float32, whatever was trained in between: a run that was killed ends as one that was not."""
+    first = updates(Stacked(SMALL.model, SMALL.clients, RANKS, tmp_path / "a"), jobs(round=1, rounds=3))
+    again = Stacked(SMALL.model, SMALL.clients, RANKS, tmp_path / "b")
+    updates(again, jobs(2, seed=5))
+    torch.manual_seed(99)
+    second = updates(again, jobs(round=1, rounds=3))
+    assert max(furthest(first[i].lora, second[i].lora) for i in first) == 0
+
+
 def test_a_client_that_fails_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     """One has nothing to learn, one a start that is no number; each answer is told once."""
     told = list[int]()
