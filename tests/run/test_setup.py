@@ -12,7 +12,7 @@ from fedlora.client.policy import client_policy
 from fedlora.config import check_client_settings
 from fedlora.errors import ClientFailed, ConfigError
 from fedlora.run.agreement import agreement_for_clients
-from fedlora.run.setup import RunSetup, engine_of, for_client, for_server, prepare, why_apart
+from fedlora.run.setup import RunSetup, for_client, for_server, prepare
 from tests.support.models import make
 
 SETTINGS = {"cohort": 2, "lora.rank": 4, "lora.ranks": "2,4,3", "strategy": "flora", "model.max_length": 16}
@@ -151,5 +151,5 @@ def test_a_server_without_data_must_know_the_classes(folder: Path) -> None:
 def test_an_engine_that_is_left_open_is_the_fastest_that_can(chosen: dict[str, object], engine: str) -> None:
     """Where clients are hidden, none may change another's update, be it by rounding."""
     made = config.build(chosen)
-    assert engine_of(made) == engine
-    assert ("dp.level = client" in why_apart(made)) == (chosen.get("dp.level") == "client")
+    assert config.engine_of(made) == engine
+    assert ("dp.level = client" in config.why_apart(made)) == (chosen.get("dp.level") == "client")
