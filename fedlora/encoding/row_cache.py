@@ -115,8 +115,8 @@ def _parts(rows: Rows) -> Iterator[Rows]:
 
 def _kept_rows(kept: VectorCache, rows: Rows, encode: Encode, columns: Sequence[str]) -> Sequence[EncodedRow]:
     """The rows in a cache, to which those are added that are not there yet. Raises `FAILURES`."""
-    places = [place for part in _parts(rows) for place in _places(kept, part, encode, columns)]
-    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    parts = [np.array(_places(kept, part, encode, columns), np.int64) for part in _parts(rows)]  # (rows, 2) each
+    starts, sizes = np.concatenate(parts).T
     return unpacked_rows(kept.numbers, starts, sizes)
 
 
