@@ -1,15 +1,18 @@
 """What a client does with a message, in Flower's simulation or in the warm worker of a deployment."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flwr.app import RecordDict
 
-from fedlora.client import agreement
+from fedlora.client import agreement, runner, training
 from fedlora.client.egress import Answer, Egress, release_reason
 from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
+from fedlora.client.training import Trained, TrainingTask
 from fedlora.errors import ClientFailed, Failure, FedloraError, ReasonCode, TrainingDiverged, WireError
 from fedlora.jobs import Job
 from fedlora.message_types import MOST_LOSS, MissingParts
@@ -21,6 +24,7 @@ from fedlora.models.model import Model
 from fedlora.storage.event_log import EventLog
 
 log = logging.getLogger("fedlora")
+Outcome = Trained | Exception  # of a training
 NO_LOG = EventLog(None)  # of no file, it writes nothing
 LITTLE = 64 * 2**20  # bytes of numbers that any message may bring
 TIMES = 16  # bytes for each number of the base model that a job may bring besides: four times the model in float32
@@ -80,8 +84,8 @@ def check_bytes(nbytes: int, model: Model) -> None:
 
 def describe(client: ClientContext, message: RawMessage) -> Answer:
     """Answer who this client is. The examples that it tells are those that it trains on, by which it will weigh."""
-    runner = client.runner
-    described = replace(runner.client_data.client(runner.id, client.rank), examples=len(runner.client_data.train))
+    own = client.runner
+    described = replace(own.client_data.client(own.id, client.rank), examples=len(own.client_data.train))
     return Answer(codec.pack_client(described, client.model.fingerprint))
 
 
@@ -92,19 +96,25 @@ def take_step(client: ClientContext, message: RawMessage) -> Answer:
     return Answer(codec.pack_secagg_reply(client.runner.reply(step)), step)
 
 
-def train(client: ClientContext, message: RawMessage) -> Answer:
-    """Do a round's work, and answer with the update, or with the names of the parts that are missing for it."""
+def train(client: ClientContext, message: RawMessage) -> Generator["Begun", Outcome, Answer]:
+    """Do a round's work, and answer with the update, or with the names of the parts that are missing for it.
+
+    The training itself is yielded, so that it can be done with that of other clients.
+    """
     incoming = client.read_job(message)
     job = client.assemble(incoming)
     if isinstance(job, MissingParts):
         return Answer(codec.pack_missing_parts(job), incoming)
-    update = client.runner.run(client.model, job, incoming.digest(job))
-    _check_loss(update.loss)
+    with closing(client.runner.steps(client.model, job, incoming.digest(job))) as steps:
+        begun = runner.begin(steps)
+        if isinstance(begun, TrainingTask):
+            begun = runner.end(steps, (yield Begun(client.model, begun)))
+    _check_loss(begun.loss)
     if client.shows_rounds:
-        tensors, nbytes = payload(update)
+        tensors, nbytes = payload(begun)
         words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
         log.info("round %d of %d: %s", job.round + 1, job.rounds, words)
-    return Answer(codec.pack_update(update, job.round), job)
+    return Answer(codec.pack_update(begun, job.round), job)
 
 
 def evaluate(client: ClientContext, message: RawMessage) -> Answer:
@@ -133,7 +143,6 @@ def _check_loss(loss: float | None) -> None:
 HANDLERS: Mapping[str, Callable[[ClientContext, RawMessage], Answer]] = {
     "who": describe,
     "secure": take_step,
-    "train": train,
     "evaluate": evaluate,
 }
 CALLED = {"who": "joining the run", "secure": "secure aggregation", "train": "training", "evaluate": "evaluating"}
@@ -152,12 +161,64 @@ def handle(
     The sentence that goes with the code is for this machine's log alone; `tells_all` sends it too, and is for a
     simulation, whose server is this very machine and whose researcher has no log of each client to look into.
     """
+    with closing(answering(kind, records, client_for, event_log, tells_all=tells_all)) as steps:
+        begun = begin(steps)
+        return end(steps, train_alone(begun)) if isinstance(begun, Begun) else begun
+
+
+def answering(
+    kind: str,
+    records: RecordDict,
+    client_for: Callable[[RawMessage], ClientContext],
+    event_log: EventLog = NO_LOG,
+    *,
+    tells_all: bool = False,
+) -> "Answering":
+    """Answer a message as `handle` does, but for the training, which is yielded; what came of it is sent."""
     try:
         message = unpack(records)
         client = client_for(message)
-        return client.egress.release(HANDLERS[kind](client, message).stamped(message.run))
+        answer = (yield from train(client, message)) if kind == "train" else HANDLERS[kind](client, message)
+        return client.egress.release(answer.stamped(message.run))
     except Exception as e:
         log.warning("%s failed: %s", CALLED.get(kind, kind), e, exc_info=not isinstance(e, FedloraError))
         failure = Failure.because_of(e)
         code = release_reason(failure, event_log)
         return failure.dumps() if tells_all else code
+
+
+class Begun(NamedTuple):
+    """A training that a message asks for, and the model that it is done with."""
+
+    model: Model
+    task: TrainingTask
+
+
+Answering = Generator[Begun, Outcome, RecordDict | str]  # stops at most once
+
+
+def begin(steps: Answering) -> Begun | RecordDict | str:
+    """Go on to what is to be trained; an answer that needs no training is returned at once."""
+    try:
+        return next(steps)
+    except StopIteration as done:
+        answer: RecordDict | str = done.value
+        return answer
+
+
+def end(steps: Answering, outcome: Outcome) -> RecordDict | str:
+    """Go on from the training with what came of it, to the answer."""
+    try:
+        steps.send(outcome)
+    except StopIteration as done:
+        answer: RecordDict | str = done.value
+        return answer
+    raise AssertionError("a job is trained once")
+
+
+def train_alone(begun: Begun) -> Outcome:
+    """What comes of a training by itself, or whatever it raises."""
+    try:
+        return training.perform(begun.model, begun.task)
+    except Exception as e:  # whatever it is: the job's own steps say what becomes of it
+        return e

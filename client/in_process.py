@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
 
 from fedlora import config as configuration
-from fedlora.client import flower_app, handlers
+from fedlora.client import handlers
 from fedlora.client.part_cache import PartStore
 from fedlora.client.policy import policy_of
 from fedlora.client.runner import JobRunner
@@ -18,16 +17,6 @@ from fedlora.run.setup import RunSetup, prepare
 _ready: dict[str, RunSetup] = {}  # by config: a process loads the model once, and serves any client with it
 
 
-def in_process_app(config: Config, folder: Path) -> ClientApp:
-    """An app that serves any client of a run and keeps their files in `folder`."""
-
-    def handle_here(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
-        """The answer to a message, or the whole sentence of why there is none: the server is on this machine too."""
-        return handlers.handle(kind, content, lambda _: _client(_setup(config), folder, context), tells_all=True)
-
-    return flower_app.client_app(handle_here)
-
-
 def handle(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
     """The answer to a message, by Flower's run config, of a client that keeps its files in the node's `state-dir`.
 
@@ -35,13 +24,13 @@ def handle(kind: str, content: RecordDict, context: Context) -> RecordDict | str
     """
 
     def client_for(message: RawMessage) -> handlers.ClientContext:
-        setup = _setup(configuration.build(dict(context.run_config)))
-        return _client(setup, _state(context, message.run), context)
+        setup = loaded(configuration.build(dict(context.run_config)))
+        return client_of(setup, _state(context, message.run), int(context.node_config.get("partition-id", -1)))
 
     return handlers.handle(kind, content, client_for)
 
 
-def _setup(config: Config) -> RunSetup:
+def loaded(config: Config) -> RunSetup:
     """The run's model and data, of this process's last message where that had the same config."""
     key = repr(config)
     if key not in _ready:
@@ -55,9 +44,8 @@ def _state(context: Context, run: str) -> Path:
     return Path(str(context.node_config.get("state-dir", "runs/clients"))) / (run or str(context.run_id))
 
 
-def _client(setup: RunSetup, folder: Path, context: Context) -> handlers.ClientContext:
-    """The client that this node is. Raises `ClientFailed` where the data has no such client."""
-    id = int(context.node_config.get("partition-id", -1))
+def client_of(setup: RunSetup, folder: Path, id: int) -> handlers.ClientContext:
+    """The client that is this node's partition. Raises `ClientFailed` where the data has no such client."""
     if not 0 <= id < len(setup.clients_data):
         raise ClientFailed(f"this node's partition-id is {id}; the data has clients 0 to {len(setup.clients_data) - 1}")
     runner = JobRunner(id, setup.clients_data[id], folder / str(id), policy_of(setup.config))

@@ -71,6 +71,10 @@ class Config:
         ),
     ] = "auto"
     threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0
+    workers: Annotated[
+        int, Ge(0), "processes of the flower engine; 0: one a GPU, else one for each `threads` cores"
+    ] = 0
+    ray: Annotated[str, "address of a running Ray cluster for the flower engine; empty: Ray on this machine"] = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)

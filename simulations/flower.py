@@ -1,6 +1,8 @@
-"""Flower's simulation: many processes on Ray, driven through the same Grid that a deployment has.
+"""Flower's simulation: worker processes on Ray, driven through the same Grid that a deployment has.
 
-`run_simulation` is deprecated and has no successor that starts no daemon; this file alone knows it.
+Every worker holds one base model and trains a block of clients in one pass (`flower_blocks`). Flower's entry for this,
+`run_simulation`, is deprecated; `Flower.run` alone calls it. What replaces it is `flwr run` with a simulation as the
+federation of a SuperLink, a daemon that outlives the command and to which a program is sent as an app.
 """
 
 import logging
@@ -16,7 +18,7 @@ from io import StringIO
 from pathlib import Path
 from queue import Queue
 from threading import Event, Thread, current_thread, main_thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedlora.config import Config
 from fedlora.deployment.processes import scratch_folder
@@ -44,11 +46,14 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
     What `serve` raises comes out as it is, and so does Ctrl-C; then, as at the end, all processes are ended. Raises
     `ConfigError` where Ray is not installed, `RoundFailed` where Flower's simulation broke down.
     """
+    if config.ray and not config.workers:
+        raise ConfigError(f"how many workers the Ray cluster at {config.ray} gives room to is not known; set workers")
     if find_spec("ray") is None:
         raise ConfigError('engine = "flower" needs Ray: pip install "fedlora[ray]"')
     _quiet()
     from fedlora.server.fleet import FlowerFleet
     from fedlora.server.fleet_rules import rules_of
+    from fedlora.simulations.flower_blocks import BlockGrid
 
     with scratch_folder(RAY_SOCKET) as scratch:
         flower = Flower(config, folder.absolute(), scratch)
@@ -56,7 +61,8 @@ def simulate(config: Config, folder: Path, serve: Callable[[Fleet], None], answe
         ended = False
         try:
             rules = rules_of(config.server, config.clients, threshold=config.secure.needed, tells_all=True)
-            fleet = FlowerFleet(flower.grid(), rules, answered, stop=flower.broken)
+            grid = BlockGrid(flower.grid(), config.clients)
+            fleet = FlowerFleet(cast("Grid", grid), rules, answered, stop=flower.broken)
             with _terminable():
                 serve(fleet)
             ended = True
@@ -83,7 +89,7 @@ class Flower(Thread):
         from flwr.simulation import run_simulation
 
         try:
-            run_simulation(self._server(), self._client(), self._config.clients, backend_config=self._backend())
+            run_simulation(self._server(), self._client(), self._workers(), backend_config=self._backend())
         except BaseException as e:
             self._error = e
         finally:
@@ -126,9 +132,17 @@ class Flower(Thread):
         return server_app(self._lend)
 
     def _client(self) -> Any:
-        from fedlora.client.in_process import in_process_app
+        from flwr.app import Context, RecordDict
 
-        app, flag = in_process_app(replace(self._config, threads=self._cpus()), self._folder), str(_flag(self._scratch))
+        from fedlora.client import flower_app, in_process
+        from fedlora.simulations.flower_blocks import answer_block
+
+        config, folder, flag = replace(self._config, threads=self._cpus()), self._folder, str(_flag(self._scratch))
+
+        def handle(kind: str, content: RecordDict, context: Context) -> RecordDict:
+            return answer_block(kind, content, lambda i, _: in_process.client_of(in_process.loaded(config), folder, i))
+
+        app = flower_app.client_app(handle)
 
         @app.lifespan()
         def watched(_: object) -> Iterator[None]:
@@ -139,30 +153,37 @@ class Flower(Thread):
 
     def _backend(self) -> Any:
         """What `run_simulation` is told of Ray."""
-        cpus, gpus = self._cpus(), 0
-        actors = max(1, min((os.cpu_count() or 1) // cpus, self._config.clients))
-        if device(self._config.model).type == "cuda":
-            import torch
-
-            gpus = torch.cuda.device_count()
-        share = min(1.0, int(1e4 * gpus / actors) / 1e4)  # Ray counts GPUs in ten-thousandths
+        cpus, workers = self._cpus(), self._workers()
+        share = min(1.0, int(1e4 * self._gpus() / workers) / 1e4)  # Ray counts GPUs in ten-thousandths
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
+        own = {
+            "address": "local",
+            "num_cpus": cpus * workers,
+            "num_gpus": self._gpus(),
+            "object_store_memory": STORE,
+            "_temp_dir": str(self._scratch),
+        }
         return {
-            "init_args": {
-                "address": "local",
-                "num_cpus": cpus * actors,
-                "num_gpus": gpus,
-                "object_store_memory": STORE,
-                "include_dashboard": False,
-                "log_to_driver": False,
-                "logging_level": logging.CRITICAL,
-                "_temp_dir": str(self._scratch),
-            },
+            "init_args": quiet | ({"address": self._config.ray} if self._config.ray else own),
             # An actor that dies, as of too little memory, is begun anew, and its job once more.
             "client_resources": {"num_cpus": cpus, "num_gpus": share, "max_restarts": -1, "max_task_retries": 1},
         }
 
+    def _workers(self) -> int:
+        """Worker processes: as many as the settings say, or else one a GPU, or one for every so many CPUs."""
+        most = self._config.workers or self._gpus() or (os.cpu_count() or 1) // self._cpus()
+        return max(1, min(most, self._config.clients))
+
+    def _gpus(self) -> int:
+        """GPUs that the workers share: this machine's, or of a cluster one for each worker."""
+        if device(self._config.model).type != "cuda":
+            return 0
+        import torch
+
+        return self._config.workers if self._config.ray else torch.cuda.device_count()
+
     def _cpus(self) -> int:
-        """CPUs of an actor, and its threads."""
+        """CPUs of a worker, and its threads."""
         return min(self._config.threads or 1, os.cpu_count() or 1)
 
 

@@ -16,10 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import torch
 
 from fedlora import config
-from fedlora.errors import Failure
+from fedlora.errors import ConfigError, Failure
 from fedlora.lora import SIDES, LoRA, average
 from fedlora.messages.parts import Parts
 from fedlora.metrics import Metrics
@@ -27,6 +26,7 @@ from fedlora.privacy.record_level import RecordLevelDP
 from fedlora.run.plan import Plan, RoundResult
 from fedlora.run.setup import RunSetup, prepare
 from fedlora.sections import PrivacyConfig, SecureConfig
+from fedlora.server.fleet import FlowerFleet
 from fedlora.server.rounds import Fleet, fit
 from fedlora.simulations import flower
 from fedlora.simulations.serial import Serial
@@ -37,7 +37,7 @@ from tests.support.models import make
 
 ROOT = Path(__file__).parents[2]
 MARK = "FEDLORA_TEST_FLOWER"  # in the environment of all processes of a test, so that those left behind are found
-SMALL = {"train.batch_size": 4, "train.lr": 0.01, "lora.rank": 3, "lora.dropout": 0.1, "model.max_length": 16}
+SMALL = {"train.batch_size": 4, "train.lr": 0.01, "lora.rank": 3, "model.max_length": 16, "train.optimizer": "sgd"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Seen:
     runs: dict[str, list[RoundResult]] = field(default_factory=dict)
     metrics: Mapping[int, Metrics | Failure] = field(default_factory=dict)
     answered: list[int] = field(default_factory=list)
+    workers: int = 0
     resent: tuple[bool, int] = (False, 0)  # was there an update, and bytes down
     files: list[Path] = field(default_factory=list)  # of Ray's, afterwards
 
@@ -94,7 +95,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def setup(site: Path) -> RunSetup:
     where = {"model.path": str(site / "model"), "data.path": str(site / "text.jsonl"), "data.holdout": 0.3}
-    return prepare(config.build(SMALL, where, {"clients": 4, "cohort": 3, "threads": 1, "engine": "flower"}))
+    return prepare(
+        config.build(SMALL, where, {"clients": 4, "cohort": 3, "threads": 1, "engine": "flower", "workers": 2})
+    )
 
 
 def play(setup: RunSetup, fleet: Fleet, seen: Seen) -> None:
@@ -130,6 +133,8 @@ def ray(setup: RunSetup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     seen, folder = Seen(), tmp_path_factory.mktemp("flower")
 
     def serve(fleet: Fleet) -> None:
+        assert isinstance(fleet, FlowerFleet)
+        seen.workers = len(fleet._grid._workers())  # type: ignore[attr-defined]
         play(setup, fleet, seen)
         job = Job(setup.start, training=replace(setup.config.train, steps=1), round=9)
         dict(fleet.train({2: job}))
@@ -149,18 +154,34 @@ def ray(setup: RunSetup, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return seen
 
 
-def same(x: LoRA, y: LoRA) -> bool:
-    return all(set(x.side(s)) == set(y.side(s)) for s in SIDES) and all(
-        torch.equal(t, y.side(s)[m]) for s in SIDES for m, t in x.side(s).items()
-    )
+def furthest(x: LoRA, y: LoRA) -> float:
+    assert all(set(x.side(s)) == set(y.side(s)) for s in SIDES)
+    return max(float((t - y.side(s)[m]).abs().max()) for s, m, t in x.matrices())
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_adapter_is_serial_s_bit_for_bit(name: str, serial: Seen, ray: Seen) -> None:
+def test_the_adapter_is_serial_s(name: str, serial: Seen, ray: Seen) -> None:
+    """To what float32 allows of sums in another order; bit for bit where clients train one after another."""
     strategy = STRATEGIES[name]
     for x, y in zip(serial.runs[name], ray.runs[name], strict=True):
-        assert same(strategy.adapter(x.state), strategy.adapter(y.state))
-        assert (x.train_loss, x.asked) == (y.train_loss, y.asked)
+        apart = furthest(strategy.adapter(x.state), strategy.adapter(y.state))
+        assert apart == 0 if name == "private" else apart < 1e-5
+        assert x.asked == y.asked
+        assert x.train_loss is None is y.train_loss or x.train_loss == pytest.approx(y.train_loss, rel=1e-5)
+
+
+def test_two_workers_share_the_clients(ray: Seen) -> None:
+    assert ray.workers == 2
+
+
+def test_a_cluster_is_joined_by_its_address_and_needs_to_be_told_how_many_workers(
+    setup: RunSetup, tmp_path: Path
+) -> None:
+    there = replace(setup.config, ray="10.0.0.1:6379", workers=3)
+    backend = flower.Flower(there, tmp_path, tmp_path)._backend()
+    assert backend["init_args"]["address"] == "10.0.0.1:6379" and "num_cpus" not in backend["init_args"]
+    with pytest.raises(ConfigError, match=r"at 10\.0\.0\.1:6379 gives room to is not known; set workers"):
+        flower.simulate(replace(there, workers=0), tmp_path, lambda _: None, lambda _: None)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -182,7 +203,10 @@ def test_a_client_that_raises_is_named_and_the_round_goes_on(serial: Seen, ray: 
 
 
 def test_what_clients_keep_wins_in_their_evaluation(serial: Seen, ray: Seen) -> None:
-    assert {i: vars(m) for i, m in ray.metrics.items()} == {i: vars(m) for i, m in serial.metrics.items()}
+    for i, own in serial.metrics.items():
+        there = ray.metrics[i]
+        assert isinstance(own, Metrics) and isinstance(there, Metrics)
+        assert there.loss == pytest.approx(own.loss, rel=1e-5) and there.targets == own.targets
     assert len({m.loss for m in ray.metrics.values() if isinstance(m, Metrics)}) == 4
 
 
