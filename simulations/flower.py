@@ -25,6 +25,7 @@ from fedlora.deployment.processes import scratch_folder
 from fedlora.environment import configure_libraries, no_proxy
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.models.base_model import device
+from fedlora.run.setup import why_apart
 from fedlora.server.rounds import Fleet
 
 if TYPE_CHECKING:
@@ -135,12 +136,18 @@ class Flower(Thread):
         from flwr.app import Context, RecordDict
 
         from fedlora.client import flower_app, in_process
+        from fedlora.client.handlers import ClientContext
+        from fedlora.messages.envelope import RawMessage
         from fedlora.simulations.flower_blocks import answer_block
 
         config, folder, flag = replace(self._config, threads=self._cpus()), self._folder, str(_flag(self._scratch))
+        apart = bool(why_apart(config))
 
         def handle(kind: str, content: RecordDict, context: Context) -> RecordDict:
-            return answer_block(kind, content, lambda i, _: in_process.client_of(in_process.loaded(config), folder, i))
+            def client_for(client: int, message: RawMessage) -> ClientContext:
+                return in_process.client_of(in_process.loaded(config), folder, client)
+
+            return answer_block(kind, content, client_for, apart=apart)
 
         app = flower_app.client_app(handle)
 

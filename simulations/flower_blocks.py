@@ -47,11 +47,11 @@ def unpack(block: RecordDict) -> dict[int, RecordDict | str]:
     return {i: str(own[FAILED]["why"]) if FAILED in own else own for i, own in records.items()}
 
 
-def answer_block(kind: str, block: RecordDict, client_for: ClientFor) -> RecordDict:
-    """The answers of all clients of a block; those that train do so in one pass.
+def answer_block(kind: str, block: RecordDict, client_for: ClientFor, *, apart: bool = False) -> RecordDict:
+    """The answers of all clients of a block; those that train do so in one pass, or with `apart` one after another.
 
-    Private clients train one after another: each holds its ledger's lock while it trains, and a second one that waits
-    for the same ledger in another worker might wait for ever.
+    Private clients do so always: each holds its ledger's lock while it trains, and a second one that waits for the same
+    ledger in another worker might wait for ever.
     """
     answers: dict[int, RecordDict | str] = {}
     with ExitStack() as opened:
@@ -64,7 +64,7 @@ def answer_block(kind: str, block: RecordDict, client_for: ClientFor) -> RecordD
             first = handlers.begin(answering)
             if not isinstance(first, Begun):
                 answers[i] = first
-            elif first.task.job.privacy:
+            elif apart or first.task.job.privacy:
                 answers[i] = handlers.end(answering, handlers.train_alone(first))
             else:
                 begun.append((i, answering, first))
