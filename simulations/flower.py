@@ -20,12 +20,11 @@ from queue import Queue
 from threading import Event, Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any, cast
 
-from fedlora.config import Config
+from fedlora.config import Config, why_apart
 from fedlora.deployment.processes import scratch_folder
 from fedlora.environment import configure_libraries, no_proxy
 from fedlora.errors import ConfigError, RoundFailed
 from fedlora.models.base_model import device
-from fedlora.run.setup import why_apart
 from fedlora.server.rounds import Fleet
 
 if TYPE_CHECKING:
@@ -191,7 +190,8 @@ class Flower(Thread):
 
     def _cpus(self) -> int:
         """CPUs of a worker, and its threads."""
-        return min(self._config.threads or 1, os.cpu_count() or 1)
+        asked = self._config.threads or 1
+        return asked if self._config.ray else min(asked, os.cpu_count() or 1)
 
 
 def _quiet() -> None:
