@@ -30,7 +30,9 @@ def group(model: Model, task: TrainingTask) -> Hashable:
     """What tasks must have alike to be trained in one pass; ranks, rates, steps, batches and noise may differ."""
     job = task.job
     offset = tuple(map(id, job.offset))
-    clips = (job.privacy.clip, job.privacy.head_share) if job.privacy else bool(job.example_clip)
+    clips: Hashable = bool(job.example_clip)
+    if job.privacy:
+        clips = job.privacy.clip, job.privacy.head_share, task.mechanism.clip
     return "".join(sorted(job.trains)), offset, tuple(job.start.R), clips, job.training.optimizer
 
 

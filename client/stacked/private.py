@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.client import training
+from fedlora.client.stacked import support
 from fedlora.client.stacked.adapters import Adapters
 from fedlora.client.stacked.cohort import Result, with_data
 from fedlora.client.stacked.layout import layout_of
@@ -161,6 +162,17 @@ def gradients_of_means(
     weights = torch.tensor([1 / max(model.targets([example]), 1) for example in examples], dtype=torch.float64)
     gradient, _ = rows.gradients(theta, owner, weights.to(theta), examples)
     return gradient
+
+
+def why_not(model: Model, job: Job) -> str:
+    """The sentence that says why a private job has to be trained by itself, the checks being done; empty if not."""
+    if why := support.why_not(model, job):
+        return why
+    try:
+        check_once(model, job)
+    except NotStackableError as e:
+        return str(e)
+    return ""
 
 
 def check_once(model: Model, job: Job) -> None:

@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import optimize, stats
-from torch import nn
+from torch import Tensor, nn
 
-from fedlora.encoding.encoder import Example
+from fedlora.client.stacked.layout import layout_of
+from fedlora.encoding.encoder import Example, Records
 from fedlora.jobs import Job, PrivacyTerms
+from fedlora.lora import LoRA, from_matrices
 from fedlora.models.model import Model
-from fedlora.privacy.dpsgd import Engine, Mechanism
+from fedlora.privacy.dpsgd import Engine, Mechanism, RowGradients
 from fedlora.privacy.per_sample_gradients import Gradients, Learner, PerExample
 
 from .statistics import Floats
@@ -77,6 +79,51 @@ def engine(
         return lambda m, ps: _WithCanaries(m, ps).around(own(m, ps), where, size=LOUD * privacy.clip, see=see)
 
     return made
+
+
+def rows(
+    mechanism: Mechanism,
+    job: Job,
+    where: NDArray[np.int64],
+    records: Records,
+    see: Callable[[Sequence[Example]], None] = lambda _: None,
+) -> Callable[[RowGradients], RowGradients]:
+    """Return what a client's mechanism does with the gradients of a pass, knowing the canaries among its records.
+
+    `see` is called with the client's own examples of every micro-batch.
+    """
+    assert job.privacy
+    size, columns, own = LOUD * job.privacy.clip, _columns(job), {id(e) for record in records for e in record}
+
+    def around(inner: RowGradients) -> RowGradients:
+        further = mechanism.rows(inner)
+
+        def gradients(examples: Sequence[Example], owner: Tensor) -> Tensor:
+            see([e for e in examples if id(e) in own])
+            others = [i for i, e in enumerate(examples) if not (CANARY in e and id(e) in own)]
+            found = torch.zeros(len(examples), len(columns), device=owner.device)
+            if others:
+                found[others] = further([examples[i] for i in others], owner[others]).to(found.dtype)
+            for i in set(range(len(examples))) - set(others):
+                if (number := int(examples[i][CANARY])) >= 0 and where[number] >= 0:
+                    found[i, columns[where[number]]] = size
+            return found
+
+        return gradients
+
+    return around
+
+
+def _columns(job: Job) -> NDArray[np.int64]:
+    """The column, in the rows of a pass, of every number that the job trains, in the order of `places`."""
+    numbered, begin = [], 0
+    for side in job.trains:
+        for module, t in job.start.side(side).items():
+            numbered.append((side, module, torch.arange(begin, begin + t.numel()).view(t.shape)))
+            begin += t.numel()
+    layout = layout_of([job.start], job.trains)
+    order = layout.flat(from_matrices(numbered), LoRA(), torch.float64)[: layout.trained]
+    return np.argsort(order.numpy())
 
 
 class _WithCanaries:

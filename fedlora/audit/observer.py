@@ -4,7 +4,7 @@ A step begins where the mechanism draws its records. What the adapter is then, l
 the noisy sum that the step before followed, whatever the mechanism says of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -84,6 +84,7 @@ class StepObserver:
     records: Records
     unit: float  # the noisy sum over the change that it makes
     steps: list[ObservedStep] = field(default_factory=list)
+    after: LoRA = field(default_factory=LoRA)  # the client's adapter when the job is done
     dropout_seed: int = 0  # of torch's generator, which dropout draws from, when the first step begins
 
     def on(self, mechanism: Mechanism, where: NDArray[np.int64]) -> Mechanism:
@@ -91,24 +92,35 @@ class StepObserver:
         self._number = {id(e): i for i, record in enumerate(self.records) for e in record}
         self._times = np.zeros(len(self.records), dtype=np.int64)
         self._before: LoRA | None = None
+        self._read: Callable[[], LoRA] = self.model.get_adapter
 
         def draw(numbers: Any, n: int, rate: float) -> list[int]:
             self._begin()
             return mechanism.draw(numbers, n, rate)
 
-        return replace(mechanism, draw=draw, engine=canaries.engine(mechanism, where, self._see))
+        return replace(
+            mechanism,
+            draw=draw,
+            engine=canaries.engine(mechanism, where, self._see),
+            rows=canaries.rows(mechanism, self.job, where, self.records, self._see),
+            watch=self._watch,
+        )
+
+    def _watch(self, read: Callable[[], LoRA]) -> None:
+        self._read = read
 
     def finish(self) -> None:
         """Observe the last step, once the job is done."""
         if self._before is not None:
             self._end()
+        self.after = self._read()
 
     def _begin(self) -> None:
         if self._before is None:
             self.dropout_seed = torch.initial_seed()
         else:
             self._end()
-        self._before = self.model.get_adapter()
+        self._before = self._read()
         self._times = np.zeros(len(self.records), dtype=np.int64)
 
     def _see(self, examples: Sequence[Example]) -> None:
@@ -117,7 +129,7 @@ class StepObserver:
 
     def _end(self) -> None:
         assert self._before is not None
-        sums = {key: self.unit * t for key, t in moved(self.model.get_adapter(), self._before, self.job.trains)}
+        sums = {key: self.unit * t for key, t in moved(self._read(), self._before, self.job.trains)}
         most = max(1, LOOK // len(sums))
         first = np.concatenate([t.flatten()[:most].numpy() for t in sums.values()])
         squares = {key: (float((t * t).sum()), t.numel()) for key, t in sums.items()}

@@ -49,7 +49,7 @@ def noise(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[
     yield statistics.same_size_in_every_step("noise", steps, deviation=p.noise * p.clip)
     yield from _compared(seen, again)
     yield _asked_twice(again)
-    yield _dropout([*seen, *again])
+    yield _dropout([x for x in (*seen, *again) if x.client == 0 or not setting.stacked])  # one seed is a whole pass's
 
 
 def training(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[Finding]:

@@ -1,18 +1,19 @@
 """T1 of record-level privacy: without noise, how far does one record more or less move the sum of a step?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from fedlora.client import training as local_training
+from fedlora.client.stacked import together
+from fedlora.client.training import TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
 from fedlora.messages.sketch import select_rows
 from fedlora.privacy import preflight
-from fedlora.privacy.dpsgd import Mechanism
+from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.noise import SecureRandom
 from fedlora.sections import Training
 from fedlora.seeds import seeded
@@ -27,6 +28,7 @@ LEAST_CLIP = 1e-12  # for gradients of zero
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the gradients' norms, at which the clip is set in turn
 MEDIAN = (0.5,)
 MICRO = 3  # records of a micro-batch, of which there are then several
+COMPANY = 8  # times another client's records in one pass
 MANY = 20  # micro-batches of canaries
 
 
@@ -99,9 +101,11 @@ def _largest_change(
     """
 
     def step(those: Sequence[Example], clip: float, unit: float) -> Floats:
-        return _step(setting, job, mechanism, those, clip=clip, unit=unit, batch_size=batch_size)
+        """Of all clients of the step, end to end: no other client's sum may change either."""
+        return np.concatenate(_step(setting, job, mechanism, those, clip=clip, unit=unit, batch_size=batch_size))
 
-    norms = [float(np.linalg.norm(step([e], NO_CLIP, 1.0))) for e in records]
+    alone = [_step(setting, job, mechanism, [e], clip=NO_CLIP, unit=1.0, batch_size=batch_size)[0] for e in records]
+    norms = [float(np.linalg.norm(own)) for own in alone]
 
     def over(clip: float) -> float:
         whole = step(records, clip, clip)
@@ -121,14 +125,16 @@ def _clip_at(quantile: float, norms: Sequence[float]) -> float:
 
 def _every_record(setting: RecordLevelSetting, jobs: Sequence[Job], mechanism: Mechanism) -> Finding:
     """T1: of many canaries, in batches of several sizes, does any move its own number by more than the clip?"""
-    most, sizes = 0.0, sorted({MICRO, setting.config.train.batch_size, setting.canaries})
+    cut = set[int]() if setting.stacked else {MICRO, setting.config.train.batch_size}  # a pass is cut by its lengths
+    most, sizes = 0.0, sorted(cut | {setting.canaries})
     for job in jobs:
         for size in sizes:
             count = min(setting.canaries, MANY * size)
             where = canaries.places(job, count, setting.seed)
-            known = replace(mechanism, engine=canaries.engine(mechanism, where))
             everyone = canaries.examples([True] * count)
-            parts = _step(setting, job, known, everyone, clip=1.0, unit=1.0, batch_size=size)
+            rows = canaries.rows(mechanism, _one_step(setting, job, 1.0), where, [everyone])
+            known = replace(mechanism, engine=canaries.engine(mechanism, where), rows=rows)
+            parts = _step(setting, job, known, everyone, clip=1.0, unit=1.0, batch_size=size)[0]
             most = max(most, float(np.abs(parts).max()))
     return Finding(
         name="T1 sensitivity, every place",
@@ -150,15 +156,31 @@ def _step(
     clip: float,
     unit: float,
     batch_size: int,
-) -> Floats:
-    """Return the sum of the gradients that one step over these records followed, over `unit`, times `unit`."""
-    privacy = replace(setting.privacy, clip=clip, steps=1, rate=1.0)
-    plain = Training(optimizer="sgd", lr=len(records) / unit, batch_size=batch_size)
-    with preflight.no_dropout(setting.model.net.train()):
-        local_training.train_privately(
-            setting.model, replace(job, privacy=privacy, training=plain), 0, [[e] for e in records], LoRA(), mechanism
+) -> list[Floats]:
+    """Return the sums of the gradients that one step of each client followed, over `unit`, times `unit`.
+
+    The first client has these records. Where clients train in one pass there is another in it, for micro-batches of
+    `MICRO` with so many records of its own that the pass is cut into several.
+    """
+    tasks, seen = [], list[Callable[[], LoRA]]()
+    others = [setting.made_up(1) * (COMPANY if batch_size == MICRO else 1)] if setting.stacked else []
+    for client, own in enumerate([records, *others]):
+        plain = Training(optimizer="sgd", lr=len(own) / unit, batch_size=batch_size)
+        wanted = replace(_one_step(setting, job, clip), training=plain)
+        own_mechanism = mechanism if client == 0 else replace(mechanism, rows=STANDARD.rows)  # it has no canaries
+        watched = replace(own_mechanism, watch=seen.append)
+        tasks.append(
+            TrainingTask(client=client, job=wanted, kept=LoRA(), records=[[e] for e in own], mechanism=watched)
         )
-    return -as_vector(dict(moved(setting.model.get_adapter(), job.start, job.trains))) * unit
+    with preflight.no_dropout(setting.model.net.train()):
+        for _, outcome in together.perform(setting.model, tasks, warn=lambda _: None):
+            if isinstance(outcome, Exception):
+                raise outcome
+    return [-as_vector(dict(moved(read(), job.start, job.trains))) * unit for read in seen]
+
+
+def _one_step(setting: RecordLevelSetting, job: Job, clip: float) -> Job:
+    return replace(job, privacy=replace(setting.privacy, clip=clip, steps=1, rate=1.0))
 
 
 def _everyone(_random: SecureRandom, n: int, _rate: float) -> list[int]:

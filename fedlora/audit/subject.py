@@ -8,7 +8,7 @@ the strategy on the server are left out, as they see no more than clients send. 
 as if the server saw each update.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -19,25 +19,29 @@ import torch
 
 from fedlora.client import handlers
 from fedlora.client.runner import JobRunner
+from fedlora.client.stacked import private
 from fedlora.config import Config
 from fedlora.data import federated
 from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.encoder import Example
 from fedlora.errors import Failure, PrivacyError
-from fedlora.jobs import Client, Job, PrivacyTerms, Update
+from fedlora.jobs import Client, Job, PrivacyTerms, SecAggStep, Update
 from fedlora.lora import LoRA
 from fedlora.messages.sketch import select_rows
+from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.record_level import RecordLevelDP, record_level_dp
 from fedlora.run.compose import compose
 from fedlora.run.plan import Plan
+from fedlora.run.setup import engine_of
 from fedlora.sections import AggregateConfig, Training
 from fedlora.seeds import derive, seeded
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
+from fedlora.simulations.stacked import Stacked
 from fedlora.storage.client_state import ClientState
 from fedlora.strategy import Strategy
 
@@ -91,6 +95,7 @@ class RecordLevelSetting:
     strategy: Strategy[Any]
     dp: RecordLevelDP
     canaries: int
+    stacked: bool  # do clients train in one pass?
     seed: int = 0
 
     @property
@@ -112,6 +117,7 @@ class RecordLevelSetting:
         """Return the numbers of the audit's own plan, for its findings."""
         p = self.privacy
         plan = {"noise": p.noise, "rate": p.rate, "steps": p.steps, "delta": p.delta, "rounds": self.dp.rounds}
+        plan["stacked"] = self.stacked
         return plan | {"records": self.records, "canaries": self.canaries}
 
     def plan(self, records: int, rounds: int = ROUNDS) -> Plan:
@@ -147,9 +153,11 @@ def record_level_setting(config: Config, seed: int = 0) -> RecordLevelSetting:
     first = strategy.client_init(strategy.init(start), _client(config, records=1))
     trained = first.start.only(first.trains).numel()
     count = int(min(CANARIES, canaries.room(first), ROOM / (RATE * ROUNDS * STEPS * trained)))
-    setting = RecordLevelSetting(config, model, start, strategy, _short_plan_dp(config, RECORDS + count), count, seed)
-    preflight.check_once(model, replace(select_rows(first), privacy=setting.privacy))
-    return setting
+    dp = _short_plan_dp(config, RECORDS + count)
+    setting = RecordLevelSetting(config, model, start, strategy, dp, count, stacked=False, seed=seed)
+    job = replace(select_rows(first), privacy=setting.privacy)
+    preflight.check_once(model, job)
+    return replace(setting, stacked=engine_of(config) == "stacked" and not private.why_not(model, job))
 
 
 def _client(config: Config, *, records: int) -> Client:
@@ -183,8 +191,8 @@ def play(
     return fleet.seen
 
 
-class _Observed(Serial):
-    """Two clients in this process, whose work is observed."""
+class _Observed:
+    """Two clients in this process, whose work is observed, by the engine of the run."""
 
     def __init__(
         self,
@@ -195,45 +203,64 @@ class _Observed(Serial):
         *,
         asked_twice: bool,
     ) -> None:
-        ranks = [setting.config.lora.rank] * len(clients_data)
-        super().__init__(setting.model, clients_data, ranks, folder, make=lambda i, *_: self._observed_runners[i])
-        self._observed_runners: dict[int, JobRunner] = {}
+        ranks, kind = [setting.config.lora.rank] * len(clients_data), Stacked if setting.stacked else Serial
+        self._fleet = kind(setting.model, clients_data, ranks, folder, make=lambda i, *_: self._runners[i])
+        self._runners: dict[int, JobRunner] = {}
+        self.traffic, self._clients_data = self._fleet.traffic, clients_data
         self.seen: list[ObservedRound] = []
         self._setting, self._subject, self._folder, self._asked_twice = setting, subject, folder, asked_twice
 
-    def train(self, jobs: Mapping[int, Job]) -> Answers:
-        for i, job in jobs.items():
-            before = ClientState(self._folder / str(i)).before(job.round).over(job.start)
-            answer, observer = self._ask(i, job)
-            observed = self._observed(i, job, before, answer, observer)
-            self.seen.append(replace(observed, again=self._again(i, job, answer) if self._asked_twice else None))
-            yield i, answer
+    def clients(self) -> Sequence[Client]:
+        """The clients, with their counts and ranks."""
+        return self._fleet.clients()
 
-    def _ask(self, i: int, job: Job) -> tuple[Update, StepObserver]:
-        """Have a client do a job under observation, by a job runner of its own, as after a start."""
-        client_data = self._clients.clients_data[i]
-        observer = StepObserver(self._model, job, client_data.records, self._unit(i, job))
+    def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
+        """Have each client do its step of secure aggregation."""
+        return self._fleet.ask(asks)
+
+    def evaluate(self, jobs: Mapping[int, Job]) -> Mapping[int, Metrics | Failure]:
+        """Measure the model of every job on its client's held-out examples."""
+        return self._fleet.evaluate(jobs)
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        """Run every job under observation; where jobs are asked twice, after all have been answered once."""
+        before = {i: ClientState(self._folder / str(i)).before(job.round).over(job.start) for i, job in jobs.items()}
+        rounds = {i: self._observed(i, jobs[i], before[i], answer, by) for i, answer, by in self._ask(jobs)}
+        for i, job in jobs.items():
+            again = self._again(i, job, rounds[i].answer) if self._asked_twice else None
+            self.seen.append(replace(rounds[i], again=again))
+            yield i, rounds[i].answer
+
+    def _ask(self, jobs: Mapping[int, Job]) -> Iterator[tuple[int, Update, StepObserver]]:
+        """Have clients do their jobs under observation, each by a job runner of its own, as after a start."""
+        observers = {i: self._observer(i, job) for i, job in jobs.items()}
+        for i, answer in self._fleet.train(jobs):
+            observers[i].finish()
+            if isinstance(answer, Failure):
+                raise PrivacyError(f"client {i} refused in round {jobs[i].round + 1}: {answer.reason}")
+            yield i, answer, observers[i]
+
+    def _observer(self, i: int, job: Job) -> StepObserver:
+        """What observes the next job of a client."""
+        client_data = self._clients_data[i]
+        observer = StepObserver(self._setting.model, job, client_data.records, self._unit(i, job))
         where = canaries.places(job, self._setting.canaries, self._setting.seed)
         mechanism = observer.on(self._subject.mechanism, where)
-        self._observed_runners[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
-        ((_, answer),) = super().train({i: job})
-        observer.finish()
-        if isinstance(answer, Failure):
-            raise PrivacyError(f"client {i} refused in round {job.round + 1}: {answer.reason}")
-        return answer, observer
+        self._runners[i] = self._subject.runner(i, client_data, self._folder / str(i), mechanism=mechanism)
+        return observer
 
     def _unit(self, i: int, job: Job) -> float:
         """The noisy sum of a step over the change that the step makes."""
-        return -self._setting.privacy.rate * len(self._clients.clients_data[i].records) / job.training.lr
+        return -self._setting.privacy.rate * len(self._clients_data[i].records) / job.training.lr
 
     def _observed(self, i: int, job: Job, before: LoRA, answer: Update, observer: StepObserver) -> ObservedRound:
-        """What the client did to the model, whatever it reports."""
-        unit = self._unit(i, job)
+        """What a client did to its adapter, whatever it reports."""
+        unit = observer.unit
         return ObservedRound(
             client=i,
             job=job,
             answer=answer,
-            sums={key: unit * t for key, t in moved(self._model.get_adapter(), before, job.trains)},
+            sums={key: unit * t for key, t in moved(observer.after, before, job.trains)},
             visible={key: unit * t for key, t in visible(answer.lora, job)},
             steps=observer.steps,
             dropout_seed=observer.dropout_seed,
@@ -241,7 +268,7 @@ class _Observed(Serial):
         )
 
     def _again(self, i: int, job: Job, answer: Update) -> AnswerAgain:
-        second, observer = self._ask(i, job)
+        ((_, second, observer),) = self._ask({i: job})
         return AnswerAgain(
             same=_is_same(answer.lora, second.lora),
             steps=len(observer.steps),

@@ -58,14 +58,15 @@ COUNTS = {
     "T5": client_level.draws,
 }
 ATTACKED = ["no clipping", "noise divided by the root of the batch", "one seed for the noise of all clients"]
+TOGETHER = ["each tensor clipped by itself", "one side without noise", "dropout seeded for all"]
 CROWD = ["--dp-level", "client", "--dp-noise", "1"]  # noise that is given need not be reckoned out first
 BY_NAME = {c.name: c for c in planted_bugs.RECORD}
 
 
 @cache
 def staged(kind: Kind = "bert", **given: Any) -> RecordLevelSetting:
-    """What `fedlora audit` builds, on a tiny model of a kind."""
-    settings = {key.replace("__", "."): value for key, value in given.items()}
+    """What `fedlora audit` builds, on a tiny model of a kind, for clients that train one after another."""
+    settings = {"engine": "serial"} | {key.replace("__", "."): value for key, value in given.items()}
     path = {"model.path": small_model(kind).config.path}
     return subject.record_level_setting(configuration.build(report.EPSILON, report.EMBEDDED, path, settings))
 
@@ -82,17 +83,26 @@ def failed(findings: Iterator[Finding]) -> list[str]:
     return [f.name for f in findings if not f.passed]
 
 
+@pytest.mark.parametrize("engine", ["stacked", "serial"])
 @pytest.mark.parametrize("look", record_level.TESTS)
 def test_a_sound_product_passes(
-    look: Callable[[RecordLevelSetting, subject.RecordLevelSubject], Iterator[Finding]],
+    look: Callable[[RecordLevelSetting, subject.RecordLevelSubject], Iterator[Finding]], engine: str
 ) -> None:
-    assert failed(look(staged(), SOUND)) == []
+    here = staged(engine=engine)
+    assert here.stacked == (engine == "stacked")
+    assert failed(look(here, SOUND)) == []
 
 
 @pytest.mark.parametrize("control", planted_bugs.RECORD, ids=lambda c: c.name)
 def test_a_planted_bug_is_caught_by_its_test(control: PlantedBug) -> None:
     found = failed(LOOKS[control.caught_by[:2]](staged(), control.plant(staged())))
     assert any(name.startswith(control.caught_by) for name in found)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_bug_planted_in_one_pass_over_all_clients_is_caught_too(name: str) -> None:
+    here, control = staged(engine="stacked"), BY_NAME[name]
+    assert control.is_caught(failed(LOOKS[control.caught_by[:2]](here, control.plant(here))))
 
 
 @pytest.mark.parametrize("name", ATTACKED)
@@ -127,6 +137,11 @@ def test_what_is_trained_is_seen_whatever_a_strategy_sends(strategy: str, looks:
     option = {"option__assignment": "keep"} if strategy == "fedex_lora" else {}
     here = staged(strategy=strategy, **option)
     assert [f for look in looks for f in failed(look(here, SOUND))] == []
+
+
+def test_clients_that_go_on_from_factors_of_their_own_are_audited_in_one_pass() -> None:
+    here = staged(strategy="fedex_lora", option__assignment="keep", engine="stacked")
+    assert here.stacked and failed(record_level.training(here, SOUND)) == []
 
 
 @pytest.mark.parametrize("given", [{"model.head": "frozen"}, {"dp.engine": "one", "lora.kind": "dora"}], ids=str)
