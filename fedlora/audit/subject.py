@@ -20,7 +20,7 @@ import torch
 from fedlora.client import handlers
 from fedlora.client.runner import JobRunner
 from fedlora.client.stacked import private
-from fedlora.config import Config
+from fedlora.config import Config, engine_of
 from fedlora.data import federated
 from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.encoder import Example
@@ -35,7 +35,6 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.record_level import RecordLevelDP, record_level_dp
 from fedlora.run.compose import compose
 from fedlora.run.plan import Plan
-from fedlora.run.setup import engine_of
 from fedlora.sections import AggregateConfig, Training
 from fedlora.seeds import derive, seeded
 from fedlora.server.aggregation import Answers
