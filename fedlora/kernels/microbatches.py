@@ -20,8 +20,8 @@ Zen 3, float32, forward and backward, milliseconds):
     | SmolLM2-135M             | 283                 | 7.5          | 37 to 46           |
 
 A processor's cost of a micro-batch grows with the network as its cost of a token does, so their ratio hardly changes;
-and micro-batches of more than a thousand tokens are no faster there, as what they compute leaves the cache. On a GPU
-the cost of a micro-batch is that of starting its kernels: LAUNCHES for each linear layer there is.
+and on a Zen 4 those of the embedded Llama were no faster with more than a thousand tokens. On a GPU the cost of a
+micro-batch is taken to be that of starting its kernels, LAUNCHES for each linear layer; none has been measured.
 """
 
 from collections.abc import Iterator, Sequence
