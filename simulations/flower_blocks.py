@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from uuid import uuid4
 
@@ -59,7 +60,7 @@ def answer_block(kind: str, block: RecordDict, client_for: ClientFor, *, apart: 
         for i, content in unpack(block).items():
             if isinstance(content, str):
                 continue
-            answering = handlers.answering(kind, content, lambda message, i=i: client_for(i, message), tells_all=True)
+            answering = handlers.answering(kind, content, partial(client_for, i), tells_all=True)
             opened.enter_context(closing(answering))
             first = handlers.begin(answering)
             if not isinstance(first, Begun):
