@@ -74,7 +74,7 @@ def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
     if not tasks:
         return []
     cohort, job = Cohort(model, tasks), tasks[0].job
-    with cohort.adapters.training(model, dropout_seed=derive(job.seed, "dropout of many", job.round)):
+    with cohort.adapters.training(model, dropout_seed=derive(job.seed, "dropout of many", tasks[0].client, job.round)):
         for step in range(max(cohort.adapters.steps)):
             cohort.step(step)
     return cohort.results()
