@@ -1,6 +1,6 @@
 """Seeds for every purpose: no draw depends on draws before it, so any engine and a resumed run draw alike."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 
@@ -19,3 +19,16 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def rewinding(device: torch.device) -> Callable[[], None]:
+    """A function that puts torch's generators, of the CPU and of this device, back to where they are now."""
+    cpu = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return rewind

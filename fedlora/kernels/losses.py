@@ -32,6 +32,7 @@ from fedlora.lora import at_least_float32
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.models.objectives import DPO, Tokens
+from fedlora.seeds import rewinding
 
 from .replaced import forward_of
 
@@ -133,7 +134,7 @@ def _learned(model: Model, batch: Mapping[str, Tensor]) -> Learned | None:
         return None
     targets = _aligned(model, batch["labels"])  # (rows, tokens)
     places = (targets.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU, where a batch is collated
-    device = model.device
+    device, rewind = model.device, rewinding(model.device)
     at, states = places.to(device), list[Tensor]()
 
     def only_learned(x: Tensor) -> Tensor:
@@ -144,6 +145,7 @@ def _learned(model: Model, batch: Mapping[str, Tensor]) -> Learned | None:
         returned = _returned(model, batch)
     if len(states) != 1 or returned is not states[0]:
         _refused.add(net)
+        rewind()  # what dropout drew, so that a resumed run, whose process finds this out anew, has the same bits
         return None
     rows, length = targets.shape
 
@@ -159,7 +161,7 @@ def _returned(model: Model, batch: Mapping[str, Tensor]) -> Tensor | None:
     """What the network returns as scores; None if it cannot do with fewer than it is used to."""
     try:
         return model.outputs(batch)
-    except RuntimeError:  # of shapes that do not fit what is done to scores after the output layer
+    except (RuntimeError, IndexError, ValueError):  # of shapes unfit for what comes after the output layer
         return None
 
 

@@ -146,3 +146,30 @@ def test_in_half_precision_losses_are_summed_in_float32(tmp_path: Path) -> None:
         found, plain = example_losses(model, batch), plain_losses(model, batch, len(ANSWERS))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, plain, rtol=2e-2, atol=1e-2)
+
+
+def test_a_network_that_is_refused_has_drawn_no_dropout_for_it(tmp_path: Path) -> None:
+    """So a run that is resumed, whose process finds this out anew, goes on with the same bits."""
+    model, examples = bart(tmp_path)
+    batch, found = model.encoder.collate(examples), list[Tensor]()
+    model.begin_training()
+    for _ in range(2):
+        with seeded(0), torch.no_grad():
+            found.append(example_losses(model, batch))
+    assert torch.equal(*found)
+
+
+def test_a_network_that_takes_its_scores_apart_is_computed_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, examples = answers(tmp_path)
+    batch, forward = model.encoder.collate(examples), model.net.forward
+
+    def without_the_last_word(**inputs: Any) -> Any:
+        found = forward(**inputs)
+        found.logits = found.logits[:, :, :-1]  # rows, tokens, words
+        return found
+
+    monkeypatch.setattr(model.net, "forward", without_the_last_word)
+    model.net.eval()
+    torch.testing.assert_close(example_losses(model, batch), plain_losses(model, batch, len(examples)))
