@@ -6,6 +6,7 @@ step to do keeps its row and its moments.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import log
 from typing import Protocol
 
 import torch
@@ -90,8 +91,8 @@ class AdamW:
             square.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
             if self._decays:
                 theta.mul_(1 - rates * decay)
-            size = square.sqrt().div_((1 - BETA2**t).sqrt()).add_(EPSILON)
-            theta.sub_(torch.div(mean, size, out=size).mul_(rates / (1 - BETA1**t)))
+            size = square.sqrt().div_(_begun(BETA2, t).sqrt()).add_(EPSILON)
+            theta.sub_(torch.div(mean, size, out=size).mul_(rates / _begun(BETA1, t)))
 
 
 class SGD:
@@ -107,6 +108,11 @@ class SGD:
         with _changed(places, theta, self._velocity) as (theta, velocity):
             velocity.mul_(momentum).add_(g).addcmul_(decay, theta)
             theta.sub_(velocity * rates)
+
+
+def _begun(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t, a moment's share after t steps from zero; in float32 1 - 0.999 itself would be 1e-5 off."""
+    return torch.expm1(t * log(beta)).neg_()
 
 
 def _rows(matrix: Tensor, places: Tensor) -> Tensor:
