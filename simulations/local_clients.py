@@ -1,6 +1,6 @@
 """The clients of a run on this machine: what each has, and what each does by itself, whatever engine trains them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,15 +54,12 @@ class LocalClients:
         except SecureError as e:
             return Failure.because_of(e)
 
-    def own_models(self, jobs: Mapping[int, Job], traffic: PartTracker) -> list[EvaluationTask]:
-        """Each job's model, with what its client keeps, and that client's held-out examples."""
+    def own_models(self, jobs: Mapping[int, Job], traffic: PartTracker) -> Iterator[EvaluationTask]:
+        """Yield each job's model, with what its client keeps, and that client's held-out examples."""
         parts = Parts()
         for i, job in jobs.items():
             send(traffic, parts, i, job)
-        return [
-            EvaluationTask(job, self.clients_data[i].heldout, self.kept(i, before=job.round + 1))
-            for i, job in jobs.items()
-        ]
+            yield EvaluationTask(job, self.clients_data[i].heldout, self.kept(i, before=job.round + 1))
 
 
 def send(traffic: PartTracker, parts: Parts, client: int, job: Job) -> str:

@@ -27,8 +27,6 @@ from fedlora.models.model import Model
 from fedlora.server.aggregation import Answers
 from fedlora.simulations.local_clients import REFUSALS, LocalClients, MakeRunner, send
 
-MOST_BYTES = 4 * 2**30  # of the numbers that the clients of a block train, and all that is kept for each
-BYTES = 24  # for a number: itself, its start, its gradient, two moments, and the job's own
 MOST_CLIENTS = 256  # in a block: a private one holds an open file
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,7 +51,7 @@ class _Block:
 
     def has_room(self, job: Job, ledger: Path | None) -> bool:
         """May this job begin before the others end? Not where it would wait for a ledger that one of them holds."""
-        most = MOST_BYTES // (BYTES * max(1, job.start.only(job.trains).numel()))
+        most = together.MOST_BYTES // together.memory(job)
         return ledger not in self.ledgers and len(self.jobs) < max(1, min(most, MOST_CLIENTS))
 
 

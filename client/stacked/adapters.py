@@ -10,7 +10,7 @@ from fedlora.client import training
 from fedlora.client.stacked import optimizers
 from fedlora.client.stacked.layout import Layout, layout_of
 from fedlora.client.stacked.optimizers import column
-from fedlora.client.stacked.row_pass import RowPass
+from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
@@ -26,6 +26,7 @@ class Adapters:
         """`steps` are those that each client will take in this round."""
         self._tasks, self._jobs, self.steps = tasks, [task.job for task in tasks], steps
         self._starts, self._taken = zip(*(training.start_of(t.job, t.kept) for t in tasks), strict=True)
+        check_starts(model, self._starts)
         self.layout = layout_of(self._starts, self._jobs[0].trains, self._taken)
         dtype = model.adapter_dtype
         rows = [self.layout.flat(*pair, dtype) for pair in zip(self._starts, self._taken, strict=True)]
@@ -92,6 +93,19 @@ class Adapters:
         """The update and the kept sides of the client at this place."""
         job, taken = self._tasks[place].job, self._taken[place]
         return training.make_update(job, self.lora(place), taken, examples, loss)
+
+
+def check_starts(model: Model, starts: Sequence[LoRA]) -> None:
+    """Raise `StrategyError` for a start that the model cannot take.
+
+    Raises `NotStackableError` for one without a side that the model has: it keeps there what it held before, which may
+    differ from client to client.
+    """
+    for start in starts:
+        model.check_fit(start)
+        lacking = [side for side in "ABH" if model.modules(side) and not start.side(side)]
+        if lacking:
+            raise NotStackableError(f"jobs bring no side {lacking[0]} of the adapter, and leave it as the model has it")
 
 
 def most_rows(layout: Layout, theta: Tensor) -> int:

@@ -1,13 +1,14 @@
 """The held-out scores of many clients' own models, in one pass over the examples of all of them."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 
 from fedlora.client import training
-from fedlora.client.stacked.adapters import most_rows
+from fedlora.client.stacked.adapters import check_starts, most_rows
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.stacked.support import why_not
@@ -20,8 +21,25 @@ from fedlora.models.model import Model
 MOST_BYTES = 2 * 2**30  # of the adapters that are held at once
 
 
-def evaluate(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
+def evaluate(model: Model, tasks: Iterable[EvaluationTask]) -> list[Metrics]:
     """The metrics of every task, as `training.evaluate` finds them one by one."""
+    return list(chain.from_iterable(_evaluated(model, portion) for portion in _portions(tasks)))
+
+
+def _portions(tasks: Iterable[EvaluationTask]) -> Iterator[list[EvaluationTask]]:
+    """Yield the tasks in order, so many at a time that what their clients keep is in memory together."""
+    portion, held = list[EvaluationTask](), 0
+    for task in tasks:
+        portion.append(task)
+        held += 4 * task.kept.numel()
+        if held >= MOST_BYTES:
+            yield portion
+            portion, held = [], 0
+    if portion:
+        yield portion
+
+
+def _evaluated(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
     found: dict[int, Metrics] = {}
     for places in _blocks(model, tasks):
         found |= zip(places, _together(model, [tasks[i] for i in places]), strict=True)
@@ -34,7 +52,8 @@ def _blocks(model: Model, tasks: Sequence[EvaluationTask]) -> Iterator[list[int]
     for i, task in enumerate(tasks):
         groups[tuple(map(id, task.job.offset)), tuple(task.job.start.R)].append(i)
     for places in groups.values():
-        numbers = 2 * tasks[places[0]].job.start.numel()  # twice, of clients that resume
+        starts = {id(tasks[i].job.start): tasks[i].job.start for i in places}.values()
+        numbers = 2 * max(start.numel() for start in starts)  # all take what the highest rank does; twice, to resume
         size = max(1, MOST_BYTES // max(1, 4 * numbers))
         yield from (places[i : i + size] for i in range(0, len(places), size))
 
@@ -57,6 +76,7 @@ def _stacked(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
     """The metrics of these tasks in one pass, every row with the adapter of its client."""
     jobs = [task.job for task in tasks]
     starts, taken = zip(*(training.start_of(task.job, task.kept) for task in tasks), strict=True)
+    check_starts(model, starts)
     layout = layout_of(starts, "", taken)
     flat = [layout.flat(*pair, model.adapter_dtype) for pair in zip(starts, taken, strict=True)]
     theta = torch.stack(flat).to(model.device)

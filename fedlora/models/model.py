@@ -176,6 +176,15 @@ class Model:
             for name, p in self._sides[letter].items():
                 p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
 
+    def check_fit(self, lora: LoRA) -> None:
+        """Raise `StrategyError` where `set_adapter` would for these matrices of A, B and H, and for unlike ranks."""
+        for letter in "ABH":
+            given = lora.side(letter)
+            for name in self._sides[letter] if given else ():
+                self._fitting(letter, name, given)
+        for name in lora.A.keys() & lora.B.keys() if self.kind != "vera" else ():
+            _check_ranks(name, lora.A[name], lora.B[name])
+
     def keep_offset_beside(self) -> None:
         """Let offsets be computed beside the pretrained weights, and none be folded into them, from here on."""
         self.offset.set(())
@@ -287,8 +296,7 @@ class Model:
         self._sides["R"] = {}
         for name, layer in self.adapted.items():
             a, b = layer.lora_A[NAME], layer.lora_B[NAME].weight
-            if a.weight.shape[0] != b.shape[1]:
-                raise StrategyError(f"{name}: A {tuple(a.weight.shape)} and B {tuple(b.shape)} have different ranks")
+            _check_ranks(name, a.weight, b)
             layer.scaling[NAME] = self.scales[name] * gain.get(name, 1.0)
             layer.lora_R = None
             if name in cores:
@@ -307,6 +315,11 @@ class Model:
         got = tuple(given[name].shape) if name in given else "nothing"
         free = "" if letter == "H" or self.kind == "vera" else ", of any rank"
         raise StrategyError(f"{letter} of {name}: got {got}, the model takes {tuple(wanted)}{free}")
+
+
+def _check_ranks(name: str, a: Tensor, b: Tensor) -> None:
+    if a.shape[0] != b.shape[1]:
+        raise StrategyError(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} have different ranks")
 
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy
+from fedlora.client.stacked import together
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure
 from fedlora.jobs import Job, PrivacyTerms, Update
@@ -18,7 +19,6 @@ from fedlora.lora import LoRA, map_factors
 from fedlora.run.plan import Plan, RoundResult
 from fedlora.sections import MessageConfig, SecureConfig, Training
 from fedlora.server.rounds import Fleet, fit
-from fedlora.simulations import stacked
 from fedlora.simulations.serial import Serial
 from fedlora.simulations.stacked import Stacked
 from fedlora.strategies.fedavg import FedAvg
@@ -90,7 +90,7 @@ def updates(fleet: Stacked, asked: dict[int, Job]) -> dict[int, Update]:
 def test_blocks_of_any_size_come_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with in_float64(SMALL.model):
         whole = updates(Stacked(SMALL.model, SMALL.clients, RANKS, tmp_path / "a"), jobs())
-        monkeypatch.setattr(stacked, "MOST_BYTES", 0)  # one client at a time
+        monkeypatch.setattr(together, "MOST_BYTES", 0)  # one client at a time
         each = updates(Stacked(SMALL.model, SMALL.clients, RANKS, tmp_path / "b"), jobs())
     assert max(furthest(whole[i].lora, each[i].lora) for i in whole) < 1e-7
 

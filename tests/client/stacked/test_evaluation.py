@@ -7,10 +7,13 @@ import pytest
 
 from fedlora.checks.small_models import KINDS, Kind, SmallModel, small_model
 from fedlora.client import training
+from fedlora.client.stacked import evaluation
 from fedlora.client.stacked.evaluation import evaluate
 from fedlora.client.training import EvaluationTask
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
+from fedlora.metrics import Metrics
+from fedlora.models.model import Model
 from tests.support.float64 import in_float64
 from tests.support.models import random_adapter
 
@@ -73,3 +76,30 @@ def test_what_cannot_be_stacked_is_measured_one_by_one() -> None:
     starts = [random_adapter(small.model, seed) for seed in range(3)]
     tasks = [EvaluationTask(Job(start), d.heldout, NOTHING) for start, d in zip(starts, small.clients, strict=True)]
     check(small, [replace(task) for task in tasks])
+
+
+def test_of_what_clients_keep_little_is_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, sizes = small_model("bert"), list[int]()
+    tasks = tasks_of(small, Job(random_adapter(small.model, 9), shares="AH"), own(small, "B"))
+    whole, evaluated = evaluate(small.model, tasks), evaluation._evaluated
+
+    def counted(model: Model, some: Sequence[EvaluationTask]) -> list[Metrics]:
+        sizes.append(len(some))
+        return evaluated(model, some)
+
+    monkeypatch.setattr(evaluation, "_evaluated", counted)
+    monkeypatch.setattr(evaluation, "MOST_BYTES", 1)
+    found = evaluate(small.model, iter(tasks))
+    assert sizes == [1, 1, 1]
+    for one, other in zip(whole, found, strict=True):
+        assert other.values() == pytest.approx(one.values(), rel=1e-5)
+
+
+def test_blocks_have_room_for_the_highest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = small_model("llama")
+    starts = [random_adapter(small.model, seed, rank) for seed, rank in enumerate((1, 1, 3))]
+    tasks = [
+        EvaluationTask(Job(start), data.heldout, NOTHING) for start, data in zip(starts, small.clients, strict=True)
+    ]
+    monkeypatch.setattr(evaluation, "MOST_BYTES", 8 * starts[2].numel())
+    assert list(evaluation._blocks(small.model, tasks)) == [[0], [1], [2]]
