@@ -6,7 +6,7 @@ travel together, one to each worker, and the worker trains its clients in one pa
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from fedlora.client import handlers
 from fedlora.client.handlers import Answering, Begun, ClientContext
 from fedlora.client.stacked import together
+from fedlora.client.stacked.together import Outcome
 from fedlora.messages.envelope import RawMessage
 
 BLOCK = 64  # clients in a message at most: their updates are all in memory before they are sent
@@ -75,11 +76,22 @@ def answer_block(kind: str, block: RecordDict, client_for: ClientFor, *, apart: 
 
 def _ended(begun: list[tuple[int, Answering, Begun]]) -> Iterator[tuple[int, RecordDict | str]]:
     """Train what was begun, and yield each client with its answer."""
-    if begun:
-        tasks = [first.task for _, _, first in begun]
-        for place, outcome in together.perform(begun[0][2].model, tasks, lambda why: log.warning("%s", why)):
-            i, answering, _ = begun[place]
+    left = dict(enumerate(begun))
+    try:
+        for place, outcome in _outcomes([first for _, _, first in begun]):
+            i, answering, _ = left.pop(place)
             yield i, handlers.end(answering, outcome)
+    except Exception:  # whatever it is: it may be for one client's data alone
+        log.warning("a pass over clients broke off; each that is left is trained by itself", exc_info=True)
+    for i, answering, first in left.values():
+        yield i, handlers.end(answering, handlers.train_alone(first))
+
+
+def _outcomes(begun: Sequence[Begun]) -> Iterator[tuple[int, Outcome]]:
+    """Train in one pass; yield the place of each with what came of it."""
+    if begun:
+        tasks = [first.task for first in begun]
+        yield from together.perform(begun[0].model, tasks, lambda why: log.warning("%s", why))
 
 
 @dataclass(frozen=True)

@@ -81,3 +81,14 @@ def test_one_that_fails_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     answers = in_a_block(tmp_path, {0: message(JOB), 1: message(broken), 2: message(JOB)})
     assert isinstance(answers[1], str) and "nan" in answers[1]
     assert all(isinstance(answers[i], RecordDict) for i in (0, 2))
+
+
+def test_a_pass_that_breaks_off_fails_none_of_its_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is may be for one client's data, and each is tried by itself."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fedlora.client.stacked.cohort.train", broken)
+    answers = in_a_block(tmp_path, {i: message(JOB) for i in range(3)})
+    assert all(isinstance(answers[i], RecordDict) for i in range(3))
