@@ -23,7 +23,7 @@ from fedlora.jobs import Job, PrivacyTerms
 from .envelope import to_json
 
 SECTIONS = ("model.", "lora.", "train.", "dp.", "secure.", "messages.")  # whose settings a server may name
-SINGLE = ("strategy", "rounds", "clients", "seed")  # and settings beside the sections
+SINGLE = ("strategy", "rounds", "clients", "seed", "precision")  # and settings beside the sections
 COLUMNS = ("data.text", "data.label", "data.prompt", "data.response", "data.messages", "data.image")
 LABELS = ("data.labels", "data.label_separator")
 DATA = (*COLUMNS, "data.template", *LABELS, "data.holdout")  # named to a client, and never taken from a server
@@ -150,5 +150,9 @@ def _sides(sides: str) -> str:
 
 
 def agreed_settings(settings: Mapping[str, Plain]) -> dict[str, Plain]:
-    """Those of a run's settings that its agreement has."""
-    return {key: value for key, value in settings.items() if may_name(key)}
+    """Those of a run's settings that its agreement has.
+
+    A precision is named only where `model.dtype` does not say it, as there are clients that do not know this setting.
+    """
+    said = {key: value for key, value in settings.items() if may_name(key)}
+    return {key: value for key, value in said.items() if key != "precision" or value == "mixed"}

@@ -153,3 +153,15 @@ def test_an_engine_that_is_left_open_is_the_fastest_that_can(chosen: dict[str, o
     made = config.build(chosen)
     assert config.engine_of(made) == engine
     assert ("dp.level = client" in config.why_apart(made)) == (chosen.get("dp.level") == "client")
+
+
+def test_products_in_mixed_precision_are_agreed_on(folder: Path) -> None:
+    """In the others the number type of the base says it, and the setting is none that clients have to know."""
+    names = {}
+    for precision in ("auto", "fp32", "mixed"):
+        server = for_server(config.build(settings(folder), {"clients": 3, "precision": precision}), 3)
+        names[precision] = agreed(server).get("precision")
+    assert names == {"auto": None, "fp32": None, "mixed": "mixed"}
+    mine = {"data.path": str(folder / "site_0.jsonl"), "model.path": str(folder / "model")}
+    mine |= {"data.labels": ", ".join(server.config.data.labels), "data.holdout": 0.3}
+    assert not for_client(agreed(server), mine, 0).model.offset.folds  # as in mixed precision
