@@ -1,6 +1,6 @@
 """Training of many clients on a GPU: serial, stacked, and with the model built in every call, as plain apps do.
 
-    bash benchmarks/gpu.sh                                  # or: python -m benchmarks.gpu --json benchmarks/gpu.json
+    bash benchmarks/gpu.sh                                  # or: python -m benchmarks.gpu --json gpu.json
 
 A language model of Llama's architecture and 1.2 billion random weights, in bfloat16 and in four bits a weight; 50
 clients of 8 rows of 16 tokens, and of 128, one step each. What is built in every call is measured with two clients.

@@ -3,15 +3,14 @@
     python -m benchmarks.precision --model MINILM --banking77 banking77 --sst2 sst2 --json benchmarks/precision.json
 
 MINILM, banking77 and sst2 are as in simulations/banking77.toml and simulations/sst2.toml, whose settings the runs
-have, with fewer rounds. The runs of a seed come one after another, so that all see the same load. CPU time is that of
-the whole run in this process; the speed of the products is measured at MiniLM's shapes, bfloat16 over float32. Runs
+have, with fewer rounds. The runs of a seed come one after another, so that all see much the same load. CPU time is that
+of the whole run in this process; the speed of the products is measured at MiniLM's shapes, bfloat16 over float32. Runs
 that are in the file already are not repeated. `precision = auto` may take bf16 or mixed only where the table shows
 both: less CPU time, and an accuracy within half a point of fp32's.
 """
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
+from benchmarks import process_usage
 from fedlora import simulate
 from fedlora.config import read
 from fedlora.kernels.precision import speed_of_bfloat16
@@ -101,8 +100,7 @@ def machine() -> dict[str, Any]:
     """What these figures hold for."""
     shapes = nn.Sequential(nn.Linear(384, 384), nn.Linear(384, 1536), nn.Linear(1536, 384))
     return {
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        **process_usage.machine(),
         "speed_of_bfloat16_products": round(speed_of_bfloat16(shapes), 3),
     }
 

@@ -31,6 +31,8 @@ CHANGEABLE_ON_RESUME = (
     "rounds",
     "engine",
     "threads",
+    "workers",
+    "ray",
     "model.device",
     "data.eval_limit",
     "data.cache",
@@ -60,21 +62,26 @@ class Config:
     seed: Annotated[int, Ge(0), Lt(2**64), "seed of every random draw"] = 0
     engine: Annotated[
         Literal["auto", "serial", "stacked", "flower"],
-        "how clients run: stacked (many in a pass), serial (one by one), flower (many processes); auto: stacked",
+        (
+            "how clients run: stacked (many in a pass), serial (one by one), flower (many processes); auto: stacked, "
+            "but serial with dp.level = client"
+        ),
     ] = "auto"
     exactness: Annotated[bool, "measure how far each round's model is from the mean of the clients' models"] = False
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "mixed"],
         (
-            "number type of the base's products: bf16 (model.dtype = bfloat16), or mixed (bfloat16 between activations "
-            "and weights in float32); auto: as model.dtype says"
+            "number type of the base's products: fp32, bf16 (model.dtype = bfloat16), or mixed (float32, but bfloat16 "
+            "in products of frozen layers); auto: as model.dtype says"
         ),
     ] = "auto"
-    threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes"] = 0
+    threads: Annotated[int, Ge(0), "CPU threads of a process; 0: as many as torch takes, 1 in a worker of flower"] = 0
     workers: Annotated[
         int, Ge(0), "processes of the flower engine; 0: one a GPU, else one for each `threads` cores"
     ] = 0
-    ray: Annotated[str, "address of a running Ray cluster for the flower engine; empty: Ray on this machine"] = ""
+    ray: Annotated[
+        str, "address of a running Ray cluster for the flower engine, which needs workers; empty: Ray here"
+    ] = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -105,8 +112,8 @@ class Config:
             )
         if self.precision != "fp32" and self.dp.by_record:
             raise ConfigError(
-                f"precision = {self.precision} and dp: records of one batch move each other's gradients by rounding, "
-                "which no noise is for; choose precision = fp32"
+                f"precision = {self.precision} and dp.level = record: one record would change the gradients of others "
+                "by rounding, which the noise does not cover; choose precision = fp32"
             )
 
 
@@ -265,8 +272,8 @@ def why_apart(config: Config) -> str:
     """Why no two clients of these settings may be trained in one pass; empty where they may."""
     if config.dp.by_client:
         return (
-            "dp.level = client: in one pass an update would depend by rounding on who else takes part, which no noise "
-            "is for"
+            "dp.level = client: in one pass an update would depend by rounding on who else takes part, which the noise "
+            "does not cover"
         )
     return ""
 

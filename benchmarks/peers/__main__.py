@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers --model MODEL --data train.csv --eval-data test.csv [--keep-model]
 
-One actor a core, of one thread each: the quickest that Flower's simulation can do with these cores.
+One actor a core, of one thread each.
 """
 
 import argparse

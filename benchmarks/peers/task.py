@@ -1,7 +1,8 @@
 """The model, the data and the training of the plain Flower app, as the `task.py` of Flower's templates has them.
 
-Nothing of fedlora is imported: this is what a user would write. The work is that of fedlora's runs in
-`benchmarks.like_for_like`: rank, rates, batches, clipping and the longest input are the same.
+This is what a user would write: nothing of fedlora is used but the environment variables that `benchmarks` sets. The
+work is that of fedlora's runs in `benchmarks.like_for_like`: rank, rates, batches, clipping and the longest input are
+the same.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ from fedlora.models.model import Model
 from fedlora.privacy.dpsgd import is_precise
 
 KINDS = {
-    "dora": "lora.kind = dora divides by norms of W + s B A, which are other ones for every client",
+    "dora": "lora.kind = dora divides by norms of W + s B A, which differ from client to client",
     "vera": "lora.kind = vera trains vectors between matrices that all modules share",
 }
 
