@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from fedlora.client import training
 from fedlora.client.stacked import together
+from fedlora.client.stacked.together import Outcome
 from fedlora.client.training import TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.jobs import Job
@@ -173,10 +175,18 @@ def _step(
             TrainingTask(client=client, job=wanted, kept=LoRA(), records=[[e] for e in own], mechanism=watched)
         )
     with preflight.no_dropout(setting.model.net.train()):
-        for _, outcome in together.perform(setting.model, tasks, warn=lambda _: None):
+        for outcome in _trained(setting, tasks):
             if isinstance(outcome, Exception):
                 raise outcome
     return [-as_vector(dict(moved(read(), job.start, job.trains))) * unit for read in seen]
+
+
+def _trained(setting: RecordLevelSetting, tasks: Sequence[TrainingTask]) -> Iterator[Outcome]:
+    """Yield what came of each task by the engine of the run."""
+    if setting.stacked:
+        yield from (outcome for _, outcome in together.perform(setting.model, tasks, warn=lambda _: None))
+    else:
+        yield from (training.perform(setting.model, task) for task in tasks)
 
 
 def _one_step(setting: RecordLevelSetting, job: Job, clip: float) -> Job:

@@ -15,6 +15,7 @@ same numbers as these do.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ def _normed(module: Any, x: Tensor) -> Tensor:
 def _is_frozen_norm(module: Any) -> bool:
     """Whether a module has what these need and no more, one frozen weight, and nothing has replaced its forward."""
     if not hasattr(module, "variance_epsilon") or "forward" in module.__dict__:
+        return False
+    if len(signature(module.forward).parameters) > 1:  # a gated norm takes the gate beside x
         return False
     parameters = dict(module.named_parameters())
     return list(parameters) == ["weight"] and parameters["weight"].dim() == 1 and not module.weight.requires_grad

@@ -11,7 +11,7 @@ from tests.support.models import make
 def record(models: int = 1, clients: int = 10) -> dict[str, Any]:
     rounds = [{"bytes_up": 5_000_000, "clients": clients}] * 2
     scores = {"loss": 1.25, "exact_match": 0.04, "rouge_l": 0.3, "unfinished": 0.1}
-    return scores | {"asked": 100, "models": models, "rounds": rounds, "trained_seconds": 60.0}
+    return scores | {"asked": 100, "models": models, "rounds": rounds, "trained_cpu_seconds": 60.0}
 
 
 def test_the_table_has_a_standard_error_and_no_traffic_of_a_single_client() -> None:

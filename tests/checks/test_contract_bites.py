@@ -11,6 +11,9 @@ import pytest
 from fedlora.checks import declarations, on_random_factors, on_small_models
 from fedlora.checks.contract import CHECKS, Check, verify
 from fedlora.checks.report import check as report
+from fedlora.client.policy import ClientPolicy
+from fedlora.client.runner import JobRunner
+from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure, StrategyError
 from fedlora.jobs import Job
 from fedlora.metrics import Metrics
@@ -181,8 +184,10 @@ class HandsOneAdapterAround(Serial):
     """FedSA-LoRA's release trains one model object: B and head go from client to client."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._runners = [replace(runner, folder=self._runners[0].folder) for runner in self._runners]
+        def in_one_folder(i: int, data: ClientData, folder: Path, policy: ClientPolicy) -> JobRunner:
+            return JobRunner(i, data, folder.parent / "0", policy)
+
+        super().__init__(*args, make=in_one_folder)
 
 
 class AnswersForAnother(Serial):

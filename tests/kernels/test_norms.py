@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from fedlora.kernels.norms import quick_norms
@@ -50,6 +51,6 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
 def test_other_norms_and_those_that_are_trained_stay_as_they_are() -> None:
     trained = norm(LlamaRMSNorm).requires_grad_(True)
-    for module in (norm(GemmaRMSNorm), trained, nn.LayerNorm(WIDTH).requires_grad_(False)):
+    for module in (norm(GemmaRMSNorm), norm(Qwen3NextRMSNormGated), trained, nn.LayerNorm(WIDTH).requires_grad_(False)):
         with quick_norms(module):
             assert "forward" not in module.__dict__

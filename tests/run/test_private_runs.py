@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,17 @@ def test_an_experiment_can_be_repeated_and_says_that_it_is_not_private(
     assert all(c["seeded"] for path in ledgers(experiment) for c in charges(path))
 
 
-@pytest.mark.parametrize("moment", ["ledger.jsonl", "answer.safetensors"])
-def test_a_killed_run_goes_on_and_no_client_pays_twice(
-    experiment: Path,
-    given: list[str],  # noqa: F811
-    tmp_path: Path,
-    moment: str,
-) -> None:
-    """kill -9 as soon as a client has charged, or has its answer: the job that comes again costs nothing more."""
-    out = tmp_path / "killed"
-    process = Forked("simulate", *given, *SEEDED, "--out", out)
+@pytest.fixture(scope="module")
+def one_by_one(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The same experiment with clients that train one after another."""
+    out = tmp_path_factory.mktemp("one_by_one") / "run"
+    assert fedlora("simulate", *given, *SEEDED, "--engine", "serial", "--out", out).returncode == 0
+    return out
+
+
+def kill_and_resume(command: Sequence[Any], out: Path, moment: str) -> None:
+    """Kill a run as soon as it has written a file of this name, and resume it to its end."""
+    process = Forked("simulate", *command, "--out", out)
     while not list(out.rglob(moment)):
         assert process.poll() is None
         time.sleep(0.002)
@@ -115,8 +117,29 @@ def test_a_killed_run_goes_on_and_no_client_pays_twice(
     process.communicate()
     done = fedlora("simulate", "--resume", out)
     assert done.returncode == 0, done.stderr
-    assert same(experiment, out)
+
+
+@pytest.mark.parametrize("moment", ["ledger.jsonl", "answer.safetensors"])
+def test_a_killed_run_goes_on_and_no_client_pays_twice(
+    one_by_one: Path,
+    given: list[str],  # noqa: F811
+    tmp_path: Path,
+    moment: str,
+) -> None:
+    """kill -9 as soon as a client has charged, or has its answer: the job that comes again costs nothing more."""
+    out = tmp_path / "killed"
+    kill_and_resume([*given, *SEEDED, "--engine", "serial"], out, moment)
+    assert same(one_by_one, out)
     assert sum(len(charges(path)) for path in ledgers(out)) == 9
+
+
+@pytest.mark.parametrize("moment", ["ledger.jsonl", "answer.safetensors"])
+def test_clients_of_a_pass_that_was_killed_pay_once(given: list[str], tmp_path: Path, moment: str) -> None:  # noqa: F811
+    """Those without an answer are trained again, in a pass with other dropout; those with one give it again."""
+    out = tmp_path / "killed"
+    kill_and_resume([*given, *SEEDED], out, moment)
+    assert sum(len(charges(path)) for path in ledgers(out)) == 9
+    assert [record["round"] for record in records(out)] == [1, 2, 3]
 
 
 def test_a_client_whose_budget_is_spent_sits_out_and_the_round_goes_on(given: list[str], tmp_path: Path) -> None:  # noqa: F811
