@@ -84,15 +84,16 @@ class AdamW:
         self._steps = torch.zeros_like(decay)  # of each client, (clients, 1)
 
     def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
-        g, rates, decay = _rows(gradient, places), _rows(self._rates * factors, places), _rows(self._decay, places)
+        g, rates, decay = _rows(gradient, places), _rates_at(self._rates, places), _rows(self._decay, places)
+        factors = _rows(factors, places)
         with _changed(places, theta, self._mean, self._square, self._steps) as (theta, mean, square, t):
             t += 1
             mean.lerp_(g, 1 - BETA1)
             square.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
             if self._decays:
-                theta.mul_(1 - rates * decay)
+                theta.mul_((rates * (-factors * decay)).add_(1))
             size = square.sqrt().div_(_begun(BETA2, t).sqrt()).add_(EPSILON)
-            theta.sub_(torch.div(mean, size, out=size).mul_(rates / _begun(BETA1, t)))
+            theta.sub_(torch.div(mean, size, out=size).mul_(rates).mul_(factors / _begun(BETA1, t)))
 
 
 class SGD:
@@ -103,16 +104,21 @@ class SGD:
         self._velocity = rates.new_zeros(len(decay), size)
 
     def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
-        g, rates = _rows(gradient, places), _rows(self._rates * factors, places)
+        g, rates, factors = _rows(gradient, places), _rates_at(self._rates, places), _rows(factors, places)
         decay, momentum = _rows(self._decay, places), _rows(self._momentum, places)
         with _changed(places, theta, self._velocity) as (theta, velocity):
             velocity.mul_(momentum).add_(g).addcmul_(decay, theta)
-            theta.sub_(velocity * rates)
+            theta.sub_((velocity * rates).mul_(factors))
 
 
 def _begun(beta: float, t: Tensor) -> Tensor:
     """1 - beta^t, a moment's share after t steps from zero; in float32 1 - 0.999 itself would be 1e-5 off."""
     return torch.expm1(t * log(beta)).neg_()
+
+
+def _rates_at(rates: Tensor, places: Tensor) -> Tensor:
+    """The rates of the clients at these places: one row for each, or one of all."""
+    return rates if len(rates) == 1 else _rows(rates, places)
 
 
 def _rows(matrix: Tensor, places: Tensor) -> Tensor:
