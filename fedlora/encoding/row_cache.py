@@ -105,7 +105,8 @@ class RowCache:
     def _leave_alone(self, digest: str, why: Exception) -> None:
         """Keep nothing by these rules from here on."""
         self._open[digest] = None
-        log.warning("encoded rows are not kept in %s (%s); remove that folder, or set data.cache", self._folder, why)
+        remedy = "remove that folder, or set data.cache = off"
+        log.warning("encoded rows are not kept in %s (%s); %s", self._folder, why, remedy)
 
 
 def _parts(rows: Rows) -> Iterator[Rows]:
