@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 
@@ -82,5 +82,8 @@ def _stacked(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
     theta = torch.stack(flat).to(model.device)
     model.offset.set(jobs[0].offset)
     with RowPass(model, layout, [job.gain for job in jobs]) as rows:
+        model.net.eval()
+        for example in islice(chain.from_iterable(task.examples for task in tasks), 1):
+            rows.check(theta, example)
         assign = partial(rows.assign, theta)
         return measure_each(model, [task.examples for task in tasks], assign, most_rows(layout, theta))

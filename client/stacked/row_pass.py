@@ -74,6 +74,15 @@ class RowPass:
         self._owner = owner.repeat(self._model.objective.rows)
         self._rows = theta.index_select(0, self._owner)
 
+    @torch.no_grad()
+    def check(self, theta: Tensor, example: Example) -> None:
+        """Run one example alone; raises `NotStackableError` where a layer does not see rows first.
+
+        A batch of as many rows as tokens would not tell.
+        """
+        self.assign(theta, torch.zeros(1, dtype=torch.int64, device=theta.device))
+        self._model.outputs(self._model.encoder.collate([example]))
+
     def gradients(
         self, theta: Tensor, owner: Tensor, weights: Tensor, examples: Sequence[Example]
     ) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from fedlora.jobs import Job
 from fedlora.lora import LoRA
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
+from tests.client.stacked.test_row_pass import architecture
 from tests.support.float64 import in_float64
 from tests.support.models import random_adapter
 
@@ -103,3 +105,11 @@ def test_blocks_have_room_for_the_highest_rank(monkeypatch: pytest.MonkeyPatch) 
     ]
     monkeypatch.setattr(evaluation, "MOST_BYTES", 8 * starts[2].numel())
     assert list(evaluation._blocks(small.model, tasks)) == [[0], [1], [2]]
+
+
+def test_a_layer_that_sees_tokens_first_is_noticed_where_there_are_as_many_rows(tmp_path: Path) -> None:
+    model = architecture("xlnet", tmp_path)
+    examples = model.encoder([{"text": "w1 w2 w3", "label": "no"}] * 5)  # of 5 tokens
+    tasks = [EvaluationTask(Job(random_adapter(model, i)), [e], NOTHING) for i, e in enumerate(examples)]
+    plain = [training.evaluate(model, t.job, t.examples, t.kept).values()["loss"] for t in tasks]
+    assert [metrics.values()["loss"] for metrics in evaluate(model, tasks)] == pytest.approx(plain, rel=1e-6)
