@@ -93,7 +93,7 @@ class ConsoleProgress:
         if before:
             self.say(f"before training: {figures(before)}")
         if done:
-            self.say(f"resumed after round {done} of {config.rounds}")
+            self.say(_resumed(done, config.rounds))
         left_out = _columns_left_out(config, bool(self._kept))
         self._columns = [name for name in WIDTHS if name not in left_out]
         self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
@@ -237,6 +237,13 @@ def _can_move(console: Console) -> bool:
     """
     on_terminal = console.is_terminal and console.file.isatty()
     return on_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
+def _resumed(done: int, rounds: int) -> str:
+    """Where a resumed run goes on."""
+    if done < rounds:
+        return f"resumed after round {done} of {rounds}"
+    return f"round {done} is done, and {rounds} are asked for: none is left"
 
 
 def _heading(setup: "RunSetup", name: str) -> str:
