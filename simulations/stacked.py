@@ -93,7 +93,7 @@ class Stacked:
         while waiting:
             i, job = waiting[0]
             runner = self._clients.runner(i)
-            ledger = runner.ledger.folder if job.privacy else None
+            ledger = runner.ledger.folder.resolve() if job.privacy else None
             if not block.has_room(job, ledger):
                 return
             waiting.popleft()

@@ -1,7 +1,7 @@
 """The adapters of many clients in the middle of their training, and the steps that an optimizer takes with them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
-from fedlora.seeds import seeded
 
 MOST_BYTES = 2**28  # of what a micro-batch gathers and leaves: of each row its own columns of theta, and its gradient
 
@@ -45,12 +44,15 @@ class Adapters:
         return most_rows(self.layout, self.theta)
 
     @contextmanager
-    def training(self, model: Model, *, dropout_seed: int) -> Iterator[None]:
-        """Within the block the model trains, and computes each row by its client's columns."""
+    def training(self, model: Model, draws: AbstractContextManager[None]) -> Iterator[None]:
+        """Within the block the model trains, and computes each row by its client's columns.
+
+        `draws` is a context in which torch's generators draw the pass's dropout.
+        """
         model.offset.set(self._jobs[0].offset)
         model.set_trainable("")
         model.begin_training()
-        with seeded(dropout_seed), self.rows:
+        with draws, self.rows:
             yield
 
     def places(self, step: int) -> list[int]:

@@ -21,7 +21,7 @@ from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.kernels.example_batches import micro_batches
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps
-from fedlora.seeds import derive
+from fedlora.seeds import derive, seeded
 
 Result = Trained | Exception
 
@@ -74,7 +74,8 @@ def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
     if not tasks:
         return []
     cohort, job = Cohort(model, tasks), tasks[0].job
-    with cohort.adapters.training(model, dropout_seed=derive(job.seed, "dropout of many", tasks[0].client, job.round)):
+    draws = seeded(derive(job.seed, "dropout of many", tasks[0].client, job.round))
+    with cohort.adapters.training(model, draws):
         for step in range(max(cohort.adapters.steps)):
             cohort.step(step)
     return cohort.results()

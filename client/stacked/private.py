@@ -7,7 +7,7 @@ A row of G is one record's gradient, whoever's it is. It is clipped by itself, a
 
 Each client draws its records and its noise from a source of its own; no other client's records, nor how many there
 are, change what it draws. Of what is shared, nothing has a say in a client's sum but by the rounding of float32: rows
-are cut into micro-batches by the lengths of all, and dropout has one generator for the pass. It is seeded by numbers
+are cut into micro-batches by the lengths of all, and dropout has one generator for the pass. Its key is made of keys
 from all clients' sources, so that it is secret as long as one of them is: whose masks shift when a record is added then
 tells nobody anything (see `dpsgd`).
 
@@ -18,6 +18,7 @@ then trained by itself, and the one fails alone; nothing has left the pass, and 
 import logging
 from collections.abc import Sequence
 from functools import partial, reduce
+from hashlib import sha256
 from itertools import chain
 from weakref import WeakKeyDictionary
 
@@ -39,8 +40,8 @@ from fedlora.lora import LoRA, from_matrices
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, preflight
 from fedlora.privacy.dpsgd import privacy_of
+from fedlora.privacy.noise import secret_draws
 from fedlora.privacy.per_sample_gradients import Gradients
-from fedlora.seeds import derive
 
 COMPANY = 2  # made-up records of another client, in whose pass the checked ones are
 log = logging.getLogger("fedlora")
@@ -75,7 +76,7 @@ def _train_together(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]
     if not tasks:
         return []
     cohort = PrivateCohort(model, tasks)
-    with cohort.adapters.training(model, dropout_seed=cohort.dropout_seed()):
+    with cohort.adapters.training(model, secret_draws(cohort.dropout_key())):
         for step in range(max(cohort.adapters.steps)):
             cohort.step(step)
     return [cohort.result(place) for place in range(len(tasks))]
@@ -97,9 +98,9 @@ class PrivateCohort:
         for place, task in enumerate(tasks):
             task.mechanism.watch(partial(self.adapters.lora, place))
 
-    def dropout_seed(self) -> int:
-        """The seed of the pass's dropout, which nobody knows who does not know the source of every client."""
-        return derive("dropout of many", *[random.seed() for random in self._random])
+    def dropout_key(self) -> bytes:
+        """The key of the pass's dropout, which nobody knows who does not know the source of every client."""
+        return sha256(b"".join(random.key() for random in self._random)).digest()
 
     def step(self, step: int) -> None:
         """Do the same step of all clients that have one left."""

@@ -112,7 +112,7 @@ def _reasons(setting: RecordLevelSetting, subject: RecordLevelSubject, folder: P
     message = _message(_job(setting))
     data = _Unreadable(setting.model.encoder, (), examples=setting.made_up(0))
     unreadable = _client(setting, subject.runner, data, folder, _policy(setting))
-    reasons = [said(kind, error) for kind in handlers.HANDLERS for error in (*OURS, *OTHERS)]
+    reasons = [said(kind, error) for kind in handlers.CALLED for error in (*OURS, *OTHERS)]
     reasons.append(subject.handle("train", message, lambda _: unreadable))
     wrong = [reason for reason in reasons if str(reason) not in CODES]
     return Finding(

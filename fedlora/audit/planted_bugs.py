@@ -199,8 +199,8 @@ def _all_noise_in_the_last_step(setting: RecordLevelSetting) -> RecordLevelSubje
 class _OneDropout(SecureRandom):
     """Secret noise and samples, and one seed for the dropout of all."""
 
-    def seed(self) -> int:
-        return 7
+    def key(self) -> bytes:
+        return bytes(32)
 
 
 def _dropout_seeded_for_all(_setting: RecordLevelSetting) -> RecordLevelSubject:

@@ -29,9 +29,9 @@ from fedlora.jobs import Job, PrivacyTerms
 from fedlora.lora import LoRA, at_least_float32
 from fedlora.models import optimizer
 from fedlora.models.model import Model
-from fedlora.seeds import derive, seeded
+from fedlora.seeds import derive
 
-from .noise import SecureRandom
+from .noise import SecureRandom, secret_draws
 from .per_sample_gradients import ENGINES, LAYERS, GradientFn, Gradients, Learner, PerExample, add_up, clip
 
 Engine = Callable[[Model, Sequence[nn.Parameter]], PerExample]
@@ -149,7 +149,7 @@ def train(
     steps = optimizer.make(job.training, model, sides)
     model.net.train()
     mechanism.watch(model.get_adapter)
-    with seeded(random.seed()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
+    with secret_draws(random.key()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
         for step in range(privacy.steps):
             optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
             examples = draw_examples(records, mechanism, random, rate=privacy.rate)

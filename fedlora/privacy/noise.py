@@ -4,6 +4,8 @@ For an experiment the key may be made from a seed instead; then anybody who know
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from math import pi, prod
 from typing import Any
@@ -13,6 +15,11 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fedlora.errors import PrivacyError
+from fedlora.seeds import seeded
+
+STATE, WORDS = 5056, slice(24, 24 + 624 * 8)  # bytes of the state of torch's generator on the CPU, and of its words
 
 
 class SecureRandom:
@@ -52,6 +59,43 @@ class SecureRandom:
         """Return 63 bits, to seed another generator."""
         return int.from_bytes(self._stream.update(bytes(8))) >> 1
 
+    def key(self) -> bytes:
+        """Return 32 bytes, to key another stream."""
+        return bytes(self._stream.update(bytes(32)))
+
+    def words(self, n: int) -> NDArray[np.int64]:
+        """Return n whole numbers of 32 bits."""
+        return np.frombuffer(self._stream.update(bytes(4 * n)), dtype="<u4").astype(np.int64)
+
     def one_of(self, n: int) -> int:
         """Return a whole number below n, each with the same probability."""
         return int(self.uniform(1)[0] * n)
+
+
+@contextmanager
+def secret_draws(key: bytes) -> Iterator[None]:
+    """Within the block torch's generators, from which dropout draws, are those of this key; they are restored after it.
+
+    A seed would not do: of its bits torch's generator on the CPU takes the low 32, which can be tried out. So all the
+    words of its state come from the key's stream. On a GPU it is a cipher of a counter, keyed with a seed of 63 bits.
+    Raises `PrivacyError` for a torch whose generator is another.
+    """
+    random = SecureRandom(key)
+    with seeded(random.seed()):
+        torch.set_rng_state(_filled(torch.get_rng_state(), random))
+        yield
+
+
+def _filled(state: Tensor, random: SecureRandom) -> Tensor:
+    """The state of the Mersenne Twister that torch has just seeded, with words of this stream in place of its own.
+
+    Where they lie is private to torch; the first of them is known by the seed.
+    """
+    words = state[WORDS].view(torch.int64)
+    if len(state) != STATE or int(words[0]) != torch.initial_seed() & 0xFFFFFFFF:
+        raise PrivacyError(
+            f"torch {torch.__version__} keeps the state of its random numbers otherwise than is known here, so that "
+            "dropout would be no secret; install another version of torch"
+        )
+    words.copy_(torch.from_numpy(random.words(len(words))))
+    return state

@@ -28,6 +28,7 @@ from fedlora.seeds import seeded
 
 from . import dpsgd
 from .dpsgd import STANDARD, Engine, Mechanism
+from .noise import secret_draws
 from .per_sample_gradients import GradientFn, Gradients, LoopedGradients
 
 RECORDS = 4  # made-up ones
@@ -93,6 +94,8 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD, engine: Engin
     """
     model.net.train()
     _refuse_shared_statistics(model.net)
+    with secret_draws(bytes(32)):  # what a job would find only after it was charged
+        pass
     buffers = {name: b.clone() for name, b in model.net.named_buffers()}
     with seeded(7), no_dropout(model.net):
         model.set_adapter(random_start(job.start), gain=job.gain)

@@ -31,6 +31,7 @@ from fedlora.audit.planted_bugs import PlantedBug
 from fedlora.audit.statistics import Finding
 from fedlora.audit.subject import RecordLevelSetting
 from fedlora.checks.small_models import Kind, small_model
+from fedlora.client import handlers
 from fedlora.errors import PrivacyError
 from fedlora.models.model import Model
 from fedlora.privacy import client_level as client_level_dp
@@ -97,6 +98,17 @@ def test_a_sound_product_passes(
 def test_a_planted_bug_is_caught_by_its_test(control: PlantedBug) -> None:
     found = failed(LOOKS[control.caught_by[:2]](staged(), control.plant(staged())))
     assert any(name.startswith(control.caught_by) for name in found)
+
+
+def test_reasons_are_asked_of_every_kind_of_message() -> None:
+    asked = list[str]()
+
+    def handle(kind: str, *given: Any, **named: Any) -> Any:
+        asked.append(kind)
+        return handlers.handle(kind, *given, **named)
+
+    assert failed(record_level.answers(staged(), replace(SOUND, handle=handle))) == []
+    assert all(asked.count(kind) >= 10 for kind in ("who", "secure", "train", "evaluate"))
 
 
 @pytest.mark.parametrize("name", TOGETHER)

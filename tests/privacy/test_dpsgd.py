@@ -21,6 +21,7 @@ from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
+from fedlora.privacy.noise import SecureRandom
 from fedlora.privacy.preflight import synthetic
 from fedlora.sections import LoRAConfig, ModelConfig, Training
 from fedlora.seeds import seeded
@@ -235,6 +236,18 @@ def test_dropout_is_as_secret_as_the_noise(build: Callable[..., Model]) -> None:
     assert size([x - y for x, y in zip(one, other, strict=True)]) > 0.01 * size(one)
     assert_close(step(model, shown, some), step(model, shown, some), rtol=0, atol=0)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_whoever_tries_out_all_seeds_of_the_dropout_does_not_find_it(
+    build: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's generator on the CPU takes 32 bits of a seed: here all sources have the same ones."""
+    monkeypatch.setattr(SecureRandom, "seed", lambda _: 7)
+    model = build("llama", dropout=0.3)
+    job, some = Job(model.get_adapter(), trains="AB", training=PLAIN, privacy=EXACT), alone(made_up(model))
+    hidden = replace(job, privacy=replace(EXACT, seeded=False))
+    one, other = step(model, hidden, some), step(model, hidden, some)
+    assert size([x - y for x, y in zip(one, other, strict=True)]) > 0.01 * size(one)
 
 
 def test_no_loss_is_told(model: Model, job: Job) -> None:

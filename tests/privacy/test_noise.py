@@ -5,7 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.privacy.noise import SecureRandom
+from fedlora.errors import PrivacyError
+from fedlora.privacy import noise
+from fedlora.privacy.noise import SecureRandom, secret_draws
 
 LIKELY = 1e-4  # the seeds are fixed: a p-value below it is a fault, not bad luck
 MANY = 200_000
@@ -112,3 +114,22 @@ def test_one_of_several_is_any_of_them_alike() -> None:
     counts = np.bincount([source.one_of(7) for _ in range(14_000)], minlength=7)
     assert len(counts) == 7 and stats.chisquare(counts).pvalue > LIKELY
     assert {source.one_of(1) for _ in range(10)} == {0}
+
+
+def test_dropout_draws_from_a_generator_that_is_filled_with_the_keys_stream() -> None:
+    """A Mersenne Twister's next numbers follow from all 624 words of its state, and here from these alone."""
+    before, key = torch.get_rng_state(), bytes(range(32))
+    with secret_draws(key):
+        found = torch.randint(2**20, (2000,)).numpy()
+    stream = SecureRandom(key)
+    stream.seed()
+    twister = np.random.RandomState()
+    twister.set_state(("MT19937", stream.words(624).astype(np.uint32), 624))
+    assert np.array_equal(found, twister.randint(0, 2**32, 2000, dtype=np.uint32) % 2**20)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_generator_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "WORDS", slice(32, 32 + 623 * 8))
+    with pytest.raises(PrivacyError, match="dropout would be no secret"), secret_draws(bytes(32)):
+        pass

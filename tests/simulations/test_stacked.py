@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy
@@ -152,5 +153,16 @@ def test_clients_of_one_ledger_do_not_wait_for_each_other_for_ever(tmp_path: Pat
     """The second, whose records are the first one's, finds the ledger that the first has just charged."""
     same = [SMALL.clients[0], SMALL.clients[0]]
     fleet, asked = private(tmp_path / "state", same, ledgers=tmp_path / "ledgers")
+    asked[1] = replace(asked[1], seed=1)
+    assert [u.spent and u.spent.charges for u in updates(fleet, asked).values()] == [1, 2]
+
+
+def test_a_ledger_by_two_names_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a site is two clients, and its folder lies there by either number."""
+    monkeypatch.setattr("fedlora.client.ledger.file_lock", lambda path: FileLock(path, timeout=1))  # not for ever
+    ledgers = tmp_path / "ledgers"
+    (ledgers / "0").mkdir(parents=True)
+    (ledgers / "1").symlink_to("0")
+    fleet, asked = private(tmp_path / "state", [SMALL.clients[0], SMALL.clients[0]], ledgers=ledgers)
     asked[1] = replace(asked[1], seed=1)
     assert [u.spent and u.spent.charges for u in updates(fleet, asked).values()] == [1, 2]

@@ -20,6 +20,7 @@ from fedlora.lora import LoRA, average, leading, map_factors
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
+from fedlora.privacy.noise import SecureRandom
 from fedlora.sections import LoRAConfig, Training
 from fedlora.seeds import seeded
 from fedlora.strategy import load
@@ -188,8 +189,16 @@ def test_dropout_is_as_secret_as_the_noise_and_leaves_no_trace() -> None:
 def test_the_dropout_of_a_pass_is_secret_as_long_as_one_clients_source_is() -> None:
     small = small_model("bert")
     jobs = [Job(small.start, training=PLAIN, privacy=replace(EXACT, seeded=i > 0)) for i in range(3)]
-    seeds = {private.PrivateCohort(small.model, tasks_of(small, jobs)).dropout_seed() for _ in range(3)}
-    assert len(seeds) == 3
+    keys = {private.PrivateCohort(small.model, tasks_of(small, jobs)).dropout_key() for _ in range(3)}
+    assert len(keys) == 3
+
+
+def test_whoever_tries_out_all_seeds_of_the_dropout_of_a_pass_does_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's generator on the CPU takes 32 bits of a seed: here all sources have the same ones."""
+    monkeypatch.setattr(SecureRandom, "seed", lambda _: 7)
+    small, hidden = small_model("bert"), replace(EXACT, seeded=False)
+    one, other = (with_dropout(small, hidden)[1][0].lora for _ in range(2))
+    assert furthest(one, other) > 1e-6
 
 
 def test_the_checks_switch_off_every_dropout_of_a_pass() -> None:
