@@ -19,7 +19,7 @@ def test_no_server_has_such_a_client_keep_its_texts_on_a_disk(tmp_path: Path, mo
 
     monkeypatch.setattr(in_process, "prepare", prepare)
     who = RecordDict({"head": ConfigRecord({"json": "{}"})})
-    for told in ({}, {"data.cache": str(tmp_path)}):
-        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=told)
+    for cache in ("auto", str(tmp_path)):
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"data.cache": cache})
         in_process.handle("who", who, context)
     assert [config.data.cache for config in asked] == ["off", "off"]
