@@ -124,7 +124,7 @@ def test_dropout_draws_from_a_generator_that_is_filled_with_the_keys_stream() ->
     stream = SecureRandom(key)
     stream.seed()
     twister = np.random.RandomState()
-    twister.set_state(("MT19937", stream.words(624).astype(np.uint32), 624))
+    twister.set_state(("MT19937", stream.words(624).astype(np.uint32), 624, 0, 0.0))
     assert np.array_equal(found, twister.randint(0, 2**32, 2000, dtype=np.uint32) % 2**20)
     assert torch.equal(torch.get_rng_state(), before)
 
