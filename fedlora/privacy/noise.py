@@ -27,6 +27,7 @@ class SecureRandom:
 
     def __init__(self, key: bytes) -> None:
         """`key` has 32 bytes; every key has a stream of its own."""
+        self._key = key
         self._stream: Any = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
@@ -60,8 +61,12 @@ class SecureRandom:
         return int.from_bytes(self._stream.update(bytes(8))) >> 1
 
     def key(self) -> bytes:
-        """Return 32 bytes, to key another stream."""
-        return bytes(self._stream.update(bytes(32)))
+        """Return 32 bytes, to key another stream.
+
+        They are made of this stream's key and of its next 8 bytes, which are all that it loses: experiments with a seed
+        go on drawing the numbers that they drew when it lost these to a seed.
+        """
+        return sha256(self._key + self._stream.update(bytes(8))).digest()
 
     def words(self, n: int) -> NDArray[np.int64]:
         """Return n whole numbers of 32 bits."""

@@ -18,7 +18,7 @@ from fedlora.sections import LoRAConfig, ModelConfig
 from fedlora.seeds import seeded
 from tests.support import encoder_decoders
 from tests.support.float64 import in_float64
-from tests.support.models import make, tokenizer
+from tests.support.models import make, random_adapter, tokenizer
 
 TURNS = Schema("response", ("prompt", "response"))
 TEXT = [{"text": "w4 w5 w6 w7"}, {"text": "w8 w9 w10"}, {"text": "w4 w11"}]
@@ -36,6 +36,7 @@ def load(folder: Path, schema: Schema, dtype: Any = "float32") -> Model:
 
 def text(folder: Path) -> tuple[Model, list[Any]]:
     model = small_model("gpt2").model
+    model.set_adapter(random_adapter(model, 1, rank=2))  # another test may have left it one that diverged
     return model, model.encoder([{"text": " ".join(f"w{i}" for i in range(n))} for n in (3, 8, 5)])
 
 
