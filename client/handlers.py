@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from flwr.app import RecordDict
 
-from fedlora.client import agreement, runner, training
+from fedlora.client import agreement, training
 from fedlora.client.egress import Answer, Egress, release_reason
 from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
-from fedlora.client.training import Trained, TrainingTask
+from fedlora.client.training import Outcome, TrainingTask
 from fedlora.errors import ClientFailed, Failure, FedloraError, ReasonCode, TrainingDiverged, WireError
 from fedlora.jobs import Job
 from fedlora.message_types import MOST_LOSS, MissingParts
@@ -24,7 +24,6 @@ from fedlora.models.model import Model
 from fedlora.storage.event_log import EventLog
 
 log = logging.getLogger("fedlora")
-Outcome = Trained | Exception  # of a training
 NO_LOG = EventLog(None)  # of no file, it writes nothing
 LITTLE = 64 * 2**20  # bytes of numbers that any message may bring
 TIMES = 16  # bytes for each number of the base model that a job may bring besides: four times the model in float32
@@ -106,15 +105,14 @@ def train(client: ClientContext, message: RawMessage) -> Generator["Begun", Outc
     if isinstance(job, MissingParts):
         return Answer(codec.pack_missing_parts(job), incoming)
     with closing(client.runner.steps(client.model, job, incoming.digest(job))) as steps:
-        begun = runner.begin(steps)
-        if isinstance(begun, TrainingTask):
-            begun = runner.end(steps, (yield Begun(client.model, begun)))
-    _check_loss(begun.loss)
+        begun = training.begin(steps)
+        update = training.end(steps, (yield Begun(client.model, begun))) if isinstance(begun, TrainingTask) else begun
+    _check_loss(update.loss)
     if client.shows_rounds:
-        tensors, nbytes = payload(begun)
+        tensors, nbytes = payload(update)
         words = f"{nbytes:,} bytes leave for the server, of {len(tensors)} tensors"
         log.info("round %d of %d: %s", job.round + 1, job.rounds, words)
-    return Answer(codec.pack_update(begun, job.round), job)
+    return Answer(codec.pack_update(update, job.round), job)
 
 
 def evaluate(client: ClientContext, message: RawMessage) -> Answer:
@@ -162,8 +160,8 @@ def handle(
     simulation, whose server is this very machine and whose researcher has no log of each client to look into.
     """
     with closing(answering(kind, records, client_for, event_log, tells_all=tells_all)) as steps:
-        begun = begin(steps)
-        return end(steps, train_alone(begun)) if isinstance(begun, Begun) else begun
+        begun = training.begin(steps)
+        return training.end(steps, training.outcome_of(begun.model, begun.task)) if isinstance(begun, Begun) else begun
 
 
 def answering(
@@ -195,30 +193,3 @@ class Begun(NamedTuple):
 
 
 Answering = Generator[Begun, Outcome, RecordDict | str]  # stops at most once
-
-
-def begin(steps: Answering) -> Begun | RecordDict | str:
-    """Go on to what is to be trained; an answer that needs no training is returned at once."""
-    try:
-        return next(steps)
-    except StopIteration as done:
-        answer: RecordDict | str = done.value
-        return answer
-
-
-def end(steps: Answering, outcome: Outcome) -> RecordDict | str:
-    """Go on from the training with what came of it, to the answer."""
-    try:
-        steps.send(outcome)
-    except StopIteration as done:
-        answer: RecordDict | str = done.value
-        return answer
-    raise AssertionError("a job is trained once")
-
-
-def train_alone(begun: Begun) -> Outcome:
-    """What comes of a training by itself, or whatever it raises."""
-    try:
-        return training.perform(begun.model, begun.task)
-    except Exception as e:  # whatever it is: the job's own steps say what becomes of it
-        return e

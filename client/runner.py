@@ -17,7 +17,7 @@ from fedlora.client.ledger_records import ledger_folder
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.scored_rounds import ScoredRounds
 from fedlora.client.secure_aggregation import SecAggClient
-from fedlora.client.training import Trained, TrainingTask
+from fedlora.client.training import Outcome, TrainingTask, trained
 from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.encoder import Records
 from fedlora.errors import FedloraError, PrivateJobFailed
@@ -33,26 +33,7 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.storage.client_state import CachedReply, ClientState, earlier_job_hash
 
 log = logging.getLogger("fedlora")
-Steps = Generator[TrainingTask, Trained, Update]  # stops at most once
-
-
-def begin(steps: Steps) -> TrainingTask | Update:
-    """Go on to what is to be trained; an update that needs no training is returned at once. Raises as `run` does."""
-    try:
-        return next(steps)
-    except StopIteration as done:
-        update: Update = done.value
-        return update
-
-
-def end(steps: Steps, outcome: Trained | Exception) -> Update:
-    """Go on from the training with what came of it, to the update. Raises as `run` does."""
-    try:
-        _ = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)
-    except StopIteration as done:
-        update: Update = done.value
-        return update
-    raise AssertionError("a job is trained once")
+Steps = Generator[TrainingTask, Outcome, Update]  # stops at most once
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +55,14 @@ class JobRunner:
         nothing charged; `SecureError` for a job that is to be masked and may not be.
         """
         with closing(self.steps(model, job, digest)) as steps:
-            task = begin(steps)
-            if isinstance(task, Update):
-                return task
-            try:
-                outcome: Trained | Exception = training.perform(model, task)
-            except Exception as e:  # whatever it is: the generator says what becomes of it
-                outcome = e
-            return end(steps, outcome)
+            task = training.begin(steps)
+            return task if isinstance(task, Update) else training.end(steps, training.outcome_of(model, task))
 
     def steps(self, model: Model, job: Job, digest: str = "") -> Steps:
         """Do a round's work as `run` does, but for the training: what is to be trained is yielded.
 
-        The generator is sent what came of it, or thrown the error, and returns the update. While it waits, it holds the
-        lock of a private client's ledger; one that is closed there leaves a charged job without an answer, as a crash.
+        The generator is sent what came of it, or the error, and returns the update. While it waits, it holds the lock
+        of a private client's ledger; one that is closed there leaves a charged job without an answer, as a crash.
         """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
         check_start(model, job)
@@ -126,7 +101,8 @@ class JobRunner:
         if self.once and (done := last.to(digest)):
             return done
         before = store.before(job.round)
-        update, kept = yield TrainingTask(client=self.id, job=job, kept=before, examples=self.client_data.train)
+        task = TrainingTask(client=self.id, job=job, kept=before, examples=self.client_data.train)
+        update, kept = trained((yield task))
         log.debug("trained round %d", job.round + 1)
         store.keep(job.round, kept)
         if self.once:
@@ -152,9 +128,8 @@ class JobRunner:
         store = ClientState(self.folder)
         try:
             before = store.before(job.round)
-            answer, kept = yield TrainingTask(
-                client=self.id, job=job, kept=before, records=records, mechanism=self.mechanism
-            )
+            task = TrainingTask(client=self.id, job=job, kept=before, records=records, mechanism=self.mechanism)
+            answer, kept = trained((yield task))
             store.keep(job.round, kept)
             ledger.keep(digest, answer)
         except Exception:  # whatever it is: its kind may depend on the records

@@ -3,10 +3,11 @@
 A job names what is trained and shared, so that every strategy trains by the same code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import isfinite
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from fedlora.sections import Training
 from fedlora.seeds import derive, seeded
 
 Trained = tuple[Update, LoRA]  # the update, and the sides that stay with the client
+Outcome = Trained | Exception  # of a task, trained by whatever engine
+Task = TypeVar("Task")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,6 +60,40 @@ def perform(model: Model, task: TrainingTask) -> Trained:
     if task.job.privacy:
         return train_privately(model, task.job, task.client, task.records, task.kept, task.mechanism)
     return train(model, task.job, task.client, task.examples, task.kept)
+
+
+def outcome_of(model: Model, task: TrainingTask) -> Outcome:
+    """What comes of a task that is trained by itself, or whatever it raises: its client says what becomes of that."""
+    try:
+        return perform(model, task)
+    except Exception as e:  # whatever it is: the cause of a private job's failure may not be told
+        return e
+
+
+def begin(steps: Generator[Task, Outcome, Done]) -> Task | Done:
+    """Go on to what is to be trained; what is done without any training is returned at once."""
+    try:
+        return next(steps)
+    except StopIteration as done:
+        result: Done = done.value
+        return result
+
+
+def end(steps: Generator[Any, Outcome, Done], outcome: Outcome) -> Done:
+    """Go on from the training, with what came of it, to what is done. Raises what the steps raise."""
+    try:
+        steps.send(outcome)
+    except StopIteration as done:
+        result: Done = done.value
+        return result
+    raise AssertionError("a job is trained once")
+
+
+def trained(outcome: Outcome) -> Trained:
+    """The update and the kept sides; raises what the training raised."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept: LoRA) -> Trained:

@@ -16,10 +16,10 @@ from uuid import uuid4
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora.client import handlers
+from fedlora.client import handlers, training
 from fedlora.client.handlers import Answering, Begun, ClientContext
 from fedlora.client.stacked import together
-from fedlora.client.stacked.together import Outcome
+from fedlora.client.training import Outcome
 from fedlora.messages.envelope import RawMessage
 
 BLOCK = 64  # clients in a message at most: their updates are all in memory before they are sent
@@ -63,11 +63,11 @@ def answer_block(kind: str, block: RecordDict, client_for: ClientFor, *, apart: 
                 continue
             answering = handlers.answering(kind, content, partial(client_for, i), tells_all=True)
             opened.enter_context(closing(answering))
-            first = handlers.begin(answering)
+            first = training.begin(answering)
             if not isinstance(first, Begun):
                 answers[i] = first
             elif apart or first.task.job.privacy:
-                answers[i] = handlers.end(answering, handlers.train_alone(first))
+                answers[i] = training.end(answering, training.outcome_of(first.model, first.task))
             else:
                 begun.append((i, answering, first))
         answers |= _ended(begun)
@@ -80,11 +80,11 @@ def _ended(begun: list[tuple[int, Answering, Begun]]) -> Iterator[tuple[int, Rec
     try:
         for place, outcome in _outcomes([first for _, _, first in begun]):
             i, answering, _ = left.pop(place)
-            yield i, handlers.end(answering, outcome)
+            yield i, training.end(answering, outcome)
     except Exception:  # whatever it is: it may be for one client's data alone
         log.warning("a pass over clients broke off; each that is left is trained by itself", exc_info=True)
     for i, answering, first in left.values():
-        yield i, handlers.end(answering, handlers.train_alone(first))
+        yield i, training.end(answering, training.outcome_of(first.model, first.task))
 
 
 def _outcomes(begun: Sequence[Begun]) -> Iterator[tuple[int, Outcome]]:

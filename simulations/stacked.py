@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from fedlora.client.policy import ClientPolicy
-from fedlora.client.runner import JobRunner, Steps, begin, end
+from fedlora.client.runner import JobRunner, Steps
 from fedlora.client.stacked import evaluation, together
-from fedlora.client.stacked.together import Outcome
-from fedlora.client.training import TrainingTask
+from fedlora.client.training import Outcome, TrainingTask, begin, end
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure
 from fedlora.jobs import Client, Job, SecAggStep, Update

@@ -15,15 +15,13 @@ from torch import Tensor
 from fedlora.client import training
 from fedlora.client.stacked.adapters import Adapters
 from fedlora.client.stacked.optimizers import column
-from fedlora.client.training import Trained, TrainingTask
+from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.kernels.example_batches import micro_batches
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps
 from fedlora.seeds import derive, seeded
-
-Result = Trained | Exception
 
 
 def group(model: Model, task: TrainingTask) -> Hashable:
@@ -36,7 +34,7 @@ def group(model: Model, task: TrainingTask) -> Hashable:
     return "".join(sorted(job.trains)), offset, tuple(job.start.R), clips, job.training.optimizer
 
 
-def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
+def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
     """The update and the kept sides of every task, or its client's error; all tasks are of one group.
 
     Raises `NotStackableError` where the model's rows cannot be told apart: nothing is done then.
@@ -45,10 +43,10 @@ def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
 
 
 def with_data(
-    tasks: Sequence[TrainingTask], train: Callable[[Sequence[TrainingTask]], Sequence[Result]]
-) -> list[Result]:
+    tasks: Sequence[TrainingTask], train: Callable[[Sequence[TrainingTask]], Sequence[Outcome]]
+) -> list[Outcome]:
     """The results of those tasks that there are data for, and the errors of the others."""
-    results: list[Result | None] = [_empty(task) for task in tasks]
+    results: list[Outcome | None] = [_empty(task) for task in tasks]
     trained = iter(train([task for task, failed in zip(tasks, results, strict=True) if failed is None]))
     return [next(trained) if failed is None else failed for failed in results]
 
@@ -70,7 +68,7 @@ class Chunk:
     targets: int  # at least 1
 
 
-def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
+def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
     if not tasks:
         return []
     cohort, job = Cohort(model, tasks), tasks[0].job
@@ -140,13 +138,13 @@ class Cohort:
             return torch.tensor([1 / max(self._model.targets([e]), 1) for e in examples], dtype=torch.float64)
         return _repeated([1 / chunk.targets for chunk in chunks], chunks)
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[Outcome]:
         """What became of every task, once all steps are done."""
         self.adapters.restore_unreached()
         losses = torch.stack(self._losses).cpu()  # (steps, clients)
         return [self._result(i, losses[: self.adapters.steps[i], i]) for i in range(len(self._tasks))]
 
-    def _result(self, place: int, losses: Tensor) -> Result:
+    def _result(self, place: int, losses: Tensor) -> Outcome:
         task = self._tasks[place]
         wrong = (~losses.isfinite()).nonzero()[:, 0].tolist()
         if wrong:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from fedlora.client import training
 from fedlora.client.stacked import support
 from fedlora.client.stacked.adapters import Adapters
-from fedlora.client.stacked.cohort import Result, with_data
+from fedlora.client.stacked.cohort import with_data
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
-from fedlora.client.training import TrainingTask
+from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job
@@ -48,7 +48,7 @@ log = logging.getLogger("fedlora")
 _passed: WeakKeyDictionary[Model, set[tuple[object, ...]]] = WeakKeyDictionary()
 
 
-def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
+def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
     """The update and the kept sides of every private task, or its client's error; all tasks are of one group.
 
     Raises `NotStackableError`, before any record is read, where the records of a pass cannot be told apart.
@@ -57,22 +57,15 @@ def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
     return with_data(tasks, partial(_train, model))
 
 
-def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
+def _train(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
     try:
         return _train_together(model, tasks)
     except Exception:  # whatever it is: it may be for one client's records alone
         log.warning("a pass over private clients broke off; each is trained by itself", exc_info=True)
-        return [_train_alone(model, task) for task in tasks]
+        return [training.outcome_of(model, task) for task in tasks]
 
 
-def _train_alone(model: Model, task: TrainingTask) -> Result:
-    try:
-        return training.perform(model, task)
-    except Exception as e:  # the job's own steps say what becomes of it
-        return e
-
-
-def _train_together(model: Model, tasks: Sequence[TrainingTask]) -> list[Result]:
+def _train_together(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
     if not tasks:
         return []
     cohort = PrivateCohort(model, tasks)
@@ -145,7 +138,7 @@ class PrivateCohort:
 
         return from_matrices((s, m, noisy(own.side(s)[m])) for s, m in self._keys)
 
-    def result(self, place: int) -> Result:
+    def result(self, place: int) -> Outcome:
         """What became of one task, once all steps are done."""
         task = self._tasks[place]
         after = self.adapters.lora(place)

@@ -7,12 +7,11 @@ from itertools import chain
 from fedlora.client import training
 from fedlora.client.stacked import cohort, private, support
 from fedlora.client.stacked.row_pass import NotStackableError
-from fedlora.client.training import Trained, TrainingTask
+from fedlora.client.training import Outcome, TrainingTask
 from fedlora.errors import FedloraError
 from fedlora.jobs import Job
 from fedlora.models.model import Model
 
-Outcome = Trained | Exception
 MOST_BYTES = 4 * 2**30  # of the numbers of clients that train together, and all that is kept for each
 TRAINED = 24  # bytes for a number that is trained: itself, its start, its gradient, two moments, and the job's own
 FROZEN = 4  # for one that is not: each client has a copy of it all the same
@@ -27,7 +26,7 @@ def perform(model: Model, tasks: Sequence[TrainingTask], warn: Callable[[str], N
     for place, task in enumerate(tasks):
         if why := support.why_not(model, task.job):
             warn(why)
-            yield place, _alone(model, task)
+            yield place, training.outcome_of(model, task)
         else:
             groups[cohort.group(model, task)].append(place)
     for places in chain.from_iterable(_passes(tasks, places) for places in groups.values()):
@@ -56,11 +55,4 @@ def _together(model: Model, tasks: Sequence[TrainingTask], warn: Callable[[str],
         warn(str(e))
     except FedloraError:  # of one client, as a file that cannot be read: alone, it fails alone
         pass
-    return (_alone(model, task) for task in tasks)
-
-
-def _alone(model: Model, task: TrainingTask) -> Outcome:
-    try:
-        return training.perform(model, task)
-    except Exception as e:  # whatever it is: the cause of a private job's failure may not be told
-        return e
+    return (training.outcome_of(model, task) for task in tasks)

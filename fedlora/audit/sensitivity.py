@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fedlora.client import training
 from fedlora.client.stacked import together
-from fedlora.client.stacked.together import Outcome
-from fedlora.client.training import TrainingTask
+from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.jobs import Job
 from fedlora.lora import LoRA
@@ -186,7 +185,7 @@ def _trained(setting: RecordLevelSetting, tasks: Sequence[TrainingTask]) -> Iter
     if setting.stacked:
         yield from (outcome for _, outcome in together.perform(setting.model, tasks, warn=lambda _: None))
     else:
-        yield from (training.perform(setting.model, task) for task in tasks)
+        yield from (training.outcome_of(setting.model, task) for task in tasks)
 
 
 def _one_step(setting: RecordLevelSetting, job: Job, clip: float) -> Job:

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from fedlora.checks.small_models import small_model
 from fedlora.client.policy import ClientPolicy
-from fedlora.client.runner import JobRunner, begin, end
-from fedlora.client.training import TrainingTask, perform
+from fedlora.client.runner import JobRunner
+from fedlora.client.training import TrainingTask, begin, end, perform
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import LedgerError, PrivacyError, PrivateJobFailed
 from fedlora.jobs import PrivacyTerms

@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.checks.small_models import small_model
 from fedlora.client.stacked import cohort, together
-from fedlora.client.training import TrainingTask
+from fedlora.client.training import Outcome, TrainingTask
 from fedlora.errors import StrategyError
 from fedlora.jobs import Job
 from fedlora.lora import LoRA, leading
@@ -23,7 +23,7 @@ def test_a_pass_is_as_large_as_there_is_memory_for_the_highest_rank(monkeypatch:
     jobs = [Job(leading(small.start, rank), training=PLAIN) for rank in (2, 1, 1)]
     sizes, train = list[int](), cohort.train
 
-    def counted(model: Model, tasks: Sequence[TrainingTask]) -> list[cohort.Result]:
+    def counted(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
         sizes.append(len(tasks))
         return train(model, tasks)
 
