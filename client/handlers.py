@@ -14,7 +14,7 @@ from fedlora.client.part_cache import PartStore
 from fedlora.client.runner import JobRunner
 from fedlora.client.training import Outcome, TrainingTask
 from fedlora.errors import ClientFailed, Failure, FedloraError, ReasonCode, TrainingDiverged, WireError
-from fedlora.jobs import Job
+from fedlora.jobs import Job, Update
 from fedlora.message_types import MOST_LOSS, MissingParts
 from fedlora.messages import codec
 from fedlora.messages.agreement import RunAgreement
@@ -95,7 +95,7 @@ def take_step(client: ClientContext, message: RawMessage) -> Answer:
     return Answer(codec.pack_secagg_reply(client.runner.reply(step)), step)
 
 
-def train(client: ClientContext, message: RawMessage) -> Generator["Begun", Outcome, Answer]:
+def train(client: ClientContext, message: RawMessage) -> Generator["PendingTraining", Outcome, Answer]:
     """Do a round's work, and answer with the update, or with the names of the parts that are missing for it.
 
     The training itself is yielded, so that it can be done with that of other clients.
@@ -105,8 +105,8 @@ def train(client: ClientContext, message: RawMessage) -> Generator["Begun", Outc
     if isinstance(job, MissingParts):
         return Answer(codec.pack_missing_parts(job), incoming)
     with closing(client.runner.steps(client.model, job, incoming.digest(job))) as steps:
-        begun = training.begin(steps)
-        update = training.end(steps, (yield Begun(client.model, begun))) if isinstance(begun, TrainingTask) else begun
+        task = training.begin(steps)
+        update = task if isinstance(task, Update) else training.end(steps, (yield PendingTraining(client.model, task)))
     _check_loss(update.loss)
     if client.shows_rounds:
         tensors, nbytes = payload(update)
@@ -161,7 +161,11 @@ def handle(
     """
     with closing(answering(kind, records, client_for, event_log, tells_all=tells_all)) as steps:
         begun = training.begin(steps)
-        return training.end(steps, training.outcome_of(begun.model, begun.task)) if isinstance(begun, Begun) else begun
+        return (
+            training.end(steps, training.outcome_of(begun.model, begun.task))
+            if isinstance(begun, PendingTraining)
+            else begun
+        )
 
 
 def answering(
@@ -171,7 +175,7 @@ def answering(
     event_log: EventLog = NO_LOG,
     *,
     tells_all: bool = False,
-) -> "Answering":
+) -> "AnswerSteps":
     """Answer a message as `handle` does, but for the training, which is yielded; what came of it is sent."""
     try:
         message = unpack(records)
@@ -185,11 +189,11 @@ def answering(
         return failure.dumps() if tells_all else code
 
 
-class Begun(NamedTuple):
+class PendingTraining(NamedTuple):
     """A training that a message asks for, and the model that it is done with."""
 
     model: Model
     task: TrainingTask
 
 
-Answering = Generator[Begun, Outcome, RecordDict | str]  # stops at most once
+AnswerSteps = Generator[PendingTraining, Outcome, RecordDict | str]  # stops at most once

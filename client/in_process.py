@@ -14,7 +14,7 @@ from fedlora.errors import ClientFailed
 from fedlora.messages.envelope import RawMessage
 from fedlora.run.setup import RunSetup, prepare
 
-NOWHERE = {"data.cache": "off"}  # texts of a client whose server may be elsewhere lie on no disk, whatever it asks for
+NO_CACHE = {"data.cache": "off"}  # texts of a client whose server may be elsewhere lie on no disk, whatever it asks for
 _ready: dict[str, RunSetup] = {}  # by config: a process loads the model once, and serves any client with it
 
 
@@ -25,7 +25,7 @@ def handle(kind: str, content: RecordDict, context: Context) -> RecordDict | str
     """
 
     def client_for(message: RawMessage) -> handlers.ClientContext:
-        setup = loaded(configuration.build(dict(context.run_config), NOWHERE))
+        setup = loaded(configuration.build(dict(context.run_config), NO_CACHE))
         return client_of(setup, _state(context, message.run), int(context.node_config.get("partition-id", -1)))
 
     return handlers.handle(kind, content, client_for)

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.client import handlers, training
-from fedlora.client.handlers import Answering, Begun, ClientContext
+from fedlora.client.handlers import AnswerSteps, ClientContext, PendingTraining
 from fedlora.client.stacked import together
 from fedlora.client.training import Outcome
 from fedlora.messages.envelope import RawMessage
@@ -57,14 +57,14 @@ def answer_block(kind: str, block: RecordDict, client_for: ClientFor, *, apart: 
     """
     answers: dict[int, RecordDict | str] = {}
     with ExitStack() as opened:
-        begun: list[tuple[int, Answering, Begun]] = []
+        begun: list[tuple[int, AnswerSteps, PendingTraining]] = []
         for i, content in unpack(block).items():
             if isinstance(content, str):
                 continue
             answering = handlers.answering(kind, content, partial(client_for, i), tells_all=True)
             opened.enter_context(closing(answering))
             first = training.begin(answering)
-            if not isinstance(first, Begun):
+            if not isinstance(first, PendingTraining):
                 answers[i] = first
             elif apart or first.task.job.privacy:
                 answers[i] = training.end(answering, training.outcome_of(first.model, first.task))
@@ -74,7 +74,7 @@ def answer_block(kind: str, block: RecordDict, client_for: ClientFor, *, apart: 
     return pack(answers)
 
 
-def _ended(begun: list[tuple[int, Answering, Begun]]) -> Iterator[tuple[int, RecordDict | str]]:
+def _ended(begun: list[tuple[int, AnswerSteps, PendingTraining]]) -> Iterator[tuple[int, RecordDict | str]]:
     """Train what was begun, and yield each client with its answer."""
     left = dict(enumerate(begun))
     try:
@@ -87,7 +87,7 @@ def _ended(begun: list[tuple[int, Answering, Begun]]) -> Iterator[tuple[int, Rec
         yield i, training.end(answering, training.outcome_of(first.model, first.task))
 
 
-def _outcomes(begun: Sequence[Begun]) -> Iterator[tuple[int, Outcome]]:
+def _outcomes(begun: Sequence[PendingTraining]) -> Iterator[tuple[int, Outcome]]:
     """Train in one pass; yield the place of each with what came of it."""
     if begun:
         tasks = [first.task for first in begun]

@@ -17,10 +17,7 @@ from torch import Tensor
 from fedlora.lora import LoRA, from_matrices
 
 Key = tuple[str, str]  # the side and the module of a matrix
-SUBTRACTED = {
-    "A": "a",
-    "B": "b",
-}  # the sides of the frozen pair that stands beside the weights of a client that resumes
+SUBTRACTED = {"A": "a", "B": "b"}  # sides of the frozen pair beside the weights of a client that resumes
 
 
 @dataclass(frozen=True)

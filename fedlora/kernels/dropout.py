@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from .replaced import forwards_of
 
 LEVELS = 2**16
-
-
 _off = ContextVar("dropout is off", default=False)
 
 
@@ -73,9 +71,8 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
         return torch.zeros_like(x)
     draws = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)  # every one of 64 bits is random
     bits = draws.view(torch.int16)[:n].view(x.shape)
-    kept = torch.ge(
-        bits, dropped - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype)
-    )  # booleans take 8 times as long
+    kept = torch.empty(x.shape, dtype=x.dtype)  # booleans would take 8 times as long
+    torch.ge(bits, dropped - LEVELS // 2, out=kept)
     return kept.mul_(LEVELS / (LEVELS - dropped))
 
 

@@ -1,24 +1,21 @@
 """Many clients in one pass, against the same clients trained one after another."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fedlora.checks.small_models import KINDS, Kind, SmallModel, small_model
-from fedlora.client import training
+from fedlora.checks.small_models import KINDS, Kind, small_model
 from fedlora.client.stacked import cohort
-from fedlora.client.training import Trained, TrainingTask
 from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.jobs import Job
-from fedlora.lora import LoRA, average, delta, leading, map_factors
+from fedlora.lora import LoRA, delta, leading, map_factors
 from fedlora.sections import Training
 from fedlora.strategy import load
+from tests.support.cohorts import NOTHING, compared, double, filled, furthest, in_one_pass, one_by_one, rounds, tasks_of
 from tests.support.float64 import in_float64, without_dropout
 
 ADAMW = Training(lr=1e-2, batch_size=3, epochs=1)
-NOTHING = LoRA()
 SGD = Training(optimizer="sgd", lr=0.3, momentum=0.9, weight_decay=0.1, batch_size=3)
 SETTINGS = {
     "momentum and decay": Job(NOTHING, training=SGD),
@@ -35,53 +32,13 @@ SETTINGS = {
 }
 
 
-Train = Callable[[SmallModel, Sequence[TrainingTask]], list[Trained]]
-
-
-def double(lora: LoRA) -> LoRA:
-    return map_factors(lambda t: t.double(), lora)
-
-
-def furthest(one: LoRA, other: LoRA) -> float:
-    """The largest difference of two numbers at the same place."""
-    assert {(s, m) for s, m, _ in one.matrices()} == {(s, m) for s, m, _ in other.matrices()}
-    return max(float((t - other.side(s)[m]).abs().max()) for s, m, t in one.matrices())
-
-
-def tasks_of(small: SmallModel, jobs: Sequence[Job], kept: Sequence[LoRA] = (NOTHING,) * 3) -> list[TrainingTask]:
-    return [
-        TrainingTask(client=i, job=job, kept=own, examples=data.train)
-        for i, (job, own, data) in enumerate(zip(jobs, kept, small.clients, strict=True))
-    ]
-
-
-def one_by_one(small: SmallModel, tasks: Sequence[TrainingTask]) -> list[Trained]:
-    return [training.perform(small.model, task) for task in tasks]
-
-
-def in_one_pass(small: SmallModel, tasks: Sequence[TrainingTask]) -> list[Trained]:
-    results = cohort.train(small.model, tasks)
-    return [result for result in results if not isinstance(result, ClientFailed)]
-
-
-def rounds(small: SmallModel, job: Job, train: Train, n: int = 3) -> LoRA:
-    """The mean adapter after some rounds of clients that keep what the job leaves with them."""
-    state, kept = double(small.start), [NOTHING] * 3
-    for round in range(n):
-        jobs = [replace(job, start=state, round=round, rounds=n, seed=7)] * 3
-        results = train(small, tasks_of(small, jobs, kept))
-        kept = [own for _, own in results]
-        state = average([update.lora for update, _ in results], [1.0, 2.0, 3.0]).over(state)
-    return state
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_rounds_with_adamw_come_to_the_same_adapter(kind: Kind) -> None:
     small = small_model(kind)
     with in_float64(small.model):
         job = Job(start=NOTHING, training=ADAMW)
-        serial = rounds(small, job, one_by_one)
-        stacked = rounds(small, job, in_one_pass)
+        serial = rounds(small, [job] * 3, one_by_one)
+        stacked = rounds(small, [job] * 3, in_one_pass)
     assert furthest(serial, stacked) < 1e-7
     assert furthest(serial, small.start) > 1e-3
 
@@ -90,21 +47,8 @@ def test_three_rounds_with_adamw_come_to_the_same_adapter(kind: Kind) -> None:
 def test_what_a_job_asks_of_one_client_it_has_of_many(job: Job) -> None:
     small = small_model("bert")
     with in_float64(small.model):
-        serial, stacked = rounds(small, job, one_by_one), rounds(small, job, in_one_pass)
+        serial, stacked = rounds(small, [job] * 3, one_by_one), rounds(small, [job] * 3, in_one_pass)
     assert furthest(serial, stacked) < 1e-7
-
-
-def compared(small: SmallModel, jobs: Sequence[Job]) -> float:
-    """How far apart one round's updates are at most."""
-    with in_float64(small.model):
-        pairs = zip(one_by_one(small, tasks_of(small, jobs)), in_one_pass(small, tasks_of(small, jobs)), strict=True)
-        return max(furthest(one.lora, other.lora) for (one, _), (other, _) in pairs)
-
-
-def filled(lora: LoRA, seed: int) -> LoRA:
-    """The adapter in float64 with other numbers in its B, as if it had been trained."""
-    g = torch.Generator().manual_seed(seed)
-    return double(LoRA(lora.A, {m: torch.randn(b.shape, generator=g) / 4 for m, b in lora.B.items()}, lora.H))
 
 
 @pytest.mark.parametrize("kind", KINDS)

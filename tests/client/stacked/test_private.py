@@ -1,6 +1,6 @@
 """DP-SGD of many clients in one pass, against DP-SGD of each by itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedlora.client.training import Trained, TrainingTask
 from fedlora.encoding.encoder import Records
 from fedlora.errors import ClientFailed, DataError, TrainingDiverged
 from fedlora.jobs import Job, PrivacyTerms
-from fedlora.lora import LoRA, average, leading, map_factors
+from fedlora.lora import leading, map_factors
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
@@ -24,10 +24,9 @@ from fedlora.privacy.noise import SecureRandom
 from fedlora.sections import LoRAConfig, Training
 from fedlora.seeds import seeded
 from fedlora.strategy import load
-from tests.client.stacked.test_cohort import double, filled, furthest
+from tests.support.cohorts import NOTHING, compared, double, filled, furthest, in_one_pass, one_by_one, rounds, tasks_of
 from tests.support.float64 import in_float64
 
-NOTHING = LoRA()
 C = 0.05  # about half of the records' gradients are longer
 TERMS = PrivacyTerms(noise=0.5, clip=C, head_share=0.3, rate=0.5, steps=3, delta=1e-5, seeded=True)
 UNLIKE = tuple(replace(TERMS, noise=0.5 + i, rate=(0.2, 0.5, 0.9)[i], steps=(1, 3, 2)[i]) for i in range(3))
@@ -45,36 +44,11 @@ SETTINGS = {
     "A and a head that stays": Job(NOTHING, trains="AH", shares="A", training=ADAMW),
     "going on from its own factors": Job(NOTHING, resumes=True, training=ADAMW),
 }
-Train = Callable[[SmallModel, Sequence[TrainingTask]], list[Trained]]
 
 
-def tasks_of(
-    small: SmallModel, jobs: Sequence[Job], kept: Sequence[LoRA] = (NOTHING,) * 3, mechanism: Mechanism = STANDARD
-) -> list[TrainingTask]:
-    return [
-        TrainingTask(client=i, job=job, kept=own, records=data.records, mechanism=mechanism)
-        for i, (job, own, data) in enumerate(zip(jobs, kept, small.clients, strict=False))
-    ]
-
-
-def one_by_one(small: SmallModel, tasks: Sequence[TrainingTask]) -> list[Trained]:
-    return [training.perform(small.model, task) for task in tasks]
-
-
-def in_one_pass(small: SmallModel, tasks: Sequence[TrainingTask]) -> list[Trained]:
-    results = private.train(small.model, tasks)
-    return [result for result in results if not isinstance(result, Exception)]
-
-
-def rounds(small: SmallModel, job: Job, train: Train, n: int = 3) -> LoRA:
-    """The mean adapter after some rounds of clients with unlike terms, that keep what the job leaves with them."""
-    state, kept = double(small.start), [NOTHING] * 3
-    for round in range(n):
-        now = replace(job, start=state, round=round, rounds=n, seed=7)
-        results = train(small, tasks_of(small, [replace(now, privacy=terms) for terms in UNLIKE], kept))
-        kept = [own for _, own in results]
-        state = average([update.lora for update, _ in results], [1.0, 2.0, 3.0]).over(state)
-    return state
+def unlike(job: Job) -> list[Job]:
+    """The job on three terms."""
+    return [replace(job, privacy=terms) for terms in UNLIKE]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +56,7 @@ def test_three_rounds_come_to_the_same_adapter_with_the_same_draws_and_noise(kin
     small = small_model(kind)
     with in_float64(small.model):
         job = Job(NOTHING, training=ADAMW)
-        serial, stacked = rounds(small, job, one_by_one), rounds(small, job, in_one_pass)
+        serial, stacked = rounds(small, unlike(job), one_by_one), rounds(small, unlike(job), in_one_pass)
     assert furthest(serial, stacked) < 1e-7
     assert furthest(serial, small.start) > 1e-3
 
@@ -91,15 +65,8 @@ def test_three_rounds_come_to_the_same_adapter_with_the_same_draws_and_noise(kin
 def test_what_a_private_job_asks_of_one_client_it_has_of_many(job: Job) -> None:
     small = small_model("bert")
     with in_float64(small.model):
-        serial, stacked = rounds(small, job, one_by_one), rounds(small, job, in_one_pass)
+        serial, stacked = rounds(small, unlike(job), one_by_one), rounds(small, unlike(job), in_one_pass)
     assert furthest(serial, stacked) < 1e-7
-
-
-def compared(small: SmallModel, jobs: Sequence[Job]) -> float:
-    """How far apart one round's updates are at most."""
-    with in_float64(small.model):
-        pairs = zip(one_by_one(small, tasks_of(small, jobs)), in_one_pass(small, tasks_of(small, jobs)), strict=True)
-        return max(furthest(one.lora, other.lora) for (one, _), (other, _) in pairs)
 
 
 def test_what_a_lower_rank_lacks_gets_no_noise() -> None:

@@ -12,7 +12,7 @@ from fedlora.jobs import Job
 from fedlora.lora import LoRA, leading
 from fedlora.models.model import Model
 from fedlora.sections import Training
-from tests.client.stacked.test_cohort import tasks_of
+from tests.support.cohorts import tasks_of
 
 PLAIN = Training(optimizer="sgd", lr=0.1, steps=1)
 
