@@ -8,13 +8,14 @@ goes wrong a code leaves (`fedlora.reasons`), by `release_reason`. No other func
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from flwr.app import RecordDict
 
 from fedlora.client.policy import ClientPolicy
 from fedlora.errors import Failure, PolicyRefusal, ReasonCode, WireError
-from fedlora.jobs import Job, SecAggStep
+from fedlora.jobs import Job, SecAggStep, shared_start
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.messages.codec import MASKED, SCALES, IncomingJob, is_table
 from fedlora.messages.envelope import RawMessage, read_either, read_head, stamp, unpack
@@ -67,7 +68,8 @@ def release_reason(failure: Failure, event_log: EventLog) -> ReasonCode:
 
 
 def check_start(model: Model, job: Job) -> None:
-    """Raise `PolicyRefusal` for a job whose start lacks a matrix of a side that it trains or shares.
+    """Raise `PolicyRefusal` for a job whose start lacks a matrix of a side that it trains or shares, or that corrects
+    the gradient of one which it does not train.
 
     The model still holds what it had last in such a side, which may be what a client keeps for itself.
     """
@@ -77,6 +79,14 @@ def check_start(model: Model, job: Job) -> None:
             raise PolicyRefusal(
                 f"the job trains or shares side {side}, and its start has {len(lacking)} modules of it less than the "
                 "model; only what the server sent can be trained and sent back",
+                code=ReasonCode.EGRESS,
+            )
+    for side, module, t in job.correction.matrices():
+        trained = job.start.side(side).get(module) if side in job.trains else None
+        if trained is None or trained.shape != t.shape:
+            found = "none that is trained" if trained is None else str(tuple(trained.shape))
+            raise PolicyRefusal(
+                f"the job corrects the gradient of {side} {module} by {tuple(t.shape)}, and its start has {found}",
                 code=ReasonCode.EGRESS,
             )
 
@@ -127,7 +137,8 @@ def _update(head: UpdateHead, content: bytes, job: Job, policy: ClientPolicy) ->
     found = forms(content)
     _check_forms(found, _expected(job))
     policy.refuse_update(f"{s} {m}" for s, m, _ in layout(job))  # of a masked vector too, where these are in it
-    return {"what": "update", "round": job.round + 1, "bytes": number_bytes(content), "tensors": list(found)}
+    stays = {"rows_kept": job.keeps_rank} if job.keeps_rank else {}  # the last of the rank, of every A and B
+    return {"what": "update", "round": job.round + 1, "bytes": number_bytes(content), "tensors": list(found)} | stays
 
 
 def _wrong_words(head: UpdateHead, job: Job, policy: ClientPolicy) -> Iterator[str]:
@@ -148,7 +159,7 @@ def _expected(job: Job) -> dict[str, tuple[str, Shape]]:
         return {MASKED: ("I32", (size(job),))}
     shapes: dict[str, Shape] = {
         f"{s} {m}": _free_rank(s, t.shape) if job.resumes else tuple(t.shape)
-        for s, m, t in job.start.only(job.shares).matrices()
+        for s, m, t in shared_start(job).matrices()
     }
     scales = {f"{SCALES}{name}": ("F32", _scale_shape(name, shape)) for name, shape in shapes.items()}
     return {name: (ENCODED[job.upload], shape) for name, shape in shapes.items()} | (
@@ -166,6 +177,8 @@ def _scale_shape(name: str, shape: Shape) -> Shape:
     """The shape of a matrix's scales in int8: a scale a direction of A and B, a row of another, one for a vector."""
     if len(shape) < 2:
         return (1,)
+    if name.startswith("R "):  # of all blocks of a core
+        return (prod(n or 0 for n in shape[:-1]),)
     return (shape[1] if name.startswith("B ") and len(shape) == 2 else shape[0],)
 
 

@@ -21,9 +21,9 @@ from typing import Any
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import PolicyRefusal
-from fedlora.jobs import Job, PrivacyTerms
+from fedlora.jobs import Job, PrivacyTerms, sent_sides, shared_start
 from fedlora.messages.agreement import COLUMNS, RunAgreement
-from fedlora.sections import DataConfig, PrivacyConfig
+from fedlora.sections import DataConfig, PrivacyConfig, Training
 
 DELTA = 1e-5  # of a client that names none
 FEWEST_SCORED = 10  # held-out examples of which a deployed client tells scores
@@ -54,16 +54,19 @@ class ClientPolicy:
     data: DataConfig | None = None  # where its data are and what their columns mean; none: nothing is held against it
     model: str = ""  # folder or hub id of its base model
     models: tuple[str, ...] = field(default=("*",))  # base models that a server may name, as ID or ID@REVISION
+    code: tuple[str, ...] = field(default=("*",))  # code that a server may have it run in its training, by path
 
     def refuse_agreement(self, agreement: RunAgreement) -> None:
         """Raise `PolicyRefusal` for a run that will ask for what this client does not allow."""
         wrong = [*self._too_open(agreement), *self._not_its_data(agreement), *self._not_its_model(agreement)]
+        wrong += self._not_its_code(agreement.config.train)
         if wrong:
             raise PolicyRefusal(f"this run asks for {'; and for '.join(wrong)}")
 
     def refuse(self, job: Job, records: int) -> None:
         """Raise `PolicyRefusal` for a job that asks for less privacy than this client wants, or for more tensors."""
-        for asked in self._too_little_privacy(job, records):
+        terms = self._too_little_privacy(job, records) if job.stage == "round" else _word_of_own_use(job)
+        for asked in (*terms, *self._not_its_code(job.training)):
             raise PolicyRefusal(f"the server asks for {asked}; have it ask for what was agreed, or leave the run")
         self.refuse_update(_asked_tensors(job))
 
@@ -126,6 +129,12 @@ class ClientPolicy:
         if not any(fnmatchcase(name, pattern) for pattern in self.models):
             yield f"the base model {name}: say --model with a folder or an id here, or name it in client.models"
 
+    def _not_its_code(self, training: Training) -> Iterator[str]:
+        """The code that a run names for a client's training, where this client has not named it."""
+        for key, path in training.own_code.items():
+            if not any(fnmatchcase(path, pattern) for pattern in self.code):
+                yield f"{key} = {path}, which is not named in client.code here: code runs as you, so read it first"
+
     @property
     def _has_data(self) -> bool:
         """Has the client data of its own, and not a share of the public ones that come with fedlora?"""
@@ -158,11 +167,19 @@ class ClientPolicy:
             yield f"delta = {terms.delta:g}, which is not below 1/N of the {records} records here"
 
 
+def _word_of_own_use(job: Job) -> Iterator[str]:
+    """What a stage for the client's own use may not ask; it needs neither noise nor mask, as nothing of it leaves."""
+    if job.metrics or job.privacy or job.masking:
+        yield "word of what this client does for its own use"
+
+
 def _asked_tensors(job: Job) -> Iterator[str]:
-    """The names of all tensors that the job wants back, as `SIDE MODULE`."""
-    for side in job.shares:
-        for module in job.start.side(side):
-            yield f"{side} {module}"
+    """The names of all tensors of which the job wants something back, as `SIDE MODULE`.
+
+    A projection of a product tells of both factors, whichever of the two it travels as.
+    """
+    for side, module, _ in shared_start(job).over(job.start.only(sent_sides(job))).matrices():
+        yield f"{side} {module}"
 
 
 def _plain(value: Any) -> str:
@@ -185,6 +202,7 @@ def client_policy(mine: Mapping[str, Any], ledgers: Path) -> ClientPolicy:
         data=config.data,
         model=config.model.path,
         models=config.client.models,
+        code=config.client.code,
     )
 
 

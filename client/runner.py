@@ -20,8 +20,18 @@ from fedlora.client.secure_aggregation import SecAggClient
 from fedlora.client.training import Outcome, TrainingTask, trained
 from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.encoder import Records
-from fedlora.errors import FedloraError, PrivateJobFailed
-from fedlora.jobs import Job, PrivacyTerms, SecAggStep, Update
+from fedlora.errors import ClientFailed, FedloraError, PrivateJobFailed
+from fedlora.jobs import (
+    Job,
+    PrivacySpent,
+    PrivacyTerms,
+    SecAggStep,
+    Update,
+    is_projected,
+    shared_part,
+    shared_start,
+    start_with,
+)
 from fedlora.lora import LoRA
 from fedlora.messages.compression import compress_with_error_feedback
 from fedlora.messages.parts import hash_parts_and_job
@@ -30,9 +40,12 @@ from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.privacy import preflight
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
+from fedlora.run.export import save_own
 from fedlora.storage.client_state import CachedReply, ClientState, earlier_job_hash
+from fedlora.storage.own_model import by_itself, own_model
 
 log = logging.getLogger("fedlora")
+FACTORS = "factors"  # the name of the files with what was trained in a round of which there is a second pass
 Steps = Generator[TrainingTask, Outcome, Update]  # stops at most once
 
 
@@ -66,6 +79,9 @@ class JobRunner:
         """
         self.policy.refuse(job, self.client_data.client(self.id, 0).records)
         check_start(model, job)
+        _check_projection(model, job)
+        if job.stage != "round":
+            return (yield from self._by_itself(model, job))
         digest = digest or hash_parts_and_job(job)
         if job.masking:
             return (yield from self._masked(model, job, digest))
@@ -81,8 +97,62 @@ class JobRunner:
         update = yield from self._trained(model, select_rows(job), digest)
         return self.secagg.mask(job, replace(update, lora=scatter_rows(job, update.lora)))
 
+    def _by_itself(self, model: Model, job: Job) -> Steps:
+        """Do a stage for this client's own use: its result stays here, and the update holds nothing of it.
+
+        Where no scores may be told, it does not say either that the training failed: that depends on the data.
+        """
+        alone = by_itself(job, ClientState(self.folder).before(job.round + 1))
+        examples = self.client_data.train
+        outcome = yield TrainingTask(client=self.id, job=alone, kept=LoRA(), examples=examples)
+        try:
+            kept = trained(outcome)[1]
+            ClientState(self.folder, job.stage).keep(job.round, kept)
+            if self.once:  # on a machine of its own, where no run directory is
+                save_own(model, start_with(alone, kept), job.offset, self.folder / f"{job.stage}-adapter")
+        except Exception:  # whatever it is: its kind may depend on the records
+            if self.policy.metrics and not self.policy.masked:
+                raise
+            log.warning("what this client was to do for its own use failed", exc_info=True)
+        return Update(LoRA(), max(1, len(examples)), None)
+
     def _trained(self, model: Model, job: Job, digest: str) -> Steps:
+        if job.left:
+            return self._second_pass(job)
         return self._private(model, job, job.privacy, digest) if job.privacy else self._plain(job, digest)
+
+    def _second_pass(self, job: Job) -> Steps:
+        """What a second pass asks about the factors that this client trained in the round: nothing is trained for it.
+
+        Nothing is charged either, as the factors of a private job are a function of what was noised. The same job has
+        the same answer, so none is kept. Raises `ClientFailed` where the client has no such factors.
+        """
+        yield from ()
+        factors = ClientState(self.folder, FACTORS).of(job.round)
+        spent = self._spent(job, job.privacy) if job.privacy else None
+        if not factors or (job.privacy and spent is None):
+            raise ClientFailed(
+                f"client {self.id} is asked about the factors that it trained in round {job.round + 1}, and has none; "
+                "it takes part again from the next round on"
+            )
+        data = self.client_data
+        return Update(shared_part(job, factors), len(data.records if job.privacy else data.train), None, spent)
+
+    def _spent(self, job: Job, privacy: PrivacyTerms) -> PrivacySpent | None:
+        """What the ledger says after a round; None where no job of that round was charged."""
+        ledger = self.ledger
+        with ledger.locked():
+            return ledger.spent(privacy.delta) if ledger.charged(job.round) else None
+
+    def _keep(self, job: Job, kept: LoRA) -> None:
+        """Write what a round leaves: the sides to go on from and, apart from these, what a second pass asks about.
+
+        What lies apart is all that a second pass can ever ask about, whatever else a client keeps.
+        """
+        if job.right:
+            ClientState(self.folder, FACTORS).keep(job.round, kept.only("AB"))
+            kept = kept.only("HRD")
+        ClientState(self.folder).keep(job.round, kept)
 
     def _compressed(self, job: Job, update: Update) -> Update:
         """The update encoded as the job asks, and with the numbers that the server will decode from it."""
@@ -90,21 +160,21 @@ class JobRunner:
             return update
         store = ClientState(self.folder, "left")
         residual = store.before(job.round) if job.feedback else LoRA()
-        packed, received, left = compress_with_error_feedback(job.start, update.lora, residual, job.upload)
+        packed, received, left = compress_with_error_feedback(shared_start(job), update.lora, residual, job.upload)
         if job.feedback:
             store.keep(job.round, left)
         return replace(update, lora=received, packed=packed)
 
     def _plain(self, job: Job, digest: str) -> Steps:
         """The update of a job without DP-SGD; with `once`, the kept one if this job was done already."""
-        store, last = ClientState(self.folder), CachedReply(self.folder)
+        last = CachedReply(self.folder)
         if self.once and (done := last.to(digest)):
             return done
-        before = store.before(job.round)
+        before = ClientState(self.folder).before(job.round)
         task = TrainingTask(client=self.id, job=job, kept=before, examples=self.client_data.train)
         update, kept = trained((yield task))
         log.debug("trained round %d", job.round + 1)
-        store.keep(job.round, kept)
+        self._keep(job, kept)
         if self.once:
             last.keep(digest, update)
         return update
@@ -125,12 +195,11 @@ class JobRunner:
 
     def _charged(self, job: Job, records: Records, ledger: Ledger, digest: str) -> Steps:
         """The update of a job that the ledger has just been charged for; it lies on the disk when this returns."""
-        store = ClientState(self.folder)
         try:
-            before = store.before(job.round)
+            before = ClientState(self.folder).before(job.round)
             task = TrainingTask(client=self.id, job=job, kept=before, records=records, mechanism=self.mechanism)
             answer, kept = trained((yield task))
-            store.keep(job.round, kept)
+            self._keep(job, kept)
             ledger.keep(digest, answer)
         except Exception:  # whatever it is: its kind may depend on the records
             log.warning("a private job failed after it was charged", exc_info=True)
@@ -146,8 +215,9 @@ class JobRunner:
         heldout = self.client_data.heldout
         self.policy.refuse_evaluation(len(heldout))
         if self.once:
-            ScoredRounds(self.folder).note(job.round, digest or hash_parts_and_job(job))
-        return training.evaluate(model, job, heldout, ClientState(self.folder).before(job.round + 1))
+            ScoredRounds(self.folder, job.stage).note(job.round, digest or hash_parts_and_job(job))
+        own, kept = own_model(job, self.folder)
+        return training.evaluate(model, own, heldout, kept)
 
     def reply(self, ask: SecAggStep) -> dict[str, str]:
         """Answer a step of secure aggregation; a client that joins tells its counts. Raises `SecureError`."""
@@ -168,6 +238,15 @@ class JobRunner:
             return Ledger(self.folder, self.client_data)
         folder = ledger_folder(self.policy.ledgers, self.id, self.client_data)
         return Ledger(folder, self.client_data, self.policy.mark_of(folder.name))
+
+
+def _check_projection(model: Model, job: Job) -> None:
+    """Raise `ClientFailed` for a job that asks for a projection of a product where the model has no plain one."""
+    if is_projected(job) and model.kind != "lora":
+        raise ClientFailed(
+            f"the job asks for a projection of B A, and lora.kind = {model.kind} computes with more than that product; "
+            "take lora.kind = lora"
+        )
 
 
 def _name_in(ledger: Ledger, job: Job, digest: str) -> str:

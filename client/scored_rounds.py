@@ -1,17 +1,18 @@
-"""The last round in which a client told scores on its held-out examples: once a round, of one model."""
+"""The last round in which a client told scores on its held-out examples: once a round, or stage, of one model."""
 
 import json
 from pathlib import Path
 
 from fedlora.errors import LedgerError, PolicyRefusal
+from fedlora.message_types import Stage
 from fedlora.storage.files import write_durably
 
 
 class ScoredRounds:
     """A file that holds the last round of which scores were told, and the job for which."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "scored.json"
+    def __init__(self, folder: Path, stage: Stage = "round") -> None:
+        self._path = folder / ("scored.json" if stage == "round" else f"scored-{stage}.json")
 
     def note(self, round: int, job: str) -> None:
         """Write down, before anything is evaluated, that this job of this round (from 0) is.

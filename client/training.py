@@ -5,7 +5,7 @@ A job names what is trained and shared, so that every strategy trains by the sam
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import ClientFailed, ReasonCode, TrainingDiverged
-from fedlora.jobs import Job, Update
+from fedlora.jobs import Job, Update, kept_part, shared_part, start_with, trained_letters, trains_scales
 from fedlora.kernels.evaluation import measure
-from fedlora.lora import SIDES, LoRA, at_least_float32, join, scale
+from fedlora.lora import LoRA, at_least_float32, join, scale
 from fedlora.metrics import Metrics
 from fedlora.models import optimizer as optimize
+from fedlora.models.added_gradients import added_gradients
 from fedlora.models.model import Model
 from fedlora.models.probe import not_finite
 from fedlora.privacy import dpsgd
@@ -104,7 +105,7 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
     """
     TrainingTask(client=client, job=job, kept=kept, examples=examples).refuse_empty()
     taken = load_start(model, job, kept)
-    with seeded(derive(job.seed, "dropout", client, job.round)):
+    with model.learning(job.training), seeded(derive(job.seed, "dropout", client, job.round)):
         loss = run_steps(model, _sides(model, job), job, client, examples)
     return make_update(job, model.get_adapter(), taken, len(examples), loss)
 
@@ -119,7 +120,8 @@ def train_privately(
     """
     TrainingTask(client=client, job=job, kept=kept, records=records).refuse_empty()
     taken = load_start(model, job, kept)
-    dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
+    with model.learning(job.training, private=True):
+        dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
     return make_update(job, model.get_adapter(), taken, len(records), None)
 
 
@@ -141,39 +143,36 @@ def evaluate(model: Model, job: Job, examples: Sequence[Example], kept: LoRA) ->
 def load_start(model: Model, job: Job, kept: LoRA) -> LoRA:
     """Load the client's start into the model; for a job that resumes, return what is subtracted for it, -B A."""
     start, taken = start_of(job, kept)
-    model.set_adapter(start, (*job.offset, taken) if taken else job.offset, job.gain)
+    offset = (*job.offset, taken) if taken else job.offset
+    model.set_adapter(start, offset, job.gain, scales=trains_scales(job))
     return taken
 
 
 def start_of(job: Job, kept: LoRA) -> tuple[LoRA, LoRA]:
     """The adapter that a client starts a job from, and what is subtracted beside it: -B A of a job that resumes."""
-    start = kept.only(_keeps(job)).over(job.start)
+    start = start_with(job, kept)
     moved = job.resumes and any(bool(b.any()) for b in start.B.values())
     return start, scale(start.only("AB"), -1) if moved else LoRA()
 
 
 def _sides(model: Model, job: Job) -> dict[str, list[nn.Parameter]]:
     """The parameters that the job trains, by side; only these get gradients from here on."""
-    sides = {side: model.set_trainable(side) for side in job.trains}
-    model.set_trainable(job.trains)
+    letters = trained_letters(job)
+    sides = {side: model.set_trainable(side) for side in letters}
+    model.set_trainable(letters)
     return sides
 
 
 def make_update(job: Job, lora: LoRA, taken: LoRA, examples: int, loss: float | None) -> Trained:
-    """The update of a trained adapter, with the sides that the job shares, and the sides that the client keeps.
+    """The update of a trained adapter, with what the job shares, and what the client keeps.
 
-    `taken` is what was subtracted beside the adapter's start (see `start_of`). A loss is told only where the job asks.
+    Of a job with `right` it keeps the factors until the round is over. `taken` is what was subtracted beside the
+    adapter's start (see `start_of`). A loss is told only where the job asks.
     """
-    shared = lora.only(job.shares)
+    shared = shared_part(job, lora)
     change = join(shared.only("AB"), taken) if taken else LoRA()
-    return Update(change.over(shared), examples, loss if job.metrics else None), lora.only(_keeps(job))
-
-
-def _keeps(job: Job) -> str:
-    """The letters of the sides that stay with the client."""
-    unshared = set(job.trains) - set(job.shares)
-    resumed = set("AB") if job.resumes else set()
-    return "".join(s for s in SIDES if s in unshared | resumed)
+    stays = lora.only("AB" if job.right else "").over(kept_part(job, lora))
+    return Update(change.over(shared), examples, loss if job.metrics else None), stays
 
 
 def run_steps(
@@ -182,22 +181,23 @@ def run_steps(
     """Run all optimizer steps of a round; return the mean loss over the targets seen."""
     training = job.training
     parameters = [p for side in sides.values() for p in side]
-    start = [p.detach().clone() for p in parameters]
+    added = added_gradients(model, job)
     optimizer = optimize.make(training, model, sides)
     optimizer.zero_grad()  # a client that failed in the middle of a step left a gradient behind
     model.begin_training()
     total, targets = 0.0, 0
     steps = optimize.count_steps(training, len(examples))
     places = chunks(len(examples), training, job, client)
-    for step in range(steps):
+    for step, now in optimize.in_turn(model, sides, job, steps):
         optimize.set_rates(optimizer, training, job, step=step, steps=steps)
         chunk = [examples[i] for i in next(places)]
-        loss, n = _step_gradient(model, parameters, chunk, job)
+        loss, n = _step_gradient(model, [*chain.from_iterable(now.values())], chunk, job)
         if not isfinite(loss):
             raise TrainingDiverged(why_diverged(model, job, step, loss))
-        optimize.add_proximal_gradient(parameters, start, training.prox)
+        added.add()
         if training.clip and not job.example_clip:  # else every example's gradient is clipped already
             nn.utils.clip_grad_norm_(parameters, training.clip)
+        optimize.smooth_gradients(now, job.smoothing)
         optimizer.step()
         optimizer.zero_grad()
         total += loss

@@ -2,28 +2,37 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedlora.run.compose import check_kind_and_ranks
+from fedlora.run.client_ranks import listed
+from fedlora.run.compose import check_strategy
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory, newest
+from fedlora.run.frames import clients_frame, rounds_frame
+from fedlora.run.own_objects import OwnObjects, separate
+from fedlora.run.trackers import check_trackers
 
 from . import config as configuration
-from .config import CHANGEABLE_ON_RESUME, SHORT, Config
-from .errors import ConfigError, LedgerError, StrategyError
-from .jobs import Charge
+from .config import CHANGEABLE_ON_RESUME, Config
+from .errors import ConfigError, StrategyError
+from .own_code import path_of
 from .strategy import load
+from .strategy_files import spec_of
 
 if TYPE_CHECKING:  # which load transformers and PEFT: a run says its first line before it waits for them
     from fedlora.run.setup import RunSetup
     from fedlora.server.rounds import Fleet
+
+
+RUNS = Path("runs")  # where a run goes that is given no folder
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Result:
     @property
     def before(self) -> Mapping[str, float]:
         """The evaluation of the global model before the first round; empty where there was nothing to evaluate on."""
-        before: Mapping[str, float] = self.rounds[0].get("before", {})
+        first: Mapping[str, Any] = next(iter(self.rounds), {})
+        before: Mapping[str, float] = first.get("before", {})
         return before
 
     @property
@@ -50,6 +60,30 @@ class Result:
         evaluation: Mapping[str, float] = newest(self.rounds, "eval").get("eval", {})
         return evaluation
 
+    @property
+    def personal(self) -> Mapping[str, Any]:
+        """What is told of what clients did by themselves after the last round; empty where they did nothing."""
+        return RunDirectory(self.folder).stages()
+
+    def frame(self) -> Any:
+        """A `pandas.DataFrame` of the rounds: a row each, and one of round 0 for the evaluation before the first.
+
+        Its columns are the keys of rounds.jsonl that hold numbers (`eval/accuracy`, `bytes_up`, ...), and what tells
+        runs apart: `run`, `strategy`, `seed`.
+        """
+        return rounds_frame(RunDirectory(self.folder), self.rounds)
+
+    def clients(self) -> Any:
+        """A `pandas.DataFrame` with a row for every client of every round, of what may be told of single clients."""
+        return clients_frame(RunDirectory(self.folder), self.rounds)
+
+
+def open_run(folder: str | Path) -> Result:
+    """The run that lies in a folder, as far as it has come. Raises `ConfigError` where there is none."""
+    directory = RunDirectory(Path(folder))
+    directory.config()
+    return Result(directory.path, tuple(directory.records()))
+
 
 def simulate(
     config: Config | Mapping[str, Any] | str | Path | None = None,
@@ -57,24 +91,33 @@ def simulate(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
+    on_round: Callable[[Mapping[str, Any]], object] | None = None,
+    tokenizer: Any = None,
     **settings: Any,
 ) -> Result:
     """Run a federation on this machine, and return what came of it.
 
     `config` is a `Config`, a mapping, or the path of a TOML file. `settings` go over it: by the names of the command's
     options (`clients=50`, `dp_epsilon=3.0`), by section (`train={"lr": 2e-3}`), or by dotted key
-    (`**{"train.lr": 2e-3}`). `strategy` may also be a `Strategy` or a class of one. `out` is the run directory, by
-    default `runs/<time>-<strategy>`; `resume` is the directory of a run to go on with. `progress` shows each round.
+    (`**{"train.lr": 2e-3}`). `strategy` may also be a `Strategy` or a class of one, and a setting that names code
+    (`train.loss`, ...) a function, a class or an object. `out` is the run directory, by default
+    `runs/<time>-<strategy>`; `resume` is the directory of a run to go on with. `progress` shows each round.
+
+    `on_round` is called after every round with its record, the line of rounds.jsonl; where it raises `StopRun`, the run
+    ends there with its adapter written. `data` and `eval_data` may also be rows: a list of mappings, a DataFrame, a
+    `datasets.Dataset`, or a list or mapping of such with one a client; `model` may be a transformers model, with its
+    `tokenizer`. These are written into the run directory, under `given/`.
 
     Raises a `FedloraError` for every mistake that the caller can mend; the rounds before it are kept for `resume`.
     """
     if resume and (config or out):
         raise ConfigError("resume takes its settings and folder from the run; leave config and out away")
     screen = ConsoleProgress() if progress else ConsoleProgress(Console(quiet=True))
-    given = by_key(settings)
+    own, plain = separate(settings, tokenizer)
+    given = by_key(plain)
     if resume:
-        return run(screen, *run_to_resume(Path(resume), given), goes_on=True)
-    return run(screen, *new_run(_layer(config), given, Path(out) if out else None))
+        return run(screen, *run_to_resume(Path(resume), given), goes_on=True, on_round=on_round)
+    return run(screen, *new_run(_layer(config), given, Path(out) if out else None), on_round=on_round, own=own)
 
 
 def new_run(layer: Mapping[str, Any], given: Mapping[str, Any], out: Path | None) -> tuple[RunDirectory, Config]:
@@ -82,11 +125,18 @@ def new_run(layer: Mapping[str, Any], given: Mapping[str, Any], out: Path | None
 
     `given` goes over `layer`, and both over the embedded run's settings where neither names a model or data.
     """
+    config = checked_settings(layer, given)
+    return RunDirectory(out or _unused(config.strategy)), config
+
+
+def checked_settings(layer: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The settings of a run that begins, as `new_run` has them, without making anything."""
     if given.get("dp.noise") == 0:
         raise ConfigError("dp.noise = 0 adds no noise; leave it out, or give noise over clip, as 1.0")
     config = configuration.over_defaults(layer, given)
-    check_kind_and_ranks(load(config.strategy, **config.option), config.lora.kind)
-    return RunDirectory(out or _unused(config.strategy)), config
+    strategy = load(config.strategy, **config.option)
+    check_strategy(strategy, config, listed(config.lora.ranks))
+    return config
 
 
 def run_to_resume(path: Path, given: Mapping[str, Any]) -> tuple[RunDirectory, Config]:
@@ -101,22 +151,37 @@ def run_to_resume(path: Path, given: Mapping[str, Any]) -> tuple[RunDirectory, C
     return folder, configuration.build(folder.config(), given)
 
 
-def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_on: bool = False) -> Result:
+def run(
+    screen: ConsoleProgress,
+    folder: RunDirectory,
+    config: Config,
+    *,
+    goes_on: bool = False,
+    on_round: Callable[[Mapping[str, Any]], object] | None = None,
+    own: OwnObjects | None = None,
+) -> Result:
     """Load model and data, run the rounds that are left, and write the adapter, as the only process that writes there.
 
-    Raises `ConfigError` where another process does.
+    Objects of the caller's `own` are kept there first. Raises `ConfigError` where another process writes there. A run
+    that is refused before a client has worked leaves nothing.
     """
-    with folder.only_writer():
+    with _kept_if_full(folder.path.parent), folder.only_writer(), folder.empty_if_refused():
+        if own:
+            folder.check_is_new()
+            config = own.keep(folder.path, config)
+        check_trackers(config.report_to)
         screen.say(f"run directory {folder.path}, {_engine_words(config)}; loading model and data")
         from fedlora.run.setup import mute_transformers, prepare
         from fedlora.server.run import run_rounds
+        from fedlora.simulations.local_clients import charges_in_ledgers
 
         mute_transformers()
         setup = prepare(config)
         folder.create(setup.config, again=goes_on, files=setup.files)
         try:
-            charged = _charged(setup, folder)
-            _with_fleet(setup, folder, screen, lambda fleet: run_rounds(setup, fleet, folder, screen, charged=charged))
+            charged = charges_in_ledgers(setup.config, setup.clients_data, folder.clients)
+            play = partial(run_rounds, charged=charged, on_round=on_round)
+            _with_fleet(setup, folder, screen, lambda fleet: play(setup, fleet, folder, screen))
         except KeyboardInterrupt:
             screen.close()
             screen.say(f"interrupted; go on with: fedlora simulate --resume {folder.path}")
@@ -126,35 +191,20 @@ def run(screen: ConsoleProgress, folder: RunDirectory, config: Config, *, goes_o
         return Result(folder.path, tuple(folder.records()))
 
 
-def _charged(setup: "RunSetup", folder: RunDirectory) -> dict[int, list[Charge]]:
-    """What every client's ledger holds, of this run and of others; one that is not whole is its client's to refuse."""
-    from fedlora.client.policy import policy_of
-    from fedlora.client.runner import JobRunner
-
-    charged: dict[int, list[Charge]] = {}
-    policy = policy_of(setup.config)
-    for i, data in enumerate(setup.clients_data if setup.config.dp.by_record else ()):
-        with suppress(LedgerError):
-            charged[i] = JobRunner(i, data, folder.clients / str(i), policy).ledger.charges()
-    return {i: charges for i, charges in charged.items() if charges}
-
-
 def _with_fleet(
     setup: "RunSetup", folder: RunDirectory, screen: ConsoleProgress, serve: Callable[["Fleet"], None]
 ) -> None:
     """Have `serve` use the run's clients: in Flower's simulation, or in this process by one model."""
+    from fedlora.simulations.fleets import fleet_here, on_clock
+
     if setup.config.engine == "flower":
         from fedlora.simulations import flower
 
-        flower.simulate(setup.config, folder.clients, serve, screen.answered)
+        flower.simulate(
+            setup.config, folder.clients, lambda fleet: serve(on_clock(setup.config, fleet)), screen.answered
+        )
         return
-    from fedlora.client.policy import policy_of
-    from fedlora.simulations.serial import Serial
-    from fedlora.simulations.stacked import Stacked
-
-    engine = Serial if setup.config.engine == "serial" else Stacked
-    policy = policy_of(setup.config)
-    serve(engine(setup.model, setup.clients_data, setup.ranks, folder.clients, screen.answered, policy))
+    serve(on_clock(setup.config, fleet_here(setup, folder.clients, screen.answered)))
 
 
 def _engine_words(config: Config) -> str:
@@ -166,13 +216,24 @@ def _engine_words(config: Config) -> str:
 
 def _unused(strategy: str) -> Path:
     """Make `runs/<time>-<strategy>`, with a number where several runs start in one second, and return it."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.rsplit(':')[-1]}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(strategy.rsplit(':')[-1]).stem}"
     for ending in chain([""], (f"-{n}" for n in count(2))):
         with suppress(FileExistsError):
-            folder = Path("runs") / f"{name}{ending}"
+            folder = RUNS / f"{name}{ending}"
             folder.mkdir(parents=True)
             return folder
     raise AssertionError("count never ends")
+
+
+@contextmanager
+def _kept_if_full(runs: Path) -> Iterator[None]:
+    """Remove the default folder of all runs after a `with` in which the only one was refused."""
+    try:
+        yield
+    finally:
+        if runs == RUNS:
+            with suppress(OSError):  # it has runs in it
+                runs.rmdir()
 
 
 def _layer(config: Config | Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -189,7 +250,14 @@ def by_key(settings: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, value in settings.items():
         given |= _flat(name, value)
-    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None}
+    return {key: _plain(key, value) for key, value in given.items() if value is not None}
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as settings hold it: of a path its text, of code where it is found again."""
+    if callable(value):
+        return path_of(key, value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
@@ -198,7 +266,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
         return configuration.dotted_keys({name: dict(value)})
     if name == "strategy" and not isinstance(value, str | None):
         return _strategy(value)
-    return {SHORT.get(name, name): value}
+    return {configuration.setting_key(name): value}
 
 
 def _strategy(strategy: Any) -> dict[str, Any]:
@@ -211,4 +279,4 @@ def _strategy(strategy: Any) -> dict[str, Any]:
             "a module or notebook"
         )
     options = {} if strategy is cls else vars(strategy)
-    return {"strategy": path} | {f"option.{name}": value for name, value in options.items()}
+    return {"strategy": spec_of(cls)} | {f"option.{name}": value for name, value in options.items()}

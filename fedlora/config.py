@@ -3,14 +3,18 @@
 The sections are frozen dataclasses; a field's annotation holds its limits and, as a plain string, what it means.
 """
 
+import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Lt
 
+from . import other_names, strategy_files
 from .errors import ConfigError, nearest
 from .sections import (
     AggregateConfig,
@@ -21,11 +25,16 @@ from .sections import (
     MessageConfig,
     ModelConfig,
     Names,
+    PersonalConfig,
     Policy,
     PrivacyConfig,
     SecureConfig,
+    SimulationConfig,
     Training,
 )
+
+if TYPE_CHECKING:  # which takes a while to load
+    from pydantic import TypeAdapter
 
 CHANGEABLE_ON_RESUME = (
     "rounds",
@@ -36,8 +45,15 @@ CHANGEABLE_ON_RESUME = (
     "model.device",
     "data.eval_limit",
     "data.cache",
-)  # and server.*, eval.*
-MOVABLE = ("model.path", "data.path", "data.eval", "lora.init_data")  # paths whose content a run knows by its hash
+    "report_to",
+)  # and server.*, eval.*, personal.*
+MOVABLE = (
+    "model.path",
+    "data.path",
+    "data.eval",
+    "lora.init_data",
+    "simulation.trace",
+)  # paths whose content a run knows by its hash
 CLIENT_SECTIONS = ("data.", "dp.", "secure.", "client.")  # sections in which a client may have settings of its own
 CLIENT_KEYS = ("model.path", "model.revision", "model.device", "threads")  # and single ones of other sections
 SHORT = {  # settings that the commands and `fedlora.simulate` take by a short name too
@@ -50,11 +66,21 @@ SHORT = {  # settings that the commands and `fedlora.simulate` take by a short n
 }
 
 
+def setting_key(name: str) -> str:
+    """The dotted key that a name means: hyphens are as good as underscores, and a short name as the key.
+
+    >>> setting_key("train.batch-size"), setting_key("dp-epsilon"), setting_key("rounds")
+    ('train.batch_size', 'dp.epsilon', 'rounds')
+    """
+    plain = name.replace("-", "_")
+    return SHORT.get(plain, plain)
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run, as `config.toml` in a run directory holds them."""
 
-    strategy: Annotated[str, "name from `fedlora strategies`, or package.module:Class"] = "fedavg"
+    strategy: Annotated[str, "name from `fedlora strategies`, package.module:Class, or file.py"] = "fedavg"
     option: Annotated[dict[str, bool | int | float | str], "the strategy's own options"] = field(default_factory=dict)
     clients: Annotated[int, Ge(0), "clients there are; 0: one a file or natural id, else 50"] = 0
     rounds: Annotated[int, Ge(1), "federated rounds"] = 10
@@ -82,17 +108,22 @@ class Config:
     ray: Annotated[
         str, "address of a running Ray cluster for the flower engine, which needs workers; empty: Ray here"
     ] = ""
+    report_to: Annotated[
+        Names, "trackers that are told the figures: tensorboard, trackio, wandb, mlflow; empty: none"
+    ] = ("tensorboard",)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: Training = field(default_factory=Training)
     server: Policy = field(default_factory=Policy)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     dp: PrivacyConfig = field(default_factory=PrivacyConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
     messages: MessageConfig = field(default_factory=MessageConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
 
     def __post_init__(self) -> None:
         if self.precision != "auto":
@@ -126,6 +157,20 @@ class Setting:
     kind: Any  # its type, or the `Literal` of its values
     help: str
 
+    @property
+    def section(self) -> str:
+        """The section that it stands in; `run` for the keys that have none."""
+        return self.key.partition(".")[0] if "." in self.key else "run"
+
+
+def section_meanings() -> dict[str, str]:
+    """What the settings of each section are about, in words."""
+    meanings = {"run": "The run as a whole."}
+    for name, section in get_type_hints(Config).items():
+        if is_dataclass(section):
+            meanings[name] = (section.__doc__ or "").split("\n", 1)[0]
+    return meanings
+
 
 def settings(section: type = Config, prefix: str = "") -> Iterator[Setting]:
     """Every dotted key there is, with its default and meaning."""
@@ -145,25 +190,45 @@ def build(*layers: Mapping[str, Any]) -> Config:
 
     Raises `ConfigError` naming the key, with its nearest neighbour where it is unknown.
     """
-    known = {setting.key: setting for setting in settings()}
-    flat = {}
+    known, flat = _known(), {}
     for layer in layers:
         for key, value in _unfold(layer):
             flat[key] = value if key.startswith("option.") else _listed(known, key, value)
     return _validate(flat)
 
 
+@cache
+def _known() -> Mapping[str, Setting]:
+    """Every setting by its key."""
+    return {setting.key: setting for setting in settings()}
+
+
 def _listed(known: Mapping[str, Setting], key: str, value: Any) -> Any:
     """The value of a known key, with a comma-separated text taken apart where the setting is a list of names."""
     if key not in known:
-        raise ConfigError(f'unknown key "{key}"; {nearest(key, {*known, *SHORT})}')
+        raise ConfigError(f'unknown key "{key}"; {_meant(key, known)}')
     if known[key].kind == Names and isinstance(value, str):
         return _words(value)
     return value
 
 
+def _meant(key: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown key: what another program's name is here, or the nearest known ones."""
+    if ours := other_names.ours(key):
+        return f"here it is {ours}"
+    last = key.rpartition(".")[2]
+    if same := [name for name in known if name.rpartition(".")[2] == last]:
+        quoted = (f'"{name}"' for name in same)
+        return f"did you mean {' or '.join(quoted)}?"
+    return nearest(key, {*known, *SHORT}, otherwise="fedlora settings lists those that are known")
+
+
 def _words(text: str) -> list[str]:
-    """What stands between commas."""
+    """What stands between commas, or in a JSON list of texts."""
+    with suppress(ValueError):
+        listed = json.loads(text)
+        if isinstance(listed, list) and all(isinstance(word, str) for word in listed):
+            return listed
     return [word for word in map(str.strip, text.split(",")) if word]
 
 
@@ -180,14 +245,22 @@ def _unfold(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _validate(flat: Mapping[str, Any]) -> Config:
     """The config with every value of its setting's type and within its limits."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(Config).validate_python(_nested(flat))
+        return _adapter().validate_python(_nested(flat))
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:2] if "." not in str(part))
         raise ConfigError(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from e
+
+
+@cache
+def _adapter() -> "TypeAdapter[Config]":
+    """What holds values to the annotations; it takes a while to make."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,10 +301,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def dotted_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
+    """Nested sections as dotted keys; see `setting_key` for how these may be written."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        within = isinstance(value, dict)
+        flat |= dotted_keys(value, f"{prefix}{key}.") if within else {setting_key(prefix + key): value}
     return flat
 
 
@@ -254,10 +328,12 @@ def absolute(config: Config) -> Config:
     cache = config.data.cache if config.data.cache in ("auto", "off") else full(config.data.cache)
     return replace(
         config,
+        strategy=strategy_files.absolute(config.strategy),
         data=replace(config.data, path=on_disk(config.data.path), eval=on_disk(config.data.eval), cache=cache or "off"),
         model=replace(config.model, path=on_disk(config.model.path)),
         lora=replace(config.lora, init_data=on_disk(config.lora.init_data)),
         dp=replace(config.dp, ledger=full(config.dp.ledger)),
+        simulation=replace(config.simulation, trace=full(config.simulation.trace)),
     )
 
 
@@ -285,7 +361,7 @@ def _on_disk(path: str) -> bool:
 
 def may_change(key: str) -> bool:
     """Whether a resumed run may have another value of this setting, because its finished rounds do not rest on it."""
-    return key in CHANGEABLE_ON_RESUME or key.startswith(("server.", "eval."))
+    return key in CHANGEABLE_ON_RESUME or key.startswith(("server.", "eval.", "personal."))
 
 
 def bound_keys(flat: Mapping[str, Any]) -> list[str]:
@@ -298,13 +374,14 @@ def bound_keys(flat: Mapping[str, Any]) -> list[str]:
 
 
 def check_client_settings(mine: Mapping[str, Any]) -> Config:
-    """A client's own settings, built. Raises `ConfigError` for one that only the server may set."""
+    """A client's own settings, built. Raises `ConfigError` for one that is unknown, or that only the server may set."""
+    built = build(mine)
     wrong = sorted(key for key in mine if not key.startswith(CLIENT_SECTIONS) and key not in CLIENT_KEYS)
     if wrong:
         raise ConfigError(
             f"{wrong[0]} is the server's to set; a client's own are data.*, dp.*, secure.*, {', '.join(CLIENT_KEYS)}"
         )
-    return absolute(build(mine))
+    return absolute(built)
 
 
 EMBEDDED = (

@@ -1,4 +1,4 @@
-"""Environment variables that libraries read when they are imported.
+"""Environment variables that libraries read when they are imported, and a warning that one gives then.
 
 By some they send nothing to their makers and show nothing of their own. By another, threads of one operation that wait
 for the next sleep, and do not spin: on a machine that has other work too, spinning ones take the processor from the
@@ -6,6 +6,7 @@ very thread that they wait for (`python -m benchmarks.spinning`; the figures are
 """
 
 import os
+import warnings
 from pathlib import Path
 
 QUIET = {
@@ -21,9 +22,13 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def configure_libraries() -> None:
-    """Set these variables for this process and those that it starts, where nobody has; call it before torch loads."""
+    """Set these variables for this process and those that it starts, where nobody has; call it before torch loads.
+
+    In a notebook without ipywidgets tqdm warns that its bars will be plain; nothing here shows one.
+    """
     for name, value in (QUIET | WAITING).items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def no_proxy(*more: str) -> dict[str, str]:

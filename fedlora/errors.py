@@ -17,10 +17,11 @@ FedloraError
 ├── WireError
 ├── RoundFailed
 ├── CheckpointError
-└── ExportError
+├── ExportError
+└── MemoryShort
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from errno import EDQUOT, ENOSPC
@@ -29,6 +30,10 @@ from .reasons import FailureKind as FailureKind
 from .reasons import ReasonCode as ReasonCode
 
 MOST_KNOWN = 40  # words that an error lists
+
+
+class StopRun(Exception):
+    """Raised by a caller's function of each round (`on_round` of `fedlora.simulate`): the run ends with that round."""
 
 
 class FedloraError(Exception):
@@ -145,6 +150,12 @@ class CheckpointError(FedloraError):
     code = ReasonCode.DISK
 
 
+class MemoryShort(FedloraError):
+    """A run that takes more memory than there is, found before it starts."""
+
+    code = ReasonCode.MEMORY
+
+
 class ExportError(FedloraError):
     """What was exported, loaded afresh, is not the run's model; or it could not be written."""
 
@@ -159,10 +170,10 @@ def cut(value: object, most: int = 40) -> str:
     return f"{text[:most]}..." if len(text) > most else text
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """The end of a sentence about an unknown word: the nearest known one, or all of them, up to a few dozens.
 
-    Capitals do not count, nor how a number is written.
+    Capitals do not count, nor how a number is written. `otherwise` stands in place of a list of all that is known.
 
     >>> nearest("lora.rnk", ["lora.rank", "seed"])
     'did you mean "lora.rank"?'
@@ -175,6 +186,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = same or [plain[name] for name in get_close_matches(word.strip().casefold(), plain, n=1, cutoff=0.5)]
     if close:
         return f'did you mean "{cut(close[0])}"?'
+    return otherwise or _listed(known)
+
+
+def _listed(known: Sequence[str]) -> str:
+    """The known words, up to a few dozens."""
     more = f" and {len(known) - MOST_KNOWN} more" if len(known) > MOST_KNOWN else ""
     return f"known are: {', '.join(map(cut, known[:MOST_KNOWN])) or 'none'}{more}"
 

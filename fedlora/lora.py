@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
-from math import copysign, sqrt
+from math import copysign, inf, sqrt
 from operator import add
 
 import torch
@@ -32,7 +32,8 @@ class LoRA:
     A: Side = field(default_factory=dict)  # (r, d_in)
     B: Side = field(default_factory=dict)  # (d_out, r)
     H: Side = field(default_factory=dict)  # whatever else is trained, as a classifier's head
-    R: Side = field(default_factory=dict)  # (r, r), a core: where there is one, the product is B R A
+    R: Side = field(default_factory=dict)  # (r, r), a core: where there is one, the product is B R A; or its blocks
+    # ^ on the diagonal alone, those of h heads: (h, k, k) with h k = r
     D: Side = field(default_factory=dict)  # (d_out, d_in), added: only in an offset that has outgrown factors
 
     def side(self, name: str) -> Side:
@@ -204,6 +205,25 @@ def truncate(lora: LoRA, rank: int) -> LoRA:
     return LoRA(A, B)
 
 
+def truncate_by_energy(lora: LoRA, share: float, least: Mapping[str, int] | None = None) -> tuple[LoRA, float, float]:
+    """The product with the fewest directions that hold a share of its energy, their mean number, and the share cut.
+
+    Energy is the sum of the squared singular values of a module. Of a module in `least` at least so many directions are
+    kept, if it has as many. Factors are as of `truncate`.
+    """
+    A, B, held, whole = {}, {}, 0.0, 0.0
+    for m in modules(lora):
+        product = Product(*_pair(lora, m))
+        U, S, Vt = product.svd(energy=share * product.energy if share < 1 else inf)  # (d_out, q), (q,), (q, d_in)
+        if least and len(S) < least[m]:
+            U, S, Vt = product.svd(least[m])
+        root = S.sqrt()
+        B[m], A[m] = U * root, root[:, None] * Vt
+        held, whole = held + float(S.double().square().sum()), whole + product.energy
+    mean_rank = sum(a.shape[0] for a in A.values()) / len(A)
+    return LoRA(A, B), mean_rank, max(0.0, 1 - held / whole) if whole and share < 1 else 0.0
+
+
 def compact(lora: LoRA) -> LoRA:
     """The same product in two factors, with no module's rank above its smaller dimension; other modules are left."""
     two = factored(lora)
@@ -251,6 +271,31 @@ def leading(lora: LoRA, rank: int) -> LoRA:
     return LoRA({m: a[:rank] for m, a in lora.A.items()}, {m: b[:, :rank] for m, b in lora.B.items()}, lora.H)
 
 
+def split_rank(lora: LoRA, count: int) -> tuple[LoRA, LoRA]:
+    """The adapter without its last `count` rows of A and columns of B, and these alone; other sides go with the first.
+
+    A module of no higher rank than that has nothing left in the first.
+    """
+    if not count:
+        return lora, LoRA()
+    at = {m: max(0, len(a) - count) for m, a in lora.A.items()}
+    at |= {m: max(0, b.shape[1] - count) for m, b in lora.B.items()}
+    first = LoRA(
+        A={m: a[: at[m]] for m, a in lora.A.items()}, B={m: b[:, : at[m]].contiguous() for m, b in lora.B.items()}
+    )
+    last = LoRA(
+        A={m: a[at[m] :] for m, a in lora.A.items()}, B={m: b[:, at[m] :].contiguous() for m, b in lora.B.items()}
+    )
+    return first.over(lora.only("RDH")), last
+
+
+def append_rank(lora: LoRA, rows: LoRA) -> LoRA:
+    """The adapter with these rows of A and columns of B behind its own, where there are any: `split_rank` undone."""
+    A = {m: torch.cat([lora.A[m], a.to(lora.A[m].dtype)]) for m, a in rows.A.items()}
+    B = {m: torch.cat([lora.B[m], b.to(lora.B[m].dtype)], 1) for m, b in rows.B.items()}
+    return LoRA(A, B).over(lora)
+
+
 def reinitialise(lora: LoRA, seed: str) -> LoRA:
     """A new start of the same shape: A drawn as by PEFT, uniform within 1/sqrt(d_in), B zero; the head is kept."""
     A = {}
@@ -258,6 +303,23 @@ def reinitialise(lora: LoRA, seed: str) -> LoRA:
         generator = torch.Generator().manual_seed(derive(seed, m))
         A[m] = torch.empty(a.shape).uniform_(-1, 1, generator=generator).to(a.dtype) / a.shape[1] ** 0.5
     return LoRA(A, {m: torch.zeros_like(b) for m, b in lora.B.items()}, lora.H)
+
+
+def framed(lora: LoRA, seed: str) -> LoRA:
+    """The same product with a core R between frames: A's rows and B's columns are orthonormal; the head is kept.
+
+    A spans what the given one spans, and so does B where the given one is not zero; where it is, B is drawn.
+    """
+    turned = LoRA({m: b.T for m, b in lora.B.items()}, {m: a.T for m, a in lora.A.items()})
+    drawn = reinitialise(turned, seed).A  # (r, d_out)
+    A, B, R = {}, {}, {}
+    for m, a in lora.A.items():
+        q_a, t_a = torch.linalg.qr(at_least_float32(a).T)  # (d_in, r), (r, r)
+        given = bool(lora.B[m].any())
+        q_b, t_b = torch.linalg.qr(at_least_float32(lora.B[m] if given else drawn[m].T))  # (d_out, r), (r, r)
+        core = t_b @ t_a.T
+        A[m], B[m], R[m] = q_a.T, q_b, core if given else torch.zeros_like(core)
+    return LoRA(A, B, lora.H, R)
 
 
 def densify(parts: Sequence[LoRA]) -> tuple[LoRA, ...]:
@@ -335,14 +397,20 @@ def _pair(lora: LoRA, m: str) -> tuple[Tensor, Tensor]:
     """Two factors of one module's product: (d_out, k), (k, d_in)."""
     pairs = []
     if m in lora.A:
-        pairs.append(
-            (at_least_float32(lora.B[m]) @ at_least_float32(lora.R[m]) if m in lora.R else lora.B[m], lora.A[m])
-        )
+        pairs.append((_times_core(lora.B[m], lora.R[m]) if m in lora.R else lora.B[m], lora.A[m]))
     if m in lora.D:
         d = lora.D[m]
         eye = torch.eye(min(d.shape), dtype=d.dtype)
         pairs.append((d, eye) if d.shape[1] <= d.shape[0] else (eye, d))
     return _beside(pairs)
+
+
+def _times_core(b: Tensor, core: Tensor) -> Tensor:
+    """B R, (d_out, r); of a core in blocks each head's columns of B are multiplied by that head's block."""
+    b, core = at_least_float32(b), at_least_float32(core)
+    if core.dim() == 2:
+        return b @ core
+    return torch.einsum("ohk,hkl->ohl", b.reshape(len(b), *core.shape[:2]), core).flatten(1)
 
 
 def _beside(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ MOST_MODULES = 2**14  # in a table with an entry a module
 MOST_ROWS = 2**16  # of a sketch, in a module
 MOST_PARTS = 2**14  # of a job: one a side, and one a residual that was not merged yet
 MOST_REPEATS = 16  # of one part in a job
+MOST_TURNS = 2**12  # local steps after which a job's turns begin anew
+MOST_TAPS = 101  # of a filter
 MOST_MEMBERS = 2**14  # of a round of secure aggregation
 MOST_LOSS = 1e6  # of a mean over targets: beyond it training has diverged
 MOST_EPSILON = 1e18  # beyond all meaning, but a ledger may hold such charges
@@ -58,6 +60,18 @@ def _few_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _a_filter(taps: tuple[float, ...]) -> tuple[float, ...]:
+    if taps and (len(taps) % 2 == 0 or taps != taps[::-1] or abs(sum(taps) - 1) > 1e-6):
+        raise ValueError("taps are an odd number, the same from either end, and sum to 1")
+    return taps
+
+
+def check_turns(turns: tuple[str, ...], trains: str) -> None:
+    """Raise `ValueError` for turns in which another side is trained than the job trains, or one of these never is."""
+    if turns and set("".join(turns)) != set(trains):
+        raise ValueError(f"turns train {''.join(sorted(set(''.join(turns))))}, and the job {trains}")
+
+
 Count = Annotated[int, Ge(0), Le(MOST_COUNT)]
 Some = Annotated[int, Ge(1), Le(MOST_COUNT)]
 ClientId = Annotated[int, Ge(0), Le(MOST_ID)]
@@ -67,6 +81,9 @@ Norm = Annotated[float, Gt(1e-20), Lt(1e20)]  # beyond these a product of two in
 NormOrNone = Annotated[float, Ge(0), Lt(1e20)]  # 0: not clipped
 Round = Annotated[int, Ge(0), Lt(MOST_ROUNDS)]
 Sides = Annotated[str, StringConstraints(pattern="^[ABRDH]*$", max_length=5), AfterValidator(_no_side_twice)]
+Turn = Annotated[str, StringConstraints(pattern="^[ABRH]+$", max_length=4), AfterValidator(_no_side_twice)]
+Turns = Annotated[tuple[Turn, ...], Len(0, MOST_TURNS)]
+Taps = Annotated[tuple[Annotated[float, Ge(-10), Le(10)], ...], Len(0, MOST_TAPS), AfterValidator(_a_filter)]
 Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=500)]
 PartName = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]  # SHA-256 of the part's bytes
 PartNames = Annotated[tuple[PartName, ...], Len(0, MOST_PARTS), AfterValidator(_few_repeats)]
@@ -76,6 +93,7 @@ PublicKey = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Sealed = Annotated[str, StringConstraints(pattern="^[0-9a-f]{2,1024}$")]  # shares, encrypted for one member
 Word = Annotated[str, StringConstraints(pattern="^[a-z0-9_]+$", max_length=40)]
 Spoken = Annotated[str, StringConstraints(pattern="^[0-9a-f]+$", max_length=1024)]  # a count, or bytes in hexadecimal
+Stage = Literal["round", "personal", "alone"]  # of a run: its rounds, or what each client then does for itself
 AgreementHash = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]  # none in a simulation
 Fingerprint = Annotated[str, StringConstraints(pattern="^[0-9a-f]*$", max_length=64)]
 
@@ -167,6 +185,7 @@ class SecAggStep:
     threshold: Annotated[int, Ge(0), Le(MOST_MEMBERS)] = 0
     survivors: Annotated[tuple[ClientId, ...], Len(0, MOST_MEMBERS)] = ()
     agreement: AgreementHash = ""  # the hash of the run's agreement, which the step is bound to
+    exchange: Annotated[int, Ge(0), Le(1)] = 0  # the round's first pass over its clients, or the second
 
 
 @checked(frozen=True, config=STRICT)
@@ -193,6 +212,17 @@ class JobHead:
     sent: Annotated[tuple[tuple[PartName, Annotated[int, Ge(0), Lt(2**48)]], ...], Len(0, MOST_PARTS)]
     # ^ (name, bytes) of each part in the array, in order
     agreement: AgreementHash = ""  # the hash of the run's agreement, which the job is bound to
+    right: PartNames = ()  # of the projections, held against the sizes once they are there
+    left: PartNames = ()
+    turns: Turns = ()
+    smoothing: Taps = ()
+    scales: bool = False
+    keeps_rank: Annotated[int, Ge(0), Lt(MOST_RANK)] = 0  # held against the ranks once the parts are there
+    stage: Stage = "round"
+    correction: PartNames = ()
+
+    def __post_init__(self) -> None:
+        check_turns(self.turns, self.trains)
 
 
 # Client to server. Beside these a client sends a `ReasonCode`, and nothing else.

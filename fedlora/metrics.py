@@ -1,7 +1,7 @@
 """Metrics of a model: sums that add up over batches and clients, and the figures that are read off them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, sqrt
 from statistics import fmean, pstdev
 
@@ -27,6 +27,7 @@ class Metrics:
     moments: Tensor | None = None  # (5,) of numbers y and predictions p: the sums of y, p, y y, p p and y p
     rewards: Tensor | None = None  # (3,) of preferences: sums of chosen and of rejected rewards, and the count of ties
     pairs: Tensor | None = None  # (targets, 2) the same numbers and predictions, which stay where they were computed
+    own: Mapping[str, float] = field(default_factory=dict)  # a figure of the user's own, summed over targets; stays too
 
     def __add__(self, other: "Metrics") -> "Metrics":
         return Metrics(
@@ -39,6 +40,7 @@ class Metrics:
             moments=_sum(self.moments, other.moments),
             rewards=_sum(self.rewards, other.rewards),
             pairs=_joined(self.pairs, other.pairs),
+            own={name: self.own.get(name, 0.0) + other.own.get(name, 0.0) for name in {**self.own, **other.own}},
         )
 
     def tables(self) -> dict[str, Tensor]:
@@ -54,8 +56,11 @@ class Metrics:
         macro-F1; for several labels micro- and macro-F1 and the share of examples with all labels right; for a
         regression the mean squared error, the correlation of Pearson and, where the predictions are at hand, that of
         Spearman; for preferences the share of pairs in which the chosen answer has the higher reward (a tie is
-        half of one), and the rewards.
+        half of one), and the rewards. Beside them the mean over targets of a figure of the user's own.
         """
+        return self._values() | {name: total / max(self.targets, 1) for name, total in self.own.items()}
+
+    def _values(self) -> dict[str, float]:
         targets = max(self.targets, 1)
         loss, accuracy = self.loss / targets, self.correct / targets
         if self.confusion is not None:

@@ -9,21 +9,27 @@ from dataclasses import dataclass
 from math import inf
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
 
 from .errors import ConfigError
+from .own_code import LONGEST, check_path
 from .text_scores import extractor
 
 Names = tuple[str, ...]
 Encoding = Literal["float32", "bfloat16", "int8"]
 GradientEngine = Literal["auto", "lora", "hooks", "one"]
+OPTIMIZERS = ("adamw", "sgd")  # that a client has, beside those of a user's own
 
 
 @dataclass(frozen=True)
 class Training:
     """How a client trains; one definition for the settings file, the command line and the Job."""
 
-    optimizer: Annotated[Literal["adamw", "sgd"], "optimizer of a client, made anew every round"] = "adamw"
+    optimizer: Annotated[
+        str,
+        MaxLen(LONGEST),
+        "optimizer of a client, made anew every round: adamw, sgd, or your own, package.module:name",
+    ] = "adamw"
     lr: Annotated[float, Gt(0), Le(1e3), "learning rate"] = 1e-3
     head_lr: Annotated[float, Ge(0), Le(1e3), "learning rate of a classifier's head; 0: that of the adapter"] = 0.0
     lora_plus: Annotated[float, Gt(0), Le(1e6), "learning rate of B over that of A (LoRA+, arXiv 2402.12354)"] = 1.0
@@ -41,12 +47,43 @@ class Training:
     prox: Annotated[
         float, Ge(0), Le(1e9), "mu of FedProx: mu/2 times the squared distance to where the round started"
     ] = 0.0
+    loss: Annotated[
+        str, MaxLen(LONGEST), "a loss of your own, package.module:function of scores and targets; empty: the task's"
+    ] = ""
+    regulariser: Annotated[
+        str, MaxLen(LONGEST), "added to the loss, package.module:function of the adapter and its start; empty: none"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        check_path("train.optimizer", self.optimizer, or_one_of=OPTIMIZERS)
+        check_path("train.loss", self.loss)
+        check_path("train.regulariser", self.regulariser)
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The paths of code of the user's own that a client runs, by the settings that name them."""
+        named = {"train.optimizer": self.optimizer, "train.loss": self.loss, "train.regulariser": self.regulariser}
+        return {key: path for key, path in named.items() if path and path not in OPTIMIZERS}
 
 
 @dataclass(frozen=True)
 class Policy:
     """How the server runs its rounds."""
 
+    mode: Annotated[
+        Literal["rounds", "async"],
+        "rounds: all of a cohort, then the next model; async: a new model for each buffer of updates, as they come",
+    ] = "rounds"
+    buffer: Annotated[int, Ge(0), "updates that make a new model (async); 0: half of the cohort"] = 0
+    max_staleness: Annotated[
+        int, Ge(0), "versions of the model that an update may be old; one that is older is refused (async)"
+    ] = 10
+    staleness: Annotated[
+        float, Ge(0), Le(10), "a: an update that is t versions old moves the model by (1 + t)^-a of its change (async)"
+    ] = 0.5
+    fair: Annotated[
+        bool, "divide a client's change by how often it arrives, so that quick clients count no more (async)"
+    ] = False
     weights: Annotated[Literal["examples", "uniform"], "a client's weight in the mean"] = "examples"
     quorum: Annotated[float, Gt(0), Le(1), "share of a round's clients that must answer"] = 0.5
     below_quorum: Annotated[Literal["stop", "skip"], "end the run, or go on with the model as it was"] = "stop"
@@ -54,12 +91,14 @@ class Policy:
         float,
         Ge(0),
         (
-            "seconds after which a client has failed its round (flower); inf: never; 0: once a quorum has answered, "
-            "ten times as long as the median answer took, at least ten minutes"
+            "seconds after which a client has failed its round (flower, or simulation.*); inf: never; 0: once a "
+            "quorum has answered, ten times as long as the median answer took, at least ten minutes"
         ),
     ] = 0.0
     grace: Annotated[
-        float, Ge(0), "seconds that the others have once a quorum has answered (flower); inf: up to the deadline"
+        float,
+        Ge(0),
+        "seconds that the others have once a quorum has answered (flower, or simulation.*); inf: up to the deadline",
     ] = inf
     wait: Annotated[float, Ge(0), "seconds a run waits at its start for clients beyond the quorum (flower)"] = 120.0
     largest_step: Annotated[float, Gt(0), "norm of a client's change in a round above which it is refused"] = 1000.0
@@ -77,6 +116,58 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class SimulationConfig:
+    """How quick simulated clients are, and when they are there, on a clock of the simulation's own."""
+
+    speed: Annotated[
+        str,
+        (
+            "examples a second of each client: numbers in turn (8,4,1), uniform:1-10, loguniform:1-10, lognormal:0.8 "
+            "(sigma of its logarithm); empty: 1"
+        ),
+    ] = ""
+    dropout: Annotated[float, Ge(0), Lt(1), "probability that a client is lost with its job"] = 0.0
+    available: Annotated[
+        float, Gt(0), Le(1), "share of the time that a client is there; drawn anew for every simulation.period"
+    ] = 1.0
+    period: Annotated[float, Gt(0), "seconds for which a client is there or away"] = 600.0
+    trace: Annotated[
+        str, "CSV file of client, speed, dropout, from, until instead: a line for each time that a client is there"
+    ] = ""
+
+    def __post_init__(self) -> None:
+        drawn = (self.speed, self.dropout, self.available)
+        if self.trace and drawn != ("", 0.0, 1.0):
+            raise ConfigError(
+                "simulation.trace says how quick clients are and when they are there; leave simulation.speed, "
+                "simulation.dropout and simulation.available out"
+            )
+
+    @property
+    def on(self) -> bool:
+        """Do clients differ, so that a clock of the simulation's own tells who answers in time?"""
+        return bool(self.speed or self.trace or self.dropout) or self.available < 1
+
+
+@dataclass(frozen=True)
+class PersonalConfig:
+    """What each client does by itself after the last round, for its own use: nothing of it is sent."""
+
+    steps: Annotated[
+        int, Ge(0), Le(10**7), "optimizer steps of each client by itself, on from the model that it has; 0: none"
+    ] = 0
+    prox: Annotated[
+        float, Ge(0), Le(1e9), "lambda of Ditto: lambda/2 times the squared distance to the model it went on from"
+    ] = 0.0
+    lr: Annotated[float, Ge(0), Le(1e3), "learning rate of these steps; 0: train.lr"] = 0.0
+    alone: Annotated[bool, "have each client train a model alone too, as long as the run, to compare with"] = False
+
+    @property
+    def on(self) -> bool:
+        return self.steps > 0 or self.alone
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """How generated answers of the held-out set are scored, beside the loss; greedy, so the same each time."""
 
@@ -91,8 +182,13 @@ class EvalConfig:
     metric: Annotated[
         str, "a score of your own, package.module:function of the generated and the expected text; empty: none"
     ] = ""
+    target_metric: Annotated[
+        str,
+        "a figure of your own, the mean over targets of package.module:function of scores and targets; empty: none",
+    ] = ""
 
     def __post_init__(self) -> None:
+        check_path("eval.target_metric", self.target_metric)
         extractor(self.extract)  # refused here, before a model is loaded, where it is none
 
 
@@ -200,6 +296,9 @@ class ClientConfig:
 
     egress: Annotated[Names, "tensors that may leave it, as SIDE MODULE, with *"] = ("A *", "B *", "R *", "H *")
     models: Annotated[Names, "base models that a server may name, as hub ID or ID@REVISION, with *"] = ()
+    code: Annotated[
+        Names, "code that a server may name in train.loss, train.regulariser, train.optimizer: package.module:name, *"
+    ] = ()
     stall: Annotated[
         float,
         Ge(0),
@@ -329,7 +428,16 @@ class DataConfig:
         "who is held out: content (by a keyed hash of each example: one more moves no other), or a seeded sample",
     ] = "content"
     eval_limit: Annotated[int, Ge(0), "evaluate on so many examples of these, evenly spread; 0: on all"] = 0
-    limit: Annotated[int, Ge(0), "use only the first so many examples of data.path and of data.eval; 0: all"] = 0
+    limit: Annotated[
+        int, Ge(0), "use so many examples of data.path in all, over its files in proportion, and of data.eval; 0: all"
+    ] = 0
+    limit_takes: Annotated[
+        Literal["sample", "first"],
+        "which ones data.limit leaves: a sample by the seed, or the first so many of each file",
+    ] = "sample"
+    holdout_limit: Annotated[
+        int, Ge(0), "held-out examples of a client that its model is measured on at most, evenly spread; 0: all"
+    ] = 0
     cache: Annotated[
         str, "where encoded texts are kept between runs: auto (simulate: the user's cache; else nowhere), off, a folder"
     ] = "auto"

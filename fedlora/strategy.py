@@ -12,16 +12,21 @@ from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import getdoc, isabstract, signature
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
+from . import other_names
 from .errors import StrategyError, nearest
 from .jobs import HIGHEST_RANK as HIGHEST_RANK
 from .jobs import Client as Client
 from .jobs import Job as Job
 from .jobs import Update as Update
+from .jobs import sent_sides
+from .jobs import shared_start as shared_start
 from .lora import LoRA
 from .sections import Training as Training
+from .strategy_files import module_of, path_and_name
 
 GROUP = "fedlora.strategies"  # the entry-point group in which other distributions offer theirs
 BUILT_IN = "fedlora.strategies"  # the package whose files are the strategies that come with fedlora
@@ -36,6 +41,7 @@ class Sender:
     examples: int  # by its own count
     loss: float | None = None  # mean over its training in this round; None where it may not be told
     metrics: Mapping[str, float] = field(default_factory=dict)  # its last held-out scores; empty where it told none
+    sum_of_rates: float = 1.0  # of the learning rates of the steps it took in this round
 
 
 class Strategy(ABC, Generic[State]):
@@ -49,7 +55,10 @@ class Strategy(ABC, Generic[State]):
     mixed_ranks: ClassVar[bool] = False  # may clients have different ranks?
     sums_only: ClassVar[bool] = False  # does `aggregate` need no more than weighted sums of the updates?
     needs_senders: ClassVar[bool] = False  # must `aggregate` know which client sent which update?
+    needs_losses: ClassVar[bool] = False  # must it know the training loss of each?
+    own_weights: ClassVar[bool] = False  # does it weigh clients by a rule of its own, and not by the run's weights?
     continues: ClassVar[bool] = False  # does a client alone go on from the factors it ended with, in the same basis?
+    exchanges: ClassVar[int] = 1  # passes over a round's clients, 1 or 2: `client_init` and `aggregate` once for each
     kinds: ClassVar[tuple[str, ...]] = ("lora",)  # the kinds of adapters that it has a meaning for: lora, dora, vera
     up: ClassVar[str] = ""  # numbers a client sends a round and module, as `fedlora strategies` explains it
     down: ClassVar[str] = ""  # numbers it is sent, once it holds what stays the same
@@ -83,7 +92,19 @@ class Strategy(ABC, Generic[State]):
         return {}
 
 
-DECLARED = ("exact", "mixed_ranks", "sums_only", "needs_senders", "continues", "kinds", "up", "down")
+DECLARED = (
+    "exact",
+    "mixed_ranks",
+    "sums_only",
+    "needs_senders",
+    "needs_losses",
+    "own_weights",
+    "continues",
+    "exchanges",
+    "kinds",
+    "up",
+    "down",
+)
 
 
 def declare(wrapper: Strategy[Any], inner: Strategy[Any], **other: Any) -> None:
@@ -120,13 +141,23 @@ def check_declarations(strategy: Strategy[Any]) -> None:
             f"strategy {type(strategy).__name__} declares needs_senders and sums_only: a sum of updates has no sender; "
             "declare one of the two"
         )
+    if strategy.exchanges not in (1, 2):
+        raise StrategyError(
+            f"strategy {type(strategy).__name__} declares exchanges = {strategy.exchanges!r}: a round has one pass "
+            "over its clients, or a second one in which they train nothing; declare 1 or 2"
+        )
+    if strategy.needs_losses and not strategy.needs_senders:
+        raise StrategyError(
+            f"strategy {type(strategy).__name__} declares needs_losses and not needs_senders: losses come with the "
+            "senders of the updates; declare both"
+        )
 
 
 def load(spec: str, **options: Any) -> Strategy[Any]:
     """Build the strategy that `spec` names, with its options.
 
-    `spec` is the name of a built-in or of an entry point (`fedlora strategies` lists them), `package.module:Class`, or
-    `flwr:Class` for a strategy of Flower's own, which then aggregates the factors.
+    `spec` is the name of a built-in or of an entry point (`fedlora strategies` lists them), `package.module:Class`, a
+    file, as `mine.py` or `mine.py:Mine`, or `flwr:Class` for a strategy of Flower's own, which aggregates the factors.
     Raises `StrategyError` where there is none of that name, or it has no such option.
 
     >>> load("fedavg")
@@ -172,7 +203,7 @@ class CatalogueEntry:
 
         start = LoRA({"m": torch.eye(2, 3)}, {"m": torch.zeros(4, 2)}, {"head": torch.zeros(1)})
         job = self.default.client_init(self.default.init(start), Client(id=0, examples=1, rank=2))
-        return job.trains, job.shares
+        return job.trains, sent_sides(job)
 
     @property
     def options(self) -> str:
@@ -201,7 +232,9 @@ def _is_strategy(value: Any) -> bool:
 
 
 def find(spec: str) -> type[Strategy[Any]]:
-    """The class that `spec` names: `fedavg`, `FedIT`, `fedavg:FedAvg`, an entry point, `my_package.module:Mine`."""
+    """The class that `spec` names: `fedavg`, `FedIT`, `fedavg:FedAvg`, an entry point, `module:Mine`, or a file."""
+    if file := path_and_name(spec):
+        return _in_file(*file)
     module, colon, name = spec.partition(":")
     if not colon:
         return _by_name(spec)
@@ -224,6 +257,29 @@ def find(spec: str) -> type[Strategy[Any]]:
         raise StrategyError(f'strategy "{spec}": {name} is not a subclass of fedlora.strategy.Strategy')
     chosen: type[Strategy[Any]] = found
     return chosen
+
+
+def _in_file(path: Path, name: str) -> type[Strategy[Any]]:
+    """The strategy of this name that a file defines, or its only one."""
+    found = defined_in(path)
+    if name in found:
+        return found[name]
+    if name:
+        raise StrategyError(f'{path} has no strategy "{name}"; {nearest(name, found)}')
+    alone = [cls for cls in found.values() if not is_wrapper(cls)]
+    if len(alone) != 1:
+        of_them = ", ".join(f"{path}:{cls.__name__}" for cls in alone or found.values())
+        raise StrategyError(f"{path} defines {len(alone)} strategies that go round no other; name one of {of_them}")
+    return alone[0]
+
+
+def defined_in(path: Path) -> dict[str, type[Strategy[Any]]]:
+    """The strategies that a file defines, by name, but for those that it imports. Raises `StrategyError` for none."""
+    module = module_of(path)
+    found = {n: v for n, v in vars(module).items() if _is_strategy(v) and v.__module__ == module.__name__}
+    if not found:
+        raise StrategyError(f"{path} defines no strategy; one is a subclass of fedlora.strategy.Strategy")
+    return found
 
 
 def build_strategy(cls: type[Strategy[Any]], options: Mapping[str, Any]) -> Strategy[Any]:
@@ -265,14 +321,16 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
 
 def _by_name(name: str) -> type[Strategy[Any]]:
     """The strategy of the catalogue with this name, class name or title, whatever its case and punctuation."""
-    known: dict[str, CatalogueEntry] = {}
-    for entry in catalogue():
-        for alias in (entry.name, entry.cls.__name__, entry.title):
-            known.setdefault(_letters(alias), entry)
-    if _letters(name) in known:
-        return known[_letters(name)].cls
-    names = {e.name for e in known.values()}
-    raise StrategyError(f'there is no strategy "{name}"; {nearest(name, names)}; your own is package.module:Class')
+    names = list[str]()
+    for entry in catalogue():  # as far as it takes: to look for entry points is slow
+        if _letters(name) in map(_letters, (entry.name, entry.cls.__name__, entry.title)):
+            return entry.cls
+        names.append(entry.name)
+    if setting := other_names.STRATEGIES.get(_letters(name)):
+        raise StrategyError(f'"{name}" is no strategy here but a setting, round any strategy: {setting}')
+    raise StrategyError(
+        f'there is no strategy "{name}"; {nearest(name, names)}; your own is package.module:Class or file.py'
+    )
 
 
 def _letters(word: str) -> str:
@@ -287,9 +345,10 @@ def _built_in() -> set[str]:
 def _strategies_in(module: str) -> Iterator[type[Strategy[Any]]]:
     """The strategies that a file defines; a wrapper, which has a field `inner`, is not one by itself."""
     for cls in vars(import_module(module)).values():
-        if _is_strategy(cls) and cls.__module__ == module and not _is_wrapper(cls):
+        if _is_strategy(cls) and cls.__module__ == module and not is_wrapper(cls):
             yield cls
 
 
-def _is_wrapper(cls: type) -> bool:
+def is_wrapper(cls: type) -> bool:
+    """Does a strategy of this class go round another one, which nobody has named?"""
     return "inner" in getattr(cls, "__dataclass_fields__", {})

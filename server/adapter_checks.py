@@ -14,7 +14,7 @@ from fedlora.strategy import Strategy
 def validate_adapter(strategy: Strategy[Any], state: Any, like: LoRA, t: int) -> LoRA:
     """The adapter of a state. Raises `StrategyError`, naming the matrix, where no client could load the adapter."""
     adapter = strategy.adapter(state)
-    for misfit in _misfits(adapter, like):
+    for misfit in misfits(adapter, like):
         raise StrategyError(f"round {t + 1}: strategy {type(strategy).__name__} returned {misfit}")
     for _, module, matrix in adapter.matrices():
         if not bool(torch.isfinite(matrix).all()):
@@ -22,7 +22,7 @@ def validate_adapter(strategy: Strategy[Any], state: Any, like: LoRA, t: int) ->
     return adapter
 
 
-def _misfits(adapter: LoRA, like: LoRA) -> Iterator[str]:
+def misfits(adapter: LoRA, like: LoRA) -> Iterator[str]:
     """Yield every matrix of an adapter that does not fit the modules of `like`, and what fits them, in words."""
     yield from _misfit_factors(adapter, like)
     for m, h in like.H.items():

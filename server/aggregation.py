@@ -19,6 +19,7 @@ from fedlora.jobs import Job, PrivacySpent, Update
 from fedlora.lora import LoRA, from_matrices
 from fedlora.message_types import MOST_LOSS
 from fedlora.messages.sketch import scatter_rows
+from fedlora.models.optimizer import sum_of_rates
 from fedlora.privacy.client_level import ClippedSum
 from fedlora.server.refusals import failure_of
 from fedlora.server.step_limits import MedianStep, check_norm, update_norm
@@ -140,9 +141,12 @@ class Collected:
     weights: list[float] = field(default_factory=list)  # of the updates
     senders: list[Sender] = field(default_factory=list)  # of the updates; none where the one update is a mean
     each: dict[int, tuple[LoRA, float]] = field(default_factory=dict)  # client -> update, weight; where they are kept
+    in_sum: dict[int, float] = field(default_factory=dict)  # client -> its weight in a masked sum that could be read
     answered: int = 0
     failed: dict[int, Failure] = field(default_factory=dict)
     loss: float | None = None  # mean by weight over the clients that tell theirs
+    examples: dict[int, int] = field(default_factory=dict)  # client -> those of its update; empty where it is masked
+    losses: dict[int, float] = field(default_factory=dict)  # client -> its training loss, where it tells it
     spent: dict[int, PrivacySpent] = field(default_factory=dict)  # client -> what its ledger says
 
 
@@ -201,7 +205,6 @@ class _Updates:
         self._total = CappedSum(rules.max_share)
         self._each: dict[int, LoRA] = {}
         self._senders: dict[int, Sender] = {}
-        self._losses: dict[int, float] = {}
 
     def take(self, client: int, job: Job, update: Update) -> None:
         """Take in a client's update. Raises `WireError` for one that cannot be."""
@@ -229,9 +232,9 @@ class _Updates:
 
     def _accept(self, arrival: _Arrival) -> None:
         client, update = arrival.client, arrival.update
-        self.weights[client] = arrival.weight
+        self.weights[client], self._got.examples[client] = arrival.weight, update.examples
         if update.loss is not None:
-            self._losses[client] = update.loss
+            self._got.losses[client] = update.loss
         if self._clipped_sum:
             self._clipped_sum.add(arrival.job, arrival.lora)
             return
@@ -239,13 +242,14 @@ class _Updates:
             self._total.add(arrival.lora, arrival.weight)
         if self._keep or not self._sums:
             self._each[client] = arrival.lora
-            self._senders[client] = Sender(client, update.examples, update.loss)
+            rates = sum_of_rates(arrival.job, update.examples)
+            self._senders[client] = Sender(client, update.examples, update.loss, sum_of_rates=rates)
 
     def write_to(self, got: Collected, order: Iterable[int]) -> None:
         """Fill in the updates with their weights, in this order of the clients; or their mean alone."""
         got.answered = len(self.weights)
         weights = dict(zip(self.weights, capped([*self.weights.values()], self._rules.max_share), strict=True))
-        got.loss = _mean_loss(self._losses, weights)
+        got.loss = _mean_loss(got.losses, weights)
         for i in order:
             if i in self._each:
                 got.each[i] = self._each[i], weights[i]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fedlora.jobs import Job
+from fedlora.jobs import Job, is_projected, own_sides
 from fedlora.lora import LoRA, join, norm, normalised, scale
 
 
@@ -12,10 +12,11 @@ def aggregation_error(
     """The relative distance ||broadcast - ideal|| / ||ideal||, where ideal is the weighted mean of the clients' models.
 
     Models are what is added to the pretrained weights, `scales` is the s of every module, and no dense matrix is made.
-    The result is None where clients keep a factor for themselves, because then they have no common model. A head is
+    The result is None where clients keep a factor for themselves, because then they have no common model, and where
+    they send projections of their products, of which the server does not learn how large the products are. A head is
     left out (its mean is exact); of a sketch the factors are compared, not the sketched forward pass.
     """
-    if any(_keeps_a_factor(job) for job in jobs.values()):
+    if any(is_projected(job) or _keeps_a_factor(job) for job in jobs.values()):
         return None
     p = normalised([weight for _, weight in updates.values()])
     models = [_model(jobs[i], lora) for i, (lora, _) in updates.items()]
@@ -26,7 +27,7 @@ def aggregation_error(
 
 
 def _keeps_a_factor(job: Job) -> bool:
-    return not set(job.trains) <= set(job.shares) | {"H"}
+    return bool(own_sides(job).strip("H")) or job.keeps_rank > 0
 
 
 def _model(job: Job, update: LoRA) -> LoRA:

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from threading import Event
 from typing import Any, TypeGuard, TypeVar
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedlora.errors import Failure, FailureKind
@@ -17,13 +17,14 @@ from fedlora.jobs import Client, Job, SecAggStep, Update
 from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.envelope import RawMessage
-from fedlora.messages.parts import Parts, PartTracker, payload
+from fedlora.messages.parts import PartTracker, payload
 from fedlora.metrics import Metrics
 from fedlora.server import upload_checks
 from fedlora.server.aggregation import Answers
 from fedlora.server.fleet_rules import FOREVER, AnswerClock, AnswerTimes
 from fedlora.server.fleet_rules import FleetRules as FleetRules
 from fedlora.server.node_registry import NodeRegistry, activations, push
+from fedlora.server.outbox import JobMessages, Outbox
 from fedlora.server.replies import Pause, ReplyInbox, read_reply
 from fedlora.storage.event_log import EventLog
 
@@ -61,6 +62,10 @@ class FlowerFleet:
         self._registry = NodeRegistry(grid, rules, self._inbox, self._note_joined)
         self._times = defaultdict[str, AnswerTimes](AnswerTimes)  # kind of message -> how long its answers took
         self._begun, self._enough_since = False, inf
+        self._zero = time.monotonic()
+        self._in_flight: dict[int, CarriedJob] = {}  # client -> the job that it is at, where each has its own
+        self._ready = deque[tuple[int, Update | Failure]]()  # their answers that were not handed over yet
+        self._streaming = Outbox(MessageType.TRAIN, lambda i: self._in_flight[i].messages.write(i), rules.longest)
 
     @property
     def _agreed(self) -> str:
@@ -105,7 +110,7 @@ class FlowerFleet:
         away: dict[int, Failure] = {}
         sent, answered = set[int](), 0
         while left:
-            clock = AnswerClock(self._rules, self._times[MessageType.TRAIN], len(jobs), answered)
+            clock = AnswerClock(self._rules_for(jobs), self._times[_work(jobs)], len(jobs), answered)
             away = {}
             for i, answer in self._carry(MessageType.TRAIN, left, self._read_update, most, clock):
                 if _is_offline(answer):
@@ -118,12 +123,98 @@ class FlowerFleet:
             left = {i: jobs[i] for i in away} if self._rules.needed and self._are_back(away, short, began) else {}
         yield from away.items()
 
+    def _rules_for(self, jobs: Mapping[int, Job]) -> FleetRules:
+        """The rules of a round; what clients do for their own use may take longer than one, and has no deadline."""
+        if all(job.stage == "round" for job in jobs.values()):
+            return self._rules
+        return replace(self._rules, deadline=0.0, grace=inf)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the run began, without those in which no server ran."""
+        return time.monotonic() - self._zero
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self._zero = time.monotonic() - seconds
+
+    def begin(self, jobs: Mapping[int, Job], began: Mapping[int, float]) -> None:
+        """Send clients that are at none a job each; those whose nodes are not there are sent it later, or fail.
+
+        How long a client has it for is counted from now, however long it had it from an earlier process.
+        """
+        messages = JobMessages(MessageType.TRAIN, jobs, self.traffic, self.event_log, self._agreed)
+        self._in_flight |= {i: CarriedJob(job, messages, time.monotonic()) for i, job in jobs.items()}
+        self._push(self._streaming, jobs)
+
+    def arrivals(self, count: int, refill: Callable[[int], Mapping[int, Job]]) -> Answers:
+        """Yield the next `count` answers, fewer where nobody is at work any more.
+
+        After each but the last, `refill` is called with the client that has answered, and what it returns is begun.
+        """
+        pause, looked = Pause(self._stop), time.monotonic()
+        while count and (self._ready or self._in_flight):
+            if not self._ready:
+                self._look_for_arrivals()
+                pause(bool(self._ready))
+            if self._ready:
+                i, answer = self._ready.popleft()
+                count -= 1
+                if count:
+                    self.begin(refill(i), {})
+                yield i, answer
+            if time.monotonic() - looked > LOOK_AT_NODES:
+                self._send_again(self._streaming)
+                looked = time.monotonic()
+
+    def _look_for_arrivals(self) -> None:
+        """Take in the answers that have come, and give up clients that are away or late."""
+        outbox, in_flight = self._streaming, self._in_flight
+        most = max((upload_checks.most_bytes(at.job) for at in in_flight.values()), default=0)
+        for id, reply in self._inbox.look_at(outbox.waiting, most):
+            if id in outbox.waiting:
+                self._inbox.forget(outbox.forget(i := outbox.waiting[id]))
+                self._take_arrival(i, read_reply(reply, self._rules, self._read_update, i, in_flight[i].job))
+        self._give_up_or_wait(set(outbox.waiting.values()))
+        self._waiting({i: time.monotonic() - at.since for i, at in sorted(in_flight.items())})
+
+    def _give_up_or_wait(self, asked: set[int]) -> None:
+        """End the jobs of clients that are away or late; where all are away, they are waited for."""
+        longest = self._rules.longest
+        late = [i for i, at in self._in_flight.items() if time.monotonic() - at.since > longest]
+        for i in late:
+            self._end(i, Failure(f"no answer after {longest:g} s", FailureKind.LATE))
+        away = [i for i in self._in_flight if i not in asked]
+        for i in away if asked else ():
+            self._end(i, self._in_flight[i].gone)
+        if not asked:
+            self._push(self._streaming, away)
+
+    def _take_arrival(self, i: int, answer: Update | MissingParts | Failure) -> None:
+        """Hold a client's answer ready; one that lost its parts, or went away, is to be sent its job again."""
+        at = self._in_flight[i]
+        if isinstance(answer, MissingParts) and at.messages.may_repeat(i):
+            self._push(self._streaming, [i])
+        elif _is_offline(answer):
+            self._in_flight[i] = replace(at, gone=answer)
+        else:
+            del self._in_flight[i]
+            self._ready.append((i, self._taken(MessageType.TRAIN, i, at.job, answer)))
+
+    def _end(self, i: int, failure: Failure) -> None:
+        """Give a client's job up."""
+        at = self._in_flight.pop(i)
+        self._inbox.forget(self._streaming.forget(i))
+        self.traffic.held.pop(i, None)  # whether it has what was sent, nobody knows
+        self._note(MessageType.TRAIN, i, at.job, failure)
+        self._ready.append((i, failure))
+
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         """Have every client take its step of secure aggregation, and return the answers."""
         kinds = {ask.step for ask in asks.values()}  # one, as all take the same step
         clock = AnswerClock(self._rules, self._times[f"{SECURE} {kinds}"], len(asks))
         bound = {i: replace(ask, agreement=self._agreed) for i, ask in asks.items()}
-        outbox = Outbox(SECURE, lambda i: codec.pack_secagg_step(bound[i]))
+        outbox = Outbox(SECURE, lambda i: codec.pack_secagg_step(bound[i]), self._rules.longest)
         self._push(outbox, asks)
         silent = Failure("no answer to secure aggregation", FailureKind.LATE)
         said: dict[int, Mapping[str, str] | Failure] = dict.fromkeys(asks, silent)
@@ -147,7 +238,7 @@ class FlowerFleet:
         A client that lost its parts is sent its job again, once, in full.
         """
         messages = JobMessages(kind, jobs, self.traffic, self.event_log, self._agreed)
-        outbox = Outbox(kind, messages.write)
+        outbox = Outbox(kind, messages.write, clock.longest)
         self._push(outbox, jobs)
         silent = {i: i in outbox.waiting.values() for i in jobs}  # client -> was it sent its job?
         for i, reply in self._replies(outbox, most, clock):
@@ -235,18 +326,18 @@ class FlowerFleet:
         self.event_log.write("joined", client=client.id, examples=client.examples, rank=client.rank)
         self.joined(client)
 
-    def _push(self, outbox: "Outbox", clients: Iterable[int]) -> None:
+    def _push(self, outbox: Outbox, clients: Iterable[int]) -> None:
         """Send those of the clients that are online their messages."""
         online, nodes = activations(self._grid), self._registry.nodes
         there = [i for i in clients if nodes[i] in online]
         contents = {nodes[i]: outbox.content(i) for i in there}
         outbox.activated |= {i: online[nodes[i]] for i in there}
         client_on = {node: i for i, node in nodes.items()}
-        ttl = min(self._rules.longest, FOREVER)  # what nobody waits for any more is not begun
+        ttl = min(outbox.longest, FOREVER)  # what nobody waits for any more is not begun
         sent = push(self._grid, self._rules.run, outbox.kind, contents, ttl)
         outbox.waiting |= {id: client_on[node] for id, node in sent.items()}
 
-    def _replies(self, outbox: "Outbox", most: int, clock: AnswerClock) -> Iterator[tuple[int, Message | Failure]]:
+    def _replies(self, outbox: Outbox, most: int, clock: AnswerClock) -> Iterator[tuple[int, Message | Failure]]:
         """Yield clients with their replies, each as soon as it is there, until none is left or time is up."""
         pause, looked = Pause(self._stop), time.monotonic()
         while outbox.waiting and not clock.is_over():
@@ -263,7 +354,7 @@ class FlowerFleet:
                 pause(bool(replies))
         self._inbox.forget(outbox.waiting)
 
-    def _send_again(self, outbox: "Outbox") -> None:
+    def _send_again(self, outbox: Outbox) -> None:
         """Send clients whose nodes were started anew their messages again.
 
         A node that is killed and back before its heartbeats are missed never counts as offline, so Flower does not
@@ -279,50 +370,20 @@ class FlowerFleet:
             self._push(outbox, anew)
 
 
-@dataclass
-class Outbox:
-    """Messages of one kind that clients were sent, and have not answered."""
+@dataclass(frozen=True, eq=False)
+class CarriedJob:
+    """A job that a client is at, in a run that is no run of rounds."""
 
-    kind: str
-    content: Callable[[int], RecordDict]  # of a client's message
-    waiting: dict[str, int] = field(default_factory=dict)  # message -> the client that has not answered it
-    activated: dict[int, str] = field(default_factory=dict)  # client -> when its node was started, as of its message
-
-    def forget(self, client: int) -> list[str]:
-        """Take a client's messages out, as it has answered one of them; return them."""
-        ids = [id for id, i in self.waiting.items() if i == client]
-        for id in ids:
-            del self.waiting[id]
-        return ids
+    job: Job
+    messages: JobMessages
+    since: float  # by time.monotonic()
+    gone: Failure = ABSENT  # why its client is not at it any more, if it is away
 
 
-class JobMessages:
-    """The messages that bring clients their jobs, each with the parts that its client does not hold."""
-
-    def __init__(
-        self, kind: str, jobs: Mapping[int, Job], traffic: PartTracker, event_log: EventLog, agreement: str
-    ) -> None:
-        self._kind, self._jobs, self._traffic, self._event_log = kind, jobs, traffic, event_log
-        self._parts, self._encoder = Parts(), codec.JobEncoder(agreement)
-        self._repeated = set[int]()
-
-    def write(self, client: int) -> RecordDict:
-        """The message for this client; its parts count as sent from then on."""
-        job = self._jobs[client]
-        parts = self._parts.of(job)
-        missing = self._traffic.send(client, parts)
-        nbytes = sum(part.nbytes for part in missing.values())
-        entry: dict[str, Any] = {"what": self._kind, "client": client, "round": job.round + 1}
-        self._event_log.write("sent", **entry, bytes=nbytes, parts=list(missing))
-        return self._encoder.job(job, parts, missing)
-
-    def may_repeat(self, client: int) -> bool:
-        """May the client be sent its job in full? Once it may: from then on it counts as holding nothing."""
-        if client in self._repeated:
-            return False
-        self._repeated.add(client)
-        self._traffic.held.pop(client, None)
-        return True
+def _work(jobs: Mapping[int, Job]) -> str:
+    """The kind of work of these jobs, by which their answers take alike: those that train nothing are soon done."""
+    stages = {job.stage if job.trains else "nothing" for job in jobs.values()}
+    return " ".join([MessageType.TRAIN, *sorted(stages - {"round"})])
 
 
 def _silence(clock: AnswerClock) -> Failure:

@@ -6,7 +6,7 @@ long as the median answer took, and ten minutes at least. A minority of clients,
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 from statistics import median
@@ -79,17 +79,29 @@ class AnswerTimes:
 class AnswerClock:
     """How long clients that were sent one kind of message may still take."""
 
-    def __init__(self, rules: FleetRules, times: AnswerTimes, asked: int, answered: int = 0) -> None:
-        """`asked` clients make the round, and `answered` of them have answered already."""
-        self._rules, self._times = rules, times
+    def __init__(
+        self,
+        rules: FleetRules,
+        times: AnswerTimes,
+        asked: int,
+        answered: int = 0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`asked` clients make the round, and `answered` of them have answered already; `now` tells the time."""
+        self._rules, self._times, self._now = rules, times, now
         self._short = max(1, ceil(rules.enough * asked)) - answered  # answers that a quorum lacks
-        self._began, self._enough_since = time.monotonic(), inf
+        self._began, self._enough_since = now(), inf
         self._look_for_quorum()
+
+    @property
+    def longest(self) -> float:
+        """Seconds since the messages were sent after which none is waited for, whoever has answered."""
+        return self._rules.longest
 
     @property
     def waited(self) -> float:
         """Seconds since the messages were sent."""
-        return time.monotonic() - self._began
+        return self._now() - self._began
 
     def answered(self) -> None:
         """Take note of a client's answer that was found good."""

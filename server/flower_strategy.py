@@ -51,6 +51,7 @@ OFFERED: dict[str, type[FedAvg]] = {
 }
 OF_MEANS = ("FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad")  # need the weighted mean alone
 WITHOUT_STEP = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")  # equal updates come out as sent
+UNWEIGHTED = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 MEMORY = ("m_t", "v_t", "momentum_vector")  # the attributes in which Flower's objects keep arrays between rounds
 
 
@@ -74,6 +75,7 @@ class FlowerStrategy(Strategy[State]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sums_only", self.name in OF_MEANS)
+        object.__setattr__(self, "own_weights", self.name in UNWEIGHTED)
         object.__setattr__(self, "continues", self.name in WITHOUT_STEP)
 
     def init(self, lora: LoRA) -> State:

@@ -2,18 +2,27 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 from fedlora.errors import Failure, FailureKind, PrivacyError, RoundFailed
-from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep
+from fedlora.jobs import HIGHEST_RANK, Client, Job, PrivacySpent, SecAggStep, shared_start
 from fedlora.lora import LoRA
 from fedlora.messages.parts import PartTracker
 from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics, spread
 from fedlora.privacy.client_level import ClippedSum, NoisedUpdate
-from fedlora.run.plan import Plan, ResumePoint, RoundResult, job_for
+from fedlora.run.plan import (
+    Plan,
+    Policy,
+    ResumePoint,
+    RoundResult,
+    job_for,
+    local_steps,
+    never_trained,
+)
 from fedlora.server import charges
 from fedlora.server.adapter_checks import validate_adapter
 from fedlora.server.aggregation import Answers, Collected, UpdateRules, collect
@@ -24,6 +33,7 @@ from fedlora.server.secure_aggregation import MaskingRules, collect_masked
 from fedlora.strategy import Strategy, check_declarations, innermost, next_state
 
 log = logging.getLogger("fedlora")
+NO_WEIGHTS: Mapping[int, float] = MappingProxyType({})
 
 
 class Fleet(Protocol):
@@ -44,6 +54,13 @@ class Fleet(Protocol):
         """Measure the model of every job, with what its client keeps, on that client's held-out examples."""
 
 
+@runtime_checkable
+class Timed(Protocol):
+    """A fleet of simulated clients on a clock, which tells who answers in time."""
+
+    simulated_seconds: float  # since the run began
+
+
 def fit(
     strategy: Strategy[Any], fleet: Fleet, lora: LoRA, plan: Plan, past: ResumePoint | None = None
 ) -> Iterator[RoundResult]:
@@ -54,8 +71,10 @@ def fit(
     """
     check_declarations(strategy)
     _check_senders_are_known(strategy, plan)
-    run = _Run(strategy, fleet, lora, plan, Cohort(plan))
+    run = RunLoop(strategy, fleet, lora, plan, Cohort(plan))
     past = past or ResumePoint(0, strategy.init(lora))
+    if isinstance(fleet, Timed):
+        fleet.simulated_seconds = past.clock
     answered = past.rounds > 0
     while past.rounds < plan.rounds:
         if stalled(past.losses, plan.policy.patience):
@@ -68,9 +87,14 @@ def fit(
 
 
 def _check_senders_are_known(strategy: Strategy[Any], plan: Plan) -> None:
-    """Raise `PrivacyError` for a strategy that must know who sent what, in a run that hides it."""
+    """Raise `PrivacyError` for a strategy that must know who sent what, or each one's loss, in a run that hides it."""
+    name = type(innermost(strategy)).__name__
+    if strategy.needs_losses and not plan.metrics:
+        raise PrivacyError(
+            f"strategy {name} must know every client's training loss, which no noise hides, and clients of a private "
+            "run do not tell it; set dp.metrics = true if they may, or take a strategy that needs no losses"
+        )
     if strategy.needs_senders and (plan.secure or plan.client_level):
-        name = type(innermost(strategy)).__name__
         raise PrivacyError(
             f"strategy {name} must know which client sent which update, and here the server gets sums alone; leave out "
             "secure.aggregation and dp.level = client, or take a strategy that declares sums_only"
@@ -78,13 +102,27 @@ def _check_senders_are_known(strategy: Strategy[Any], plan: Plan) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Outcome:
+class Outcome:
     """The state after a round, and what was measured on the way."""
 
     state: Any
     skipped: bool = False  # too few clients answered, and the state is as it was
     release: NoisedUpdate | None = None  # where the run hides clients
     exactness: float | None = None  # where it is measured
+
+
+@dataclass(frozen=True)
+class RoundStart:
+    """Where the clock and the counts of bytes stood when a round began."""
+
+    seconds: float
+    up: int
+    down: int
+
+    @classmethod
+    def now(cls, fleet: Fleet) -> "RoundStart":
+        """Where they stand now."""
+        return cls(time.monotonic(), fleet.traffic.up, fleet.traffic.down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +134,7 @@ class _Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class RunLoop:
     """What stays the same over the rounds of a run."""
 
     strategy: Strategy[Any]
@@ -107,38 +145,84 @@ class _Run:
 
     def play(self, past: ResumePoint) -> tuple[RoundResult, ResumePoint]:
         """Play the next round; return its result, and what the round after it starts from."""
-        client_level, traffic = self.plan.client_level, self.fleet.traffic
-        began, up, down = time.monotonic(), traffic.up, traffic.down
+        client_level, start = self.plan.client_level, RoundStart.now(self.fleet)
         if client_level:
             past = replace(past, charges=client_level.charge(past.charges), clip=past.clip or client_level.clip)
         clients, jobs = self._jobs(past)
         clipped_sum = ClippedSum(past.clip) if past.clip else None
+        if past.rounds == 0:
+            _warn_of_sides_that_rest(clients, jobs)
         got = self._collect(jobs, clipped_sum)
         spent = charges.after_round(self.plan.record_level, past, clients, got)
         past = past.with_spent(spent)
-        outcome = self._aggregate(past, jobs, got, clipped_sum)
+        outcome = self._aggregate(past, jobs, got, clipped_sum, last=self.strategy.exchanges == 1)
+        if self.strategy.exchanges > 1 and not outcome.skipped:
+            outcome = self._exchanged_again(past, clients, outcome.state, got)
+        return self.finish(past, start, got, outcome, asked=tuple(jobs), charged=spent.keys())
+
+    def finish(
+        self,
+        past: ResumePoint,
+        start: "RoundStart",
+        got: Collected,
+        outcome: Outcome,
+        *,
+        asked: tuple[int, ...],
+        charged: Collection[int],
+    ) -> tuple[RoundResult, ResumePoint]:
+        """Evaluate the state after a round; return the round's result, and what the round after it starts from."""
         found = self._evaluate(outcome.state, past.rounds)
         after = self._after(past, outcome, found)
+        traffic = self.fleet.traffic
         done = RoundResult(
             number=after.rounds,
             state=outcome.state,
-            asked=tuple(jobs),
+            asked=asked,
             failed=got.failed,
             train_loss=None if outcome.skipped else got.loss,
             eval=found.values,
             eval_clients=None if found.clients is None else spread(found.clients),
-            bytes_up=traffic.up - up,
-            bytes_down=traffic.down - down,
-            seconds=time.monotonic() - began,
+            bytes_up=traffic.up - start.up,
+            bytes_down=traffic.down - start.down,
+            seconds=time.monotonic() - start.seconds,
             notes=self.strategy.notes(outcome.state),
             exactness=outcome.exactness,
             spent=past.spent,
-            charged=spent.keys(),
+            charged=charged,
             client_level=outcome.release,
             scores=after.scores,
+            each=self._each(got, found.clients or {}) if self.plan.tells_each else None,
             skipped=outcome.skipped,
+            clock=self.fleet.simulated_seconds if isinstance(self.fleet, Timed) else None,
         )
         return done, after
+
+    def _each(self, got: Collected, evaluated: Mapping[int, Metrics]) -> dict[int, dict[str, float]]:
+        """The own figures of every client whose update was used in a round, or whose model was measured after it."""
+        known = {client.id: client for client in self.fleet.clients()}
+        scored = {i: metrics for i, metrics in evaluated.items() if metrics.targets}
+        each: dict[int, dict[str, float]] = {}
+        for i in got.examples.keys() | scored.keys():
+            each[i] = {"rank": known[i].rank} if i in known else {}
+            each[i] |= {"examples": got.examples[i]} if i in got.examples else {}
+            each[i] |= {"train_loss": got.losses[i]} if i in got.losses else {}
+            each[i] |= {"heldout": scored[i].examples, **scored[i].values()} if i in scored else {}
+        return each
+
+    def _exchanged_again(self, past: ResumePoint, clients: Sequence[Client], state: Any, got: Collected) -> Outcome:
+        """Make the second pass over the clients that are in the first; return the state after the round.
+
+        `state` is what the first pass has left. Nothing is trained, and so nothing charged. Failures of this pass are
+        added to those in `got`. Where too few answer, the state is as it was before the round.
+        """
+        between, asked = replace(past, state=state), len(clients)
+        there = [c for c in clients if c.id not in got.failed]
+        jobs = {c.id: self.job(state, c, past.rounds, past.spent.get(c.id)) for c in there}
+        again = self._collect(jobs, None, before=got.in_sum)
+        got.failed |= again.failed
+        again.failed = got.failed  # what the quorum is held against is the whole round
+        outcome = self._aggregate(between, jobs, again, None, asked=asked)
+        return replace(outcome, state=past.state) if outcome.skipped else outcome
 
     def _jobs(self, past: ResumePoint) -> tuple[list[Client], dict[int, Job]]:
         """The clients of the round, and the job of each.
@@ -150,7 +234,7 @@ class _Run:
         errors: list[PrivacyError] = []
         for c in clients:
             try:
-                jobs[c.id] = self._job(past.state, c, past.rounds, past.spent.get(c.id))
+                jobs[c.id] = self.job(past.state, c, past.rounds, past.spent.get(c.id))
             except PrivacyError as e:
                 errors.append(e)
         if errors and not jobs:
@@ -159,53 +243,63 @@ class _Run:
             self.cohort.leave_out(c, str(error))
         return [c for c in clients if c.id in jobs], jobs
 
-    def _job(self, state: Any, client: Client, t: int, spent: PrivacySpent | None = None) -> Job:
+    def job(self, state: Any, client: Client, t: int, spent: PrivacySpent | None = None) -> Job:
+        """The job of a client in round t; `spent` is what its ledger said last."""
         return job_for(self.strategy, state, client, self.plan, t, spent)
 
-    def _collect(self, jobs: Mapping[int, Job], clipped_sum: ClippedSum | None) -> Collected:
+    def _collect(
+        self, jobs: Mapping[int, Job], clipped_sum: ClippedSum | None, before: Mapping[int, float] = NO_WEIGHTS
+    ) -> Collected:
         """Hand out the jobs and collect the updates: by sums alone where the run says so.
+
+        `before` has the weights of the clients in the round's first masked sum, where this is its second.
 
         A job is narrowed to its sketch here, and an update is widened where it is collected; a masked one is not, as
         only its client can see it.
         """
         plan = self.plan
-        policy = plan.policy
-        uniform = policy.weights == "uniform"
+        rules = update_rules(plan.policy)
         if plan.secure:
             masking = MaskingRules(
                 secure=plan.secure,
-                uniform=uniform,
-                largest_step=policy.largest_step,
+                uniform=rules.uniform,
+                largest_step=rules.largest_step,
                 clip=clipped_sum.clip if clipped_sum else 0.0,
             )
             clients = {client.id: client for client in self.fleet.clients()}
-            return collect_masked(self.fleet, jobs, clients, masking, clipped_sum)
+            return collect_masked(self.fleet, jobs, clients, masking, clipped_sum, before)
         answers = self.fleet.train({i: select_rows(job) for i, job in jobs.items()})
-        rules = UpdateRules(
-            uniform=uniform,
-            max_share=policy.max_share,
-            largest_step=policy.largest_step,
-            step_ratio=policy.step_ratio,
-        )
         keep = plan.exactness is not None
         return collect(jobs, answers, rules, sums=self.strategy.sums_only, keep=keep, clipped_sum=clipped_sum)
 
     def _aggregate(
-        self, past: ResumePoint, jobs: Mapping[int, Job], got: Collected, clipped_sum: ClippedSum | None
-    ) -> _Outcome:
-        """Make the next state; where too few clients answered and the run goes on, the state stays the same."""
+        self,
+        past: ResumePoint,
+        jobs: Mapping[int, Job],
+        got: Collected,
+        clipped_sum: ClippedSum | None,
+        *,
+        asked: int = 0,
+        last: bool = True,
+    ) -> Outcome:
+        """Make the next state; where too few clients answered and the run goes on, the state stays the same.
+
+        `asked` clients make the round, where these jobs are not of all; `last` says whether the round ends with them.
+        """
         plan, t = self.plan, past.rounds
-        if not _is_enough(got, len(jobs), t, plan):
-            return _Outcome(past.state, skipped=True)
+        if not _is_enough(got, asked or len(jobs), t, plan):
+            return Outcome(past.state, skipped=True)
         updates, weights, release = got.updates, got.weights, None
         if plan.client_level and clipped_sum:
             release = plan.client_level.release(clipped_sum, _start(self.strategy, past.state), t, past.charges)
             updates, weights = [release.update], [1.0]
         senders = [replace(sender, metrics=past.scores.get(sender.id, {})) for sender in got.senders]
         state = next_state(self.strategy, past.state, updates, weights, senders)
+        if not last:
+            return Outcome(state)
         adapter = validate_adapter(self.strategy, state, self.lora, t)
         exactness = aggregation_error(adapter, jobs, got.each, plan.exactness) if plan.exactness else None
-        return _Outcome(state, release=release, exactness=exactness)
+        return Outcome(state, release=release, exactness=exactness)
 
     def _evaluate(self, state: Any, t: int) -> _Evaluation:
         """Measure the global model and each client's own, if the round is one that is evaluated."""
@@ -215,10 +309,10 @@ class _Run:
         values = evaluation(plan, self.strategy.adapter(state), t + 1) or None
         if not plan.evaluate_clients:
             return _Evaluation(values)
-        jobs = {c.id: self._job(state, c, t) for c in self.cohort.evaluated(self.fleet.clients(), t)}
+        jobs = {c.id: self.job(state, c, t) for c in self.cohort.evaluated(self.fleet.clients(), t)}
         return _Evaluation(values, answers_and_failures(jobs, self.fleet.evaluate(jobs))[0])
 
-    def _after(self, past: ResumePoint, outcome: _Outcome, found: _Evaluation) -> ResumePoint:
+    def _after(self, past: ResumePoint, outcome: Outcome, found: _Evaluation) -> ResumePoint:
         """What the next round starts from."""
         after = replace(past, rounds=past.rounds + 1, state=outcome.state)
         if outcome.release:
@@ -228,6 +322,16 @@ class _Run:
         if self.strategy.needs_senders and found.clients:
             after = replace(after, scores={**past.scores, **_scores(found.clients)})
         return after
+
+
+def update_rules(policy: Policy) -> UpdateRules:
+    """The rules by which the server's settings have updates weighed and refused."""
+    return UpdateRules(
+        uniform=policy.weights == "uniform",
+        max_share=policy.max_share,
+        largest_step=policy.largest_step,
+        step_ratio=policy.step_ratio,
+    )
 
 
 def _is_evaluated(t: int, plan: Plan) -> bool:
@@ -274,10 +378,20 @@ def _is_enough(got: Collected, asked: int, t: int, plan: Plan) -> bool:
     return False
 
 
+def _warn_of_sides_that_rest(clients: Sequence[Client], jobs: Mapping[int, Job]) -> None:
+    """Say of a run's first round whose local steps are too few for every side to have its turn, if anybody's."""
+    resting = {c.id: never_trained(jobs[c.id], steps=local_steps(jobs[c.id], c)) for c in clients}
+    if idle := [i for i, sides in resting.items() if sides]:
+        log.warning(
+            "%d of %d clients (client %d is one) take so few steps a round that they never train %s: the strategy "
+            "trains sides in turn, step by step; set train.steps, or more epochs or smaller batches",
+            *(len(idle), len(clients), idle[0], ", ".join(resting[idle[0]])),
+        )
+
+
 def _start(strategy: Strategy[Any], state: Any) -> LoRA:
     """The shared sides as this round's clients were given them, whole: a client of the highest rank has all of them."""
-    job = strategy.client_init(state, HIGHEST_RANK)
-    return job.start.only(job.shares)
+    return shared_start(strategy.client_init(state, HIGHEST_RANK))
 
 
 def answers_and_failures(jobs: Mapping[int, Job], answers: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:

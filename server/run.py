@@ -1,31 +1,36 @@
 """One run on the server's side: its plan from the config, the rounds that are left, the adapter at the end."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from math import ceil, isfinite
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from safetensors import SafetensorError
 
-from fedlora.errors import CheckpointError, ConfigError, Failure, ModelError
+from fedlora.errors import CheckpointError, ConfigError, Failure, ModelError, StopRun
 from fedlora.jobs import Charge, Client
 from fedlora.lora import LoRA
-from fedlora.models.model import Model
 from fedlora.models.peft_files import check_loads, save_peft
 from fedlora.models.probe import not_finite
 from fedlora.privacy import preflight
 from fedlora.privacy.client_level import ClientLevelDP, client_level_dp
 from fedlora.privacy.record_level import record_level_dp
+from fedlora.report.page import keep_report
 from fedlora.run import answers, privacy_report, privacy_statement
+from fedlora.run.asynchronous import buffer_of
 from fedlora.run.compose import compose
 from fedlora.run.console import so_far
 from fedlora.run.delivery import check_adapter
 from fedlora.run.directory import RunDirectory
-from fedlora.run.plan import Plan
+from fedlora.run.model_card import card_facts, write_card
+from fedlora.run.plan import Plan, ResumePoint, RoundResult
 from fedlora.run.preview import Preview
 from fedlora.run.setup import RunSetup
-from fedlora.run.sides import kept_sides
+from fedlora.run.sides import kept_by_clients
+from fedlora.server.asynchronous import ArrivalFleet, fit_asynchronously
+from fedlora.server.personal import personalise
 from fedlora.server.rounds import Fleet, evaluation, fit
 from fedlora.storage.checkpoint import resume_hint
 from fedlora.strategy import Strategy
@@ -68,11 +73,13 @@ def run_rounds(
     observer: RunObserver,
     names: Mapping[int, str] = MappingProxyType({}),
     charged: Mapping[int, Sequence[Charge]] = MappingProxyType({}),
+    on_round: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> None:
     """Run the rounds that are left, keeping each; then write the adapter.
 
     A round's record has the `names` of the clients that were asked, where they have names. `charged` are the charges in
-    the ledgers of clients, where they lie on this machine. Raises `PrivacyError` before the first round where these
+    the ledgers of clients, where they lie on this machine. `on_round` is called with the record of each round that is
+    over and kept; the run ends where it raises `StopRun`. Raises `PrivacyError` before the first round where these
     leave too few clients for one.
     """
     strategy = compose(setup.config, setup.start, setup.ranks)
@@ -80,10 +87,10 @@ def run_rounds(
     past = folder.resume_point()
     folder.keep_preview(setup.preview.record())
     observer.previewed(setup.preview)
-    plan = _plan(setup, strategy, fleet, folder)
+    plan = replace(plan_of(setup, fleet), generate=_generation(setup, strategy, folder))
     state = past.state if past else strategy.init(setup.start)
-    ledgers = _ledger_facts(plan, fleet.clients(), charged, past.joined if past else {})
-    statement = _privacy_statement(setup, plan, strategy, state, fleet, ledgers)
+    ledgers = ledgers_of(plan, fleet.clients(), charged, past.joined if past else {})
+    statement = privacy_of(setup, plan, strategy, state, fleet, ledgers)
     before = _before(setup, plan, strategy.adapter(state), folder)
     lines = privacy_statement.summary_lines(statement) if statement else []
     lines += filter(None, [so_far(folder.records())])
@@ -92,21 +99,60 @@ def run_rounds(
     try:
         if begun < plan.rounds:
             fleet.clients()  # waits until enough are there, which is no part of the first round's time
-        for done in fit(strategy, fleet, setup.start, plan, past):
+        for done in rounds_left(setup, strategy, fleet, plan, past):
             state = done.state
-            record = done.record() | ({"before": before} if done.number == 1 else {}) | _names(names, done.asked)
+            record = done.record() | _first(before, done.number) | _names(names, done.asked)
             folder.save(done, record)
             if statement:
                 privacy_report.write(folder, statement)
             observer.round(record, done.failed)
+            if _ends_run(on_round, record):
+                break
     finally:
         if folder.records():
-            _deliver(setup.model, strategy.adapter(state), folder)
+            _deliver(setup, strategy, strategy.adapter(state), folder)
+            keep_report(folder.path)  # of a run that fails here too, with the reasons
         folder.close()
     try:
         check_adapter(setup, strategy.adapter(state), folder)
+        _personalise(strategy, state, fleet, setup.start, plan, folder)
+        keep_report(folder.path)
     finally:
         observer.finished(folder, stopped=len(folder.records()) < plan.rounds)
+
+
+def _ends_run(on_round: Callable[[Mapping[str, Any]], object] | None, record: Mapping[str, Any]) -> bool:
+    """Call the caller's function of each round, if there is one; does it end the run?"""
+    if on_round is None:
+        return False
+    try:
+        on_round(deepcopy(record))  # what it does to it stays its own
+    except StopRun:
+        return True
+    return False
+
+
+def rounds_left(
+    setup: RunSetup, strategy: Strategy[Any], fleet: Fleet, plan: Plan, past: ResumePoint | None = None
+) -> Iterator[RoundResult]:
+    """The rounds that are left, by the mode that the settings say."""
+    if setup.config.server.mode == "async":
+        return fit_asynchronously(strategy, cast(ArrivalFleet, fleet), setup.start, plan, past)
+    return fit(strategy, fleet, setup.start, plan, past)
+
+
+def _personalise(
+    strategy: Strategy[Any], state: Any, fleet: Fleet, start: LoRA, plan: Plan, folder: RunDirectory
+) -> None:
+    """Have clients do for their own use what the run says, unless they have since the last round."""
+    rounds = len(folder.records())
+    if plan.personal.on and not folder.has_stages(plan.personal, rounds):
+        folder.keep_stages(personalise(strategy, state, fleet, start, plan, rounds))
+
+
+def _first(before: Mapping[str, float], number: int) -> dict[str, Mapping[str, float]]:
+    """The key of the first round's record with the evaluation before it; nothing in the others."""
+    return {"before": before} if number == 1 else {}
 
 
 def _names(names: Mapping[int, str], asked: Sequence[int]) -> dict[str, dict[str, str]]:
@@ -114,8 +160,8 @@ def _names(names: Mapping[int, str], asked: Sequence[int]) -> dict[str, dict[str
     return {"names": {str(i): names[i] for i in asked if i in names}} if names else {}
 
 
-def _plan(setup: RunSetup, strategy: Strategy[Any], fleet: Fleet, folder: RunDirectory) -> Plan:
-    """What the rounds are to do, by the run's settings."""
+def plan_of(setup: RunSetup, fleet: Fleet) -> Plan:
+    """What the rounds are to do, by the run's settings, but for answers that the model would write."""
     config = setup.config
     return Plan(
         rounds=config.rounds,
@@ -123,8 +169,8 @@ def _plan(setup: RunSetup, strategy: Strategy[Any], fleet: Fleet, folder: RunDir
         seed=config.seed,
         training=config.train,
         policy=config.server,
+        buffer=buffer_of(config),
         evaluate=setup.evaluate if len(setup.evaluation_rows) else None,
-        generate=_generation(setup, strategy, folder),
         generate_every=config.eval.every,
         evaluate_clients=config.data.holdout > 0,
         exactness=_measured(setup) if config.exactness else None,
@@ -135,6 +181,7 @@ def _plan(setup: RunSetup, strategy: Strategy[Any], fleet: Fleet, folder: RunDir
         client_level=_client_level(setup) if config.dp.by_client else None,
         secure=config.secure if config.secure.aggregation else None,
         messages=config.messages,
+        personal=config.personal,
     )
 
 
@@ -148,7 +195,7 @@ def _generation(
     chosen = setup.answers
     if chosen is None:
         return None
-    if kept := kept_sides(strategy, setup.start, setup.config.rounds):
+    if kept := kept_by_clients(strategy, setup.start, setup.config.rounds):
         raise ConfigError(
             f"eval.generate asks a common model, and there is none where clients keep {', '.join(kept)} to themselves: "
             f"leave it out, and after the run have each client's own answer: fedlora evaluate {folder.path} "
@@ -163,7 +210,7 @@ def _generation(
     return generated
 
 
-def _privacy_statement(
+def privacy_of(
     setup: RunSetup, plan: Plan, strategy: Strategy[Any], state: Any, fleet: Fleet, ledgers: Mapping[str, float]
 ) -> dict[str, Any]:
     """The facts of the run's privacy; none without any. Where records are hidden, the model is checked first."""
@@ -178,7 +225,7 @@ def _privacy_statement(
     return privacy_statement.privacy_facts(setup.config, plan, trained, job, findings, ledgers)
 
 
-def _ledger_facts(
+def ledgers_of(
     plan: Plan, clients: Sequence[Client], charged: Mapping[int, Sequence[Charge]], joined: Mapping[int, int]
 ) -> Mapping[str, float]:
     """What ledgers hold besides this run. Raises `PrivacyError` where they leave too few clients for a round."""
@@ -191,11 +238,12 @@ def _ledger_facts(
     return privacy_statement.ledger_facts(dp, clients, charged, joined)
 
 
-def _deliver(model: Model, adapter: LoRA, folder: RunDirectory) -> None:
-    """Write the adapter as PEFT's files; raise `CheckpointError` where there is no room for them."""
+def _deliver(setup: RunSetup, strategy: Strategy[Any], adapter: LoRA, folder: RunDirectory) -> None:
+    """Write the adapter as PEFT's files, with its card; raise `CheckpointError` where there is no room for them."""
     try:
         folder.adapter_check.unlink(missing_ok=True)  # it was about the adapter before
-        save_peft(model, adapter, folder.adapter)
+        save_peft(setup.model, adapter, folder.adapter)
+        write_card(card_facts(setup, strategy, folder), folder.adapter)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder.adapter} could not be written: {e}; the rounds are in the checkpoint: "

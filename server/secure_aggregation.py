@@ -5,6 +5,10 @@
     masked input     `train`: every client's masked update, added to the others' as it comes
     unmasking        `reveal`: the shares that take the masks off the sum
 
+A round with two exchanges goes through these steps twice, each time with new keys: the second time among those that are
+in the first sum, with the weights that they have there. Where a few of them are missing at its end, the sum stays
+masked: the clients reveal nothing then, as the two sums together would tell what the missing ones trained.
+
 The mean of the clients that stayed to the end is this sum over the sum of their weights. The protocol itself is in
 `fedlora.privacy.secure_aggregation`, and what a member may say in `fedlora.server.secagg_replies`: one that says
 something else is left out, and the others go on without it.
@@ -19,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from secrets import token_hex
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,11 +32,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.errors import Failure, FailureKind, SecureError, SumLost
-from fedlora.jobs import Client, Job, MaskingTerms, SecAggStep
+from fedlora.jobs import Client, Job, MaskingTerms, SecAggStep, shared_start
 from fedlora.lora import from_matrices, map_factors, normalised
 from fedlora.privacy.client_level import ClippedSum
 from fedlora.privacy.masked_update import MOST_LOSS, MOST_WEIGHT, decode, layout, masking_terms, size
-from fedlora.privacy.secure_aggregation import Ring, Roster, least_threshold, unmask
+from fedlora.privacy.secure_aggregation import Ring, Roster, least_threshold, unmask, why_exposed
 from fedlora.sections import SecureConfig
 from fedlora.server.aggregation import Answers, Collected, capped
 from fedlora.server.refusals import failure_of
@@ -82,6 +87,7 @@ class SecAggRound:
     owners: tuple[int, ...] = ()  # members that shared their secrets, and so mask with one another
     total: Ring = field(default_factory=lambda: np.zeros(0, "<u4"))
     arrived: set[int] = field(default_factory=set)  # members whose vectors are in the sum
+    before: Mapping[int, float] = field(default_factory=dict)  # weights of the round's first sum, in a second
 
     @property
     def arrived_weight(self) -> float:
@@ -100,11 +106,13 @@ def collect_masked(
     clients: Mapping[int, Client],
     rules: MaskingRules,
     clipped_sum: ClippedSum | None = None,
+    before: Mapping[int, float] = MappingProxyType({}),
 ) -> Collected:
     """Run a round's jobs, and return one update for all clients: the weighted mean.
 
     `clients` are those that the run knows, by their ids: none weighs more than by what it said then. If `clipped_sum`
-    is given (client-level DP), the sum of the clipped updates is put there. Where too few clients stay for a sum, none
+    is given (client-level DP), the sum of the clipped updates is put there. `before` has the weights of those that are
+    in the round's first sum, where this is its second. Where too few clients stay for a sum, none
     counts as having answered, and `failed` says why.
     """
     got = Collected()
@@ -112,7 +120,7 @@ def collect_masked(
         return got
     sent: dict[int, Job] = {}
     try:
-        secagg = _advertise_keys(fleet, jobs, clients, rules, got)
+        secagg = _advertise_keys(fleet, jobs, clients, rules, got, before)
         sent = _mask_jobs(fleet, jobs, secagg, got, rules)
         _sum_masked(fleet, sent, secagg, got)
         total = _unmask(fleet, secagg, rules)
@@ -121,6 +129,7 @@ def collect_masked(
         _note_stopped(got, jobs, sent, e)
         return got
     got.answered = len(secagg.arrived)
+    got.in_sum = {i: secagg.weights[i] for i in sorted(secagg.arrived)}
     return got
 
 
@@ -137,24 +146,36 @@ def _note_stopped(got: Collected, jobs: Mapping[int, Job], sent: Mapping[int, Jo
 
 
 def _advertise_keys(
-    fleet: Askable, jobs: Mapping[int, Job], clients: Mapping[int, Client], rules: MaskingRules, got: Collected
+    fleet: Askable,
+    jobs: Mapping[int, Job],
+    clients: Mapping[int, Client],
+    rules: MaskingRules,
+    got: Collected,
+    before: Mapping[int, float],
 ) -> SecAggRound:
     """Ask all clients for their public keys; the roster is made of those that answer."""
-    t = next(iter(jobs.values())).round
-    context = f"round {t + 1} ({token_hex(8)})"
+    t, exchange = next(iter(jobs.values())).round, int(bool(before))
+    context = f"round {t + 1}{' second pass' * exchange} ({token_hex(8)})"
+
+    ask = SecAggStep("join", context, round=t, exchange=exchange)
 
     def read(i: int, said: Said) -> Joined:
         return read_joined(said, jobs[i], clients[i])
 
-    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, SecAggStep("join", context, round=t))), read)
+    joined = _answers(got, fleet.ask(dict.fromkeys(jobs, ask)), read)
     for i in sorted(repeated_keys(joined)):
         _note(got, i, Failure("one of its keys occurs twice", FailureKind.REFUSED))
         del joined[i]
     keys = {i: member.keys for i, member in joined.items()}
-    counts = [1.0 if rules.uniform or rules.clip else float(member.count) for member in joined.values()]
-    weights = dict(zip(joined, normalised(capped(counts, MOST_WEIGHT)), strict=True)) if joined else {}
+    weights = {i: before[i] for i in joined} if before else _weights(joined, rules)
     roster = Roster(context, keys, rules.threshold(len(keys)), rules.secure.colluders)
-    return SecAggRound(roster, weights)
+    return SecAggRound(roster, weights, before=before)
+
+
+def _weights(joined: Mapping[int, Joined], rules: MaskingRules) -> dict[int, float]:
+    """The weight of each member, summing to 1: by its count, or all alike."""
+    counts = [1.0 if rules.uniform or rules.clip else float(member.count) for member in joined.values()]
+    return dict(zip(joined, normalised(capped(counts, MOST_WEIGHT)), strict=True)) if joined else {}
 
 
 def _mask_jobs(
@@ -204,6 +225,8 @@ def _unmask(fleet: Askable, secagg: SecAggRound, rules: MaskingRules) -> NDArray
     """Ask the clients that stayed for their shares, and return the sum without its masks, decoded."""
     roster, survivors = secagg.roster, tuple(sorted(secagg.arrived))
     roster.enough(len(survivors), "sent a masked update")
+    if secagg.before and (why := why_exposed(secagg.before, survivors, colluders=rules.secure.colluders)):
+        raise SumLost(f"{roster.context}: the members' shares stay with them: {why}; the round is skipped")
     ask = SecAggStep("reveal", roster.context, survivors=survivors)
     late = Collected()  # a client whose update is in the sum has answered, whatever became of it since
 
@@ -255,7 +278,7 @@ def _read(
     if job.metrics:
         got.loss = extras[0] * MOST_LOSS / weight
     mean = from_matrices((s, m, change / weight) for (s, m), change in changes.items())
-    got.updates, got.weights = [map_factors(_moved, job.start.only(job.shares), mean)], [1.0]
+    got.updates, got.weights = [map_factors(_moved, shared_start(job), mean)], [1.0]
 
 
 def _check_sum(changes: NDArray[np.float64], weight: float, rules: MaskingRules, context: str) -> None:

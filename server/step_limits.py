@@ -4,15 +4,15 @@ from math import hypot, inf, isfinite
 from statistics import median
 
 from fedlora.errors import WireError
-from fedlora.jobs import Job
+from fedlora.jobs import Job, shared_start
 from fedlora.lora import LoRA, difference, euclidean_norm, norm
 
 
 def update_norm(lora: LoRA, job: Job) -> float:
     """The norm of what a client changed: of all the numbers it sends, or of a product where it sends its change."""
     if not job.resumes:
-        return euclidean_norm(difference(lora, job.start))
-    return hypot(norm(lora.only("AB")), euclidean_norm(difference(lora.only("HRD"), job.start)))
+        return euclidean_norm(difference(lora, shared_start(job)))
+    return hypot(norm(lora.only("AB")), euclidean_norm(difference(lora.only("HRD"), shared_start(job))))
 
 
 def check_norm(step: float, largest: float) -> None:

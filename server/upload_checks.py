@@ -6,18 +6,19 @@ not hold raises `WireError`, in words that name what came and what was asked for
 
 from collections.abc import Mapping, Sequence
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import WireError
-from fedlora.jobs import Client, CompressedUpdate, Job, Update
+from fedlora.jobs import Client, CompressedUpdate, Job, Update, shared_start
 from fedlora.lora import SIDES, LoRA, at_least_float32, map_factors
 from fedlora.message_types import ClientInfo, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.messages.codec import MASKED, SCALES, is_table
 from fedlora.messages.compression import restore
 from fedlora.messages.envelope import RawMessage, read_either, read_head, reading
-from fedlora.messages.parts import content_hash
+from fedlora.messages.parts import IN_PARTS, content_hash
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
 from fedlora.server.step_limits import check_norm, update_norm
@@ -62,7 +63,7 @@ def read_metrics(message: RawMessage, job: Job | None = None) -> Metrics | Missi
     head = read_either(message, MetricsHead, MissingParts)
     if isinstance(head, MissingParts):
         return _checked_missing(head, message)
-    tables = {} if message.numbers is None else _tables(message.numbers)
+    tables: dict[str, Any] = {} if message.numbers is None else {**_tables(message.numbers)}
     return Metrics(head.examples, head.targets, head.loss, head.correct, **tables)
 
 
@@ -83,18 +84,18 @@ def read_secagg_reply(message: RawMessage) -> Mapping[str, str]:
 
 def most_bytes(job: Job) -> int:
     """The largest answer that a job can have, in float64; one that resumes sends up to twice the rank."""
-    numbers = job.start.only(job.shares).numel()
+    numbers = shared_start(job).numel()
     return _most_header(job) + (4 * size(job) if job.masking else 8 * numbers * (2 if job.resumes else 1))
 
 
 def _most_header(job: Job) -> int:
     """The longest header of an answer's numbers: a tensor, and one for its scales, with their names in escapes."""
-    return 2**16 + 2 * sum(8 * len(m) + 200 for _, m, _ in job.start.only(job.shares).matrices())
+    return 2**16 + 2 * sum(8 * len(m) + 200 for _, m, _ in shared_start(job).matrices())
 
 
 def _most_characters(job: Job) -> int:
     """The longest head of an answer: one that names every part of the job."""
-    return MOST_HEAD + 100 * (len(SIDES) + len(job.offset))
+    return MOST_HEAD + 100 * (len(SIDES) + len(job.offset) + len(IN_PARTS))
 
 
 def _check_size(message: RawMessage, most: int, characters: int) -> None:
@@ -137,7 +138,7 @@ def _small(tensors: Mapping[str, Tensor], job: Job) -> tuple[LoRA, CompressedUpd
     matrices = _of_the_shapes(to_adapter(numbers), job)
     of_rows = to_adapter({name.removeprefix(SCALES): t for name, t in scales.items()})
     packed = CompressedUpdate(job.upload, matrices, of_rows)
-    return restore(job.start, packed), packed
+    return restore(shared_start(job), packed), packed
 
 
 def _check_types(tensors: Mapping[str, Tensor], allowed: Sequence[str]) -> None:
@@ -152,7 +153,7 @@ def _of_the_shapes(lora: LoRA, job: Job) -> LoRA:
     Only the rank is free, where a client sends a change of the product: up to twice the job's.
     """
     free = {"A": 0, "B": 1} if job.resumes else {}
-    asked = job.start.only(job.shares)
+    asked = shared_start(job)
     for s in SIDES:
         _check_shapes(s, _shapes(lora.side(s), free.get(s)), _shapes(asked.side(s), free.get(s)))
     if job.resumes:
@@ -162,7 +163,7 @@ def _of_the_shapes(lora: LoRA, job: Job) -> LoRA:
 
 def _in_the_types(lora: LoRA, job: Job) -> LoRA:
     """The matrices in the types that the job's have: what a client sends in float64 makes no state of float64."""
-    return map_factors(lambda sent, start: sent.to(at_least_float32(start).dtype), lora, job.start)
+    return map_factors(lambda sent, start: sent.to(at_least_float32(start).dtype), lora, shared_start(job))
 
 
 def _check_shapes(side: str, found: Shapes, asked: Shapes) -> None:

@@ -1,19 +1,20 @@
 """The clients of a run on this machine: what each has, and what each does by itself, whatever engine trains them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedlora.client.policy import ClientPolicy
+from fedlora.client.policy import ClientPolicy, policy_of
 from fedlora.client.runner import JobRunner
 from fedlora.client.training import EvaluationTask
+from fedlora.config import Config
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import ClientFailed, DataError, Failure, LedgerError, PrivacyError, SecureError
-from fedlora.jobs import Client, Job, SecAggStep
-from fedlora.lora import LoRA
+from fedlora.jobs import Charge, Client, Job, SecAggStep
 from fedlora.messages.parts import Parts, PartTracker, job_hash, part_names
-from fedlora.storage.client_state import ClientState
+from fedlora.storage.own_model import own_model
 
 REFUSALS = ClientFailed, DataError, LedgerError, PrivacyError, SecureError  # one client's; the round goes on without it
 
@@ -40,10 +41,6 @@ class LocalClients:
         """What does the jobs of client i."""
         return self.make(i, self.clients_data[i], self.folder / str(i), self.policy)
 
-    def kept(self, i: int, *, before: int) -> LoRA:
-        """The sides that client i has kept before a round, counted from 0."""
-        return ClientState(self.folder / str(i)).before(before)
-
     def ask(self, asks: Mapping[int, SecAggStep]) -> dict[int, Mapping[str, str] | Failure]:
         """Have each client do its step of secure aggregation; the result is what each says."""
         return {i: self._reply(i, ask) for i, ask in asks.items()}
@@ -59,12 +56,25 @@ class LocalClients:
         parts = Parts()
         for i, job in jobs.items():
             send(traffic, parts, i, job)
-            yield EvaluationTask(job, self.clients_data[i].heldout, self.kept(i, before=job.round + 1))
+            own, kept = own_model(job, self.folder / str(i))
+            yield EvaluationTask(own, self.clients_data[i].heldout, kept)
 
 
 def send(traffic: PartTracker, parts: Parts, client: int, job: Job) -> str:
     """Count a job as sent to its client; return the job's name."""
     own_parts = parts.of(job)
     traffic.send(client, own_parts)
-    start, offset = part_names(own_parts)
-    return job_hash(job, start=start, offset=offset)
+    return job_hash(job, **part_names(own_parts))
+
+
+def charges_in_ledgers(config: Config, clients_data: Sequence[ClientData], folder: Path) -> dict[int, list[Charge]]:
+    """What every client's ledger holds, of this run and of others; one that is not whole is its client's to refuse.
+
+    `folder` is where clients keep what is theirs, ledgers too where dp.ledger names no other folder.
+    """
+    charged: dict[int, list[Charge]] = {}
+    policy = policy_of(config)
+    for i, data in enumerate(clients_data if config.dp.by_record else ()):
+        with suppress(LedgerError):
+            charged[i] = JobRunner(i, data, folder / str(i), policy).ledger.charges()
+    return {i: charges for i, charges in charged.items() if charges}

@@ -16,14 +16,14 @@ from fedlora.models.model import Model
 from fedlora.run.answers import AnswerEvaluation, ScoredAnswer
 from fedlora.server.aggregation import Answers
 from fedlora.simulations.local_clients import REFUSALS, LocalClients, MakeRunner, send
-from fedlora.storage.client_state import ClientState
+from fedlora.storage.own_model import own_model
 
 
 def own_answers(evaluation: AnswerEvaluation, jobs: Mapping[int, Job], folder: Path) -> list[ScoredAnswer]:
     """The answers of every job's model, with what its client keeps in `folder`, each to its share of the prompts."""
     answers: list[ScoredAnswer] = []
     for n, (i, job) in enumerate(jobs.items()):
-        training.load_start(evaluation.model, job, ClientState(folder / str(i)).before(job.round + 1))
+        training.load_start(evaluation.model, *own_model(job, folder / str(i)))
         share = replace(evaluation, prompts=evaluation.prompts[n :: len(jobs)])
         answers += share.present_answers()
     return answers

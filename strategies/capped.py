@@ -42,7 +42,10 @@ class Capped(Strategy[State]):
         return self._capped(self.inner.init(lora))
 
     def client_init(self, state: State, client: Client) -> Job:
-        return replace(self.inner.client_init(state.inner, client), offset=(state.part,) if state.part else ())
+        job, full = self.inner.client_init(state.inner, client), self.inner.client_init(state.inner, HIGHEST_RANK)
+        own = join(*(part for part in job.offset if all(part is not common for common in full.offset)))
+        part = truncate(join(state.part, own), self.rank) if own else state.part  # of a lower rank, with what it lacks
+        return replace(job, offset=(part,) if part else ())
 
     def aggregate(
         self, state: State, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()

@@ -14,9 +14,7 @@ r^2 numbers carry little: it wants a larger rank than FedIT.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fedlora.lora import LoRA, at_least_float32, average, factored, reinitialise
+from fedlora.lora import LoRA, average, factored, framed
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -32,16 +30,7 @@ class FedSB(Strategy[LoRA]):
     up = down = "r * r"
 
     def init(self, lora: LoRA) -> LoRA:
-        turned = LoRA({m: b.T for m, b in lora.B.items()}, {m: a.T for m, a in lora.A.items()})
-        drawn = reinitialise(turned, f"fed_sb/{self.seed}").A  # (r, d_out)
-        A, B, R = {}, {}, {}
-        for m, a in lora.A.items():
-            q_a, t_a = torch.linalg.qr(at_least_float32(a).T)  # (d_in, r), (r, r)
-            given = bool(lora.B[m].any())
-            q_b, t_b = torch.linalg.qr(at_least_float32(lora.B[m] if given else drawn[m].T))  # (d_out, r), (r, r)
-            core = t_b @ t_a.T
-            A[m], B[m], R[m] = q_a.T, q_b, core if given else torch.zeros_like(core)
-        return LoRA(A, B, lora.H, R)
+        return framed(lora, f"fed_sb/{self.seed}")
 
     def client_init(self, state: LoRA, client: Client) -> Job:
         return Job(start=state, trains="RH", shares="RH")

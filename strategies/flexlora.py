@@ -6,17 +6,18 @@ Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous T
     U S V^T = sum_i p_i B_i A_i,   B_i <- U[:, :r_i] S[:r_i],   A_i <- V[:, :r_i]^T
 
 W stays as it is, so what lies beyond the largest rank is lost, and what lies beyond a client's own rank is missing from
-the product it sends back. Factors change their basis every round. A mean of too low a rank is filled up with rows of
-the first A and columns of zeros, so that no rank shrinks for good.
+the product it sends back: such directions shrink every round by the weight of those that hold them, until only the
+smallest rank is left (raFLoRA has the remedy; the note `energy_in_smallest_rank` says how far it is). Factors change
+their basis every round. A mean of too low a rank is filled up with rows of the first A and columns of zeros, so that no
+rank shrinks for good.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
-from fedlora.lora import LoRA, at_least_float32, average, inner, leading, principal_part, stack
+from fedlora.lora import LoRA, average, inner, leading, principal_part, stack
+from fedlora.mixed_ranks import Ranks, energy_in_smallest_rank, filled, ranks_of, smallest_ranks
 from fedlora.strategy import Client, Job, Strategy
 
 
@@ -26,6 +27,7 @@ class State(NamedTuple):
     lora: LoRA  # at the largest rank; after the first round A A^T = I but for rows that fill up
     first: LoRA  # the A of the start
     dropped: float  # share of the last mean's squared singular values beyond the largest rank
+    smallest: Ranks | None = None  # of the clients so far
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,12 @@ class FlexLoRA(Strategy[State]):
         lora = filled(part, state.first)
         kept = inner(lora, lora)
         head = average([u.only("H") for u in updates], weights)
-        return State(head.over(lora), state.first, max(0.0, 1 - kept / energy) if energy else 0.0)
+        dropped = max(0.0, 1 - kept / energy) if energy else 0.0
+        return State(head.over(lora), state.first, dropped, smallest_ranks(updates, state.smallest))
 
     def adapter(self, state: State) -> LoRA:
         return state.lora
 
     def notes(self, state: State) -> dict[str, float]:
-        return {"dropped_energy": state.dropped}
-
-
-def filled(lora: LoRA, first: LoRA) -> LoRA:
-    """The leading directions at exactly the ranks of `first`: its rows and zero columns stand where there are fewer."""
-    A, B = {}, {}
-    for m, fresh in first.A.items():
-        r, k = fresh.shape[0], lora.A[m].shape[0]
-        A[m] = torch.cat([lora.A[m][:r], at_least_float32(fresh[k:])])  # (r, d_in)
-        B[m] = torch.nn.functional.pad(lora.B[m][:, :r], (0, max(0, r - k)))  # (d_out, r)
-    return LoRA(A, B)
+        shared = energy_in_smallest_rank(state.lora, state.smallest, ranks_of(state.first))
+        return {"dropped_energy": state.dropped, **shared}

@@ -10,12 +10,12 @@ The decomposition is of the stacked factors, through a core of their rank. What 
 start anew, so no later round carries it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import NamedTuple
 
-from fedlora.lora import LoRA, Product, average, densify, join, leading, reinitialise, stack
+from fedlora.lora import LoRA, average, densify, join, leading, reinitialise, stack, truncate_by_energy
+from fedlora.mixed_ranks import Ranks, energy_in_smallest_rank, ranks_of, smallest_ranks
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
@@ -27,6 +27,8 @@ class State(NamedTuple):
     round: int
     kept: float  # mean rank over the modules of the last round's part
     dropped: float  # share of the last round's squared singular values that was cut
+    smallest: Ranks | None = None  # of the clients so far
+    shared: Mapping[str, float] | None = None  # how much of the last round's part is in these ranks
 
 
 @dataclass(frozen=True)
@@ -51,28 +53,17 @@ class FLoRIST(Strategy[State]):
         return Job(start=leading(state.lora, client.rank), offset=state.parts)
 
     def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
-        part, kept, dropped = threshold(stack(updates, weights), self.energy)
+        part, kept, dropped = truncate_by_energy(stack(updates, weights), self.energy)
+        smallest = smallest_ranks(updates, state.smallest)
         head = average([u.only("H") for u in updates], weights)
         start = head.over(
             reinitialise(state.lora, f"flora/{state.round}")
         )  # with tau = 1 the run is FLoRA's, bit for bit
-        return State(start, densify((*state.parts, part)), state.round + 1, kept, dropped)
+        shared = energy_in_smallest_rank(part, smallest, ranks_of(state.lora))
+        return State(start, densify((*state.parts, part)), state.round + 1, kept, dropped, smallest, shared)
 
     def adapter(self, state: State) -> LoRA:
         return join(*(state.parts or (state.lora,))).over(state.lora)
 
     def notes(self, state: State) -> dict[str, float]:
-        return {"kept_rank": state.kept, "dropped_energy": state.dropped}
-
-
-def threshold(stacked: LoRA, tau: float) -> tuple[LoRA, float, float]:
-    """The product with only its leading share tau of energy in each module, the mean rank kept, and the share cut."""
-    A, B, held, whole = {}, {}, 0.0, 0.0
-    for m in stacked.A:
-        product = Product(stacked.B[m], stacked.A[m])
-        U, S, Vt = product.svd(energy=tau * product.energy if tau < 1 else inf)  # (d_out, p), (p,), (p, d_in)
-        root = S.sqrt()
-        B[m], A[m] = U * root, root[:, None] * Vt
-        held, whole = held + float(S.double().square().sum()), whole + product.energy
-    mean_rank = sum(a.shape[0] for a in A.values()) / len(A)
-    return LoRA(A, B), mean_rank, max(0.0, 1 - held / whole) if whole and tau < 1 else 0.0
+        return {"kept_rank": state.kept, "dropped_energy": state.dropped, **(state.shared or {})}

@@ -23,8 +23,12 @@ class Head(Strategy[Any]):
 
     def client_init(self, state: Any, client: Client) -> Job:
         job = self.inner.client_init(state, client)
-        trains = job.trains.replace("H", "") if self.policy == "frozen" else job.trains
-        return replace(job, trains=trains, shares=job.shares.replace("H", ""))
+        shares = job.shares.replace("H", "")
+        if self.policy == "local":
+            return replace(job, shares=shares)
+        turns = tuple(turn.replace("H", "") for turn in job.turns if turn != "H")
+        trains = job.trains.replace("H", "")
+        return replace(job, trains=trains, turns=turns, shares=shares, correction=job.correction.only(trains))
 
     def aggregate(
         self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()

@@ -8,22 +8,31 @@ https://arxiv.org/abs/2401.06432
 
 The mean of the factors is as inexact as FedIT's, and directions that few clients hold are pulled towards zero. Rows
 that no client of the round holds stay as they were: zeroed in A and B alike, no gradient could ever move them again.
+The note `energy_in_smallest_rank` says how much of the adapter lies in the directions that all clients hold.
 The paper's self-pruning of ranks is not offered: a client's rank is its own for the whole run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from fedlora.lora import LoRA, at_least_float32, average, leading, norm
+from fedlora.lora import LoRA, at_least_float32, average, leading, norm, principal
+from fedlora.mixed_ranks import Ranks, energy_in_smallest_rank, ranks_of, smallest_ranks
 from fedlora.strategy import Client, Job, Strategy, declare
 
 
+class State(NamedTuple):
+    """What the server keeps between rounds."""
+
+    lora: LoRA  # at the largest rank
+    smallest: Ranks | None = None  # of the clients so far
+
+
 @dataclass(frozen=True)
-class HetLoRA(Strategy[LoRA]):
+class HetLoRA(Strategy[State]):
     """Averages factors of different ranks, padded with zeros."""
 
     weighting: Literal["norm", "examples"] = "norm"  # of the factors; the head's is by the run's weights
@@ -33,23 +42,30 @@ class HetLoRA(Strategy[LoRA]):
     up = down = "r * (d_in + d_out)"
 
     def __post_init__(self) -> None:
-        declare(self, self, sums_only=self.weighting == "examples")
+        declare(self, self, sums_only=self.weighting == "examples", own_weights=self.weighting == "norm")
 
-    def init(self, lora: LoRA) -> LoRA:
-        return lora
+    def init(self, lora: LoRA) -> State:
+        return State(lora)
 
-    def client_init(self, state: LoRA, client: Client) -> Job:
-        return Job(start=leading(state, client.rank))
+    def client_init(self, state: State, client: Client) -> Job:
+        return Job(start=leading(as_state(state).lora, client.rank))
 
-    def aggregate(self, state: LoRA, updates: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
-        ranks = {m: max(u.A[m].shape[0] for u in updates) for m in state.A}
+    def aggregate(self, state: State, updates: Sequence[LoRA], weights: Sequence[float]) -> State:
+        before, smallest = as_state(state)
+        ranks = {m: max(u.A[m].shape[0] for u in updates) for m in before.A}
         mean = average([padded(u, ranks) for u in updates], self._weights(updates, weights))
-        A = {m: torch.cat([mean.A[m], at_least_float32(a[ranks[m] :])]) for m, a in state.A.items()}
-        B = {m: torch.cat([mean.B[m], at_least_float32(b[:, ranks[m] :])], 1) for m, b in state.B.items()}
-        return LoRA(A, B, average([u.only("H") for u in updates], weights).H)
+        A = {m: torch.cat([mean.A[m], at_least_float32(a[ranks[m] :])]) for m, a in before.A.items()}
+        B = {m: torch.cat([mean.B[m], at_least_float32(b[:, ranks[m] :])], 1) for m, b in before.B.items()}
+        head = average([u.only("H") for u in updates], weights)
+        return State(LoRA(A, B, head.H), smallest_ranks(updates, smallest))
 
-    def adapter(self, state: LoRA) -> LoRA:
-        return state
+    def adapter(self, state: State) -> LoRA:
+        return as_state(state).lora
+
+    def notes(self, state: State) -> dict[str, float]:
+        lora, smallest = as_state(state)
+        largest = ranks_of(lora)
+        return energy_in_smallest_rank(principal(lora, max(largest.values())), smallest, largest)
 
     def _weights(self, updates: Sequence[LoRA], weights: Sequence[float]) -> Sequence[float]:
         """The w_i of the factors; the run's weights while no client has a product yet."""
@@ -57,6 +73,11 @@ class HetLoRA(Strategy[LoRA]):
             return weights
         norms = [norm(u.only("AB")) for u in updates]
         return norms if any(norms) else weights
+
+
+def as_state(state: State | LoRA) -> State:
+    """The state, of which checkpoints of earlier versions hold the adapter alone."""
+    return State(state) if isinstance(state, LoRA) else state
 
 
 def padded(lora: LoRA, ranks: dict[str, int]) -> LoRA:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, average, difference, euclidean_norm, map_factors
-from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state
+from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state, shared_start
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Robust(Strategy[Any]):
                 f"{self.rule} with trim = {self.trim}, byzantine = {self.byzantine}, bound = {self.bound}: "
                 "trim must lie in [0, 0.5), byzantine be 0 or more, and norm_bound needs a bound above 0"
             )
-        declare(self, self.inner, exact=False, sums_only=False, continues=False)
+        alike = self.rule != "norm_bound" or self.inner.own_weights
+        declare(self, self.inner, exact=False, sums_only=False, own_weights=alike, continues=False)
 
     def init(self, lora: LoRA) -> Any:
         state = self.inner.init(lora)
@@ -65,7 +66,7 @@ class Robust(Strategy[Any]):
         self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
     ) -> Any:
         if self.rule == "norm_bound":
-            x = self.inner.client_init(state, HIGHEST_RANK).start
+            x = shared_start(self.inner.client_init(state, HIGHEST_RANK))
             return next_state(self.inner, state, [bounded(u, x, self.bound) for u in updates], weights, senders)
         if self.rule in ("krum", "multi_krum"):
             likes = 1 if self.rule == "krum" else len(updates) - self.byzantine
@@ -88,6 +89,8 @@ class Robust(Strategy[Any]):
         return min(middle, ceil(self.trim * n - 1e-9))  # 0.07 * 100 is above 7
 
     def _refusal(self) -> str:
+        if self.inner.exchanges > 1:
+            return "of two passes each would leave out other clients, and the two belong together; take fedavg"
         if self.rule != "norm_bound" and self.inner.mixed_ranks:
             return "clients of mixed ranks have no coordinates in common; take norm_bound, or fedavg"
         if self.rule in ("median", "trimmed_mean") and not self.inner.sums_only:

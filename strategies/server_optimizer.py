@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedlora.errors import StrategyError
 from fedlora.lora import LoRA, average, map_factors
-from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state
+from fedlora.strategy import HIGHEST_RANK, Client, Job, Sender, Strategy, declare, next_state, shared_start
 
 
 class State(NamedTuple):
@@ -52,10 +52,20 @@ class ServerOptimizer(Strategy[State]):
                 f"a server optimiser has no meaning round {type(self.inner).__name__}, which starts anew or changes "
                 "basis every round, so that no coordinate is the same in two: take fedavg, ffa_lora or fedex_lora"
             )
+        if self.inner.exchanges > 1:
+            raise StrategyError(
+                f"a server optimiser has no meaning round {type(self.inner).__name__}, whose clients send projections "
+                "in two passes, and no step: take fedavg, ffa_lora or fedex_lora"
+            )
         declare(self, self.inner, exact=False, continues=False)
 
     def init(self, lora: LoRA) -> State:
         state = self.inner.init(lora)
+        if self.inner.client_init(state, HIGHEST_RANK).correction:
+            raise StrategyError(
+                f"a server optimiser has no meaning round {type(self.inner).__name__}, which reads every client's "
+                "gradients off its update, and would read its own steps with them: leave aggregate.optimizer out"
+            )
         low, full = (self.inner.client_init(state, Client(0, 1, rank)).start for rank in (1, HIGHEST_RANK.rank))
         if any(a.shape != full.A[m].shape for m, a in low.A.items()):
             raise StrategyError(
@@ -70,12 +80,12 @@ class ServerOptimizer(Strategy[State]):
     def aggregate(
         self, state: State, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
     ) -> State:
-        x = self.inner.client_init(state.inner, HIGHEST_RANK).start
-        D = map_factors(torch.sub, average(updates, weights), x)
+        x = shared_start(self.inner.client_init(state.inner, HIGHEST_RANK))
+        D = map_factors(lambda x, mean: mean - x, x, average(updates, weights))
         m = map_factors(self._first_moment, D, state.m.over(map_factors(torch.zeros_like, D)))
         v = map_factors(self._second_moment, D, state.v.over(map_factors(lambda d: torch.full_like(d, self.tau**2), D)))
         shift = map_factors(lambda d, m, v: self._step(m, v) - d, D, m, v)
-        shifted = [map_factors(torch.add, u, shift) for u in updates]
+        shifted = [map_factors(torch.add, shift, u).over(u) for u in updates]
         kept = LoRA() if self.kind == "momentum" else v.over(state.v)
         return State(next_state(self.inner, state.inner, shifted, weights, senders), m.over(state.m), kept)
 

@@ -15,10 +15,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedlora
 import fedlora.config
-from fedlora import Client, Config, ConfigError, Job, LoRA, Result, Strategy, StrategyError, simulate
+from fedlora import (
+    Client,
+    Config,
+    ConfigError,
+    Job,
+    LoRA,
+    Result,
+    StopRun,
+    Strategy,
+    StrategyError,
+    open_run,
+    simulate,
+)
 from fedlora.config import SHORT, build, settings
 from fedlora.lora import average
 from tests.cli.test_simulate import fedlora as command
@@ -102,6 +115,69 @@ def test_it_is_the_commands_run(done: Result, given: Mapping[str, Any], tmp_path
     assert same(done, tmp_path / "run" / "adapter")
 
 
+def test_a_run_is_opened_again_and_is_a_table(done: Result) -> None:
+    assert open_run(done.folder) == done
+    frame, clients = done.frame(), done.clients()
+    assert list(frame["round"]) == [0, 1, 2] and frame["eval/loss"].iloc[-1] == done.evaluation["loss"]
+    assert len(clients) == 4 and clients["train_loss"].notna().all()
+    with pytest.raises(ConfigError, match="is no run directory"):
+        open_run(done.folder.parent)
+
+
+def test_every_round_calls_and_may_end_the_run(given: Mapping[str, Any], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def until_the_second(record: Mapping[str, Any]) -> None:
+        seen.append(record["round"])
+        if record["round"] == 2:
+            raise StopRun
+
+    made = simulate(**given | {"rounds": 5}, on_round=until_the_second, out=tmp_path / "run")
+    assert seen == [1, 2] and len(made.rounds) == 2 and (made.adapter / "adapter_config.json").is_file()
+    assert [r["round"] for r in simulate(resume=made.folder, rounds=3, progress=False).rounds] == [1, 2, 3]
+
+
+def test_what_a_function_of_each_round_raises_is_the_callers(given: Mapping[str, Any], tmp_path: Path) -> None:
+    def fails(record: Mapping[str, Any]) -> None:
+        raise ZeroDivisionError(record["round"])
+
+    with pytest.raises(ZeroDivisionError):
+        simulate(**given, on_round=fails, out=tmp_path / "run")
+    assert (tmp_path / "run" / "adapter").is_dir() and len(open_run(tmp_path / "run").rounds) == 1
+
+
+def test_data_and_model_may_be_objects_and_the_run_goes_on_with_them(given: Mapping[str, Any], tmp_path: Path) -> None:
+    """Two clients, each with rows of its own, and a model with its tokenizer."""
+    rows = [json.loads(line) for line in Path(given["data"]).read_text().splitlines()]
+    net = AutoModelForSequenceClassification.from_pretrained(given["model"], num_labels=3)
+    known = AutoTokenizer.from_pretrained(given["model"])
+    own = {"data": {"path": [rows[:30], rows[30:50]], "holdout": 0.2}, "eval_data": rows[50:]}
+    small = {key: value for key, value in given.items() if key not in ("data", "model", "clients", "cohort")}
+    made = simulate(**small, **own, model=net, tokenizer=known, out=tmp_path / "run")
+    assert made.clients()["client"].nunique() == 2 and made.evaluation
+    assert len(simulate(resume=made.folder, rounds=3, progress=False).rounds) == 3
+    kept = fedlora.config.read(made.folder / "config.toml")
+    assert Path(kept["data.path"]) == made.folder.absolute() / "given" / "data" and kept["data.partition"] == "files"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"rounds": [{"text": "a"}]}, "rounds is given rows, which it does not take"),
+        (
+            {"model": torch.nn.Linear(2, 2), "tokenizer": 3},
+            "the model is a Linear, and a run takes one of transformers",
+        ),
+        ({"tokenizer": 3}, "tokenizer goes with a model that is given as an object"),
+        ({"data": [{"text": "a"}, {"text": 5}]}, "its rows cannot be kept as a table"),
+    ],
+)
+def test_an_object_in_the_wrong_place_is_one_sentence(wrong: Mapping[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(fedlora.FedloraError, match=says):
+        simulate(**wrong, out=tmp_path / "run", progress=False)
+    assert not [*tmp_path.glob("run/*")]
+
+
 def test_settings_are_a_mapping_a_file_or_a_config_alike(
     done: Result, given: Mapping[str, Any], tmp_path: Path
 ) -> None:
@@ -182,6 +258,26 @@ def test_progress_is_shown_or_not(given: Mapping[str, Any], tmp_path: Path, caps
     assert capsys.readouterr().out == ""
     simulate(**given | {"progress": True}, out=tmp_path / "told")
     assert "2/2" in (said := capsys.readouterr().out) and f"adapter: {tmp_path}/told/adapter" in said
+
+
+def test_what_the_page_on_training_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/training.md: a loss, a regulariser, an optimizer and a figure of one's own."""
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    cells = ModuleType("cells")
+    monkeypatch.setitem(sys.modules, "cells", cells)
+    with chdir(tmp_path):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(block, "docs/training.md", "exec"), cells.__dict__)
+    assert 0 < cells.result.evaluation["in_top_ten"] < 1
+    kept = [
+        fedlora.config.read(run / "config.toml")["train.optimizer"] for run in sorted((tmp_path / "runs").iterdir())
+    ]
+    assert sorted(kept) == ["adamw", "adamw", "adamw", "cells:Lion"]
+
+
+def test_code_that_a_resumed_run_would_not_find_is_refused(given: Mapping[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"train.loss: .*<lambda> is not to be found at the top of tests.test_api"):
+        simulate(**given | {"train": {"loss": lambda scores, targets: scores}})
 
 
 def test_what_the_guide_shows_runs(

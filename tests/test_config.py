@@ -1,13 +1,11 @@
 """One config, the same keys everywhere."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
-import fedlora
 from fedlora.cli.options import dotted, pair
-from fedlora.config import build, dotted_keys, dumps, flatten, read, settings
+from fedlora.config import build, dumps, flatten, read, section_meanings, setting_key, settings
 from fedlora.errors import ConfigError
 
 
@@ -21,6 +19,33 @@ def test_toml_and_command_line_mean_the_same(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('seed = 3\n[lora]\nrank = 4\ntargets = ["q_proj", "v_proj"]\n[train]\nlr = 2e-3')
     words = ["--seed", "3", "--lora.rank=4", "--lora.targets", "q_proj,v_proj", "--train.lr", "2e-3"]
     assert build(read(tmp_path / "run.toml")) == build(dotted(words))
+
+
+def test_a_list_on_the_command_line_may_be_written_as_json() -> None:
+    for written in ("no, yes", '["no","yes"]', '["no", "yes"]'):
+        assert build({"data.labels": written, "data.label": "diagnosis"}).data.labels == ("no", "yes")
+    assert build({"client.egress": "[AB] *"}).client.egress == ("[AB] *",), "which is a pattern"
+
+
+def test_hyphens_are_as_good_as_underscores(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('eval-data = "x"\n[train]\nbatch-size = 4')
+    words = ["--data.eval", "x", "--train.batch_size=4"]
+    assert read(tmp_path / "run.toml") == {"data.eval": "x", "train.batch_size": 4}
+    assert build(read(tmp_path / "run.toml")) == build(dotted(words))
+    assert dotted(["--train.batch-size", "4"]) == {"train.batch_size": "4"} and pair("a-b=c-d") == ("a_b", "c-d")
+
+
+def test_no_key_has_a_hyphen_of_its_own() -> None:
+    assert not [s.key for s in settings() if "-" in s.key]
+
+
+def test_a_short_name_means_the_same_everywhere() -> None:
+    assert dotted(["--dp-epsilon", "3"]) == {"dp.epsilon": "3"} == {setting_key("dp_epsilon"): "3"}
+
+
+def test_every_section_says_what_it_is_about() -> None:
+    assert section_meanings().keys() == {s.section for s in settings()}
+    assert all(meaning.endswith(".") for meaning in section_meanings().values())
 
 
 def test_later_layers_win() -> None:
@@ -39,6 +64,8 @@ def test_flowers_run_config_takes_a_line_of_options() -> None:
     ("key", "value", "says"),
     [
         ("lora.rnk", 4, 'unknown key "lora.rnk"; did you mean "lora.rank"?'),
+        ("lora_r", 4, 'unknown key "lora_r"; here it is lora.rank'),
+        ("lr", 4, 'unknown key "lr"; did you mean "train.lr" or "aggregate.lr" or "personal.lr"?'),
         ("round", 4, 'unknown key "round"; did you mean "rounds"?'),
         ("lora.rank", "four", "lora.rank = 'four': input should be a valid integer"),
         ("rounds", 1.5, "rounds = 1.5"),
@@ -81,14 +108,6 @@ def test_every_setting_says_what_it_means() -> None:
     every = list(settings())
     assert all(s.help for s in every)
     assert {s.key for s in every} == {*flatten(build()), "option"}
-
-
-def test_flowers_run_config_has_the_same_keys_and_defaults() -> None:
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    declared = dotted_keys(project["tool"]["flwr"]["app"]["config"])
-    assert set(declared) == {s.key for s in settings()}
-    assert build(declared) == build()
-    assert project["project"]["version"] == fedlora.__version__  # Flower wants it written out
 
 
 def test_a_file_that_notepad_wrote_is_read(tmp_path: Path) -> None:

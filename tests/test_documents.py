@@ -1,12 +1,15 @@
 """The documents for people: every file, folder and module that they name is there."""
 
+import doctest
 import re
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -70,8 +73,8 @@ def test_every_module_that_a_document_names_is_there(document: Path) -> None:
 
 def test_paths_are_found_in_the_documents() -> None:
     """So that the tests above look at something."""
-    found = set(paths(ROOT / "README.md"))
-    assert {"client/training.py", "server/upload_checks.py", "fedlora/cli/", "strategies/fedex_lora.py"} <= found
+    found = set(paths(ROOT / "CONTRIBUTING.md"))
+    assert {"client/training.py", "server/upload_checks.py", "fedlora/cli/", "strategies/fedavg.py"} <= found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -80,3 +83,24 @@ def test_every_test_that_a_document_names_is_there(document: Path) -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)`\s+`(test_\w+)`", text(document))
     missing = [(file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
     assert not missing, f"{document.name} names tests that are not there: {missing}"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["title"] == project["name"] and citation["version"] == project["version"]
+    assert citation["license"] == project["license"] and citation["authors"] and citation["cff-version"] == "1.2.0"
+
+
+def test_the_site_is_made_of_every_document() -> None:
+    """`make docs` says it too; here it is said without the site's libraries."""
+    named = set(re.findall(r"([\w/.-]+\.md)$", text(ROOT / "mkdocs.yml"), re.MULTILINE))
+    assert {p.name for p in ROOT.glob("docs/*.md")} <= named
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_python_of_a_document_is_python(document: Path) -> None:
+    """That it does what the page says is for the tests of the pages that are run: `tests/test_api.py` and others."""
+    for block in re.findall(r"^```python\n(.*?)^```", text(document), re.DOTALL | re.MULTILINE):
+        source = doctest.script_from_examples(block) if block.startswith(">>>") else block
+        compile(source, str(document), "exec")

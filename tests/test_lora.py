@@ -37,20 +37,23 @@ WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 
 def sided(seed: int, rank: int, sides: str) -> LoRA:
-    """A random adapter; with R in `sides` it has a core, with D a dense matrix in two of its three modules."""
+    """A random adapter; with R in `sides` it has a core, in two heads with 2, with D a dense matrix in two modules."""
     g = torch.Generator().manual_seed(seed + 100)
+    rank = 2 * rank if "2" in sides else rank
     made = factors(seed, rank)
-    R = {m: torch.randn(rank, rank, generator=g, dtype=torch.float64) for m in SHAPES}
+    blocks = (2, rank // 2, rank // 2) if "2" in sides else (rank, rank)
+    R = {m: torch.randn(blocks, generator=g, dtype=torch.float64) for m in SHAPES}
     D = {m: torch.randn(SHAPES[m], generator=g, dtype=torch.float64) for m in ("q", "v")}
     return LoRA(made.A, made.B, made.H, R if "R" in sides else {}, D if "D" in sides else {})
 
 
-ANY = st.builds(sided, st.integers(0, 9), st.integers(1, 7), st.sampled_from(["", "R", "D", "RD"]))
+ANY = st.builds(sided, st.integers(0, 9), st.integers(1, 7), st.sampled_from(["", "R", "2R", "D", "2RD"]))
 
 
 def written_out(x: LoRA) -> dict[str, Tensor]:
     """The product without `delta`, which is under test too."""
-    low = {m: x.B[m] @ (x.R[m] @ a if m in x.R else a) for m, a in x.A.items()}
+    cores = {m: torch.block_diag(*core) if core.dim() == 3 else core for m, core in x.R.items()}
+    low = {m: x.B[m] @ (cores[m] @ a if m in cores else a) for m, a in x.A.items()}
     return {m: p + x.D[m] if m in x.D else p for m, p in low.items()}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf, nan
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedlora.message_types import (
     MOST_PARTS,
     MOST_REPEATS,
     MOST_STEPS,
+    MOST_TURNS,
     ClientInfo,
     JobHead,
     MetricsHead,
@@ -74,16 +76,28 @@ JOBS = st.builds(
     upload=st.sampled_from(["float32", "bfloat16", "int8"]),
     feedback=st.booleans(),
     training=st.builds(Training, lr=st.floats(1e-9, 1e3)),
+    scales=st.booleans(),
     seed=st.integers(0, 2**64 - 1),
     round=st.integers(0, 10**6),
     rounds=st.integers(1, 10**6),
     start=st.lists(PART, max_size=5, unique=True).map(tuple),
     offset=st.lists(PART, max_size=5).map(tuple),
+    right=st.lists(PART, max_size=1).map(tuple),
+    left=st.lists(PART, max_size=1).map(tuple),
     sent=st.lists(st.tuples(PART, COUNTS), max_size=3).map(tuple),
     agreement=st.just("") | PART,
+    keeps_rank=st.integers(0, 2**20 - 1),
+    stage=st.sampled_from(["round", "personal", "alone"]),
+)
+TURNED = st.builds(
+    replace,
+    JOBS,
+    trains=st.just("ABH"),
+    turns=st.sampled_from([("BH", "AH"), ("B", "B", "HA")]),
+    smoothing=st.sampled_from([(), (1.0,), (0.25, 0.5, 0.25)]),
 )
 VALUES: dict[type, st.SearchStrategy[Any]] = {
-    JobHead: JOBS,
+    JobHead: JOBS | TURNED,
     UpdateHead: st.builds(
         UpdateHead,
         COUNTS,
@@ -106,6 +120,7 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
         roster=st.dictionaries(st.integers(0, 99), st.tuples(KEY, KEY, KEY), max_size=3),
         threshold=st.integers(0, MOST_MEMBERS),
         survivors=st.lists(st.integers(0, 99), max_size=3).map(tuple),
+        exchange=st.integers(0, 1),
         agreement=st.just("") | PART,
     ),
 }
@@ -148,7 +163,9 @@ TRAINING_BOUNDS = {
     "clip": (*NO_NUMBER, -1, 1e21),
     "warmup": (*NO_NUMBER, -1, 1.1),
     "prox": (*NO_NUMBER, -1, 1e10),
-    "optimizer": (*NO_TEXT, "lion"),
+    "optimizer": (*NO_TEXT, "lion", "os:system()", "a b:c"),
+    "loss": (*NO_TEXT, "focal", ":", "a:b:c", "../x:f"),
+    "regulariser": (*NO_TEXT, "ridge", "a.b"),
 }
 MODULES = ({"a\n": 1}, {"\x1b[2J": 1}, {"": 1}, {"x" * 501: 1}, {"a b": 1})
 JOB_BOUNDS = {
@@ -160,13 +177,21 @@ JOB_BOUNDS = {
     ),
     "gain": (*MODULES, *({"q": x} for x in (*NO_NUMBER, 1e7))),
     "example_clip": (*NO_NUMBER, -1, 1e20),
+    "scales": (7, "yes", None),
     "upload": (*NO_TEXT, "float64"),
+    "keeps_rank": (*NO_COUNT, 2**20),
+    "stage": (*NO_TEXT, "", "later"),
     "seed": (*NO_COUNT[:-2], 2**64),
     "round": (*NO_COUNT, 10**7),
     "rounds": (*NO_COUNT, 0, 10**7 + 1),
     "start": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
     "offset": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
+    "right": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
+    "left": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
+    "correction": (7, NAMES, [NAMES[0]] * (MOST_REPEATS + 1), *([name] for name in NO_PART)),
     "agreement": NO_PART[:5],
+    "turns": (7, None, [""], ["B"], ["A", "B"], ["AA"], ["X"], ["D"], [7], ["A"] * (MOST_TURNS + 1)),
+    "smoothing": (7, None, *([x] for x in NO_NUMBER), [0.5], [0.5, 0.5], [0.2, 0.3, 0.5], [20, -39, 20]),
     "sent": (7, [[NAMES[0], -1]], [[NAMES[0], 2**60]], [["ab", 1]], [[NAMES[0], 1]] * (MOST_PARTS + 1)),
 }
 CLIENT_BOUNDS = {
@@ -182,6 +207,7 @@ STEP_BOUNDS = {
     "roster": (7, {"x": ["ab" * 32] * 3}, {"1": ["ab"] * 3}, {"1": ["ab" * 32] * 2}, {"-1": ["ab" * 32] * 3}),
     "threshold": (*NO_COUNT, MOST_MEMBERS + 1),
     "agreement": NO_PART[:5],
+    "exchange": (*NO_COUNT, 2),
     "survivors": (7, [-1], ["x"], list(range(MOST_MEMBERS + 1))),
 }
 BOUNDS: dict[type, dict[str, Mapping[str, Any]]] = {  # type -> place in it, as "" or a field -> field -> wrong values
@@ -246,6 +272,13 @@ def example(kind: type) -> dict[str, Any]:
 def test_a_value_within_its_bounds_comes_back_as_it_was(kind: type, data: st.DataObject) -> None:
     value = data.draw(VALUES[kind])
     assert read(kind, text(kind, value)) == value
+
+
+def test_a_job_of_before_there_were_turns_trains_all_its_sides_in_every_step() -> None:
+    head = example(JobHead)
+    del head["turns"], head["smoothing"], head["keeps_rank"], head["stage"]
+    found = read(JobHead, json.dumps(head))
+    assert (found.turns, found.smoothing) == ((), ())
 
 
 @pytest.mark.parametrize(("kind", "where", "name"), PLACES, ids=lambda x: getattr(x, "__name__", x))

@@ -90,33 +90,35 @@ def wait_for_server(options: ClientOptions, meanwhile: Callable[[], None]) -> No
 
     Raises `ConfigError` for a certificate that the client cannot trust, which waiting does not mend.
     """
-    pause, verify, began, told = 1.0, _tls_context(options), time.monotonic(), 0.0
+    pause, verify, began, told = 1.0, tls_context(options), time.monotonic(), 0.0
     while True:
         try:
             answer = httpx.get(f"{options.url}/health", verify=verify, timeout=10)  # by the site's proxy, as Flower
             break
         except httpx.HTTPError as e:
-            _raise_if_untrusted(options, e)
+            raise_if_untrusted(options, e)
             silent = time.monotonic() - began
             if silent >= told:  # ever rarer
                 told = 2 * silent
-                print(f"{options.server} does not answer ({_reason(e)}); trying again until it does", flush=True)
+                print(f"{options.server} does not answer ({why_silent(e)}); trying again until it does", flush=True)
         end = time.monotonic() + pause
         while time.monotonic() < end:
             meanwhile()
             time.sleep(0.3)
         pause = min(2 * pause, 30.0)
-    _check_clock(answer.headers.get("date"))
+    if wrong := wrong_clock(answer.headers.get("date")):
+        print(f"WARNING: {wrong}", flush=True)
 
 
-def _reason(error: httpx.HTTPError) -> str:
+def why_silent(error: httpx.HTTPError) -> str:
     """Why a server does not answer, in a few words."""
     if isinstance(error, httpx.ProxyError):
         return f"the proxy that the environment names, in https_proxy or all_proxy, says: {error}"
-    return type(error).__name__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
+def raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
+    """Raise `ConfigError` where a server does not answer because its certificate, or the client's, is not taken."""
     if "CERTIFICATE_REQUIRED" in str(error):
         raise ConfigError(
             f"{options.server} asks for a client's certificate, and {options.credentials} has no tls.crt; ask whoever "
@@ -129,17 +131,17 @@ def _raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
         ) from error
 
 
-def _check_clock(date: str | None) -> None:
-    """Warn where this machine's clock differs from the server's by more than Flower's signatures allow."""
+def wrong_clock(date: str | None) -> str:
+    """How this machine's clock differs from the server's, if by more than Flower's signatures allow; empty if not."""
     if not date:
-        return
+        return ""
     ahead = time.time() - parsedate_to_datetime(date).timestamp()
-    if not -BEHIND - 1 <= ahead <= AHEAD:
-        print(
-            f"WARNING: this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the "
-            "server's, and its signature is not taken; set the clock (NTP)",
-            flush=True,
-        )
+    if -BEHIND - 1 <= ahead <= AHEAD:
+        return ""
+    return (
+        f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's, and its "
+        "signature is not taken; set the clock (NTP)"
+    )
 
 
 def write_identity(options: ClientOptions, file: Path) -> None:
@@ -255,7 +257,7 @@ class ClientProcesses:
             stop([self._worker], grace=1)
 
 
-def _tls_context(options: ClientOptions) -> ssl.SSLContext | bool:
+def tls_context(options: ClientOptions) -> ssl.SSLContext | bool:
     """The TLS settings that trust the deployment's authority alone; false without credentials.
 
     They present the client's own certificate, if it has one.

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fedlora.client import training
 from fedlora.client.stacked.adapters import Adapters
+from fedlora.client.stacked.layout import core_forms
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import ClientFailed, TrainingDiverged
+from fedlora.jobs import trained_letters
 from fedlora.kernels.example_batches import micro_batches
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps
@@ -31,7 +33,9 @@ def group(model: Model, task: TrainingTask) -> Hashable:
     clips: Hashable = bool(job.example_clip)
     if job.privacy:
         clips = job.privacy.clip, job.privacy.head_share, task.mechanism.clip
-    return "".join(sorted(job.trains)), offset, tuple(job.start.R), clips, job.training.optimizer
+    course = job.turns, job.smoothing, job.training.optimizer, job.training.loss
+    sides = "".join(sorted(trained_letters(job)))
+    return sides, course, offset, core_forms(job.start), clips
 
 
 def train(model: Model, tasks: Sequence[TrainingTask]) -> list[Outcome]:
@@ -103,6 +107,7 @@ class Cohort:
 
     def step(self, step: int) -> None:
         """Do the same step of all clients that have one left."""
+        self.adapters.turn_to(step)
         chunks = [next(self._chunks[place]) for place in self.adapters.places(step)]
         self._losses.append(self._add_gradients(chunks))
         for chunk in chunks:

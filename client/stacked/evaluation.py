@@ -9,7 +9,7 @@ import torch
 
 from fedlora.client import training
 from fedlora.client.stacked.adapters import check_starts, most_rows
-from fedlora.client.stacked.layout import layout_of
+from fedlora.client.stacked.layout import core_forms, layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
 from fedlora.client.stacked.support import why_not
 from fedlora.client.training import EvaluationTask
@@ -50,7 +50,7 @@ def _blocks(model: Model, tasks: Sequence[EvaluationTask]) -> Iterator[list[int]
     """Yield the places of tasks that are measured together, as many as there is memory for."""
     groups = defaultdict[Hashable, list[int]](list)
     for i, task in enumerate(tasks):
-        groups[tuple(map(id, task.job.offset)), tuple(task.job.start.R)].append(i)
+        groups[tuple(map(id, task.job.offset)), core_forms(task.job.start)].append(i)
     for places in groups.values():
         starts = {id(tasks[i].job.start): tasks[i].job.start for i in places}.values()
         numbers = 2 * max(start.numel() for start in starts)  # all take what the highest rank does; twice, to resume

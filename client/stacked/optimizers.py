@@ -10,13 +10,14 @@ from math import log
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedlora.client.stacked.layout import Layout
+from fedlora.client.stacked.layout import Key, Layout
 from fedlora.jobs import Job
+from fedlora.lora import LoRA
 from fedlora.models.model import Model
-from fedlora.models.optimizer import full_rate, lr_factor
-from fedlora.sections import Training
+from fedlora.models.optimizer import full_rate, of_groups, scheduled_factor
+from fedlora.sections import OPTIMIZERS, Training
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of torch's AdamW
 
@@ -32,16 +33,24 @@ class ClientsOptimizer(Protocol):
         ...
 
 
-def make(layout: Layout, model: Model, jobs: Sequence[Job], dtype: torch.dtype) -> ClientsOptimizer:
-    """The optimizer of the clients that do these jobs, which all name the same kind of optimizer."""
+def make(
+    layout: Layout, model: Model, jobs: Sequence[Job], starts: Sequence[LoRA], dtype: torch.dtype, sides: str
+) -> ClientsOptimizer:
+    """The optimizer of these sides of the clients that do these jobs from these starts.
+
+    All jobs name the same kind of optimizer.
+    """
+    own = layout.columns_of(sides)
     settings = [job.training for job in jobs]
+    if settings[0].optimizer not in OPTIMIZERS:
+        return OneForEach(layout, model, settings, [start.only(sides) for start in starts], first=own.start)
     alike = all(training == settings[0] for training in settings)  # then one row of rates is that of all
-    made = [_rates(layout, model, training, dtype) for training in (settings[:1] if alike else settings)]
+    made = [_rates(layout, model, training, dtype)[own] for training in (settings[:1] if alike else settings)]
     rates = torch.stack(made).to(model.device)
     decay = column([training.weight_decay for training in settings], rates)
     if settings[0].optimizer == "sgd":
-        return SGD(rates, decay, column([training.momentum for training in settings], rates), layout.trained)
-    return AdamW(rates, decay, layout.trained)
+        return SGD(rates, decay, column([training.momentum for training in settings], rates))
+    return AdamW(rates, decay)
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -60,12 +69,11 @@ def _rates(layout: Layout, model: Model, training: Training, dtype: torch.dtype)
 
 def lr_factors(jobs: Sequence[Job], steps: Sequence[int], step: int) -> list[float]:
     """The schedule's factor of each client in a step, counted from 0, of its own `steps`; 0 if it has finished."""
-    return [_lr_factor(job, n, step) if step < n else 0.0 for job, n in zip(jobs, steps, strict=True)]
+    return [_factor_of(job, n, step) for job, n in zip(jobs, steps, strict=True)]
 
 
-def _lr_factor(job: Job, steps: int, step: int) -> float:
-    began, ended = ((job.round + n / steps) / job.rounds for n in (step, step + 1))
-    return lr_factor(job.training, began=began, ended=ended)
+def _factor_of(job: Job, steps: int, step: int) -> float:
+    return scheduled_factor(job.training, job, step=step, steps=steps) if step < steps else 0.0
 
 
 def clip_norms(gradient: Tensor, largest: Tensor) -> None:
@@ -78,9 +86,10 @@ def clip_norms(gradient: Tensor, largest: Tensor) -> None:
 class AdamW:
     """AdamW with decoupled weight decay, https://arxiv.org/abs/1711.05101."""
 
-    def __init__(self, rates: Tensor, decay: Tensor, size: int) -> None:
+    def __init__(self, rates: Tensor, decay: Tensor) -> None:
         self._rates, self._decay, self._decays = rates, decay, bool(decay.any())
-        self._mean, self._square = rates.new_zeros(len(decay), size), rates.new_zeros(len(decay), size)
+        shape = len(decay), rates.shape[1]
+        self._mean, self._square = rates.new_zeros(shape), rates.new_zeros(shape)
         self._steps = torch.zeros_like(decay)  # of each client, (clients, 1)
 
     def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
@@ -99,9 +108,9 @@ class AdamW:
 class SGD:
     """Gradient descent with momentum, the first step's gradient being its first momentum."""
 
-    def __init__(self, rates: Tensor, decay: Tensor, momentum: Tensor, size: int) -> None:
+    def __init__(self, rates: Tensor, decay: Tensor, momentum: Tensor) -> None:
         self._rates, self._decay, self._momentum = rates, decay, momentum
-        self._velocity = rates.new_zeros(len(decay), size)
+        self._velocity = rates.new_zeros(len(decay), rates.shape[1])
 
     def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
         g, rates, factors = _rows(gradient, places), _rates_at(self._rates, places), _rows(factors, places)
@@ -109,6 +118,46 @@ class SGD:
         with _changed(places, theta, self._velocity) as (theta, velocity):
             velocity.mul_(momentum).add_(g).addcmul_(decay, theta)
             theta.sub_((velocity * rates).mul_(factors))
+
+
+class OneForEach:
+    """An optimizer of the user's own for each client, of parameters that have the shapes they have where it is alone.
+
+    They lie beside theta: such an optimizer keeps what it likes of them, by matrix.
+    """
+
+    def __init__(
+        self, layout: Layout, model: Model, settings: Sequence[Training], starts: Sequence[LoRA], *, first: int
+    ) -> None:
+        """`starts` have the sides that it steps, whose first column of theta is `first`."""
+        self._layout, self._first = layout, first
+        self._parameters: list[dict[Key, nn.Parameter]] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        for training, start in zip(settings, starts, strict=True):
+            own = {
+                (s, m): nn.Parameter(t.to(model.device, model.adapter_dtype, copy=True)) for s, m, t in start.matrices()
+            }
+            rated = [(full_rate(training, s, is_head=s == "H" and m in model.heads), p) for (s, m), p in own.items()]
+            self._parameters.append(own)
+            self._optimizers.append(of_groups(training, rated))
+
+    def step(self, theta: Tensor, gradient: Tensor, factors: Tensor, places: Tensor) -> None:
+        for place in places.tolist():
+            optimizer, parameters = self._optimizers[place], self._parameters[place]
+            for key, p in parameters.items():
+                p.grad = self._matrix(gradient, place, key, p).contiguous()
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * float(factors[place])
+            optimizer.step()
+            for key, p in parameters.items():
+                self._matrix(theta, place, key, p).copy_(p.detach())
+
+    def _matrix(self, rows: Tensor, place: int, key: Key, like: Tensor) -> Tensor:
+        """The matrix of one client, of the shape it has alone, in the memory of its row."""
+        column = self._layout.columns[key]
+        found = rows[place, column.begin - self._first : column.end - self._first].view(column.shape)
+        found = found.transpose(-2, -1) if key[0] == "B" else found
+        return found[tuple(slice(n) for n in like.shape)]
 
 
 def _begun(beta: float, t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ then trained by itself, and the one fails alone; nothing has left the pass, and 
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from hashlib import sha256
 from itertools import chain
@@ -83,9 +84,7 @@ class PrivateCohort:
         self._terms = [privacy_of(task.job) for task in tasks]
         self._random = [t.mechanism.source(t.job, t.client, p) for t, p in zip(tasks, self._terms, strict=True)]
         self.adapters = Adapters(model, tasks, [p.steps for p in self._terms])
-        names = {side: list(job.start.side(side)) for side in job.trains}
-        self._keys = [(side, module) for side, modules in names.items() for module in modules]
-        self._groups, self._bounds = dpsgd.grouped(names, self._terms[0])
+        self._turn_to(job.trains)
         self._clip = tasks[0].mechanism.clip
         self._gradients = reduce(lambda inner, task: task.mechanism.rows(inner), tasks, self._of_records)
         for place, task in enumerate(tasks):
@@ -95,8 +94,17 @@ class PrivateCohort:
         """The key of the pass's dropout, which nobody knows who does not know the source of every client."""
         return sha256(b"".join(random.key() for random in self._random)).digest()
 
+    def _turn_to(self, sides: str) -> None:
+        """Let these sides be those that are clipped together, noised and followed."""
+        job = self._tasks[0].job
+        names = {side: list(job.start.side(side)) for side in job.trains if side in sides}
+        self._keys = [(side, module) for side, modules in names.items() for module in modules]
+        self._groups, self._bounds = dpsgd.grouped(names, self._terms[0])
+
     def step(self, step: int) -> None:
         """Do the same step of all clients that have one left."""
+        self.adapters.turn_to(step)
+        self._turn_to(self._tasks[0].job.sides_of(step))
         places = self.adapters.places(step)
         drawn = [self._draw(place) for place in places]
         owners = [place for place, own in zip(places, drawn, strict=True) for _ in own]
@@ -143,7 +151,7 @@ class PrivateCohort:
         task = self._tasks[place]
         after = self.adapters.lora(place)
         try:
-            dpsgd.refuse_infinite((after.side(s)[m] for s, m in self._keys), task.job)
+            dpsgd.refuse_infinite((t for _, _, t in after.only(task.job.trains).matrices()), task.job)
         except TrainingDiverged as e:
             return e
         return self.adapters.update(place, len(task.records), None)
@@ -174,14 +182,16 @@ def check_once(model: Model, job: Job) -> None:
 
     Raises `NotStackableError`, naming the module, where it does not pass.
     """
-    ranks = tuple(sorted({a.shape[0] for a in job.start.A.values()}))
+    ranks = preflight.ranks(job.start)
     passed = _passed.setdefault(model, set())
-    if (job.trains, ranks) not in passed:
-        try:
-            preflight.check(model, job, engine=partial(StackedGradients, job))
-        except PrivacyError as e:
-            raise NotStackableError(str(e)) from e
-        passed.add((job.trains, ranks))
+    for sides in job.each_turn:
+        if (sides, ranks, job.training.loss) not in passed:
+            alone = replace(job, trains=sides, turns=())
+            try:
+                preflight.check(model, alone, engine=partial(StackedGradients, alone))
+            except PrivacyError as e:
+                raise NotStackableError(str(e)) from e
+            passed.add((sides, ranks, job.training.loss))
 
 
 class StackedGradients:

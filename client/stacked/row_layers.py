@@ -4,6 +4,8 @@ The gradients of a row's own weights do not go through autograd: they are handed
 which puts them where they belong in G (rows, P_t). So nothing is held, padded or copied that autograd would.
 
     y = y_0 + s (x A^T) R^T B^T        x (rows, tokens, d_in), A (rows, r, d_in), R (rows, r, r), B^T (rows, r, d_out)
+
+R may be blocks on a diagonal, (rows, h, k, k) with h k = r, and each of its h heads may have a scale of its own.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ class Factors:
 
     A: Tensor  # (rows, r, d_in)
     Bt: Tensor  # (rows, r, d_out)
-    R: Tensor | None  # (rows, r, r)
+    R: Tensor | None  # (rows, r, r), or (rows, h, k, k)
+    heads: Tensor | None  # (rows, h): the scales of R's heads, where they are trained
     s: Scale
     trains: str  # the letters of the sides that have gradients
     write: Write
@@ -62,8 +65,26 @@ def row_affine(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, w
 def _inner(factors: Factors, x: Tensor) -> tuple[Tensor, Tensor]:
     """x A^T and s (x A^T) R^T: (rows, tokens, r) each."""
     h = torch.bmm(x, factors.A.transpose(1, 2))
-    through = h if factors.R is None else torch.bmm(h, factors.R.transpose(1, 2))
+    through = h if factors.R is None else _times_core(h, factors.R)
+    if factors.heads is not None:
+        through = _times_heads(through, factors.heads)
     return h, through * factors.s
+
+
+def _times_core(h: Tensor, core: Tensor) -> Tensor:
+    """Each row's h R^T: (rows, tokens, r)."""
+    if core.dim() == 3:
+        return torch.bmm(h, core.transpose(1, 2))
+    return torch.einsum("nthk,nhlk->nthl", _by_heads(h, core), core).flatten(2)
+
+
+def _by_heads(h: Tensor, heads: Tensor) -> Tensor:
+    """h (rows, tokens, r) as (rows, tokens, h, k), by as many heads as the second dimension of `heads` has."""
+    return h.reshape(*h.shape[:2], heads.shape[1], -1)
+
+
+def _times_heads(h: Tensor, scales: Tensor) -> Tensor:
+    return (_by_heads(h, scales) * scales[:, None, :, None]).flatten(2)
 
 
 def _back(factors: Factors, g: Tensor, x: Tensor | None, h: Tensor, hs: Tensor) -> Tensor:
@@ -72,12 +93,25 @@ def _back(factors: Factors, g: Tensor, x: Tensor | None, h: Tensor, hs: Tensor) 
     if "B" in factors.trains:
         factors.write("B", torch.bmm(hs.transpose(1, 2), g))
     if factors.R is not None:
-        if "R" in factors.trains:
-            factors.write("R", torch.bmm(gh.transpose(1, 2), h))
-        gh = torch.bmm(gh, factors.R)
+        gh = _back_through_the_core(factors, factors.R, gh, h)
     if x is not None:
         factors.write("A", torch.bmm(gh.transpose(1, 2), x))
     return gh
+
+
+def _back_through_the_core(factors: Factors, core: Tensor, g: Tensor, h: Tensor) -> Tensor:
+    """Write the gradients of the core and of its heads' scales; return that of h from that of the core's output."""
+    if factors.heads is not None:
+        scales = factors.heads
+        factors.write("S", (_by_heads(g, scales) * _by_heads(_times_core(h, core), scales)).sum((1, 3)))
+        g = _times_heads(g, scales)
+    if core.dim() == 3:
+        if "R" in factors.trains:
+            factors.write("R", torch.bmm(g.transpose(1, 2), h))
+        return torch.bmm(g, core)
+    if "R" in factors.trains:
+        factors.write("R", torch.einsum("nthl,nthk->nhlk", _by_heads(g, core), _by_heads(h, core)))
+    return torch.einsum("nthl,nhlk->nthk", _by_heads(g, core), core).flatten(2)
 
 
 class _AddProduct(torch.autograd.Function):

@@ -50,6 +50,7 @@ class RowPass:
         self._gradient = torch.empty(0)
         self._owner = torch.empty(0, dtype=torch.int64)
         self._written: set[Key] = set()
+        self.sides = "ABRH"  # of which gradients are found, of those that are trained; others' are zero
         self.reached: set[Key] = set()  # that had a gradient in any batch so far
         self._is_told_apart = False  # has a batch shown that every adapted layer sees rows first?
 
@@ -143,11 +144,16 @@ class RowPass:
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _factors(self, name: str, a: str, b: str, scale: Scale, trains: str) -> Factors:
-        core = self._own(("R", name)) if a == "A" and ("R", name) in self._layout.columns else None
-        return Factors(self._own((a, name)), self._own((b, name)), core, scale, trains, partial(self._write, name))
+        core = self._core("R", name) if a == "A" else None
+        heads = self._core("S", name) if a == "A" else None
+        write = partial(self._write, name)
+        return Factors(self._own((a, name)), self._own((b, name)), core, heads, scale, trains, write)
+
+    def _core(self, side: str, name: str) -> Tensor | None:
+        return self._own((side, name)) if (side, name) in self._layout.columns else None
 
     def _trains(self, name: str) -> str:
-        return "".join(side for side in "ABR" if self._layout.is_trained((side, name)))
+        return "".join(side for side in "ABR" if side in self.sides and self._layout.is_trained((side, name)))
 
     def _scale_of(self, name: str) -> Scale:
         scale = self._scales[name]
@@ -175,7 +181,7 @@ class RowPass:
             self._written.add(key)
 
     def _write_head(self, name: str, side: str, gradient: Tensor) -> None:
-        if self._layout.is_trained(("H", f"{name}.{side}")):
+        if "H" in self.sides and self._layout.is_trained(("H", f"{name}.{side}")):
             self._write(f"{name}.{side}", "H", gradient)
 
 

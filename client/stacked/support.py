@@ -4,6 +4,7 @@ from fedlora.client.stacked.row_pass import NotStackableError, head_layers
 from fedlora.jobs import Job, PrivacyTerms
 from fedlora.models.model import Model
 from fedlora.privacy.dpsgd import is_precise
+from fedlora.privacy.preflight import mixes_losses
 
 KINDS = {
     "dora": "lora.kind = dora divides by norms of W + s B A, which differ from client to client",
@@ -17,6 +18,11 @@ def why_not(model: Model, job: Job) -> str | None:
         return KINDS[model.kind]
     if job.privacy and (why := _why_not_privately(model, job.privacy)):
         return why
+    if not job.privacy and mixes_losses(model, job.training):
+        return (
+            f"train.loss = {job.training.loss} gives a target another loss beside others than alone, and clients of a "
+            "pass share batches"
+        )
     try:
         list(head_layers(model))
     except NotStackableError as e:

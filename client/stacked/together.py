@@ -37,7 +37,8 @@ def memory(job: Job) -> int:
     """Bytes that a client takes in a pass; beside one of a higher rank it takes as many as that one does."""
     trained = job.start.only(job.trains).numel()
     subtracted = job.start.only("AB").numel() if job.resumes else 0  # stands beside its weights
-    return max(1, TRAINED * trained + FROZEN * (job.start.numel() - trained + subtracted))
+    corrected = job.correction.only(job.trains).numel()
+    return max(1, TRAINED * trained + FROZEN * (job.start.numel() - trained + subtracted + corrected))
 
 
 def _passes(tasks: Sequence[TrainingTask], places: Sequence[int]) -> Iterator[Sequence[int]]:

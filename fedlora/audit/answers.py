@@ -83,7 +83,7 @@ def _scores(setting: RecordLevelSetting, subject: RecordLevelSubject, folder: Pa
     """
 
     def told(policy: ClientPolicy, name: str) -> bool:
-        data = _Scored(setting.model.encoder, (), examples=setting.made_up(0))
+        data = _Scored(setting.model.encoder, (), examples=setting.made_up[0])
         client = _client(setting, subject.runner, data, folder / name, policy)
         return not isinstance(subject.handle("evaluate", message, lambda _: client), str)
 
@@ -110,7 +110,7 @@ def _reasons(setting: RecordLevelSetting, subject: RecordLevelSubject, folder: P
         return subject.handle(kind, message, fail)
 
     message = _message(_job(setting))
-    data = _Unreadable(setting.model.encoder, (), examples=setting.made_up(0))
+    data = _Unreadable(setting.model.encoder, (), examples=setting.made_up[0])
     unreadable = _client(setting, subject.runner, data, folder, _policy(setting))
     reasons = [said(kind, error) for kind in handlers.CALLED for error in (*OURS, *OTHERS)]
     reasons.append(subject.handle("train", message, lambda _: unreadable))
@@ -130,7 +130,7 @@ def _failed_twice(setting: RecordLevelSetting, subject: RecordLevelSubject, fold
     """T9: is a job that failed after it was charged not trained again, with other noise, when it is sent again?"""
     job = _job(setting)
     job = replace(job, training=replace(job.training, lr=TOO_FAST))
-    data = MadeUpClient(setting.model.encoder, (), examples=setting.made_up(0))
+    data = MadeUpClient(setting.model.encoder, (), examples=setting.made_up[0])
     steps, charges = zip(*(_attempt(setting, subject, job, data, folder) for _ in range(2)), strict=True)
     return Finding(
         name="T9 failed twice",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fedlora.client.stacked.layout import layout_of
 from fedlora.encoding.encoder import Example, Records
-from fedlora.jobs import Job, PrivacyTerms
+from fedlora.jobs import Job, PrivacyTerms, shared_start
 from fedlora.lora import LoRA, from_matrices
 from fedlora.models.model import Model
 from fedlora.privacy.dpsgd import Engine, Mechanism, RowGradients
@@ -51,11 +51,12 @@ def places(job: Job, count: int, seed: int) -> NDArray[np.int64]:
 
     Places are drawn among the numbers that the job also shares.
     """
-    parts, begin = [np.empty(0, dtype=np.int64)], 0
+    parts, begin, sent = [np.empty(0, dtype=np.int64)], 0, shared_start(job)
     for s in job.trains:
-        end = begin + sum(t.numel() for t in job.start.side(s).values())
-        parts += [np.arange(begin, end)] if s in job.shares else []
-        begin = end
+        for m, t in job.start.side(s).items():
+            here = np.arange(begin, begin + t.numel()).reshape(t.shape)
+            parts += [here[tuple(map(slice, sent.side(s)[m].shape))].flatten()] if s in job.shares else []
+            begin += t.numel()
     shared = np.concatenate(parts)
     chosen = np.random.default_rng(seed).choice(len(shared), min(count, len(shared)), replace=False)
     return np.concatenate([shared[chosen], np.full(count - len(chosen), -1, dtype=np.int64)])
@@ -63,20 +64,24 @@ def places(job: Job, count: int, seed: int) -> NDArray[np.int64]:
 
 def room(job: Job) -> int:
     """Return how many numbers the job both trains and shares: there may be as many canaries."""
-    return job.start.only("".join(set(job.shares) & set(job.trains))).numel()
+    return shared_start(job).only("".join(set(job.shares) & set(job.trains))).numel()
 
 
 def engine(
-    mechanism: Mechanism, where: NDArray[np.int64], see: Callable[[Sequence[Example]], None] = lambda _: None
+    mechanism: Mechanism, job: Job, where: NDArray[np.int64], see: Callable[[Sequence[Example]], None] = lambda _: None
 ) -> Callable[[Model, Sequence[nn.Parameter], PrivacyTerms], Engine]:
     """Return the mechanism's choice of an engine, wrapped so that it knows canaries at these places.
 
-    `see` is called with the examples of every micro-batch.
+    `see` is called with the examples of every micro-batch. In a step that trains some of the job's sides alone, the
+    canaries of the others have no gradient.
     """
 
     def made(model: Model, parameters: Sequence[nn.Parameter], privacy: PrivacyTerms) -> Engine:
         own = mechanism.engine(model, parameters, privacy)
-        return lambda m, ps: _WithCanaries(m, ps).around(own(m, ps), where, size=LOUD * privacy.clip, see=see)
+        every = [p for side in job.trains for p in model.parameters_of(side)]
+        begins = dict(zip(map(id, every), np.cumsum([0, *(p.numel() for p in every)]).tolist(), strict=False))
+        of_step = np.array([begins[id(p)] for p in parameters])
+        return lambda m, ps: _WithCanaries(m, ps).around(own(m, ps), where, of_step, size=LOUD * privacy.clip, see=see)
 
     return made
 
@@ -131,19 +136,22 @@ class _WithCanaries:
 
     def __init__(self, model: Learner, parameters: Sequence[nn.Parameter]) -> None:
         self._shapes = [p.shape for p in parameters]
-        self._ends = np.cumsum([p.numel() for p in parameters])
         self._device = parameters[0].device
 
     def around(
         self,
         inner: PerExample,
         where: NDArray[np.int64],
+        begins: NDArray[np.int64],
         *,
         size: float,
         see: Callable[[Sequence[Example]], None],
     ) -> Self:
-        """Set the engine for all other examples, the places and the gradient's size of canaries, and who looks on."""
-        self._inner, self._where, self._size, self._see = inner, where, size, see
+        """Set the engine for all other examples, the places and the gradient's size of canaries, and who looks on.
+
+        `begins` has the place at which each parameter's numbers begin, in rising order.
+        """
+        self._inner, self._where, self._begins, self._size, self._see = inner, where, begins, size, see
         return self
 
     def __enter__(self) -> Self:
@@ -159,9 +167,10 @@ class _WithCanaries:
         self._fill_in_others(gradients, examples)
         for i, e in enumerate(examples):
             place = self._place(e)
-            if place >= 0:
-                j = int(np.searchsorted(self._ends, place, side="right"))
-                gradients[j].view(len(examples), -1)[i, place - int(self._ends[j])] = self._size  # from its end
+            j = int(np.searchsorted(self._begins, place, side="right")) - 1
+            own = gradients[j].view(len(examples), -1)[i]
+            if 0 <= place - int(self._begins[j]) < len(own):
+                own[place - int(self._begins[j])] = self._size
         return gradients
 
     def _fill_in_others(self, gradients: Gradients, examples: Sequence[Example]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from fedlora.config import Config
 from fedlora.errors import Failure
-from fedlora.jobs import HIGHEST_RANK, Charge, Client, Job, SecAggStep, Update
+from fedlora.jobs import HIGHEST_RANK, Charge, Client, Job, SecAggStep, Update, shared_start
 from fedlora.lora import LoRA, difference, from_matrices, map_factors
 from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
@@ -83,7 +83,7 @@ class EchoClients:
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Return the shared sides of the adapter of every job, as they came."""
-        return ((i, Update(job.start.only(job.shares), 1, None)) for i, job in jobs.items())
+        return ((i, Update(shared_start(job), 1, None)) for i, job in jobs.items())
 
     def ask(self, asks: Mapping[int, SecAggStep]) -> Mapping[int, Mapping[str, str] | Failure]:
         """Answer no step of secure aggregation."""
@@ -110,7 +110,7 @@ def sensitivity(setting: ClientLevelSetting, subject: ClientLevelSubject) -> Ite
     job, C = setting.job(state), setting.dp.clip
     silent = setting.mechanism(subject, noise=0.0, rate=1.0, population=CLIENTS, quantile=0.0, seed=None, limit=inf)
     updates = [_stray(job, C * 10 ** float(x), i) for i, x in enumerate(np.linspace(-2, 2, CLIENTS))]
-    start = job.start.only(job.shares)
+    start = shared_start(job)
 
     def total(updates: Sequence[LoRA]) -> tuple[Floats, float]:
         got = subject.clipped_sum(C)
@@ -168,7 +168,7 @@ def _drawn(mechanism: ClientLevelDP, clients: Sequence[Client]) -> Counts:
 
 def _every_client(job: Job, subject: ClientLevelSubject, C: float) -> Finding:
     """T1: of many clients, does any move the number that it alone changes by more than the clip?"""
-    start = job.start.only(job.shares)
+    start = shared_start(job)
     count, got = min(MANY, start.numel()), subject.clipped_sum(C)
     for i in range(count):
         got.add(job, _loud(start, i, 100 * C))
@@ -228,7 +228,7 @@ def _rounds(setting: ClientLevelSetting, mechanism: ClientLevelDP, rounds: int) 
         job, release = setting.job(state), done.client_level
         assert release is not None
         unit = mechanism.expected_cohort / release.clip
-        noise = difference(release.update.only(job.shares), job.start)
+        noise = difference(release.update.only(job.shares), shared_start(job))
         yield SilentRound({(s, m): unit * t.flatten().numpy() for s, m, t in noise.matrices()}, release.epsilon)
         state = done.state
 
@@ -244,7 +244,7 @@ def _counts(mechanism: ClientLevelDP) -> Floats:
 def _stray(job: Job, length: float, seed: int) -> LoRA:
     """Return an update at this distance from the start over all shared numbers, in a random direction."""
     generator = torch.Generator().manual_seed(seed)
-    start = job.start.only(job.shares)
+    start = shared_start(job)
     size = sqrt(start.numel())
 
     def moved(t: torch.Tensor) -> torch.Tensor:

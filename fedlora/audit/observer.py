@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.encoding.encoder import Example, Records
-from fedlora.jobs import Job, Update
+from fedlora.jobs import Job, Update, shared_start
 from fedlora.lora import LoRA
 from fedlora.models.model import Model
 from fedlora.privacy.dpsgd import Mechanism
@@ -72,7 +72,7 @@ class ObservedRound:
     @cached_property
     def visible_vector(self) -> Floats:
         """All numbers of `visible` in the places of `sums`, with zeros for those that the server does not see."""
-        return as_vector({key: self.visible.get(key, torch.zeros_like(t)) for key, t in self.sums.items()})
+        return as_vector({key: _in_place(self.visible.get(key), t) for key, t in self.sums.items()})
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class StepObserver:
         return replace(
             mechanism,
             draw=draw,
-            engine=canaries.engine(mechanism, where, self._see),
+            engine=canaries.engine(mechanism, self.job, where, self._see),
             rows=canaries.rows(mechanism, self.job, where, self.records, self._see),
             watch=self._watch,
         )
@@ -129,7 +129,8 @@ class StepObserver:
 
     def _end(self) -> None:
         assert self._before is not None
-        sums = {key: self.unit * t for key, t in moved(self._read(), self._before, self.job.trains)}
+        turn = self.job.sides_of(len(self.steps))
+        sums = {key: self.unit * t for key, t in moved(self._read(), self._before, turn)}
         most = max(1, LOOK // len(sums))
         first = np.concatenate([t.flatten()[:most].numpy() for t in sums.values()])
         squares = {key: (float((t * t).sum()), t.numel()) for key, t in sums.items()}
@@ -145,15 +146,24 @@ def moved(after: LoRA, before: LoRA, sides: str) -> Iterator[tuple[tuple[str, st
 
 def visible(lora: LoRA, job: Job) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """Yield by how much each shared matrix moved, as far as the server can tell."""
+    start = shared_start(job)
     for s in job.shares:
         for m, t in lora.side(s).items():
-            was = job.start.side(s)[m].double()
+            was = start.side(s)[m].double()
             if t.shape == was.shape:
                 yield (s, m), t.double() - was
             elif s == "A":  # from a client that resumes, which sends [A'; A] and [B', -B]
                 yield (s, m), t[: len(t) // 2].double() - t[len(t) // 2 :].double()
             else:
                 yield (s, m), t[:, : t.shape[1] // 2].double() + t[:, t.shape[1] // 2 :].double()
+
+
+def _in_place(seen: Tensor | None, whole: Tensor) -> Tensor:
+    """Zeros like the whole matrix, with what is seen of it, its first rows and columns, in place."""
+    placed = torch.zeros_like(whole)
+    if seen is not None:
+        placed[tuple(map(slice, seen.shape))] = seen
+    return placed
 
 
 def as_vector(some: Tensors) -> Floats:

@@ -43,7 +43,8 @@ def noise(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterator[
     tensors: dict[str, Floats] = {}
     for x in seen:
         for (s, m), t in x.sums.items():
-            tensors[f"{s} of {m}, {x.name}"] = t.flatten().numpy()
+            taken = sum((s, m) in step.squares for step in x.steps)  # fewer than all where sides are trained in turn
+            tensors[f"{s} of {m}, {x.name}"] = t.flatten().numpy() * sqrt(STEPS / max(1, taken))
     yield from statistics.noise("noise", tensors, deviation=p.noise * p.clip * sqrt(STEPS))
     steps = {f"{x.name}, step {k + 1}": _sizes(step) for x in seen for k, step in enumerate(x.steps)}
     yield statistics.same_size_in_every_step("noise", steps, deviation=p.noise * p.clip)
@@ -60,7 +61,7 @@ def training(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Iterat
     """
     there = np.random.default_rng(setting.seed).random(setting.canaries) < 0.5
     present = (there.tolist(), [False] * setting.canaries)
-    examples = [[*setting.made_up(i), *canaries.examples(those)] for i, those in enumerate(present)]
+    examples = [[*setting.made_up[i], *canaries.examples(those)] for i, those in enumerate(present)]
     clients_data = [MadeUpClient(setting.model.encoder, (), examples=own) for own in examples]
     with TemporaryDirectory() as folder:
         seen = play(setting, subject, clients_data, Path(folder) / "once")

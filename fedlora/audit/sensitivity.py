@@ -10,7 +10,7 @@ from fedlora.client import training
 from fedlora.client.stacked import together
 from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
-from fedlora.jobs import Job
+from fedlora.jobs import Job, shared_start
 from fedlora.lora import LoRA
 from fedlora.messages.sketch import select_rows
 from fedlora.privacy import preflight
@@ -18,6 +18,7 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.noise import SecureRandom
 from fedlora.sections import Training
 from fedlora.seeds import seeded
+from fedlora.strategy import Sender, next_state
 
 from . import canaries
 from .observer import as_vector, moved
@@ -41,8 +42,8 @@ def sensitivity(setting: RecordLevelSetting, subject: RecordLevelSubject) -> Ite
     has fewer; and with many canaries, each of which leaves its part of the sum at a place of its own.
     """
     silent = replace(subject.mechanism, draw=_everyone, add_noise=_silently)
-    records, size = setting.made_up(0), setting.config.train.batch_size
-    allowed, jobs = preflight.OVER[setting.model.net.dtype.itemsize >= 4], _jobs(setting)
+    records, size = setting.made_up[0], setting.config.train.batch_size
+    allowed, jobs = preflight.OVER[setting.model.net.dtype.itemsize >= 4], jobs_to_try(setting)
     for name, batch_size, quantiles in (("", size, QUANTILES), (", micro-batches", MICRO, MEDIAN)):
         tried = [
             _largest_change(setting, job, silent, records, quantiles=quantiles, batch_size=batch_size) for job in jobs
@@ -62,14 +63,21 @@ class _Change:
     sides: str
 
 
-def _jobs(setting: RecordLevelSetting) -> list[Job]:
-    """Return a job for every set of sides that the strategy trains in the first two rounds, with no factor at zero."""
+def jobs_to_try(setting: RecordLevelSetting) -> list[Job]:
+    """Return a job for every set of sides that the strategy trains in a step of the first two rounds.
+
+    Its first step is one that trains them, and no factor is at zero.
+    """
     state, jobs = setting.strategy.init(setting.start), dict[str, Job]()
     for _ in range(2):
         job = select_rows(setting.strategy.client_init(state, setting.client))
         with seeded(7):
-            jobs.setdefault(job.trains, replace(job, start=preflight.random_start(job.start)))
-        state = setting.strategy.aggregate(state, [job.start.only(job.shares)], [1.0])
+            start = preflight.random_start(job.start)
+        for step in range(max(1, len(job.turns))):
+            turned = replace(job, start=start, turns=job.turns[step:] + job.turns[:step])
+            jobs.setdefault(turned.sides_of(0), turned)
+        senders = [Sender(setting.client.id, 1)]
+        state = next_state(setting.strategy, state, [shared_start(job)], [1.0], senders)
     return list(jobs.values())
 
 
@@ -116,7 +124,7 @@ def _largest_change(
     clips = [max(_clip_at(q, norms), LEAST_CLIP) for q in quantiles]
     changes = {clip: over(clip) for clip in clips}
     worst = max(changes, key=lambda clip: changes[clip])
-    return _Change(over_clip=changes[worst], clip=worst, shortest=min(norms), longest=max(norms), sides=job.trains)
+    return _Change(over_clip=changes[worst], clip=worst, shortest=min(norms), longest=max(norms), sides=job.sides_of(0))
 
 
 def _clip_at(quantile: float, norms: Sequence[float]) -> float:
@@ -134,7 +142,7 @@ def _every_record(setting: RecordLevelSetting, jobs: Sequence[Job], mechanism: M
             where = canaries.places(job, count, setting.seed)
             everyone = canaries.examples([True] * count)
             rows = canaries.rows(mechanism, _one_step(setting, job, 1.0), where, [everyone])
-            known = replace(mechanism, engine=canaries.engine(mechanism, where), rows=rows)
+            known = replace(mechanism, engine=canaries.engine(mechanism, job, where), rows=rows)
             parts = _step(setting, job, known, everyone, clip=1.0, unit=1.0, batch_size=size)[0]
             most = max(most, float(np.abs(parts).max()))
     return Finding(
@@ -164,7 +172,7 @@ def _step(
     `MICRO` with so many records of its own that the pass is cut into several.
     """
     tasks, seen = [], list[Callable[[], LoRA]]()
-    others = [setting.made_up(1) * (COMPANY if batch_size == MICRO else 1)] if setting.stacked else []
+    others = [setting.made_up[1] * (COMPANY if batch_size == MICRO else 1)] if setting.stacked else []
     for client, own in enumerate([records, *others]):
         plain = Training(optimizer="sgd", lr=len(own) / unit, batch_size=batch_size)
         wanted = replace(_one_step(setting, job, clip), training=plain)

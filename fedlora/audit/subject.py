@@ -25,7 +25,17 @@ from fedlora.data import federated
 from fedlora.encoding.client_data import ClientData
 from fedlora.encoding.encoder import Example
 from fedlora.errors import Failure, PrivacyError
-from fedlora.jobs import Client, Job, PrivacyTerms, SecAggStep, Update
+from fedlora.jobs import (
+    HIGHEST_RANK,
+    Client,
+    Job,
+    PrivacyTerms,
+    SecAggStep,
+    Update,
+    sent_sides,
+    shared_part,
+    start_with,
+)
 from fedlora.lora import LoRA
 from fedlora.messages.sketch import select_rows
 from fedlora.metrics import Metrics
@@ -42,7 +52,7 @@ from fedlora.server.rounds import fit
 from fedlora.simulations.serial import Serial
 from fedlora.simulations.stacked import Stacked
 from fedlora.storage.client_state import ClientState
-from fedlora.strategy import Strategy
+from fedlora.strategy import Sender, Strategy, declare, next_state
 
 from . import canaries, schemas
 from .observer import AnswerAgain, ObservedRound, StepObserver, moved, visible
@@ -129,8 +139,12 @@ class RecordLevelSetting:
         training = replace(self.dp.training, lr=lr)
         return Plan(rounds, cohort=2, seed=self.config.seed, training=training, metrics=False, record_level=self.dp)
 
-    def made_up(self, client: int) -> list[Example]:
-        """Return a client's examples: short ones and a long one, as lengths betray a loss that couples records."""
+    @cached_property
+    def made_up(self) -> tuple[list[Example], list[Example]]:
+        """The examples of either client: short ones and a long one, as lengths betray a loss that couples records."""
+        return self._made_up(0), self._made_up(1)
+
+    def _made_up(self, client: int) -> list[Example]:
         with seeded(derive(self.seed, "records", client)):
             short = [e for _ in range(0, RECORDS, 3) for e in preflight.synthetic(self.model.encoder, 3)]
             return [*short[: RECORDS - 1], preflight.synthetic(self.model.encoder, 12)[-1]]
@@ -143,7 +157,73 @@ def model_and_strategy(config: Config) -> tuple[Model, LoRA, Strategy[Any]]:
     schema = schemas.schema_of(config)
     model = Model(config.model, config.lora, schema, config.seed, federated.public_rows(config.lora.init_data, schema))
     start = model.get_adapter()
-    return model, start, compose(replace(config, aggregate=AggregateConfig()), start)
+    strategy = compose(replace(config, aggregate=AggregateConfig()), start)
+    return model, start, Unfiltered(Unprojected(strategy) if strategy.exchanges > 1 else strategy)
+
+
+@dataclass(frozen=True)
+class Unprojected(Strategy[Any]):
+    """A strategy of two passes whose clients send the factors, of which the projections are functions.
+
+    A server sees more so, and each number that is trained is seen as it is.
+    """
+
+    inner: Strategy[Any]
+
+    def __post_init__(self) -> None:
+        declare(self, self.inner, exchanges=1, sums_only=False, up="", down="")
+
+    def init(self, lora: LoRA) -> Any:
+        """Return the strategy's own state."""
+        return self.inner.init(lora)
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        """Return the strategy's job of a first pass, without the projection."""
+        job = self.inner.client_init(state, client)
+        return replace(job, shares=sent_sides(job), right={})
+
+    def aggregate(self, state: Any, updates: Sequence[LoRA], weights: Sequence[float]) -> Any:
+        """Return the strategy's own next state, after both passes."""
+        for _ in range(self.inner.exchanges):
+            job = self.inner.client_init(state, HIGHEST_RANK)
+            state = self.inner.aggregate(state, [shared_part(job, update) for update in updates], weights)
+        return state
+
+    def adapter(self, state: Any) -> LoRA:
+        """Return what the strategy delivers."""
+        return self.inner.adapter(state)
+
+
+@dataclass(frozen=True)
+class Unfiltered(Strategy[Any]):
+    """A strategy whose clients follow their gradients as they are: a filter on noised ones takes nothing from privacy.
+
+    What an audit reads off the model is then the noised sum itself. Turns of several steps become turns of one.
+    """
+
+    inner: Strategy[Any]
+
+    def __post_init__(self) -> None:
+        declare(self, self.inner)
+
+    def init(self, lora: LoRA) -> Any:
+        """Return the strategy's own state."""
+        return self.inner.init(lora)
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        """Return the strategy's own job, without a filter."""
+        job = self.inner.client_init(state, client)
+        return replace(job, turns=job.each_turn if job.turns else (), smoothing=())
+
+    def aggregate(
+        self, state: Any, updates: Sequence[LoRA], weights: Sequence[float], senders: Sequence[Sender] = ()
+    ) -> Any:
+        """Return the strategy's own next state."""
+        return next_state(self.inner, state, updates, weights, senders)
+
+    def adapter(self, state: Any) -> LoRA:
+        """Return what the strategy delivers."""
+        return self.inner.adapter(state)
 
 
 def record_level_setting(config: Config, seed: int = 0) -> RecordLevelSetting:
@@ -223,7 +303,7 @@ class _Observed:
 
     def train(self, jobs: Mapping[int, Job]) -> Answers:
         """Run every job under observation; where jobs are asked twice, after all have been answered once."""
-        before = {i: ClientState(self._folder / str(i)).before(job.round).over(job.start) for i, job in jobs.items()}
+        before = {i: start_with(job, ClientState(self._folder / str(i)).before(job.round)) for i, job in jobs.items()}
         rounds = {i: self._observed(i, jobs[i], before[i], answer, by) for i, answer, by in self._ask(jobs)}
         for i, job in jobs.items():
             again = self._again(i, job, rounds[i].answer) if self._asked_twice else None

@@ -1,17 +1,19 @@
 """What a strategy declares, held against what happens on random factors, in both directions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
-from fedlora.lora import SIDES, LoRA
+from fedlora.jobs import own_sides
+from fedlora.lora import SIDES, LoRA, split_rank
 from fedlora.messages.sketch import select_rows
 from fedlora.server.aggregation import WeightedSum
-from fedlora.strategy import Strategy
+from fedlora.strategy import Job, Strategy, next_state
 
 from .played_rounds import ALIKE, MIXED, PlayedRound, models, rounds
-from .random_clients import RANK
-from .verdict import NOWHERE, Skip, apart, declared, require
+from .random_clients import RANK, aggregated
+from .verdict import NOWHERE, Skip, apart, declared, identical, require
 
 
 def check_exact_is_as_declared(strategy: Strategy[Any]) -> None:
@@ -19,7 +21,9 @@ def check_exact_is_as_declared(strategy: Strategy[Any]) -> None:
     worst = NOWHERE
     for now in _with_all_ranks(strategy):
         worst = worst.or_worse(apart(now.models, now.ideal_for_all))
-    declared(strategy, "exact", worst.near, f"it is off the mean of the clients' models {worst}")
+    is_mean = "it is the mean of the clients' models in every round"
+    off = f"it is off the mean of the clients' models {worst}"
+    declared(strategy, "exact", worst.near, is_mean if worst.near else off)
 
 
 def check_sums_only_is_as_declared(strategy: Strategy[Any]) -> Skip | None:
@@ -28,10 +32,10 @@ def check_sums_only_is_as_declared(strategy: Strategy[Any]) -> Skip | None:
         return Skip("it is told who sent what, and a mean has no sender")
     worst = NOWHERE
     for now in _with_all_ranks(strategy) if strategy.sums_only else rounds(strategy):
-        mean, weight = _summed(now)
-        summed = strategy.aggregate(now.state, [mean], [weight])
+        summed = aggregated(strategy, now.state, now.work, now.weights, seen=_summed)
         worst = worst.or_worse(apart(models(now.clients, summed), now.models))
-    declared(strategy, "sums_only", worst.near, f"the mean of the updates gives a model that differs {worst}")
+    differs = f"the mean of the updates gives a model that differs {worst}"
+    declared(strategy, "sums_only", worst.near, "the mean of the updates does what all do" if worst.near else differs)
     return None
 
 
@@ -40,7 +44,19 @@ def check_needs_senders_is_as_declared(strategy: Strategy[Any]) -> None:
     takes = "senders" in signature(strategy.aggregate).parameters
     declared(strategy, "needs_senders", takes, f"its aggregate {'takes' if takes else 'does not take'} senders")
     contradicts = strategy.needs_senders and strategy.sums_only
-    require(not contradicts, f"{strategy} declares needs_senders and sums_only, and a sum of updates has no sender")
+    claim = f"{strategy} declares needs_senders and sums_only, and a sum of updates has no sender"
+    require(not contradicts, claim, "declare one of the two")
+
+
+def check_needs_losses_is_as_declared(strategy: Strategy[Any]) -> None:
+    """`needs_losses` says whether the model depends on the training losses that clients tell."""
+    worst = NOWHERE
+    for now in rounds(strategy):
+        losses = [work.sender.loss for work in now.work]
+        turned = zip(now.work, [*losses[1:], losses[0]], strict=True)
+        others = [replace(work, sender=replace(work.sender, loss=loss)) for work, loss in turned]
+        worst = worst.or_worse(apart(now.models_from(others, now.weights), now.models))
+    declared(strategy, "needs_losses", not worst.near, f"with other losses its model differs {worst}")
 
 
 def check_mixed_ranks_are_as_declared(strategy: Strategy[Any]) -> None:
@@ -58,11 +74,37 @@ def check_continues_is_as_declared(strategy: Strategy[Any]) -> None:
     worst = NOWHERE
     for now in rounds(strategy, (RANK,)):
         (work,) = now.work
-        start = now.clients.job(now.after, 0).start
-        own = set(work.job.trains) - set(work.job.shares)  # stays with the client: the job's is not looked at
-        for s in set(SIDES) - own:
-            worst = worst.or_worse(apart(start.side(s), work.trained.side(s)))
-    declared(strategy, "continues", worst.near, f"what a client alone is sent next differs from where it was {worst}")
+        job, own = now.clients.job(now.after, 0), own_sides(work.job)  # what stays is not looked at
+        start, end = (split_rank(x, work.job.keeps_rank)[0] for x in (job.start, work.trained))
+        for s in set(SIDES) - set(own):
+            worst = worst.or_worse(apart(start.side(s), end.side(s)))
+    differs = f"what a client alone is sent next differs from where it was {worst}"
+    declared(strategy, "continues", worst.near, "a client alone is sent what it ended with" if worst.near else differs)
+
+
+def check_exchanges_are_as_declared(strategy: Strategy[Any]) -> None:
+    """`exchanges` says how often a round asks its clients: all train at first, none does in a second pass."""
+    for now in rounds(strategy):
+        _check_pass(strategy, now.clients.jobs(now.state), 0)
+        if strategy.exchanges > 1:
+            senders = [w.sender for w in now.work]
+            between = next_state(strategy, now.state, now.updates, now.weights, senders)
+            _check_pass(strategy, now.clients.jobs(between), 1)
+
+
+def _check_pass(strategy: Strategy[Any], jobs: Sequence[Job], exchange: int) -> None:
+    """Hold what one pass asks of all clients: one kind of work, and the same projections to the bit."""
+    for job in jobs:
+        second = bool(job.left) and not job.trains
+        as_meant = second if exchange else bool(job.trains) and not job.left
+        asks = f"pass {exchange + 1} has a client train {job.trains or 'nothing'}" + " and brings it left" * bool(
+            job.left
+        )
+        remedy = "declare exchanges = 2 where a round's second jobs have left and train nothing, else leave it at 1"
+        require(as_meant, f"{strategy} declares exchanges = {strategy.exchanges}, and {asks}", remedy)
+        alike = identical([job.right, job.left], [jobs[0].right, jobs[0].left])
+        claim = f"{strategy}: clients get projections of their own, of whose sum nothing can be told"
+        require(alike, claim, "make right and left of the state alone, and not of the client")
 
 
 def _with_all_ranks(strategy: Strategy[Any]) -> Iterator[PlayedRound]:
@@ -72,12 +114,12 @@ def _with_all_ranks(strategy: Strategy[Any]) -> Iterator[PlayedRound]:
         yield from rounds(strategy, MIXED)
 
 
-def _summed(now: PlayedRound) -> tuple[LoRA, float]:
-    """The weighted mean of the round's updates, as the server makes it of sums, and their whole weight."""
+def _summed(updates: Sequence[LoRA], weights: Sequence[float]) -> tuple[list[LoRA], list[float]]:
+    """The weighted mean of updates, as the server makes it of sums, and their whole weight."""
     total = WeightedSum()
-    for update, weight in zip(now.updates, now.weights, strict=True):
+    for update, weight in zip(updates, weights, strict=True):
         total.add(update, weight)
-    return total.mean(), total.weight
+    return [total.mean()], [total.weight]
 
 
 def _other_ranks(strategy: Strategy[Any]) -> Iterator[str]:

@@ -2,24 +2,27 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fedlora.errors import StrategyError
+from fedlora.jobs import why_rows_cannot_stay
 from fedlora.lora import LoRA, Side
 from fedlora.messages.sketch import select_rows
 from fedlora.run.plan import Plan, RoundResult, job_for
 from fedlora.sections import Training
 from fedlora.server.rounds import Fleet, fit
 from fedlora.simulations.serial import Serial
-from fedlora.strategy import Job, Strategy, Update
+from fedlora.strategy import Client, Job, Strategy, Update
 
-from .random_clients import added, offset_under
-from .small_models import RANK, Fleets, SmallModel
+from .random_clients import added, fresh, offset_under
+from .small_models import RANK, Adapter, Fleets, Kind, SmallModel, small_model
 
 ALIKE = (RANK, RANK, RANK)
 MIXED = (1, RANK, RANK)
+RANKS_TRIED = (RANK, 4, 8)  # the second is that of the checks on random factors
 TRAINING = Training(lr=1e-2, steps=2, batch_size=4)  # from B = 0 the first step moves B alone, the second A too
 PLAN = Plan(rounds=2, cohort=len(ALIKE), training=TRAINING)
 
@@ -71,11 +74,42 @@ class SmallFederation:
         return update, self.small.model.get_adapter()
 
 
+def model_for(strategy: Strategy[Any], kind: Kind, adapter: Adapter = "lora") -> SmallModel:
+    """The small model of this kind at the lowest rank that the strategy takes, or at `RANK` where it takes none."""
+    return small_model(kind, adapter, next((rank for rank in RANKS_TRIED if _takes(strategy, rank)), RANK))
+
+
+def _takes(strategy: Strategy[Any], rank: int) -> bool:
+    """Can what the strategy asks of clients of this rank be done, and does it not refuse the rank?"""
+    try:
+        job = strategy.client_init(strategy.init(fresh(rank=rank)), Client(0, 1, rank))
+    except StrategyError:
+        return False
+    return not why_rows_cannot_stay(job)
+
+
+def alike(small: SmallModel) -> tuple[int, ...]:
+    """The ranks of clients that all have the model's."""
+    return (small.lora.rank,) * len(ALIKE)
+
+
+def mixed(small: SmallModel) -> tuple[int, ...]:
+    """The ranks of clients of which the first has a lower one than the model."""
+    return (1, *alike(small)[1:])
+
+
 @contextmanager
 def small_federation(
-    strategy: Strategy[Any], small: SmallModel, fleets: Fleets = Serial, ranks: Sequence[int] = ALIKE, plan: Plan = PLAN
+    strategy: Strategy[Any], small: SmallModel, fleets: Fleets = Serial, ranks: Sequence[int] = (), plan: Plan = PLAN
 ) -> Iterator[SmallFederation]:
-    """A fleet of as many clients as there are ranks, on a disk that is removed afterwards."""
+    """A fleet of as many clients as there are ranks, three of the model's own if none are given.
+
+    It lies on a disk that is removed afterwards.
+    """
+    ranks = ranks or alike(small)
+    overrides = strategy.client_init(strategy.init(small.start), Client(0, 1, ranks[0])).overrides
+    if overrides.get("optimizer") == "sgd":  # whose steps are as short as its gradients
+        plan = replace(plan, training=replace(plan.training, lr=100 * plan.training.lr))
     with TemporaryDirectory() as folder:
         fleet = fleets(small.model, small.clients[: len(ranks)], ranks, Path(folder))
         yield SmallFederation(strategy, small, fleet, plan)

@@ -1,10 +1,7 @@
 """What every strategy must do, whatever its mathematics: checked on random factors, without a model."""
 
 import tempfile
-from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedlora.lora import SIDES, LoRA, Side, delta, map_factors
+from fedlora.jobs import own_sides, shared_start
+from fedlora.lora import LoRA, Side, delta, map_factors, split_rank
 from fedlora.run.plan import Plan, job_for
 from fedlora.sections import Training
 from fedlora.storage import checkpoint
@@ -33,24 +31,27 @@ from .random_clients import (
     moved,
     start_and_offset,
     start_apart,
-    unshared,
 )
-from .verdict import Skip, agree, apart, differing, identical, leaves, require
+from .verdict import ContractBroken, Skip, agree, apart, declared, differing, identical, leaves, require
 
 AnyStrategy = Strategy[Any]
 T = TypeVar("T")
 LARGE = {"query": (400, 300)}  # where a product is far larger than its factors
 COPIES = 50
 OWN_WAY = Plan(rounds=3, cohort=3, training=Training(lr=0.5, batch_size=3))  # settings unlike those that are default
+STATE = "make the state of LoRA, tensors, numbers, strings, and tuples, dicts and dataclasses of these"
+WIDE = "take fedlora.lora.at_least_float32 of what is summed, as average does"
+OFFSET = "the offset of a job is all that was added since the first round, as clients may sleep; adapter has it too"
 APART = Skip("it is told who sent what, and its clients start from models of their own")
 
 
 def check_order_of_clients_changes_nothing(strategy: AnyStrategy) -> None:
     """The order in which clients answer changes nothing."""
+    remedy = "the place of an update tells nothing: use all alike, or declare needs_senders to be told whose each is"
     for now in rounds(strategy):
         claim = f"round {now.t} ends elsewhere when the clients answer in another order"
         work, weights = _turned(now.work), _turned(now.weights)
-        agree(strategy, claim, now.models_from(work, weights), now.models)
+        agree(strategy, claim, now.models_from(work, weights), now.models, remedy=remedy)
 
 
 def _turned(values: list[T]) -> list[T]:
@@ -60,79 +61,44 @@ def _turned(values: list[T]) -> list[T]:
 
 def check_scale_of_weights_changes_nothing(strategy: AnyStrategy) -> None:
     """Weights have no scale: all of them ten thousand times as large do the same."""
+    remedy = "the weights are not divided by their sum; fedlora.lora.normalised and average do it"
     for now in rounds(strategy):
         claim = f"round {now.t} ends elsewhere when all weights are ten thousand times as large"
-        agree(strategy, claim, now.models_from(now.work, [1e4 * w for w in now.weights]), now.models)
+        agree(strategy, claim, now.models_from(now.work, [1e4 * w for w in now.weights]), now.models, remedy=remedy)
 
 
 def check_twice_the_weight_counts_as_two_clients(strategy: AnyStrategy) -> Skip | None:
-    """A client of twice the weight does what two clients do that send the same."""
+    """A client of twice the weight does what two clients do that send the same, but where it declares `own_weights`."""
+    held = True
     for now in rounds(strategy):
         doubled = now.models_from(now.work, [2.0, 1.0, 1.0])
         two = now.models_from([now.work[0], *now.work], [1.0] * 4)
-        alike = now.models_from(now.work, [1.0] * 3)
-        if _ignores_weights(doubled, two, alike):
-            return Skip("it gives clients weights of its own")
-        agree(strategy, f"in round {now.t} a client of twice the weight does not count as two", doubled, two)
-    return None
+        held = held and apart(doubled, two).near
+        if not strategy.own_weights:
+            ignored = _are_ignored(doubled, two, alike=now.models_from(now.work, [1.0] * 3))
+            cause = "the weights change nothing" if ignored else "the weights count otherwise than once"
+            remedy = f"{cause}: give them to average as they are, or declare own_weights = True for a rule of its own"
+            claim = f"in round {now.t} a client of twice the weight does not count as two"
+            agree(strategy, claim, doubled, two, remedy=remedy)
+    if not strategy.own_weights:
+        return None
+    declared(strategy, "own_weights", not held, "a client of twice the weight counts as two")
+    return Skip("it declares own_weights")
 
 
-def _ignores_weights(doubled: Side, two: Side, alike: Side) -> bool:
+def _are_ignored(doubled: Side, two: Side, alike: Side) -> bool:
     """Where a doubled weight does not count as two clients, does it count for nothing, as if all were alike?"""
-    ignored = differing(doubled, two)
-    return bool(ignored) and apart({m: doubled[m] for m in ignored}, {m: alike[m] for m in ignored}).near
-
-
-def check_arguments_are_left_alone(strategy: AnyStrategy) -> None:
-    """No method changes what it is given, to the bit."""
-    start, clients = fresh(), Clients(strategy)
-    before = deepcopy(start)
-    state = strategy.init(start)
-    require(identical(start, before), f"{strategy}: init changed the adapter it was given")
-    for t in range(3):
-        given = state, clients.work(state, t), clients.weights
-        calls: dict[str, Callable[[], Any]] = {
-            "client_init": partial(clients.job, state, 0),
-            "adapter": partial(strategy.adapter, state),
-            "notes": partial(strategy.notes, state),
-            "aggregate": partial(aggregated, strategy, *given),
-        }
-        for name in _that_change(given, calls):
-            raise AssertionError(f"{strategy}: {name} changed what it was given in round {t}")
-        state = aggregated(strategy, *given)
-
-
-def _that_change(given: Any, calls: dict[str, Callable[[], Any]]) -> Iterator[str]:
-    """Make the calls one after another; the names of those after which what was given is another."""
-    before = deepcopy(given)
-    for name, call in calls.items():
-        call()
-        if not identical(given, before):
-            yield name
-
-
-def check_options_are_those_of_a_frozen_dataclass(strategy: AnyStrategy) -> None:
-    """Its options are the fields of a frozen dataclass, so that a run which is resumed has the same strategy."""
-    made = getattr(type(strategy), "__dataclass_params__", None)
-    frozen = made is not None and made.frozen
-    require(frozen, f"{strategy}: {type(strategy).__name__} is no dataclass with frozen=True")
-
-
-def check_nothing_is_remembered_but_the_state(strategy: AnyStrategy) -> None:
-    """The same state and updates give the same answer to the bit, whatever was asked in between."""
-    for now in rounds(strategy):
-        now.aggregated(now.work[::-1], now.weights)
-        again = now.aggregated(now.work, now.weights)
-        require(identical(again, now.after), f"{strategy}: round {now.t} done again from the same state ends elsewhere")
+    differ = differing(doubled, two)
+    return bool(differ) and apart({m: doubled[m] for m in differ}, {m: alike[m] for m in differ}).near
 
 
 def check_state_survives_a_checkpoint(strategy: AnyStrategy) -> None:
     """A state read back from disk is the same to the bit, and so is what comes of it."""
     for now in rounds(strategy):
-        found = _stored_and_read_back(now)
+        found, claim = _stored_and_read_back(now), f"{strategy}: the state of round {now.t}"
         if found is None:
-            raise AssertionError(f"{strategy}: the state of round {now.t} was written and could not be read back")
-        require(identical(found.state, now.state), f"{strategy}: the state of round {now.t} came back as another")
+            raise ContractBroken(f"{claim} was written and could not be read back", STATE)
+        require(identical(found.state, now.state), f"{claim} came back as another", STATE)
         after = aggregated(strategy, found.state, now.work, now.weights)
         require(identical(after, now.after), f"{strategy}: round {now.t} ends elsewhere from a state read back")
 
@@ -141,41 +107,6 @@ def _stored_and_read_back(now: PlayedRound) -> Checkpoint | None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder), Checkpoint(now.t, now.state, {}))
         return checkpoint.latest(Path(folder))
-
-
-def check_jobs_are_complete(strategy: AnyStrategy) -> None:
-    """A job brings every side, shares only what it trains, and its offset and sketch fit the modules."""
-    for now in rounds(strategy):
-        claim = f"{strategy}: the job of round {now.t}"
-        for work in now.work:
-            _check_sides(work.job, claim)
-            _check_offset(work.job, claim)
-            _check_sketch(work.job, claim)
-
-
-def _check_sides(job: Job, claim: str) -> None:
-    for s in "ABH":
-        whole = job.start.side(s).keys() == fresh().side(s).keys()
-        require(whole, f"{claim} starts from no whole {s}; a client may hold none")
-    nested = set(job.shares) <= set(job.trains) <= set(SIDES)
-    require(nested, f"{claim} trains {job.trains}, shares {job.shares}")
-    for s in job.trains:
-        require(bool(job.start.side(s)), f"{claim} trains {s}, and brings none to start from")
-
-
-def _check_offset(job: Job, claim: str) -> None:
-    shapes = {m: product.shape for m, product in delta(fresh()).items()}
-    for part in job.offset:
-        for m, product in delta(part).items():
-            require(product.shape == shapes.get(m), f"{claim} has an offset that does not fit {m}")
-
-
-def _check_sketch(job: Job, claim: str) -> None:
-    for m, rows in job.sketch.items():
-        rank = len(job.start.A[m])
-        chosen = set(rows)
-        good = len(chosen) == len(rows) > 0 and chosen <= set(range(rank))
-        require(good, f"{claim} sketches rows {list(rows)} of the {rank} at {m}")
 
 
 def check_jobs_leave_to_the_run_what_it_fills_in(strategy: AnyStrategy) -> None:
@@ -198,6 +129,21 @@ def check_what_is_delivered_is_what_clients_start_from(strategy: AnyStrategy) ->
         delivered = strategy.adapter(now.after)
         job = now.clients.job(now.after, 0)
         _agree_on_the_model(strategy, f"after round {now.t} clients start from another model", delivered, job)
+    return None
+
+
+def check_rows_that_stay_with_clients_are_theirs_alone(strategy: AnyStrategy) -> Skip | None:
+    """Where rows of the rank stay with clients, a job brings those of the very first start, and nothing is added."""
+    for now in rounds(strategy):
+        for i, work in enumerate(now.work):
+            if not work.job.keeps_rank:
+                return Skip("none of its jobs has rows stay with clients")
+            jobs = work.job, now.clients.job(strategy.init(fresh()), i)
+            brought, first = (split_rank(job.start, work.job.keeps_rank)[1] for job in jobs)
+            claim = f"{strategy}: in round {now.t} the rows that stay with a client start from others than at first"
+            require(identical(brought, first), claim)
+            sent = [{m: t.shape for m, t in x.A.items()} for x in (work.update, shared_start(work.job))]
+            require(sent[0] == sent[1], f"{strategy}: in round {now.t} rows are sent that stay with a client")
     return None
 
 
@@ -225,7 +171,8 @@ def check_one_client_alone_is_followed(strategy: AnyStrategy) -> Skip | None:
         distance = apart(now.models, trained(now.work))
         if not distance.near and not promised:
             return Skip(f"it is neither exact nor does it continue: a client alone is missed {distance}")
-        require(distance.near, f"{strategy}: in round {now.t} the model of a client alone is missed {distance}")
+        claim = f"{strategy}: in round {now.t} the model of a client alone is missed {distance}"
+        require(distance.near, claim, "what one client sends is what the next round starts from")
     return None
 
 
@@ -234,7 +181,10 @@ def check_equal_updates_do_what_one_does(strategy: AnyStrategy) -> None:
     for now in rounds(strategy):
         many = now.models_from(now.work[:1] * COPIES, [1.0] * COPIES)
         alone = now.models_from(now.work[:1], [1.0])
-        agree(strategy, f"{COPIES} equal updates in round {now.t} do not do what one of them does", many, alone)
+        claim = f"{COPIES} equal updates in round {now.t} do not do what one of them does"
+        agree(
+            strategy, claim, many, alone, remedy="a mean of equal updates is that update: divide by the sum of weights"
+        )
 
 
 def check_half_precision_is_summed_in_single(strategy: AnyStrategy) -> None:
@@ -250,9 +200,9 @@ def check_half_precision_is_summed_in_single(strategy: AnyStrategy) -> None:
         for tensor in leaves(state):
             wide = not tensor.is_floating_point() or tensor.element_size() >= 4
             claim = f"{strategy}: from updates in bfloat16 the state of round {t} holds {tensor.dtype}, not float32"
-            require(wide, claim)
+            require(wide, claim, WIDE)
         claim = f"{COPIES} equal updates in bfloat16 do not do what one of them does in float32"
-        agree(strategy, claim, models(clients, state), models(clients, alone), close=1e-4)
+        agree(strategy, claim, models(clients, state), models(clients, alone), close=1e-4, remedy=WIDE)
 
 
 def check_rank_may_be_a_dimension(strategy: AnyStrategy) -> None:
@@ -312,7 +262,8 @@ def check_no_product_is_built_on_the_server(strategy: AnyStrategy) -> None:
         strategy.adapter(state)
         clients.job(state, 0)
     shape = largest.shape
-    require(shape.numel() < dense, f"{strategy}: a tensor of {tuple(shape)} was made for modules of {LARGE}")
+    claim = f"{strategy}: a tensor of {tuple(shape)} was made for modules of {LARGE}"
+    require(shape.numel() < dense, claim, "stay in factors, as fedlora.lora.stack, residual and truncate do")
 
 
 class _Largest(TorchFunctionMode):
@@ -332,10 +283,11 @@ def _agree_on_the_model(strategy: AnyStrategy, claim: str, adapter: LoRA, job: J
     """Compare an adapter with the job of a client that keeps nothing yet: as models, or side by side if shared."""
     if _is_personal(job):
         for s in job.shares:
-            agree(strategy, f"{claim} (side {s})", job.start.side(s), adapter.side(s))
+            agree(strategy, f"{claim} (side {s})", job.start.side(s), adapter.side(s), remedy=OFFSET)
         return
     start, offset = start_and_offset(job, LoRA())
-    agree(strategy, claim, {**added(job, start, offset), **start.H}, {**delta(adapter), **adapter.H})
+    model, delivered = {**added(job, start, offset), **start.H}, {**delta(adapter), **adapter.H}
+    agree(strategy, claim, model, delivered, remedy=OFFSET)
 
 
 def _agree_on_nothing_added(strategy: AnyStrategy, claim: str, job: Job, product: Side) -> None:
@@ -346,7 +298,7 @@ def _agree_on_nothing_added(strategy: AnyStrategy, claim: str, job: Job, product
 
 def _is_personal(job: Job) -> bool:
     """Has each client a factor, and so a product, of its own?"""
-    return bool(set("ABR") & set(unshared(job)))
+    return bool(set("ABR") & set(own_sides(job)))
 
 
 def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:

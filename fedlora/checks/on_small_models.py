@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.jobs import is_personal, kept_part, own_sides, shared_part, trained_letters
 from fedlora.lora import SIDES, LoRA, Side, delta
 from fedlora.messages import codec
 from fedlora.messages.envelope import unpack
@@ -21,69 +22,117 @@ from fedlora.server import upload_checks
 from fedlora.server.rounds import sample
 from fedlora.simulations.serial import Serial
 from fedlora.strategies.head import Head
-from fedlora.strategy import Client, Job, Sender, Strategy, Update, declare, next_state
+from fedlora.strategy import Client, Job, Sender, Strategy, Update, catalogue, declare, next_state
 
-from .federation import ALIKE, MIXED, PLAN, SmallFederation, model_of, small_federation
-from .random_clients import kept_sides, mean, start_apart, unshared
-from .small_models import KINDS, RANK, Fleets, SmallModel, small_model
-from .verdict import Skip, agree, identical, require
+from .federation import PLAN, SmallFederation, alike, mixed, model_for, model_of, small_federation
+from .random_clients import mean, start_apart
+from .small_models import KINDS, Fleets, SmallModel
+from .verdict import ContractBroken, Skip, agree, identical, require
 
 AnyStrategy = Strategy[Any]
+MOST_STEPS = 5  # local steps of which each is looked at by itself
 
 
 def check_what_trains_moves_and_nothing_else(strategy: AnyStrategy, fleets: Fleets = Serial) -> None:
     """Every matrix of a side that a job trains moves; the others stay as they were, to the bit."""
-    with small_federation(strategy, small_model("bert"), fleets) as federation:
+    with small_federation(strategy, model_for(strategy, "bert"), fleets) as federation:
         for t, state in federation.states():
             for i, job in federation.jobs(state, t).items():
                 _check_moves(federation, i, job, f"{strategy}: client {i} in round {t}")
 
 
 def check_gradients_reach_what_trains_alone(strategy: AnyStrategy, fleets: Fleets = Serial) -> None:
-    """With a job's sides set to train, the gradient of every other matrix, the base's too, is None."""
-    small = small_model("bert")
+    """With the sides of a step set to train, the gradient of every other matrix, the base's too, is None."""
+    small = model_for(strategy, "bert")
     with small_federation(strategy, small, fleets) as federation:
         for t, job in federation.first_jobs():
             federation.train(0, job)
             small.model.loss(small.batch).backward()  # type: ignore[no-untyped-call]
-            _check_gradients(small, job, f"{strategy}: round {t} trains {job.trains}, and")
+            last = job.sides_of(job.training.steps - 1)
+            letters = last if job.turns else trained_letters(job)
+            _check_gradients(small, letters, f"{strategy}: round {t} trains {last} in its last step, and")
 
 
-def _check_gradients(small: SmallModel, job: Job, claim: str) -> None:
+def _check_gradients(small: SmallModel, sides: str, claim: str) -> None:
     reached = {id(p): name for name, p in small.model.net.named_parameters() if p.grad is not None}
-    trained = {id(p) for p in small.model.set_trainable(job.trains)}  # this clears gradients, so it comes second
+    trained = {id(p) for p in small.model.set_trainable(sides)}  # this clears gradients, so it comes second
     others = [reached[i] for i in reached.keys() - trained]
     require(not others, f"{claim} a gradient reached {', '.join(others)}")
     require(trained <= reached.keys(), f"{claim} {len(trained - reached.keys())} matrices of these got none")
 
 
+def check_local_steps_train_the_sides_in_turn(strategy: AnyStrategy, fleets: Fleets = Serial) -> Skip | None:
+    """Where a job trains sides in turn, a step moves those of its turn, B = 0 or not; the others stay to the bit."""
+    with small_federation(strategy, model_for(strategy, "bert"), fleets) as federation:
+        for t, job in federation.first_jobs():
+            if not job.turns:
+                return Skip("its jobs train all their sides in every step")
+            _check_turns(federation, job, f"{strategy}: in round {t} step")
+    return None
+
+
+def _check_turns(federation: SmallFederation, job: Job, claim: str) -> None:
+    """Have client 0 do the job for 1 step, 2, ...: each moves the sides in turn, from where the one before was."""
+    before = federation.load(0, job)
+    for step in range(min(len(job.turns) + 1, MOST_STEPS)):
+        longer = replace(job, training=replace(job.training, steps=step + 1, weight_decay=0.1))
+        _, after = federation.train(0, longer)
+        for s, m, matrix in before.matrices():
+            moved = not torch.equal(matrix, after.side(s)[m])
+            named = f"{claim} {step + 1} is to train {job.sides_of(step)}, and {s} of {m}"
+            require(moved == (s in job.sides_of(step)), f"{named} {'moved' if moved else 'did not move'}")
+        before = after
+
+
 def check_messages_hold_what_is_shared_alone(strategy: AnyStrategy, fleets: Fleets = Serial) -> None:
     """Nothing but the shared sides is in an update, nor in the message that carries it."""
-    with small_federation(strategy, small_model("bert"), fleets) as federation:
+    with small_federation(strategy, model_for(strategy, "bert"), fleets) as federation:
         for t, job in federation.first_jobs():
-            update, _ = federation.train(0, job)
+            update, trained = federation.train(0, job)
             sent = [s for s in SIDES if update.lora.side(s)]
             claim = f"{strategy}: round {t} shares {job.shares}"
             require(set(sent) == set(job.shares), f"{claim}, and {''.join(sent)} was sent")
+            if job.keeps_rank:
+                same = identical(update.lora, shared_part(job, trained))
+                require(same, f"{claim}, and what was sent is not what was trained of them")
             arrived = upload_checks.validated_update(unpack(codec.pack_update(update, job.round)), job)
             same = isinstance(arrived, Update) and identical(arrived.lora, update.lora)
             require(same, f"{claim}, and its message holds another update than was made")
 
 
-def check_numbers_sent_are_as_declared(strategy: AnyStrategy, fleets: Fleets = Serial) -> Skip | None:
-    """`up` and `down` say how many numbers cross the wire in a round; those of a shared head come on top."""
-    if not (strategy.up and strategy.down):
-        return Skip("it does not declare both up and down")
-    _check_numbers(strategy, fleets, ALIKE[:2])
-    if strategy.mixed_ranks:
-        _check_numbers(strategy, fleets, MIXED[:2])
+def check_a_second_pass_is_of_what_the_first_trained(strategy: AnyStrategy, fleets: Fleets = Serial) -> Skip | None:
+    """In a second pass each client sends what is asked of the factors that it has just trained, and trains nothing."""
+    if strategy.exchanges == 1:
+        return Skip("its rounds have one pass")
+    with small_federation(strategy, model_for(strategy, "bert"), fleets) as federation:
+        for t, state in federation.states():
+            done = {i: federation.train(i, job) for i, job in federation.jobs(state, t).items()}
+            updates, weights = [u.lora for u, _ in done.values()], [float(u.examples) for u, _ in done.values()]
+            senders = [Sender(i, u.examples, u.loss) for i, (u, _) in done.items()]
+            for i, job in federation.jobs(next_state(strategy, state, updates, weights, senders), t).items():
+                sent, asked = federation.train(i, job)[0], shared_part(job, done[i][1])
+                claim = f"in the second pass of round {t} client {i}"
+                agree(strategy, f"{claim} sends what is not of the factors that it trained", sent.lora.A, asked.A)
+                alone = sent.examples == done[i][0].examples and not sent.lora.only("BHR")
+                require(alone, f"{strategy}: {claim} has another weight than in the first, or sends more")
     return None
 
 
-def _check_numbers(strategy: AnyStrategy, fleets: Fleets, ranks: Sequence[int]) -> None:
+def check_numbers_sent_are_as_declared(strategy: AnyStrategy, fleets: Fleets = Serial) -> Skip | None:
+    """`up` and `down` say how many numbers cross the wire in a round; those of a shared head come on top."""
+    if not (strategy.up and strategy.down):
+        return Skip("it does not declare both up and down, as up = 'r * d_out' of numbers a round and module")
+    small = model_for(strategy, "bert")
+    _check_numbers(strategy, small, fleets, alike(small)[:2])
+    if strategy.mixed_ranks:
+        _check_numbers(strategy, small, fleets, mixed(small)[:2])
+    return None
+
+
+def _check_numbers(strategy: AnyStrategy, small: SmallModel, fleets: Fleets, ranks: Sequence[int]) -> None:
     """Hold the bytes of rounds 2 and 3 against the declared formulas; in earlier rounds clients are sent what stays."""
     plan = replace(PLAN, rounds=4, cohort=2)
-    with small_federation(strategy, small_model("bert"), fleets, ranks, plan) as federation:
+    with small_federation(strategy, small, fleets, ranks, plan) as federation:
         rounds = federation.played()
         for t in (2, 3):
             jobs = federation.jobs(rounds[t - 1].state, t)
@@ -102,16 +151,22 @@ def _is_densified(jobs: dict[int, Job]) -> bool:
 def _check_bytes(
     strategy: AnyStrategy, way: str, jobs: dict[int, Job], ranks: Sequence[int], counted: int, claim: str
 ) -> None:
+    def declared(formula: str) -> int:
+        heads = sum(4 * job.correction.only("H").numel() for job in jobs.values() if way == "down")
+        return heads + sum(4 * _numbers(formula, job, ranks, i) for i, job in jobs.items())
+
     formula: str = getattr(strategy, way)
-    declared = sum(4 * _numbers(formula, job, ranks, i) for i, job in jobs.items())
-    makes = f"{strategy}: {way} = {formula!r} makes {declared} {claim}"
-    require(declared == counted, f"{makes}, and {counted} were counted")
+    if declared(formula) != counted:
+        makes = f"{strategy}: {way} = {formula!r} makes {declared(formula)} {claim}, and {counted} were counted"
+        known = {getattr(entry.default, way) for entry in catalogue()} - {""}
+        right = [repr(one) for one in sorted(known, key=len) if declared(one) == counted]
+        require(False, makes, f"declare {way} = {' or '.join(right) or 'what it is'}, or leave up and down out")
 
 
 def check_a_model_is_its_weights_plus_s_times_the_product(strategy: AnyStrategy, fleets: Fleets = Serial) -> None:
     """A client computes as a plain model does whose weights are W + s (offset + B A), summed densely."""
-    ranks = MIXED if strategy.mixed_ranks else ALIKE
-    for small in map(small_model, KINDS):
+    for small in (model_for(strategy, kind) for kind in KINDS):
+        ranks = mixed(small) if strategy.mixed_ranks else alike(small)
         with small_federation(strategy, small, fleets, ranks) as federation:
             _, jobs = federation.after()
             for i, job in jobs.items():
@@ -123,14 +178,14 @@ def check_a_model_is_its_weights_plus_s_times_the_product(strategy: AnyStrategy,
 
 def check_an_exported_adapter_is_the_model_that_was_trained(strategy: AnyStrategy, fleets: Fleets = Serial) -> None:
     """Saved as PEFT saves and loaded by plain PEFT on a clean base, what is delivered gives the clients' logits."""
-    for small in map(small_model, KINDS):
+    for small in (model_for(strategy, kind) for kind in KINDS):
         with small_federation(strategy, small, fleets) as federation:
             state, jobs = federation.after()
             adapter = strategy.adapter(state)
             exported = _exported_logits(small, adapter)
             plain = _plain_logits(small, delta(adapter), adapter.H)
             _agree_on_logits(strategy, f"{small.kind}: the export is not what is delivered", exported, plain)
-            if not unshared(jobs[0]) and not start_apart(strategy, [*jobs.values()]):
+            if not is_personal(jobs[0]) and not start_apart(strategy, [*jobs.values()]):
                 federation.load(0, jobs[0])
                 claim = f"{small.kind}: the export is not the model of the clients"
                 _agree_on_logits(strategy, claim, exported, small.logits())
@@ -138,15 +193,14 @@ def check_an_exported_adapter_is_the_model_that_was_trained(strategy: AnyStrateg
 
 def check_what_a_client_keeps_is_its_own(strategy: AnyStrategy, fleets: Fleets = Serial) -> Skip | None:
     """What clients do not share, a local head at least, is what each last wrote, whoever trained in between."""
-    with small_federation(Head(strategy, "local"), small_model("bert"), fleets) as federation:
+    with small_federation(Head(strategy, "local"), model_for(strategy, "bert"), fleets) as federation:
         _, jobs = federation.after()
-        sides = kept_sides(jobs[0])
-        if not sides:
+        if not kept_part(jobs[0], jobs[0].start):
             return Skip("its clients train no head, and share all that they train")
-        wrote = {i: federation.train(i, job)[1].only(sides) for i, job in jobs.items()}
+        wrote = {i: kept_part(job, federation.train(i, job)[1]) for i, job in jobs.items()}
         for i, job in jobs.items():
-            claim = f"{strategy}: the {sides} of client {i}"
-            found = federation.load(i, job).only(sides)
+            claim = f"{strategy}: the {own_sides(job) or 'rows'} of client {i}"
+            found = kept_part(job, federation.load(i, job))
             require(identical(found, wrote[i]), f"{claim} is not what it last wrote")
             _check_nobody_elses(i, wrote, claim)
     return None
@@ -159,7 +213,7 @@ def _check_nobody_elses(i: int, wrote: dict[int, LoRA], claim: str) -> None:
 
 def check_a_client_that_slept_computes_with_the_model(strategy: AnyStrategy, fleets: Fleets = Serial) -> Skip | None:
     """A client that was never asked before computes, from its first job alone, with the model that is delivered."""
-    small = small_model("llama")
+    small = model_for(strategy, "llama")
     plan = replace(PLAN, cohort=2, seed=_seed_without_client_2(small))
     with small_federation(strategy, small, fleets, plan=plan) as federation:
         state, jobs = federation.after()
@@ -167,7 +221,7 @@ def check_a_client_that_slept_computes_with_the_model(strategy: AnyStrategy, fle
             return Skip("it is told who sent what, and its clients start from models of their own")
         adapter, job = strategy.adapter(state), jobs[2]
         loaded = federation.load(2, job)
-        if unshared(job):
+        if own_sides(job):
             for s in job.shares:
                 agree(strategy, f"a client that slept has another {s}", loaded.side(s), adapter.side(s))
             return None
@@ -179,7 +233,7 @@ def check_a_client_that_slept_computes_with_the_model(strategy: AnyStrategy, fle
 
 def _seed_without_client_2(small: SmallModel) -> int:
     """The first seed by which the plan's cohorts of two never hold client 2."""
-    clients = [data.client(i, RANK) for i, data in enumerate(small.clients)]
+    clients = [data.client(i, small.lora.rank) for i, data in enumerate(small.clients)]
 
     def is_drawn(seed: int) -> bool:
         cohorts = [sample(clients, 2, seed, t) for t in range(PLAN.rounds)]
@@ -192,8 +246,9 @@ def check_real_training_is_exact_where_declared(strategy: AnyStrategy, fleets: F
     """Where it declares `exact`, the new model is the mean, by examples, of the models that clients really trained."""
     if not strategy.exact:
         return Skip("it does not declare exact")
-    ranks = MIXED if strategy.mixed_ranks else ALIKE
-    with small_federation(strategy, small_model("bert"), fleets, ranks) as federation:
+    small = model_for(strategy, "bert")
+    ranks = mixed(small) if strategy.mixed_ranks else alike(small)
+    with small_federation(strategy, small, fleets, ranks) as federation:
         before: Side = {}
         ideal: Side = {}
         for t, state in federation.states():
@@ -223,7 +278,7 @@ def check_senders_are_those_of_the_updates(strategy: AnyStrategy, fleets: Fleets
         return Skip("it does not declare needs_senders")
     recorded = _Recorded(strategy)
     trained: list[dict[int, Update]] = []
-    with small_federation(recorded, small_model("bert"), fleets) as federation:
+    with small_federation(recorded, model_for(strategy, "bert"), fleets) as federation:
         for t, state in federation.states():
             trained.append({i: _widened(federation, state, t, i) for i in federation.jobs(state, t)})
     for t, (loras, senders) in enumerate(recorded.calls):
@@ -280,10 +335,18 @@ def check_it_works_with_the_kinds_it_declares(strategy: AnyStrategy, fleets: Fle
     if not kinds:
         return Skip("it declares lora alone")
     for kind in kinds:
-        small = small_model("llama", kind)
-        with small_federation(strategy, small, fleets) as federation:
-            _check_first_client_moves(federation, f"{strategy}: with {kind}, client 0")
+        _check_kind(strategy, kind, fleets)
     return None
+
+
+def _check_kind(strategy: AnyStrategy, kind: Any, fleets: Fleets) -> None:
+    """Have clients train with this kind of adapter; whatever goes wrong is the declaration's."""
+    with small_federation(strategy, model_for(strategy, "llama", kind), fleets) as federation:
+        try:
+            _check_first_client_moves(federation, f"{strategy}: with {kind}, client 0")
+        except Exception as e:
+            claim = f"{strategy} declares {kind} among its kinds, and its rounds end in {type(e).__name__}: {e}"
+            raise ContractBroken(claim, f"take {kind} out of kinds") from e
 
 
 def _check_first_client_moves(federation: SmallFederation, claim: str) -> None:
@@ -294,8 +357,10 @@ def _check_first_client_moves(federation: SmallFederation, claim: str) -> None:
 def _check_moves(federation: SmallFederation, i: int, job: Job, claim: str) -> None:
     """Have the client do the job: every matrix that it trains must move, and no other."""
     before, (_, after) = federation.load(i, job), federation.train(i, job)
-    for s, m, matrix in before.matrices():
-        moved = not torch.equal(matrix, after.side(s)[m])
+    moves = {(s, m): not torch.equal(matrix, after.side(s)[m]) for s, m, matrix in before.matrices()}
+    if job.training.optimizer == "sgd":  # where a gradient is small its step is below rounding: one of a side will do
+        moves = {(s, m): any(moves[key] for key in moves if key[0] == s) for s, m in moves}
+    for (s, m), moved in moves.items():
         verb = "moved" if moved else "did not move"
         require(moved == (s in job.trains), f"{claim}, told to train {job.trains}, {verb} {s} of {m}")
 
@@ -306,7 +371,13 @@ def _numbers(formula: str, job: Job, ranks: Sequence[int], i: int) -> int:
     newest = job.offset[-1].A if job.offset else {}
     for m, a in job.start.A.items():
         names = {"r": ranks[i], "d_in": a.shape[1], "d_out": job.start.B[m].shape[0], "t": job.round}
-        names |= {"K": len(ranks), "R": sum(ranks), "q": len(newest[m]) if m in newest else 0}
+        names |= {
+            "l": job.keeps_rank,
+            "K": len(ranks),
+            "R": sum(ranks),
+            "r_max": max(ranks),
+            "q": len(newest[m]) if m in newest else 0,
+        }
         total += eval(formula, {"__builtins__": {}}, names)
     return total
 

@@ -1,6 +1,6 @@
 """Clients without a model: they treat a job as a real client does, and where that would train they move at random."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import sha256
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.lora import SIDES, LoRA, Side, delta, join, scale
+from fedlora.jobs import kept_part, shared_part, start_with
+from fedlora.lora import LoRA, Side, delta, join, scale
 from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.strategy import Client, Job, Sender, Strategy, next_state
 
@@ -45,11 +46,31 @@ class Work:
     trained: LoRA  # the factors at the end of training
     model: Side  # everything that the client's model adds to the pretrained weights, (d_out, d_in)
     sender: Sender  # what the server is told beside the update
+    client: Client
 
 
-def aggregated(strategy: Strategy[Any], state: Any, work: Sequence[Work], weights: Sequence[float]) -> Any:
-    """The state that the strategy makes of the clients' work; it is told the senders if it declares so."""
-    return next_state(strategy, state, [w.update for w in work], weights, [w.sender for w in work])
+def as_they_are(updates: Sequence[LoRA], weights: Sequence[float]) -> tuple[Sequence[LoRA], Sequence[float]]:
+    """The updates and their weights, as a server has them that gets every one."""
+    return updates, weights
+
+
+def aggregated(
+    strategy: Strategy[Any],
+    state: Any,
+    work: Sequence[Work],
+    weights: Sequence[float],
+    seen: Callable[[Sequence[LoRA], Sequence[float]], tuple[Sequence[LoRA], Sequence[float]]] = as_they_are,
+) -> Any:
+    """The state that the strategy makes of a round's work, in as many passes as it declares.
+
+    It is told the senders if it declares so; `seen` makes of each pass's updates and weights those that it gets.
+    """
+    updates, senders = [w.update for w in work], [w.sender for w in work]
+    for further in range(strategy.exchanges):
+        if further:
+            updates = [shared_part(strategy.client_init(state, w.client), w.trained) for w in work]
+        state = next_state(strategy, state, *seen(updates, weights), senders)
+    return state
 
 
 @dataclass
@@ -67,7 +88,11 @@ class Clients:
 
     def job(self, state: Any, i: int) -> Job:
         """The job of client i."""
-        return self.strategy.client_init(state, Client(i, i + 1, self.ranks[i]))
+        return self.strategy.client_init(state, self.client(i))
+
+    def client(self, i: int) -> Client:
+        """What the server knows of client i."""
+        return Client(i, i + 1, self.ranks[i])
 
     def work(self, state: Any, t: int, who: Collection[int] | None = None) -> list[Work]:
         """Round t of these clients, or of all."""
@@ -75,8 +100,10 @@ class Clients:
         return [self._work(state, t, i) for i in chosen]
 
     def _work(self, state: Any, t: int, i: int) -> Work:
-        sender = Sender(i, i + 1, loss=1 / (t + i + 1), metrics={"accuracy": i / (t + i + 1)})
-        work, kept = train(self.job(state, i), self.kept.get(i, LoRA()), sender, f"client {i} round {t}")
+        told = {"accuracy": i / (t + i + 1)}
+        sender = Sender(i, i + 1, loss=1 / (t + i + 1), metrics=told, sum_of_rates=0.1 * (i + 1))
+        job, kept = self.job(state, i), self.kept.get(i, LoRA())
+        work, kept = train(job, kept, sender, self.client(i), f"client {i} round {t}")
         if kept:
             self.kept[i] = kept
         return work
@@ -100,21 +127,10 @@ def start_apart(strategy: Strategy[Any], jobs: Sequence[Job]) -> bool:
     return strategy.needs_senders and not all(identical(job.start, jobs[0].start) for job in jobs)
 
 
-def unshared(job: Job) -> str:
-    """The sides that a client trains and does not share."""
-    return "".join(s for s in job.trains if s not in job.shares)
-
-
-def kept_sides(job: Job) -> str:
-    """The sides that stay with the client: the unshared ones, and A and B where the next job resumes them."""
-    kept = unshared(job) + ("AB" if job.resumes else "")
-    return "".join(s for s in SIDES if s in kept)
-
-
 def start_and_offset(job: Job, kept: LoRA) -> tuple[LoRA, tuple[LoRA, ...]]:
     """The factors with which a client starts the job, and the offset under them."""
     sent = select_rows(job)
-    start = kept.only(kept_sides(job)).over(sent.start)
+    start = start_with(sent, kept)
     return start, offset_under(sent, start)
 
 
@@ -131,15 +147,15 @@ def added(job: Job, lora: LoRA, offset: tuple[LoRA, ...]) -> Side:
     return {m: product + under.get(m, torch.zeros(())) for m, product in own.items()}
 
 
-def train(job: Job, kept: LoRA, sender: Sender, seed: str) -> tuple[Work, LoRA]:
+def train(job: Job, kept: LoRA, sender: Sender, client: Client, seed: str) -> tuple[Work, LoRA]:
     """One client's round: the result, and the sides that stay with the client."""
     start, offset = start_and_offset(job, kept)
     trained = moved(start, job.trains, seed)
-    shared = trained.only(job.shares)
+    shared = shared_part(job, trained)
     if job.resumes:  # the change of the product, at twice the rank
         shared = join(trained, scale(start.only("ABR"), -1)).over(shared.only("H"))
-    work = Work(job, scatter_rows(job, shared), trained, added(job, trained, offset), sender)
-    return work, trained.only(kept_sides(job))
+    work = Work(job, scatter_rows(job, shared), trained, added(job, trained, offset), sender, client)
+    return work, kept_part(job, trained)
 
 
 def moved(lora: LoRA, sides: str, seed: str) -> LoRA:

@@ -1,7 +1,7 @@
 """Small federations to train in: a random transformer in memory, and clients whose examples differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from fedlora.sections import LoRAConfig, ModelConfig
 from fedlora.server.rounds import Fleet
 
 Kind = Literal["gpt2", "llama", "bert"]
+Adapter = Literal["lora", "dora", "vera"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "bert")
 Fleets = Callable[[Model, Sequence[ClientData], Sequence[int], Path], Fleet]
 RANK = 2
@@ -75,12 +76,16 @@ class SmallModel:
         return base_model.load_base_model(self.config, self.schema, seed=0)[0]
 
 
-@cache
-def small_model(kind: Kind, adapter: Literal["lora", "dora", "vera"] = "lora") -> SmallModel:
+def small_model(kind: Kind, adapter: Adapter = "lora", rank: int = RANK) -> SmallModel:
     """The model of this kind and its clients. There is one in a process, so it must be left with its base as it was."""
+    return _small_model(kind, adapter, rank)
+
+
+@cache
+def _small_model(kind: Kind, adapter: Adapter, rank: int) -> SmallModel:
     schema = Schema("label", ("text", "label"), LABELS) if kind == "bert" else Schema("text", ("text",))
     config = ModelConfig(path=str(_folder(kind)), max_length=16, device="cpu")
-    lora = LORA[kind] if adapter == "lora" else LoRAConfig(kind=adapter, rank=RANK)
+    lora = replace(LORA[kind], rank=rank) if adapter == "lora" else LoRAConfig(kind=adapter, rank=rank)
     model = Model(config, lora, schema, seed=0)
     clients = tuple(_client_data(model, i) for i in range(len(RANKS)))
     return SmallModel(kind, model, model.get_adapter(), clients, config, lora, schema)

@@ -1,4 +1,4 @@
-"""The outcome of a check: None if all is well, a `Skip` where it has no meaning, else an AssertionError with numbers.
+"""The outcome of a check: None if all is well, a `Skip` where it has no meaning, else a `ContractBroken` with numbers.
 
 The error is raised by functions and not by `assert`, which `python -O` leaves out: a contract that is not checked would
 look as if it were kept.
@@ -16,6 +16,14 @@ from fedlora.strategy import Strategy
 
 CLOSE = 1e-5  # relative, of a matrix: far above the rounding of float32, far below what a wrong rule leaves
 TINY = 1e-5  # the size below which a matrix counts as zero
+
+
+class ContractBroken(AssertionError):
+    """A check that fails: what does not hold, with numbers, and what is most likely to be done about it."""
+
+    def __init__(self, claim: str, remedy: str = "") -> None:
+        super().__init__(f"{claim}; {remedy}" if remedy else claim)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -64,24 +72,28 @@ def differing(got: Side, want: Side) -> list[str]:
     return [m for m, t in want.items() if not _gap(m, got.get(m), t).near]
 
 
-def require(holds: bool, claim: str) -> None:
-    """Raise AssertionError with the claim where something does not hold."""
+def require(holds: bool, claim: str, remedy: str = "") -> None:
+    """Raise `ContractBroken` with the claim, and what is most likely to be done, where something does not hold."""
     if not holds:
-        raise AssertionError(claim)
+        raise ContractBroken(claim, remedy)
 
 
-def agree(strategy: Strategy[Any], claim: str, got: Side, want: Side, close: float = CLOSE) -> None:
-    """Raise AssertionError where the matrices differ by more than rounding; `claim` says what that means."""
+def agree(
+    strategy: Strategy[Any], claim: str, got: Side, want: Side, close: float = CLOSE, *, remedy: str = ""
+) -> None:
+    """Raise `ContractBroken` where the matrices differ by more than rounding; `claim` says what that means."""
     distance = apart(got, want)
-    require(distance.relative <= close, f"{strategy}: {claim}: off {distance}")
+    require(distance.relative <= close, f"{strategy}: {claim}: off {distance}", remedy)
 
 
 def declared(strategy: Strategy[Any], name: str, happened: bool, evidence: str) -> None:
-    """Raise AssertionError where a declaration is not what happened, in either direction."""
+    """Raise `ContractBroken` where a declaration is not what happened, in either direction."""
     said = bool(getattr(strategy, name))
     says = "declares" if said else "does not declare"
     modest = hasattr(strategy, "inner") and not said  # a wrapper may promise less than holds round some strategy
-    require(said == happened or modest, f"{strategy} {says} {name}, and {evidence}")
+    where = f"in class {type(strategy).__name__}"
+    remedy = f"take {name} = True back {where}, or mend its mathematics" if said else f"declare {name} = True {where}"
+    require(said == happened or modest, f"{strategy} {says} {name}, and {evidence}", remedy)
 
 
 def leaves(tree: Any) -> list[Tensor]:

@@ -108,8 +108,15 @@ def _held_out(
         result |= {name: _measured(setup, adapter) for name, adapter in adapters.items()}
     jobs = _jobs(setup, strategy, run)
     clients = _clients(setup, run, {i: job for i, job in jobs.items() if len(setup.clients_data[i].heldout)})
-    result |= {"clients": spread(clients)} if clients else {}
+    result |= {"clients": spread(clients), "each": _each(clients)} if clients else {}
+    result |= _after_stages(setup, run, jobs)
     return result | _own_answers(setup, strategy, run, jobs)
+
+
+def _each(clients: Mapping[int, "Metrics"]) -> dict[str, dict[str, float]]:
+    """Each client's own figures, by its number, and on how many examples they are."""
+    scored = {i: metrics for i, metrics in clients.items() if metrics.targets}
+    return {str(i): {"heldout": metrics.examples, **metrics.values()} for i, metrics in scored.items()}
 
 
 def _as_json(result: Mapping[str, Any], public: Mapping[str, "Scores"]) -> str:
@@ -122,7 +129,9 @@ def _figure_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for the figures of every model."""
     from fedlora.run.console import figures
 
-    yield from (f"{name + ':':9}{figures(values)}" for name, values in result.items())
+    yield from (f"{name + ':':9}{figures(values)}" for name, values in result.items() if name != "each")
+    for client, values in result.get("each", {}).items():
+        yield f"client {client + ':':6} {figures(values)}"
 
 
 def _task_lines(public: Mapping[str, "Scores"]) -> Iterator[str]:
@@ -164,14 +173,31 @@ def _clients(setup: "RunSetup", run: "RunDirectory", jobs: Mapping[int, "Job"]) 
     return answers_and_failures(jobs, fleet.evaluate(jobs))[0]
 
 
+def _after_stages(setup: "RunSetup", run: "RunDirectory", jobs: Mapping[int, "Job"]) -> dict[str, Any]:
+    """The clients' own on theirs, of the models that each came to by itself after the rounds; none where none did."""
+    from dataclasses import replace
+
+    from fedlora.message_types import Stage
+    from fedlora.metrics import spread
+    from fedlora.storage.client_state import ClientState
+
+    result: dict[str, Any] = {}
+    stages: tuple[Stage, ...] = ("personal", "alone")
+    for stage in stages:
+        has = {i: ClientState(run.clients / str(i), stage).of(job.round) for i, job in jobs.items()}
+        own = {i: replace(job, stage=stage) for i, job in jobs.items() if has[i] and setup.clients_data[i].heldout}
+        result |= {stage: spread(_clients(setup, run, own))} if own else {}
+    return result
+
+
 def _own_answers(
     setup: "RunSetup", strategy: "Strategy[Any]", run: "RunDirectory", jobs: Mapping[int, "Job"]
 ) -> dict[str, Any]:
     """The scores of what the clients' own models answer, each to its share of the prompts, where none is common."""
     from fedlora.run.answers import means
-    from fedlora.run.sides import kept_sides
+    from fedlora.run.sides import kept_by_clients
     from fedlora.simulations.serial import own_answers
 
-    if not setup.answers or not jobs or not kept_sides(strategy, setup.start, setup.config.rounds):
+    if not setup.answers or not jobs or not kept_by_clients(strategy, setup.start, setup.config.rounds):
         return {}
     return {"own": means(own_answers(setup.answers, jobs, run.clients))}

@@ -12,11 +12,17 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.models import ArgumentInfo
 
-from fedlora.config import SHORT, Setting, settings
+from fedlora.config import SHORT, Setting, setting_key, settings
 from fedlora.errors import ConfigError
+
+from .completion import values_of
 
 DOTTED = {"allow_extra_args": True, "ignore_unknown_options": True}  # for words that no option of a command takes
 COUNTS = ("clients", "rounds", "cohort")  # at least 1 where they are given: their 0 is to leave the option away
+OF_A_SIMULATION = (  # short options of a run on one machine, whether it is done or planned
+    *("clients", "rounds", "cohort", "strategy", "option", "model", "data", "eval_data", "partition", "engine", "seed"),
+    *("dp_epsilon", "dp_delta", "dp_clip", "dp_noise", "dp_level"),
+)
 PANEL = "Settings (each of `fedlora settings` is an option too: --train.lr 2e-3)"
 Options = Annotated[
     list[str] | None,
@@ -72,7 +78,10 @@ def _parameter(name: str, meaning: str) -> Parameter:
     setting = _settings()[SHORT[name]]
     kind = setting.kind if setting.kind in (int, float) else str
     info = typer.Option(
-        min=1 if name in COUNTS else None, help=_sentence(meaning or setting.help), rich_help_panel=PANEL
+        min=1 if name in COUNTS else None,
+        help=_sentence(meaning or setting.help),
+        rich_help_panel=PANEL,
+        autocompletion=lambda: list(values_of(setting)),
     )
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
@@ -99,11 +108,15 @@ def pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--option {text}: write it as key=value")
-    return key.strip(), value.strip()
+    return key.strip().replace("-", "_"), value.strip()
 
 
 def dotted(words: Sequence[str]) -> dict[str, Any]:
-    """Settings by their dotted keys: `--lora.rank 16`, `--lora.rank=16`, or `--lora.rslora` alone for true."""
+    """Settings by their dotted keys: `--lora.rank 16`, `--lora.rank=16`, or `--lora.rslora` alone for true.
+
+    >>> dotted(["--train.batch-size", "4", "--exactness"])
+    {'train.batch_size': '4', 'exactness': 'true'}
+    """
     given: dict[str, Any] = {}
     left = list(words)
     while left:
@@ -113,7 +126,7 @@ def dotted(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = left.pop(0) if left and not left[0].startswith("--") else "true"
-        given[key] = value
+        given[setting_key(key)] = value
     return given
 
 

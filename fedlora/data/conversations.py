@@ -119,14 +119,20 @@ def _listed(value: Any) -> Any:
 
 def _message(message: Mapping[str, Any]) -> Message:
     """A message with its role and content under these names, and with all else that it says."""
-    role, content = _field(message, ROLE), _field(message, CONTENT)
+    role = _field(message, ROLE)
     rest = {key: value for key, value in message.items() if key not in (*ROLE, *CONTENT) and value is not None}
-    return {"role": ROLES.get(role.lower(), role.lower()), "content": _text(content), **rest}
+    return {"role": ROLES.get(role.lower(), role.lower()), "content": _content(message), **rest}
 
 
 def _field(message: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """The value under the first of these keys that has one; null without any."""
     return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    """The text of a message; empty where it says nothing but which tools to call."""
+    content = _field(message, CONTENT)
+    return "" if content is None and message.get("tool_calls") else _text(content)
 
 
 def _text(content: Any) -> Any:
@@ -151,8 +157,8 @@ def _shared_words(one: str, other: str) -> int:
 def wrong_messages(value: Any, *, answers: bool = True) -> str:
     """The reason to refuse a value as messages; empty for good ones. `answers`: must an assistant's turn be there?"""
     messages = _listed(value)
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        return "is no list of messages"
+    if reason := _no_list(messages):
+        return reason
     for n, message in enumerate(messages, 1):
         if reason := _wrong_message(message):
             return f"has a message, number {n}, {reason}"
@@ -160,11 +166,19 @@ def wrong_messages(value: Any, *, answers: bool = True) -> str:
     return "" if "assistant" in roles or not answers else "has no assistant's turn to learn from"
 
 
+def _no_list(messages: Any) -> str:
+    """The reason to refuse what is no list of messages; empty for one."""
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        return "is a text in which a list is written; give the list itself, which JSON lines and Parquet can hold"
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
+    return "" if is_list else "is no list of messages"
+
+
 def _wrong_message(message: Any) -> str:
     """The reason to refuse a message, to follow its number; empty for a good one."""
     fields = message if isinstance(message, Mapping) else {}
     style = 0 if fields.keys().isdisjoint((ROLE[1], CONTENT[1])) else 1  # by which the error names what is lacking
-    parts = {ROLE[style]: _field(fields, ROLE), CONTENT[style]: _text(_field(fields, CONTENT))}
+    parts = {ROLE[style]: _field(fields, ROLE), CONTENT[style]: _content(fields)}
     for name, value in parts.items():
         if not isinstance(value, str):
             return f'without "{name}" or where it is not text'

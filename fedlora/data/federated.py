@@ -11,6 +11,8 @@ from fedlora.seeds import derive
 
 from . import python_stdlib
 from .classes import check_labels, class_names, labels_in, with_names
+from .file_names import odd_names
+from .limits import limited, limited_rows, read_limit
 from .partition import hold_out, sample_out, split
 from .row_checks import check_rows, without_text
 from .rows import Rows as Rows
@@ -37,20 +39,25 @@ class Federated:
 def load(data: DataConfig, task: str, *, clients: int, seed: int) -> Federated:
     """Read the data and share them among the clients; `clients` = 0 takes one a file or natural id, else 50.
 
+    Of data.path a sample by the seed is used where data.limit says so; of data.eval the same one with every seed.
+
     Raises `ConfigError` where settings contradict the data, `DataError` for data that cannot be used, with its place.
     """
     if data.path:
         tables, schema = _read_with_schema(data.path, data, task)
+        tables = limited(tables, data, _limit_key(seed))
         dealt = not (_is_by_file(data, tables) or data.partition.startswith("natural"))
         shares, evaluation = _share(data, schema, tables, clients=clients, seed=seed)
+        odd = tuple(odd_names([table.name for table in tables])) if _is_by_file(data, tables) else ()
     else:
-        tables, schema, dealt = [], PLAIN_TEXT, True
+        tables, schema, dealt, odd = [], PLAIN_TEXT, True, ()
         shares, evaluation = _library(data, task, clients)
+        shares = limited_rows(shares, data, _limit_key(seed))
     if data.eval:
         known = schema.classes() if data.labels else {*schema.labels, *labels_in(tables, schema)}
-        evaluation = _read_as(schema, data.eval, data.limit, known)
+        evaluation = _read_as(schema, data.eval, data, known)
     kept, held = _hold_out(shares, data, "holdout", schema, seed=seed)
-    return Federated(schema, tuple(kept), tuple(held), evaluation, dealt, _warnings(tables))
+    return Federated(schema, tuple(kept), tuple(held), evaluation, dealt, (*_warnings(tables), *odd))
 
 
 def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
@@ -60,7 +67,7 @@ def server_data(data: DataConfig, task: str, embedded: bool) -> Federated:
     """
     if data.eval:
         tables, schema = _read_with_schema(data.eval, data, task)
-        evaluation = _pooled(tables)
+        evaluation = _pooled(limited(tables, data, _limit_key(0)))
     elif embedded:
         schema, evaluation = PLAIN_TEXT, _library(data, task, 1)[1]
     else:
@@ -78,13 +85,18 @@ def client_data(
     """
     if data.path:
         tables, schema = _read_with_schema(data.path, data, task)
-        rows = _pooled(tables)
+        rows = _pooled(limited(tables, data, key or _limit_key(seed)))
     else:
         schema, rows = PLAIN_TEXT, _library(data, task, clients)[0][id]
     if schema.labels and not data.labels:
         raise ConfigError("this client does not say which classes there are, and in what order; give it --data.labels")
     kept, held = _hold_out([rows], data, "holdout", schema, seed=seed, first=id, key=key)
     return Federated(schema, tuple(kept), tuple(held), evaluation=())
+
+
+def _limit_key(seed: int) -> bytes:
+    """The key by which data.limit samples, where no client has one of its own."""
+    return derive(seed, "limit").to_bytes(8)
 
 
 def readable(path: str) -> None:
@@ -98,12 +110,12 @@ def public_rows(path: str, schema: Schema) -> Rows:
 
     Raises `DataError` with the place of what does not fit.
     """
-    return _read_as(schema, path, 0, set(schema.labels)) if path else ()
+    return _read_as(schema, path, DataConfig(), set(schema.labels)) if path else ()
 
 
 def _read_with_schema(path: str, data: DataConfig, task: str) -> tuple[list[Table], Schema]:
     """The tables at `path`, and the schema that the settings and the columns give them."""
-    tables, data = gather(read_tables(path, data.limit), data, task)
+    tables, data = gather(read_tables(path, read_limit(data)), data, task)
     schema = replace(find_schema(data, task, tables), template=data.template)
     schema = with_target(schema, tables, data, task)
     tables = _checked(tables, schema)
@@ -143,15 +155,15 @@ def _labelled(tables: Sequence[Table], schema: Schema, classes: Container[str]) 
     return with_names(tables, schema)
 
 
-def _read_as(schema: Schema, path: str, limit: int, classes: Container[str]) -> Rows:
-    """The rows at `path`, which must have this schema and no class but these."""
-    tables = read_tables(path, limit)
+def _read_as(schema: Schema, path: str, data: DataConfig, classes: Container[str]) -> Rows:
+    """The rows at `path` within data.limit, which must have this schema and no class but these."""
+    tables = read_tables(path, read_limit(data))
     if schema.target == "labels":
         tables = [gathered(table, schema.labels) for table in tables]
     tables = _checked(tables, schema)
     if schema.target == "labels":
         tables, _ = as_lists(tables, schema, schema.labels)
-    return _pooled(_labelled(tables, schema, classes))
+    return _pooled(limited(_labelled(tables, schema, classes), data, _limit_key(0)))
 
 
 def _pooled(tables: Sequence[Table]) -> Rows:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ def take(rows: Rows, which: Sequence[int]) -> Rows:
     dataset: Any = rows
     chosen: Rows = dataset.select(which) if hasattr(rows, "select") else [rows[i] for i in which]
     return chosen
+
+
+def stride(count: int, limit: int) -> int:
+    """Every how many things of a count one is taken, so that at most `limit` are, evenly spread; 0: no limit."""
+    return max(1, ceil(count / limit)) if limit else 1
 
 
 def pool(parts: Sequence[Rows]) -> Rows:

@@ -5,15 +5,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from glob import has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import DataError, cut, nearest
 
+from .guesses import PICTURES
 from .rows import take, undecoded
 from .tables import Table as Table
 from .text_files import read_csv, read_json, read_jsonl, read_tsv
 
+ABOUT = {"dataset_infos.json", "dataset_info.json"}  # what datasets writes of data, beside them
+MOST_LOOKED_AT = 1000  # files of a folder without data
 HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -39,6 +43,13 @@ def data_files(spec: str) -> list[Path]:
         inside = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("cache-"))
         return sorted(inside)  # what begins so was computed from the others
     return _in_folder(path) if path.is_dir() else _matching(spec)
+
+
+def hub_name(spec: str) -> str:
+    """The name of the dataset on the hub that `read_tables` reads; empty for files, which are nobody else's to know."""
+    name, _ = _name_and_split(spec)
+    is_here = Path(name).expanduser().exists() or Path(spec).suffix in READERS
+    return name if HUB.fullmatch(name) and not is_here else ""
 
 
 def _in_folder(path: Path) -> list[Path]:
@@ -89,13 +100,22 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _is_data_file(path: Path) -> bool:
-    return path.suffix.lower() in READERS and not path.name.startswith(".")
+    return path.suffix.lower() in READERS and not path.name.startswith(".") and path.name not in ABOUT
 
 
 def _files(spec: str, files: Sequence[Path]) -> list[Table]:
     if not files:
-        raise DataError(f"{spec} holds no data; it takes files that end in {', '.join(READERS)}")
+        raise DataError(f"{spec} holds no data; it takes files that end in {', '.join(READERS)}{_images_hint(spec)}")
     return [_file(path) for path in files]
+
+
+def _images_hint(spec: str) -> str:
+    """The remedy for a folder of images, as words to follow a sentence; empty for any other."""
+    folder = Path(spec).expanduser()
+    inside = islice(folder.rglob("*"), MOST_LOOKED_AT) if folder.is_dir() else ()
+    if not any(path.suffix.lower() in PICTURES for path in inside):
+        return ""
+    return "; of images write such a file, with a column image of their names and a column label"
 
 
 def _natural(path: Path) -> list[Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
 from typing import Any
+from unicodedata import category, normalize
 
 from .classes import class_counts
 from .federated import Federated
@@ -81,17 +82,33 @@ def _odd_classes(schema: Schema, counts: Sequence[Counter[str]]) -> Iterator[str
     """Yield a sentence for whatever looks wrong in the classes and their counts."""
     names = schema.labels
     yield from _quantities(names)
-    for alike in _alike(names, plain):
-        yield f"the classes {_quoted(alike)} differ by blanks or capitals alone: are they one?"
-    for alike in _alike(names, _as_number):
-        yield f"the classes {_quoted(alike)} are the same number: are they one?"
+    yield from _alike_classes(names)
     yield from _mixed(names)
     yield from _too_many(names, counts)
-    for name in filter(lambda name: plain(name) in MISSING, names):
-        yield f'the class "{name}" looks like a label that is missing'
+    yield from _missing(names)
     without = [name for name in names if not any(count[name] for count in counts)]
     if counts and without:
         yield f"no training row is of the class {_quoted(without)}"
+
+
+def _alike_classes(names: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for names that may stand for one class."""
+    for alike in _alike(names, plain):
+        yield f"the classes {_quoted(alike)} differ by blanks or capitals alone: are they one?"
+    for alike in _alike(names, as_seen):
+        if len({plain(name) for name in alike}) == len(alike):
+            told = _quoted([ascii(name)[1:-1] for name in alike])
+            yield f"the classes {told} look the same, and are of other characters: are they one?"
+    for alike in _alike(names, _as_number):
+        yield f"the classes {_quoted(alike)} are the same number: are they one?"
+
+
+def _missing(names: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for names that stand where there is no label."""
+    for name in filter(lambda name: plain(name) in MISSING, names):
+        yield f'the class "{name}" looks like a label that is missing'
+    if "-1" in names and "0" in names:
+        yield 'the class "-1" may stand for a label that is missing, as in the tests of GLUE'
 
 
 def _quantities(names: Sequence[str]) -> Iterator[str]:
@@ -109,6 +126,12 @@ def _odd_numbers(schema: Schema, numbers: Sequence[float]) -> Iterator[str]:
             f'the numbers in "{schema.label_column}" go from {min(numbers):g} to {max(numbers):g}, and their squared '
             "error is learned as it is: divide them all by the same number, so that they lie about between -1 and 1"
         )
+
+
+def as_seen(name: str) -> str:
+    """The name as a reader sees it: without what has no width, one blank for any, and every accent written one way."""
+    shown = "".join(c for c in normalize("NFKC", name) if category(c) != "Cf")
+    return " ".join(shown.casefold().split())
 
 
 def _too_many(names: Sequence[str], counts: Sequence[Counter[str]]) -> Iterator[str]:

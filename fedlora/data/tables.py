@@ -1,10 +1,10 @@
 """The rows of one file, and the place in it where each row stands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .rows import Rows, column, column_names
+from .rows import Rows, column, column_names, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,11 @@ class Table:
     def location(self, row: int) -> str:
         """The place of a row in the words of an error: the file's name, and line or row."""
         return f"{self.name} line {self.lines[row]}" if self.lines else f"{self.name} row {row + 1}"
+
+    def only(self, which: Sequence[int]) -> "Table":
+        """The table with the rows of these numbers alone, each with the line on which it begins."""
+        lines = [self.lines[i] for i in which] if self.lines else ()
+        return replace(self, rows=take(self.rows, which), lines=lines)
 
     @property
     def columns(self) -> list[str]:

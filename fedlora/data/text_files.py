@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import DataError, cut
+from fedlora.lfs import is_lfs_pointer
 
 from .tables import Table
 
@@ -159,11 +160,45 @@ def _separated(path: Path, separator: str) -> Table:
         raise DataError(f"{path} line 1: two columns have the same name: {cut(', '.join(header), 200)}")
     for fields, line in zip(records, lines, strict=True):
         if len(fields) != len(header):
-            raise DataError(
-                f"{path} line {line}: {len(fields)} fields under a header of {len(header)}; "
-                f"quote {'tabs' if separator == TAB else 'commas'}"
+            raise DataError(_uneven(f"{path} line {line}", len(fields), len(header), separator))
+    rows = [dict(zip(header, fields, strict=True)) for fields in records[1:]]
+    return Table(str(path), rows, lines[1:], _swallowed(path, records[1:], lines[1:], separator))
+
+
+def _uneven(place: str, fields: int, columns: int, separator: str) -> str:
+    """The sentence about a row that has more or fewer fields than the header has columns."""
+    shown = "tab" if separator == TAB else "comma"
+    remedy = (
+        f"put a field with a {shown} in it into quotes" if fields > columns else f"an empty field needs its {shown} too"
+    )
+    return f"{place}: {fields} field{'s' * (fields != 1)} under a header of {columns}; {remedy}"
+
+
+def _swallowed(path: Path, records: Sequence[Sequence[str]], lines: Sequence[int], separator: str) -> tuple[str, ...]:
+    """A sentence about the first quoted field in which there seem to be rows, as after a quote that none closes."""
+    ends = tuple({record[place] for record in records} for place in (0, -1)) if records else ()
+    for record, line in zip(records, lines, strict=True):
+        long = [field.split("\n") for field in record if "\n" in field]
+        more = max((_rows_within(pieces, len(record), separator, *ends) for pieces in long), default=0)
+        if more:
+            return (
+                f"{path} line {line}: a quote that opens here closes {more} lines further on, over what seem to be "
+                f"{more} rows; a quote that belongs to the text is written twice, in a field that is in quotes",
             )
-    return Table(str(path), [dict(zip(header, fields, strict=True)) for fields in records[1:]], lines[1:])
+    return ()
+
+
+def _rows_within(pieces: Sequence[str], columns: int, separator: str, first: set[str], last: set[str]) -> int:
+    """How many rows end within the lines of one field, if by their cells they are rows; else 0.
+
+    There are as many separators as rows would have, and each line begins or ends as rows of the file do.
+    """
+    cells = [piece.rstrip("\r").split(separator) for piece in pieces]
+    more = len(cells) - 1
+    if columns < 2 or sum(len(line) - 1 for line in cells) != more * (columns - 1):
+        return 0
+    begin, end = all(line[0] in first for line in cells[1:]), all(line[-1] in last for line in cells[:-1])
+    return more if begin or end else 0
 
 
 def _check_separator(path: Path, header: str, separator: str) -> None:
@@ -189,12 +224,17 @@ def _records(path: Path, text: str, separator: str, **options: Any) -> tuple[lis
                 lines.append(start)
             start = reader.line_num + 1
     except csv.Error as e:
-        raise DataError(f"{path} line {start}: not CSV ({e})") from e
+        raise DataError(
+            f"{path} line {start}: not CSV ({e}); close its quote; one that belongs to the text is written twice, "
+            "in a field that is in quotes"
+        ) from e
     return records, lines
 
 
 def _text(path: Path) -> str:
     try:
+        if is_lfs_pointer(path):
+            raise DataError(f"{path} is a pointer of Git LFS, and not the file itself; run git lfs pull in its folder")
         raw = path.read_bytes()
         return raw.decode("utf-8-sig")
     except OSError as e:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,8 @@ Message = Mapping[str, Any]  # role and content, and whatever else the template 
 MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")  # in a chat template
 PLAIN_KEYS = {"role", "content", "name"}
 REFUSED = (TypeError, ValueError, KeyError, AttributeError)  # by a template, of what is not as it expects
+A_DAY = datetime(2024, 7, 26)  # which Llama's templates write without a clock: by one a row would change overnight
+TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")  # in a chat template
 ROLES = 6  # that are told of a conversation in an error
 
 
@@ -80,7 +83,7 @@ class ChatTemplate:
         with _refusals(messages):
             [whole], [spans] = render(
                 conversations=[[_without_none(message) for message in messages]],
-                chat_template=self.tokenizer.get_chat_template(),
+                chat_template=self._of_one_day or self.tokenizer.get_chat_template(),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
@@ -88,7 +91,15 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         with _refusals(messages):
+            options |= {"chat_template": self._of_one_day} if self._of_one_day else {}
             return str(self.tokenizer.apply_chat_template([*messages], tokenize=False, **options))
+
+    @cached_property
+    def _of_one_day(self) -> str:
+        """The template with one and the same date in the place of today's; empty where it asks for none."""
+        template = self.tokenizer.get_chat_template()
+        fixed = TODAY.sub(lambda found: repr(A_DAY.strftime(found[2])), template)
+        return fixed if fixed != template else ""
 
     def _try(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as text; empty where the template refuses it, as one that is made up may be."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from hashlib import blake2b, sha256
 from typing import Literal
 
-from fedlora.data.rows import Rows, row_hashes
+from fedlora.data.rows import Rows, row_hashes, stride, take
 from fedlora.jobs import Client
 
 from .encoder import Encoder, Example, Records
@@ -31,6 +31,7 @@ class ClientData:
     heldout_rows: Rows = ()
     unit: Literal["row", "example"] = "row"  # what a record is: a row of the data, or each example that is made of it
     dealt: bool = False  # do the rows come out of a pool that is dealt among clients, and not from its own source?
+    heldout_limit: int = 0  # most held-out examples of an evaluation; 0: all
 
     @cached_property
     def train(self) -> Sequence[Example]:
@@ -39,8 +40,11 @@ class ClientData:
 
     @cached_property
     def heldout(self) -> Sequence[Example]:
-        """The examples that the client holds out for an evaluation."""
-        return examples_of(self.encoder.complete(self.encoder.encoded(self.heldout_rows)))
+        """The held-out examples that the client is evaluated on: all, or so many as the limit says, evenly spread."""
+        rows, limit = self.heldout_rows, self.heldout_limit
+        rows = take(rows, range(len(rows))[:: stride(len(rows), limit)])  # the others need not be encoded
+        examples = examples_of(self.encoder.complete(self.encoder.encoded(rows)))
+        return examples[:: stride(len(examples), limit)]
 
     @cached_property
     def records(self) -> Records:

@@ -31,7 +31,7 @@ from .lazy import examples_of
 from .packed import UnpackableError, in_memory, pack
 from .row_cache import EncodingRules, RowCache
 from .seq2seq import DecoderInputs, Seq2Seq
-from .tokens import around, ending, ids_of
+from .tokens import around, ending, ids_of, refusals
 
 SHORTEST = 8  # tokens of the last block of a long text
 
@@ -82,10 +82,11 @@ class Encoder:
         if not len(rows):  # some tokenizers take no empty list
             return []
         encode = partial(_seq2seq if self.decoder_inputs else KINDS[self.schema.kind], self)
-        if self.schema.kind != "image":
-            with suppress(UnpackableError):  # of a tokenizer with inputs of its own
-                return self.cache.encoded(self._rules, rows, encode)
-        return [*encode(rows)]
+        with refusals():
+            if self.schema.kind != "image":
+                with suppress(UnpackableError):  # of a tokenizer with inputs of its own
+                    return self.cache.encoded(self._rules, rows, encode)
+            return [*encode(rows)]
 
     def complete(self, rows: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
         """The rows as they are trained on: with what the base says of preferences, which is not cached."""

@@ -6,13 +6,30 @@ than text, as "</s>" in what a user wrote: `hide_special` puts them there, and `
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
+
+from fedlora.errors import DataError
 
 Span = tuple[int, int]  # of characters, from and to
 MARK, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 UNUSABLE = re.compile(f"[\ud800-\udfff{MARK}{OPEN}{CLOSE}]")  # half of an emoji, or a character of no text
 HIDDEN = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn the error by which a tokenizer refuses a text into a `DataError` of one sentence."""
+    try:
+        yield
+    except Exception as e:
+        if type(e) is not Exception:  # tokenizers, which is written in Rust, raises no other
+            raise
+        raise DataError(
+            f"the model's tokenizer refuses the texts: {e}; set a token for words that it does not know (unk_token), "
+            "or take the tokenizer that belongs to the model"
+        ) from e
 
 
 def usable(text: str) -> str:

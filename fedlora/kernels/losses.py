@@ -32,6 +32,7 @@ from fedlora.lora import at_least_float32
 from fedlora.metrics import Metrics
 from fedlora.models.model import Model
 from fedlora.models.objectives import DPO, Tokens
+from fedlora.models.own_objective import losses_by_example
 from fedlora.seeds import rewinding
 
 from .replaced import forward_of
@@ -61,7 +62,7 @@ def example_losses(model: Model, batch: dict[str, Tensor]) -> Tensor:
     learned = _learned(model, batch) if isinstance(objective, Tokens | DPO) else None
     if learned is None:
         scores, targets = model.logits(batch)
-        return objective.losses(scores, targets).view(len(batch["labels"]) // objective.rows, -1).sum(1)
+        return losses_by_example(objective, scores, targets, len(batch["labels"]) // objective.rows).sum(1)
     by_row = _row_losses(learned)
     if isinstance(objective, DPO):
         reference = batch["reference"].to(by_row.device)

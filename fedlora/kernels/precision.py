@@ -59,7 +59,7 @@ def _slow(speed: float) -> str:
 
 def mixed_products(model: Model) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the frozen linear layers of the base compute in bfloat16, between activations in float32."""
-    trained = {id(p) for p in model.set_trainable("ABRH")}
+    trained = {id(p) for p in model.set_trainable("ABRSH")}
     frozen = [m for m in model.net.modules() if type(m) is nn.Linear and id(m.weight) not in trained]
     forwards: dict[nn.Module, Callable[..., Tensor]] = {
         module: partial(_forward, _in_bfloat16(module.weight), _in_bfloat16(module.bias)) for module in frozen

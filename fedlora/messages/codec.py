@@ -6,16 +6,16 @@ another. The array of an answer is one safetensors file. Nothing is pickled; wha
 raises `WireError`. The server reads what clients send in `fedlora.server.upload_checks`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedlora.errors import WireError
-from fedlora.jobs import Client, Job, SecAggStep, Update
+from fedlora.jobs import Client, Job, SecAggStep, Update, holds_scales, why_no_projection, why_rows_cannot_stay
 from fedlora.lora import LoRA
 from fedlora.message_types import ClientInfo, JobHead, MetricsHead, MissingParts, SecAggReply, UpdateHead
 from fedlora.metrics import Metrics
@@ -23,13 +23,14 @@ from fedlora.tensors import by_name, to_bytes
 
 from .agreement import RunAgreement
 from .envelope import RawMessage, as_array, build, pack, read_head
-from .parts import FlatAdapter, content_hash, job_hash, part_names
+from .parts import IN_PARTS, FlatAdapter, content_hash, job_hash, part_names
 
 MASKED = "masked"  # the name of a tensor that is no matrix of an adapter
 SCALES = "scales "  # before the name of a matrix, the name of its rows' scales
 PLAIN = (  # the fields of a Job that its head carries as they are
     *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "privacy", "masking", "metrics"),
-    *("upload", "feedback", "training", "seed", "round", "rounds"),
+    *("upload", "feedback", "training", "seed", "round", "rounds", "turns", "smoothing", "scales"),
+    *("keeps_rank", "stage"),
 )
 
 
@@ -43,21 +44,29 @@ class IncomingJob:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all the parts that the job is made of."""
-        return (*self.head.start, *self.head.offset)
+        return tuple(chain.from_iterable(self.head_parts.values()))
+
+    @property
+    def head_parts(self) -> dict[str, tuple[str, ...]]:
+        """The names of the parts that each field of the job is made of."""
+        return {name: getattr(self.head, name) for name in IN_PARTS}
 
     def job(self, parts: Mapping[str, LoRA]) -> Job:
         """The job, put together from its parts, given by name."""
-        start = LoRA()
-        for name in self.head.start:
-            start = start.over(parts[name])
+        start, correction = (_whole(parts, names) for names in (self.head.start, self.head.correction))
         offset = tuple(parts[name] for name in self.head.offset)
-        job = Job(start=start, offset=offset, **_plain(self.head))
+        right = {m: x for name in self.head.right for m, x in parts[name].A.items()}
+        left = {m: x for name in self.head.left for m, x in parts[name].B.items()}
+        job = Job(start=start, offset=offset, right=right, left=left, correction=correction, **_plain(self.head))
         _check_sketch(job)
+        _check_scales(job)
+        if why := why_no_projection(job) or why_rows_cannot_stay(job):
+            raise WireError(f"a job cannot be done as it came: {why}")
         return job
 
     def digest(self, job: Job) -> str:
         """The `job_hash` of this job, made of the names of its parts: `read_job` has verified those."""
-        return job_hash(job, start=self.head.start, offset=self.head.offset)
+        return job_hash(job, **self.head_parts)
 
 
 class JobEncoder:
@@ -73,10 +82,8 @@ class JobEncoder:
     def job(self, job: Job, parts: Mapping[str, FlatAdapter], missing: Mapping[str, FlatAdapter]) -> RecordDict:
         """The message of a job, with those parts that its client lacks."""
         sent = {part.name: part.content for part in missing.values()}
-        start, offset = part_names(parts)
         sizes = tuple((name, len(content)) for name, content in sent.items())
-        named = {"start": start, "offset": offset, "sent": sizes, "agreement": self._agreement}
-        head = build(JobHead, **_plain(job), **named)
+        head = build(JobHead, **_plain(job), **part_names(parts), sent=sizes, agreement=self._agreement)
         return pack(head, self._array(sent))
 
     def _array(self, sent: Mapping[str, bytes]) -> ArrayRecord | None:
@@ -96,6 +103,14 @@ def read_job(message: RawMessage) -> IncomingJob:
     return IncomingJob(head, {name: _verified(name, piece) for (name, _), piece in zip(head.sent, pieces, strict=True)})
 
 
+def _whole(parts: Mapping[str, LoRA], names: Sequence[str]) -> LoRA:
+    """The adapter whose sides are in these parts; where two have the same matrix, it is the first one's."""
+    whole = LoRA()
+    for name in names:
+        whole = whole.over(parts[name])
+    return whole
+
+
 def _check_sketch(job: Job) -> None:
     """Refuse a sketch of rows that the job's own factors do not have."""
     for module, rows in job.sketch.items():
@@ -103,6 +118,12 @@ def _check_sketch(job: Job) -> None:
         if a is None or max(rows) >= len(a):
             found = 0 if a is None else len(a)
             raise WireError(f"a sketch names row {max(rows)} of {module}; the job's A has {found} rows")
+
+
+def _check_scales(job: Job) -> None:
+    """Refuse scales of heads where no head is trained and sent with them, or not in every step."""
+    if job.scales and not holds_scales(job):
+        raise WireError("a job has scales trained with a core R, and trains none, keeps it, or trains it in turn")
 
 
 def _verified(name: str, content: bytes) -> FlatAdapter:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fedlora.errors import WireError
+from fedlora.errors import ConfigError, WireError
 
 FORM = "safetensors"  # of an array's bytes
 RUN = "[a-z0-9-]{0,40}"
@@ -121,6 +121,8 @@ def _validated(message: RawMessage, kind: Any, name: str) -> Any:
         return _adapter(kind).validate_json(message.head, strict=True)
     except ValidationError as e:
         raise WireError(_first(e, name)) from e
+    except ConfigError as e:  # of settings that contradict themselves
+        raise WireError(printable(f"a message is no {name}: {e}")) from e
 
 
 def _first(error: ValidationError, name: str) -> str:

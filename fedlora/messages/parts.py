@@ -8,12 +8,21 @@ job and not sent: a frozen A crosses the wire once, a residual once.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
+from typing import Any
 
 import torch
 
 from fedlora.jobs import Job, Update
 from fedlora.lora import SIDES, LoRA, map_factors
 from fedlora.tensors import by_name, from_bytes, number_bytes, to_adapter, to_bytes
+
+ALWAYS = (  # the fields of a Job that are in its hash whatever they are; newer ones are only where they are set
+    *("trains", "shares", "sketch", "gain", "resumes", "example_clip", "overrides", "lr_factor", "privacy", "metrics"),
+    *("upload", "feedback", "training", "seed", "round", "rounds"),
+)
+IN_PARTS = ("start", "offset", "right", "left", "correction")  # fields of a Job that travel as parts, each by its own
+NEWER = ("loss", "regulariser")  # training settings that are in it only where they are set
+APART = (*IN_PARTS, "masking")  # hashed as parts, or not at all
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +54,31 @@ def content_hash(content: bytes) -> str:
     return sha256(content).hexdigest()
 
 
-def job_hash(job: Job, *, start: Sequence[str], offset: Sequence[str]) -> str:
+def job_hash(job: Job, *, start: Sequence[str], offset: Sequence[str], **later: Sequence[str]) -> str:
     """A hash of the work that a job asks for: jobs with the same hash have the client do the same.
 
-    `start` and `offset` are the names of the parts that the job's start and its offset are made of, in their order.
+    `start`, `offset` and the others are the names of the parts of these fields, in their order (see `part_names`).
     What may differ between two attempts at the same round is left out: the mask, and how many charges the server knows.
+    A job has the hash that older versions gave it, by which a ledger may have charged it, unless it sets a newer field.
     """
-    asked = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("start", "offset", "masking")}
-    asked["training"] = asdict(job.training)
+    others = [(name, tuple(names)) for name, names in sorted(later.items()) if names]
+    asked = sorted(_asked(job).items())
+    return sha256(repr((asked, tuple(start), tuple(offset), *others)).encode()).hexdigest()
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """The fields of a job that its hash is made of, but for those that travel as parts."""
+    untouched = Job(job.start)
+    named = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in APART}
+    asked = {name: value for name, value in named.items() if name in ALWAYS or value != getattr(untouched, name)}
+    asked["training"] = {key: value for key, value in asdict(job.training).items() if value or key not in NEWER}
     asked["privacy"] = job.privacy and asdict(job.privacy) | {"known": 0}
-    return sha256(repr((sorted(asked.items()), tuple(start), tuple(offset))).encode()).hexdigest()
+    return asked
 
 
 def hash_parts_and_job(job: Job) -> str:
     """The `job_hash` of a job that came in no message, so that its parts have to be hashed here."""
-    start, offset = part_names(Parts().of(job))
-    return job_hash(job, start=start, offset=offset)
+    return job_hash(job, **part_names(Parts().of(job)))
 
 
 class Parts:
@@ -71,10 +89,18 @@ class Parts:
         self._made: dict[tuple[int, ...], tuple[tuple[object, ...], FlatAdapter]] = {}
 
     def of(self, job: Job) -> dict[str, FlatAdapter]:
-        """The parts of a job by where they belong: the sides of the start (`A`, `B`, `H`, ...), then `offset 0`, ..."""
+        """The parts of a job by where they belong: the sides of the start (`A`, `B`, `H`, ...), then `offset 0`, ...
+
+        Then come `right` and `left`, where the job asks for a projection, and `correction`, where it has one.
+        """
         sides = {s: self._part(job.start.only(s), *job.start.side(s).values()) for s in SIDES}
         offset = {f"offset {i}": self._part(lora, lora) for i, lora in enumerate(job.offset)}
-        return {where: part for where, part in (sides | offset).items() if part.nbytes}
+        others = {
+            "right": self._part(LoRA(A=job.right), *job.right.values()),
+            "left": self._part(LoRA(B=job.left), *job.left.values()),
+            "correction": self._part(job.correction, *(t for _, _, t in job.correction.matrices())),
+        }
+        return {where: part for where, part in (sides | offset | others).items() if part.nbytes}
 
     def _part(self, lora: LoRA, *objects: object) -> FlatAdapter:
         """The adapter as a part, made once for the same objects. These are kept, so that no others have their ids."""
@@ -84,11 +110,13 @@ class Parts:
         return self._made[key][1]
 
 
-def part_names(parts: Mapping[str, FlatAdapter]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the parts that a job's start is made of, and of those that its offset is made of."""
-    start = tuple(part.name for where, part in parts.items() if where in SIDES)
-    offset = tuple(part.name for where, part in parts.items() if where not in SIDES)
-    return start, offset
+def part_names(parts: Mapping[str, FlatAdapter]) -> dict[str, tuple[str, ...]]:
+    """The names of the parts that each field of a job is made of, by the fields in `IN_PARTS`."""
+    names: dict[str, tuple[str, ...]] = dict.fromkeys(IN_PARTS, ())
+    for where, part in parts.items():
+        field_name = "start" if where in SIDES else where.partition(" ")[0]
+        names[field_name] += (part.name,)
+    return names
 
 
 def payload(update: Update) -> tuple[list[str], int]:

@@ -5,7 +5,7 @@ knows of sketches: to them it is a job of lower rank. Where an update is to be m
 the server sees no single update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -22,12 +22,16 @@ def select_rows(job: Job) -> Job:
     if not job.sketch:
         return job
     rows = {m: list(chosen) for m, chosen in job.sketch.items()}
-    cut = LoRA(
-        A={m: job.start.A[m][chosen] for m, chosen in rows.items()},
-        B={m: job.start.B[m][:, chosen] for m, chosen in rows.items()},
-    )
     gain = {m: job.gain.get(m, 1.0) * job.start.A[m].shape[0] / len(chosen) for m, chosen in rows.items()}
-    return replace(job, start=cut.over(job.start), sketch={}, gain={**job.gain, **gain})
+    start, correction = _cut(job.start, rows), _cut(job.correction, rows)
+    return replace(job, start=start, correction=correction, sketch={}, gain={**job.gain, **gain})
+
+
+def _cut(lora: LoRA, rows: Mapping[str, list[int]]) -> LoRA:
+    """The adapter with these rows of A and columns of B alone, where it has them."""
+    A = {m: a[rows[m]] if m in rows else a for m, a in lora.A.items()}
+    B = {m: b[:, rows[m]] if m in rows else b for m, b in lora.B.items()}
+    return LoRA(A, B).over(lora)
 
 
 def scatter_rows(job: Job, lora: LoRA) -> LoRA:

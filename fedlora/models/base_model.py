@@ -1,5 +1,6 @@
 """The frozen base model and its tokenizer or image processor, from a folder, the hub or the package itself."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
@@ -16,9 +17,10 @@ from fedlora.seeds import seeded
 
 from . import quantization
 from .input_limits import vocabulary
-from .source import cached, readable, refuse_adapter, revision, source_of
+from .source import cached, readable, refuse_adapter, refuse_without_tokenizer, revision, source_of
 
 LOADED = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}  # endings of what transformers reads of a model
+LAYER = re.compile(r"\.(\d+)(?:\.|$)")  # in the name of a module that lies within a layer, of which there are several
 PROBLEMS = {  # in transformers' words, what a head is for
     "class": "single_label_classification",
     "number": "regression",
@@ -82,12 +84,43 @@ def decoder_inputs(net: Any) -> Callable[[Tensor], Tensor] | None:
 
 def head_modules(net: nn.Module, new: Sequence[str]) -> list[str]:
     """The modules that a classifier has beside its backbone, and any others that are new; none within another."""
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
-    prefix = getattr(net, "base_model_prefix", "")
-    backbone = prefix if prefix in sizes else max(sizes, key=lambda name: sizes[name])  # CLIP's has another name
-    beside = [name for name, size in sizes.items() if name != backbone and size]
+    sizes = _sizes(net)
+    beside = [name for name, size in sizes.items() if name != _backbone(net, sizes) and size]
     heads = sorted({*beside, *new})
     return [name for name in heads if not is_inside(name, heads)]
+
+
+def _sizes(net: nn.Module) -> dict[str, int]:
+    """The numbers in each module that a model consists of."""
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
+
+
+def _backbone(net: nn.Module, sizes: Mapping[str, int]) -> str:
+    """The module to which a head, or an output layer, is put."""
+    prefix = getattr(net, "base_model_prefix", "")
+    return prefix if prefix in sizes else max(sizes, key=lambda name: sizes[name])  # CLIP's has another name
+
+
+def _refuse_missing_layers(net: nn.Module, new: Sequence[str], source: str, *, has_head: bool) -> None:
+    """Raise `ModelError` for a checkpoint without weights for its layers, which would be drawn at random.
+
+    A classifier may lack some, as the encoder beside a decoder: these are trained whole, and a run says so.
+    """
+    backbone = _backbone(net, _sizes(net))
+    lacking = _layers(new, backbone)
+    every = _layers([name.rpartition(".")[0] for name, _ in net.named_parameters()], backbone)
+    if lacking and (lacking == every or not has_head):
+        raise ModelError(
+            f"model {source}: its files have no weights, or of another shape, for {min(lacking)}, of which it says to "
+            "consist; get them anew, or have transformers save them anew: names may begin with what does not belong "
+            "there, as module."
+        )
+
+
+def _layers(modules: Iterable[str], backbone: str) -> set[str]:
+    """The layers of a backbone in which these modules lie, by the name up to the layer's number."""
+    found = (LAYER.search(name) for name in modules if is_inside(name, [backbone]))
+    return {match.string[: match.end(1)] for match in found if match}
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -103,9 +136,8 @@ def device(config: ModelConfig) -> torch.device:
 
 
 def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, Any, list[str]]:
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig
 
-    processor_class = AutoImageProcessor if schema.kind == "image" else AutoTokenizer
     where = {**revision(config), **cached(source), "trust_remote_code": False}  # no code that comes with a model
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **where, **_classes(schema)}
     options["use_safetensors"] = True  # the other format is pickle, which is code
@@ -118,12 +150,12 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
             f"model {source} is of the architecture {checkpoint.model_type}, of which transformers has no "
             f"{model_class.__name__}; choose another model"
         )
-    with readable(config.path or source, "the image processor" if schema.kind == "image" else "the tokenizer"):
-        processor = processor_class.from_pretrained(source, **where)
+    processor = _processor(config, schema, source, where)
     load = partial(model_class.from_pretrained, source, output_loading_info=True, **options)
     with readable(config.path or source, "the weights"):
         net, new = _pretrained(config, schema, load)
     refuse_adapter(net, source)
+    _refuse_missing_layers(net, new, source, has_head=schema.has_head)
     if schema.kind != "image":
         _pad(net, processor)
     if new and not schema.has_head:
@@ -132,6 +164,19 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
             f"say with data.label which column holds the classes, as {', '.join(schema.columns)} alone is text"
         )
     return net, processor, new
+
+
+def _processor(config: ModelConfig, schema: Schema, source: str, where: Mapping[str, Any]) -> Any:
+    """The model's image processor, or its tokenizer."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    image_processor: Any = AutoImageProcessor  # untyped
+    if schema.kind == "image":
+        with readable(config.path or source, "the image processor"):
+            return image_processor.from_pretrained(source, **where)
+    refuse_without_tokenizer(source)
+    with readable(config.path or source, "the tokenizer"):
+        return AutoTokenizer.from_pretrained(source, **where)
 
 
 def _model_class(config: ModelConfig, schema: Schema, source: str, checkpoint: Any) -> Any:

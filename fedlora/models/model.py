@@ -18,17 +18,22 @@ from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import ModelError, StrategyError
 from fedlora.lora import LoRA, Side, at_least_float32
 from fedlora.metrics import Metrics
-from fedlora.sections import LoRAConfig, ModelConfig
+from fedlora.own_code import find_own
+from fedlora.sections import LoRAConfig, ModelConfig, Training
 
 from . import adapter, base_model, behaviour, class_order, input_limits, probe, quantization
 from .adapted_modules import coverage, find_targets, reach_notes
 from .adapter import NAME, PREFIX
+from .cores import HeadScales, check_core, core_layer, folded
 from .objectives import answer_log_probabilities, network_inputs, objective
 from .offset import Offset
+from .own_objective import losses_by_example, with_own_loss, with_own_metric
+from .source import base_name
 
 MIXED_TYPES = re.compile("dtype|scalar type|[Ii]nput type|Half|BFloat16")  # in torch's errors
 REFUSALS = {
-    "dora": "takes no offset: its magnitudes are those of W + s B A, and would scale what else is added to W",
+    "dora": "takes no offset: its magnitudes are those of W + s B A, and would scale what else is added to W; nor a "
+    "core, which their norms would leave out",
     "vera": "takes no offset, core or gain: a client trains two vectors a module, beside A and B that are fixed",
 }
 
@@ -46,6 +51,7 @@ class Model:
         self.device, self.dtype = base_model.device(config), config.dtype
         net, self.processor, new = base_model.load_base_model(config, self.schema, seed)
         self.fingerprint = base_model.fingerprint(net)
+        self.base_name = base_name(config, self.fingerprint)
         limits = input_limits.input_limits(net, self.processor, schema)
         decoder_inputs = None if schema.has_head else base_model.decoder_inputs(net)
         encoder_decoder = decoder_inputs is not None
@@ -79,6 +85,7 @@ class Model:
             "A": adapter.side("A", self.adapted),
             "B": adapter.side("B", self.adapted),
             "R": {},
+            "S": {},  # the scales of R's heads, of a job that trains them: in no adapter, as R is read with them
             "H": {**self.heads, **self.extras},
         }
         # A weight in half precision, or quantised, would swallow small residuals: there they stay beside it.
@@ -98,14 +105,14 @@ class Model:
     @property
     def size(self) -> int:
         """The count of numbers in the base model, without the adapter and the second copy that PEFT makes of a head."""
-        return sum(map(quantization.numbers, self.net.parameters())) - sum(p.numel() for p in self._parameters())
+        return sum(map(quantization.numbers, self.net.parameters())) - sum(p.numel() for p in self.parameters_of())
 
     @property
     def adapter_dtype(self) -> torch.dtype:
         """The type of the factors' numbers: float32, whatever the base is in."""
         return next(iter(self._sides["A"].values())).dtype
 
-    def _parameters(self, sides: str = "ABRH") -> list[nn.Parameter]:
+    def parameters_of(self, sides: str = "ABRSH") -> list[nn.Parameter]:
         """The parameters of these sides of the adapter, in a fixed order."""
         chosen = [parameters.values() for side, parameters in self._sides.items() if side in sides]
         return list(chain.from_iterable(chosen))
@@ -117,7 +124,7 @@ class Model:
         and the activations of a batch of the longest examples. The copy of weights that an offset is folded into is
         not counted.
         """
-        trained = {id(p) for p in self._parameters()}
+        trained = {id(p) for p in self.parameters_of()}
         base_tensors = [t for t in (*self.net.parameters(), *self.net.buffers()) if id(t) not in trained]
         base_bytes = sum(t.numel() * t.element_size() for t in base_tensors)
         return int(base_bytes + 16 * self._trained_numbers(rank) + self._activation_bytes(batch_size))
@@ -145,28 +152,40 @@ class Model:
         return int(tokens * (17 * width * self.net.dtype.itemsize + scores))
 
     def get_adapter(self) -> LoRA:
-        """A copy of the adapter on the CPU: A (r, d_in), B (d_out, r), core R (r, r) if there is one, and head H."""
-        return LoRA(**{side: _copies(parameters) for side, parameters in self._sides.items()})
+        """A copy of the adapter on the CPU: A (r, d_in), B (d_out, r), core R if there is one, and head H.
+
+        Where the heads of R have scales, each is in its head.
+        """
+        sides = {side: _copies(parameters) for side, parameters in self._sides.items()}
+        scales = sides.pop("S")
+        sides["R"] |= {name: folded(sides["R"][name], scale) for name, scale in scales.items()}
+        return LoRA(**sides)
 
     def set_adapter(
-        self, lora: LoRA, offset: tuple[LoRA, ...] = (), gain: Mapping[str, float] = MappingProxyType({})
+        self,
+        lora: LoRA,
+        offset: tuple[LoRA, ...] = (),
+        gain: Mapping[str, float] = MappingProxyType({}),
+        *,
+        scales: bool = False,
     ) -> None:
         """Replace the adapter by this one, over the pretrained weights plus the offset; module m's s is times gain[m].
 
-        A side of A, B and H that `lora` lacks stays as it is; cores, gains and the offset are those of this call alone.
+        With `scales` the heads of the cores have scales of 1, which are the side S to `set_trainable`. A side of A, B
+        and H that `lora` lacks stays as it is; cores, scales, gains and the offset are those of this call alone.
         Raises `StrategyError` for what this model, or this kind of adapter, cannot take.
         """
         if lora.D:
             offset = (*offset, LoRA(D=lora.D))
-        self._refuse_what_the_kind_lacks(offset=any(offset), core_or_gain=bool(lora.R or gain))
+        self._refuse_what_the_kind_lacks(offset=any(offset), core=bool(lora.R), gain=bool(gain))
         for letter in "ABH":
             self._replace_side(letter, lora.side(letter))
         if self.kind != "vera":
-            self._set_scales_and_cores(lora.R, gain)
+            self._set_gains_and_cores(lora.R, gain, scales=scales)
         self.offset.set(offset)
 
-    def _refuse_what_the_kind_lacks(self, *, offset: bool, core_or_gain: bool) -> None:
-        impossible = {"lora": False, "dora": offset, "vera": offset or core_or_gain}
+    def _refuse_what_the_kind_lacks(self, *, offset: bool, core: bool, gain: bool) -> None:
+        impossible = {"lora": False, "dora": offset or core, "vera": offset or core or gain}
         if impossible[self.kind]:
             raise StrategyError(f"lora.kind = {self.kind} {REFUSALS[self.kind]}; choose lora.kind = lora")
 
@@ -177,13 +196,15 @@ class Model:
                 p.data = self._fitting(letter, name, given).to(p.device, p.dtype, copy=True)
 
     def check_fit(self, lora: LoRA) -> None:
-        """Raise `StrategyError` where `set_adapter` would for these matrices of A, B and H, and for unlike ranks."""
+        """Raise `StrategyError` where `set_adapter` would for these matrices, and for unlike ranks."""
         for letter in "ABH":
             given = lora.side(letter)
             for name in self._sides[letter] if given else ():
                 self._fitting(letter, name, given)
         for name in lora.A.keys() & lora.B.keys() if self.kind != "vera" else ():
             _check_ranks(name, lora.A[name], lora.B[name])
+        for name in lora.R.keys() & lora.A.keys():
+            check_core(name, lora.R[name], lora.A[name])
 
     def keep_offset_beside(self) -> None:
         """Let offsets be computed beside the pretrained weights, and none be folded into them, from here on."""
@@ -194,12 +215,18 @@ class Model:
         """The names of the modules that have a matrix of their own on this side."""
         return frozenset(self._sides.get(side, {}))
 
+    def trained(self, sides: str) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Yield the letter of the side, the name of the module and the parameter, of these sides in a fixed order."""
+        for side, parameters in self._sides.items():
+            if side in sides:
+                yield from ((side, module, p) for module, p in parameters.items())
+
     def set_trainable(self, sides: str) -> list[nn.Parameter]:
         """Let gradients reach these sides alone, and return their parameters in a fixed order."""
         for p in self.net.parameters():
             p.requires_grad_(False)
             p.grad = None
-        chosen = self._parameters(sides)
+        chosen = self.parameters_of(sides)
         for p in chosen:
             p.requires_grad_(True)
         return chosen
@@ -238,11 +265,37 @@ class Model:
         """The loss summed over the targets of a batch."""
         return self.objective.losses(*self.logits(batch)).sum()
 
+    @contextmanager
+    def learning(self, training: Training, *, private: bool = False) -> Iterator[None]:
+        """Within the block the model's loss is that of the settings, where they name one of the user's own.
+
+        In a `private` step that loss sees one example at a time. Raises `ConfigError` where it cannot be imported.
+        """
+        before = self.objective
+        if training.loss:
+            function = find_own("train.loss", training.loss)
+            self.objective = with_own_loss(before, training.loss, function, one_by_one=private)
+        try:
+            yield
+        finally:
+            self.objective = before
+
+    @contextmanager
+    def measuring(self, target_metric: str) -> Iterator[None]:
+        """Within the block what is measured has a figure of the user's own besides, where its path is given."""
+        before = self.objective
+        if target_metric:
+            self.objective = with_own_metric(before, target_metric, find_own("eval.target_metric", target_metric))
+        try:
+            yield
+        finally:
+            self.objective = before
+
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Each example's mean loss over its own targets: (examples,)."""
         scores, targets = self.logits(batch)
         examples = len(batch["labels"]) // self.objective.rows
-        by_target = self.objective.losses(scores, targets).view(examples, -1)
+        by_target = losses_by_example(self.objective, scores, targets, examples)
         return by_target.sum(1) / self.objective.counted(targets).view(by_target.shape).sum(1).clamp(min=1)
 
     def targets(self, examples: Sequence[Example]) -> int:
@@ -289,20 +342,21 @@ class Model:
             for p, is_trainable in trainable:
                 p.requires_grad_(is_trainable)
 
-    def _set_scales_and_cores(self, cores: Side, gain: Mapping[str, float]) -> None:
-        """Set the scale of every module's product and the core between its A and B, once A and B are set."""
+    def _set_gains_and_cores(self, cores: Side, gain: Mapping[str, float], *, scales: bool) -> None:
+        """Set the factor on every module's product and the core between its A and B, once A and B are set."""
         while self._hooks:
             self._hooks.pop().remove()
-        self._sides["R"] = {}
+        self._sides["R"], self._sides["S"] = {}, {}
         for name, layer in self.adapted.items():
             a, b = layer.lora_A[NAME], layer.lora_B[NAME].weight
             _check_ranks(name, a.weight, b)
             layer.scaling[NAME] = self.scales[name] * gain.get(name, 1.0)
-            layer.lora_R = None
-            if name in cores:
-                layer.lora_R = _core(name, cores[name], a.weight)
-                self._sides["R"][name] = layer.lora_R.weight
-                self._hooks.append(a.register_forward_hook(lambda _m, _x, y, core=layer.lora_R: core(y)))
+            layer.lora_R = core_layer(name, cores[name], a.weight) if name in cores else None
+            layer.lora_S = HeadScales(layer.lora_R.weight) if name in cores and scales else None
+            for letter, between in (("R", layer.lora_R), ("S", layer.lora_S)):
+                if between is not None:
+                    self._sides[letter][name] = between.weight
+                    self._hooks.append(a.register_forward_hook(lambda _m, _x, y, between=between: between(y)))
 
     def _fitting(self, letter: str, name: str, given: Side) -> Tensor:
         """The given matrix of this module; raises `StrategyError` if there is none, or one of another shape.
@@ -347,16 +401,6 @@ def _heads(net: nn.Module) -> dict[str, nn.Parameter]:
 def _magnitudes(adapted: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     """DoRA's magnitudes, (d_out,) a module."""
     return {f"{m}.lora_magnitude_vector": layer.lora_magnitude_vector[NAME].weight for m, layer in adapted.items()}
-
-
-def _core(name: str, given: Tensor, a: Tensor) -> nn.Linear:
-    """A layer for the core (r, r); raises `StrategyError` if A has another rank."""
-    r = a.shape[0]
-    if given.shape != (r, r):
-        raise StrategyError(f"R of {name}: got {tuple(given.shape)}, with this A the model takes {(r, r)}")
-    core = nn.Linear(r, r, bias=False, device="meta")  # elsewhere it would draw from the run's generator
-    core.weight = nn.Parameter(given.to(a.device, a.dtype, copy=True))
-    return core
 
 
 def _patches(shape: Any) -> int:

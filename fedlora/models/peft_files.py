@@ -26,6 +26,7 @@ from . import base_model
 from .adapter import NAME, PREFIX, layers, quiet, tied
 from .model import Model
 
+CARD = "README.md"  # the model card of a folder that is shared
 SHARED = (f".vera_A.{NAME}", f".vera_B.{NAME}")
 LETTERS = {"lora_A": "A", "lora_B": "B", "vera_lambda_d": "A", "vera_lambda_b": "B"}
 SEED = 2**31 - 1  # not the run's, so that a head that the export has forgotten gives other logits
@@ -60,6 +61,7 @@ def _amiss(model: Model, net: Any) -> str:
     written, put = cast(Any, get_peft_model_state_dict), cast(Any, set_peft_model_state_dict)
     with _as_written(model, model.get_adapter()) as config:
         state = written(model.net, save_embedding_layers=False)
+    config.base_model_name_or_path = None  # else PEFT warns that this is another model
     with torch.device("meta"), quiet():
         loaded = get_peft_model(type(net)(net.config), config, low_cpu_mem_usage=True)
     found = put(loaded, state, low_cpu_mem_usage=True)
@@ -102,24 +104,26 @@ def _with_adapter(net: nn.Module, folder: Path) -> Any:
         return loaded.from_pretrained(net, str(folder))
 
 
-def save_peft(model: Model, lora: LoRA, folder: Path) -> None:
+def save_peft(model: Model, lora: LoRA, folder: Path, rank: int = 0) -> None:
     """Write the adapter to `folder` as PEFT does, at whatever rank it has and with every module's s as in the run.
 
-    All modules get one rank and one alpha, for readers that know no more: see `_uniform`. It is written beside the
-    folder first, and each file then put in place whole, whatever lies there. Raises `OSError` or `SafetensorError`.
+    All modules get one rank, of `rank` or more, and one alpha, for readers that know no more: see `_uniform`. The base
+    goes by `model.base_name`, and PEFT's empty model card is left out. It is written beside the folder first, and each
+    file then put in place whole, whatever lies there. Raises `OSError` or `SafetensorError`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _as_written(model, lora), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+    with _as_written(model, lora, rank), TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         model.net.save_pretrained(beside, save_embedding_layers=False)  # they are the base's, as they were
+        (Path(beside) / CARD).unlink(missing_ok=True)  # it names the base by its folder here
         _put_in_place(Path(beside), folder)
 
 
 @contextmanager
-def _as_written(model: Model, lora: LoRA) -> Iterator[Any]:
+def _as_written(model: Model, lora: LoRA, rank: int = 0) -> Iterator[Any]:
     """Have the adapter in the model as it is to be written, with the configuration for that, inside a `with`."""
     if model.kind != "vera":
         lora = compact(lora)
-    written = lora if model.kind == "vera" else _uniform(model, lora)
+    written = lora if model.kind == "vera" else _uniform(model, lora, rank)
     model.set_adapter(written)
     peft_configs: Any = model.net.peft_config
     of_the_run = peft_configs[NAME]
@@ -131,12 +135,13 @@ def _as_written(model: Model, lora: LoRA) -> Iterator[Any]:
         model.set_adapter(lora)
 
 
-def _uniform(model: Model, lora: LoRA) -> LoRA:
+def _uniform(model: Model, lora: LoRA, least: int = 0) -> LoRA:
     """The same product with one rank in all modules, by rows of A and columns of B that are zero, and with one s.
 
-    PEFT reads patterns of ranks and alphas; other readers take one alpha, and some take one rank.
+    The rank is the largest that a module has, or `least`. PEFT reads patterns of ranks and alphas; other readers take
+    one alpha, and some take one rank.
     """
-    rank, s = max(a.shape[0] for a in lora.A.values()), _largest_s(model)
+    rank, s = max(least, *(a.shape[0] for a in lora.A.values())), _largest_s(model)
     A = {m: F.pad(a, (0, 0, 0, rank - a.shape[0])) for m, a in lora.A.items()}
     B = {m: F.pad(b, (0, rank - b.shape[1])) for m, b in lora.B.items()}
     return replace(lora, A=A, B={m: b if model.scales[m] == s else b * (model.scales[m] / s) for m, b in B.items()})
@@ -159,6 +164,7 @@ def _config_of(model: Model, lora: LoRA) -> Any:
     """PEFT's configuration of this adapter: the run's, with the adapter's own ranks and an alpha that keeps each s."""
     config: Any = copy(model.net.peft_config[NAME])
     config.inference_mode = True
+    config.base_model_name_or_path, config.revision = str(model.base_name), model.base_name.revision or None
     if model.kind == "vera":
         return config
     config.r = max(a.shape[0] for a in lora.A.values())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,37 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedlora.errors import ModelError
+from fedlora.lfs import is_lfs_pointer
 from fedlora.sections import ModelConfig
 
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded default
 MERGE = "fedlora export RUN --as merged"
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")  # files of some tokenizer
 SAID = 300  # characters of what transformers says in an error
+FINGERPRINT = "fedlora-fingerprint:"  # before one; no hub id has a colon, so nobody can put a model there
+
+
+@dataclass(frozen=True)
+class BaseName:
+    """What a base model is called where others read of it: never by the folder in which it lies here."""
+
+    hub_id: str  # empty for a folder that is not the hub's own cache
+    revision: str  # of the hub's; empty: the newest
+    fingerprint: str  # as `base_model.fingerprint` has it
+
+    def __str__(self) -> str:
+        return self.hub_id or f"{FINGERPRINT}{self.fingerprint}"
+
+
+def base_name(config: ModelConfig, fingerprint: str) -> BaseName:
+    """The name of a base model with this fingerprint; a folder in the hub's cache is known by its hub id."""
+    folder = Path(config.path).expanduser()
+    if config.path and not folder.is_dir():
+        return BaseName(config.path, config.revision, fingerprint)
+    cached_model, snapshots, commit = ("", "", "", *folder.absolute().parts)[-3:]
+    if snapshots == "snapshots" and cached_model.startswith("models--"):
+        return BaseName(cached_model.removeprefix("models--").replace("--", "/"), commit, fingerprint)
+    return BaseName("", "", fingerprint)
 
 
 def source_of(path: str) -> str:
@@ -49,7 +76,19 @@ def _no_model(folder: Path) -> str:
             "it could not be loaded, as its weights are in .bin files alone, which are pickles and may hold code; "
             "have transformers save it anew as safetensors"
         )
+    if any(map(is_lfs_pointer, folder.glob("*.safetensors"))):
+        return "its weights are pointers of Git LFS, and not the files themselves; run git lfs pull in its folder"
     return ""
+
+
+def refuse_without_tokenizer(source: str) -> None:
+    """Raise `ModelError` for a folder in which no file is a tokenizer's."""
+    folder = Path(source)
+    if folder.is_dir() and not any(path for name in TOKENIZERS for path in folder.glob(name)):
+        raise ModelError(
+            f"model {source}: the folder has no tokenizer; put that of the model beside its weights (tokenizer.json "
+            "and tokenizer_config.json, as save_pretrained of transformers writes them)"
+        )
 
 
 def _adapter_words(base: str) -> str:
@@ -62,11 +101,12 @@ def _adapter_words(base: str) -> str:
 
 
 def _base_of_adapter(file: Path) -> str:
-    """The base model that an adapter's configuration names; empty where it cannot be read."""
+    """The base model that an adapter's configuration names; empty where it names none that could be loaded."""
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "")
+        named = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "")
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+    return "" if named.startswith(FINGERPRINT) else named
 
 
 def refuse_adapter(net: Any, source: str) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Charge, Client, Job
+from fedlora.jobs import Charge, Client, Job, shared_start
 from fedlora.lora import LoRA, difference, euclidean_norm, from_matrices
 from fedlora.sections import PrivacyConfig
 from fedlora.seeds import derive
@@ -71,7 +71,7 @@ class ClippedSum:
 
     def add(self, job: Job, update: LoRA) -> None:
         """Add one client's update, clipped; one that is not finite counts as zero."""
-        delta = difference(update, job.start)
+        delta = difference(update, shared_start(job))
         norm = euclidean_norm(delta)
         self.below += 0.5 if norm <= self.clip else -0.5
         if not isfinite(norm):

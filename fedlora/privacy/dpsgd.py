@@ -11,6 +11,9 @@ C_A and C_H with C_A^2 + C_H^2 = C^2, as a fresh head's gradient would take near
 still one release of sensitivity C. The divisor is q N and not the size of the batch; a step without any record is noise
 alone.
 
+Where sides are trained in turn, g_j is of the sides of the step, and these alone are noised: still one release of
+sensitivity C a step, whatever its sides. A filter on the noised sum is post-processing.
+
 Dropout is drawn in secret too. Which mask a record meets depends on the other records in its batch: to an adversary who
 knew the masks, one record more or less would change the gradients of all after it, and the sum by more than C.
 """
@@ -28,6 +31,7 @@ from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job, PrivacyTerms
 from fedlora.lora import LoRA, at_least_float32
 from fedlora.models import optimizer
+from fedlora.models.added_gradients import added_gradients
 from fedlora.models.model import Model
 from fedlora.seeds import derive
 
@@ -143,24 +147,29 @@ def train(
     """
     privacy = privacy_of(job)
     parameters = [p for side in sides.values() for p in side]
-    start = [p.detach().clone() for p in parameters]
+    added = added_gradients(model, job)
     expected_batch = privacy.rate * len(records)
     random = mechanism.source(job, client, privacy)
     steps = optimizer.make(job.training, model, sides)
     model.net.train()
     mechanism.watch(model.get_adapter)
-    with secret_draws(random.key()), mechanism.engine(model, parameters, privacy)(model, parameters) as gradients:
-        for step in range(privacy.steps):
-            optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
-            examples = draw_examples(records, mechanism, random, rate=privacy.rate)
-            batches = model.encoder.batches(examples, job.training.batch_size)
-            sums = clipped_sum(gradients, parameters, batches, sides, job, mechanism)
-            for p, total in zip(parameters, sums, strict=True):
-                noisy = mechanism.add_noise(total, deviation=privacy.noise * privacy.clip, random=random)
-                p.grad = (noisy / expected_batch).to(p.dtype)
-            optimizer.add_proximal_gradient(parameters, start, job.training.prox)
-            steps.step()
-            steps.zero_grad()
+    with secret_draws(random.key()):
+        for turn, stretch in job.stretches(privacy.steps):
+            now = optimizer.turn_to(model, sides, job, turn)
+            trained = [p for side in now.values() for p in side]
+            with mechanism.engine(model, trained, privacy)(model, trained) as gradients:
+                for step in stretch:
+                    optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
+                    examples = draw_examples(records, mechanism, random, rate=privacy.rate)
+                    batches = model.encoder.batches(examples, job.training.batch_size)
+                    sums = clipped_sum(gradients, trained, batches, now, job, mechanism)
+                    for p, total in zip(trained, sums, strict=True):
+                        noisy = mechanism.add_noise(total, deviation=privacy.noise * privacy.clip, random=random)
+                        p.grad = (noisy / expected_batch).to(p.dtype)
+                    added.add()
+                    optimizer.smooth_gradients(now, job.smoothing)  # of what is noised: post-processing
+                    steps.step()
+                    steps.zero_grad()
     refuse_infinite(parameters, job)
 
 

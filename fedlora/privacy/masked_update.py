@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.errors import PrivacyError, SecureError
-from fedlora.jobs import Job, MaskingTerms, SecAggStep, Update
+from fedlora.jobs import Job, MaskingTerms, SecAggStep, Update, shared_start
 from fedlora.lora import SIDES, difference
 
 from .secure_aggregation import Keys, Ring, Roster
@@ -42,7 +42,7 @@ def layout(job: Job) -> list[Place]:
 
     Modules are sorted, so that server and client have the same order, however the job reached each.
     """
-    shared = job.start.only(job.shares)
+    shared = shared_start(job)
     return [(s, m, shared.side(s)[m].shape) for s in SIDES for m in sorted(shared.side(s))]
 
 
@@ -66,7 +66,7 @@ def vector(job: Job, update: Update) -> NDArray[np.float64]:
     if it may be sent; then, with a clip, +1/2 or -1/2 for whether the norm was within it.
     """
     terms = masking_terms(job)
-    change = difference(update.lora, job.start)
+    change = difference(update.lora, shared_start(job))
     delta = torch.cat([change.side(s)[m].flatten() for s, m, _ in layout(job)])
     extras = [_share_of_loss(update.loss or 0.0)] if job.metrics else []
     if terms.clip:

@@ -22,6 +22,7 @@ from fedlora.encoding.encoder import Encoder, Example
 from fedlora.errors import PrivacyError
 from fedlora.kernels.replaced import forward_of
 from fedlora.lora import at_least_float32
+from fedlora.models.cores import BlockDiagonal, times_blocks
 
 Gradients = list[Tensor]  # one tensor a parameter, (examples, *shape), float32 or wider
 GradientFn = Callable[[Sequence[Example]], Gradients]
@@ -244,6 +245,12 @@ def _layer_norm(module: Any, check: Callable[[Tensor], None], keep: Keep, x: Ten
     return out
 
 
+def _block_diagonal(module: nn.Module, check: Callable[[Tensor], None], keep: Keep, x: Tensor) -> Tensor:
+    check(x)
+    out: Tensor = _BlockDiagonal.apply(x, module.weight, keep)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _Linear(torch.autograd.Function):
     """A linear layer that passes each example's G^T X to `keep`, and gives its parameters no gradient of the batch.
 
@@ -292,4 +299,25 @@ class _Affine(torch.autograd.Function):
         return g * weight if wanted else None, None, None, None
 
 
-LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}
+class _BlockDiagonal(torch.autograd.Function):
+    """A core in blocks on its diagonal, with each example's gradient passed to `keep` likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Tensor, keep: Keep) -> Tensor:
+        ctx.keep = keep
+        ctx.save_for_backward(x, blocks)
+        return times_blocks(x, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, blocks) = grads, ctx.saved_tensors
+        gs, xs = (t.reshape(len(t), -1, *blocks.shape[:2]) for t in (g, x))  # (n, tokens, h, k)
+        ctx.keep(torch.einsum("nthl,nthk->nhlk", gs, xs), None)
+        return times_blocks(g, blocks.transpose(1, 2)) if ctx.needs_input_grad[0] else None, None, None
+
+
+LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    BlockDiagonal: _block_diagonal,
+}

@@ -24,6 +24,8 @@ from fedlora.jobs import Job
 from fedlora.kernels.dropout import without_dropout
 from fedlora.lora import LoRA, map_factors
 from fedlora.models.model import Model
+from fedlora.models.own_objective import OwnObjective, mixes_targets
+from fedlora.sections import Training
 from fedlora.seeds import seeded
 
 from . import dpsgd
@@ -39,6 +41,7 @@ OVER = {
     False: 1.1,
 }  # sensitivity allowed, over the clip, with weights of 32 bits or not: rounding adds to it
 _passed: WeakKeyDictionary[Model, dict[tuple[object, ...], "Findings"]] = WeakKeyDictionary()
+_mixed: WeakKeyDictionary[Model, dict[str, bool]] = WeakKeyDictionary()  # by the path of the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +80,26 @@ class Probe:
 
 
 def check_once(model: Model, job: Job) -> Findings:
-    """Return the findings of `check`, or those from when this model last had a job with the same sides and ranks."""
-    ranks = tuple(sorted({a.shape[0] for a in job.start.A.values()}))
-    key = (job.trains, dpsgd.privacy_of(job).engine, ranks)
+    """Return the findings of `check`, or those from when this model last had a job with the same sides and ranks.
+
+    Of a job that trains sides in turn, each turn is checked by itself; the findings are the largest.
+    """
+    found = [_check_once(model, replace(job, trains=sides, turns=())) for sides in job.each_turn]
+    return Findings(error=max(f.error for f in found), sensitivity=max(f.sensitivity for f in found))
+
+
+def _check_once(model: Model, job: Job) -> Findings:
+    key = (job.trains, dpsgd.privacy_of(job).engine, ranks(job.start), job.training.loss)
     passed = _passed.setdefault(model, {})
     if key not in passed:
         passed[key] = check(model, job)
     return passed[key]
+
+
+def ranks(start: LoRA) -> tuple[object, ...]:
+    """What tells one adapter's layers from another's: the ranks of its modules, and the shapes of its cores."""
+    cores = sorted({tuple(core.shape) for core in start.R.values()})
+    return (*sorted({a.shape[0] for a in start.A.values()}), *cores)
 
 
 def check(model: Model, job: Job, mechanism: Mechanism = STANDARD, engine: Engine | None = None) -> Findings:
@@ -92,12 +108,13 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD, engine: Engin
     What is checked is the given engine of single gradients, or else the one that the job names.
     Raises `PrivacyError`, naming the module, for a model that cannot be trained by DP-SGD.
     """
+    refuse_mixed_losses(model, job.training)
     model.net.train()
     _refuse_shared_statistics(model.net)
     with secret_draws(bytes(32)):  # what a job would find only after it was charged
         pass
     buffers = {name: b.clone() for name, b in model.net.named_buffers()}
-    with seeded(7), no_dropout(model.net):
+    with model.learning(job.training, private=True), seeded(7), no_dropout(model.net):
         model.set_adapter(random_start(job.start), gain=job.gain)
         sides = {side: model.set_trainable(side) for side in job.trains}
         parameters = model.set_trainable(job.trains)
@@ -106,6 +123,32 @@ def check(model: Model, job: Job, mechanism: Mechanism = STANDARD, engine: Engin
         findings = Findings(error=_error(probe), sensitivity=_sensitivity(probe))
     _refuse_changed_buffers(model.net, buffers)
     return findings
+
+
+def refuse_mixed_losses(model: Model, training: Training) -> None:
+    """Raise `PrivacyError` for a loss of the user's own that depends on other targets than its own."""
+    if mixes_losses(model, training):
+        raise PrivacyError(
+            f"train.loss = {training.loss} gives a target another loss beside others than alone, so that no clip "
+            "bounds what one record does; take a loss of each target by itself, or leave dp.epsilon and dp.noise out"
+        )
+
+
+@torch.no_grad()
+def mixes_losses(model: Model, training: Training) -> bool:
+    """Does a loss of the user's own give a target another loss beside others than alone, on made-up records?"""
+    if not training.loss:
+        return False
+    found = _mixed.setdefault(model, {})
+    if training.loss not in found:
+        with model.learning(training), seeded(7):
+            model.net.eval()
+            batch = model.encoder.collate(synthetic(model.encoder, RECORDS))
+            objective = model.objective
+            found[training.loss] = isinstance(objective, OwnObjective) and mixes_targets(
+                objective, *model.logits(batch)
+            )
+    return found[training.loss]
 
 
 def _refuse_changed_buffers(net: nn.Module, before: Mapping[str, Tensor]) -> None:

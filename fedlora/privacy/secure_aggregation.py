@@ -66,6 +66,26 @@ def fewest_members(colluders: int) -> int:
     return max(FEWEST, colluders + 2)
 
 
+def why_exposed(before: Collection[int], now: Collection[int], *, colluders: int) -> str:
+    """Why a second sum of a round may not be read, in a clause; empty where it may.
+
+    Where a round has two sums, each of a linear function of what its members trained (`Job.right`, `Job.left`), the
+    first over the members `before` and the second over `now`, the two together give a function of those that are gone:
+    with Y = sum_k B_k A_k W over `before` and Z = sum_k Q^T B_k A_k over `now`, Q^T Y - Z W is the sum of
+    Q^T B_k A_k W over those. So nobody may be gone, or as many as a sum must have.
+    """
+    gone, come = set(before) - set(now), set(now) - set(before)
+    fewest = fewest_members(colluders)
+    if come:
+        return f"members {sorted(come)} are in the round's second sum and not in its first"
+    if 0 < len(gone) < fewest:
+        return (
+            f"members {sorted(gone)} are in the round's first sum and not in its second, and from both sums together "
+            f"could be told what they trained: none may be missing, or {fewest} and more"
+        )
+    return ""
+
+
 def least_threshold(members: int, *, colluders: int) -> int:
     """Return how many shares a secret must take at least, where `colluders` members may be in league with the server.
 

@@ -7,15 +7,16 @@ from fedlora.messages.agreement import RunAgreement, agreed_settings
 
 from .compose import compose
 from .setup import ELSEWHERE, RunSetup
-from .sides import sides
+from .sides import asked_of_clients
 
 
 def agreement_for_clients(setup: RunSetup) -> RunAgreement:
     """What the server of this run says to its clients that it will ask of them."""
     flat = configuration.flatten(setup.config) | {"model.path": _model_name(setup.config.model.path)}
     plain = {key: ", ".join(value) if isinstance(value, list) else value for key, value in flat.items()}
-    trains, shares = sides(compose(setup.config, setup.start, setup.ranks), setup.config.rounds)
-    return RunAgreement(settings=agreed_settings(plain), trains=trains, shares=shares, base=setup.model.fingerprint)
+    strategy = compose(setup.config, setup.start, setup.ranks)
+    asked = asked_of_clients(strategy, setup.config.rounds, setup.config.lora.rank)
+    return RunAgreement(settings=agreed_settings(plain), **asked._asdict(), base=setup.model.fingerprint)
 
 
 def _model_name(path: str) -> str:

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from fedlora.lora import LoRA
 from fedlora.metrics import HEADLINES
 from fedlora.models.generation import GeneratedText, generate
 from fedlora.models.model import Model
+from fedlora.own_code import find_own
 from fedlora.sections import EvalConfig
 from fedlora.storage.files import write_durably
 from fedlora.text_scores import TextScore, extractor, score
@@ -108,19 +108,10 @@ def _check_extractor(name: str, expected: Sequence[str]) -> None:
 
 def own_metric(spec: str) -> tuple[str, OwnMetric]:
     """The name of a user's own score, and its function. Raises `ConfigError` where there is none."""
-    module, _, name = spec.partition(":")
+    name = spec.partition(":")[2]
     if name in OURS:
         raise ConfigError(f'eval.metric = "{spec}": "{name}" is the name of a figure of the run; give it another')
-    try:
-        function = getattr(import_module(module), name)
-    except Exception as e:  # whatever a user's module raises
-        raise ConfigError(
-            f'eval.metric = "{spec}" could not be imported: {e}; write it package.module:function, and run from the '
-            "folder it lies in, or add that to PYTHONPATH"
-        ) from e
-    if not callable(function):
-        raise ConfigError(f'eval.metric = "{spec}" is {type(function).__name__}, and no function')
-    return name, function
+    return name, find_own("eval.metric", spec)
 
 
 def _own_score(spec: str, metric: OwnMetric, generated: str, expected: str) -> float:

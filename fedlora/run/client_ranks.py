@@ -81,6 +81,12 @@ def ranks(spec: str, *, largest: int, clients: int, seed: int, memory: Callable[
     return SPECS[name](draw)
 
 
+def listed(spec: str) -> set[int]:
+    """The ranks that a spec deals in turn, known without a model; none of one that draws them or fits them."""
+    words = [] if ":" in spec else spec.split(",")
+    return {int(word) for word in map(str.strip, words) if word.isdecimal()}
+
+
 def _uniform(draw: RankSpec) -> list[int]:
     low, dash, high = draw.parameter.partition("-")
     if not dash:

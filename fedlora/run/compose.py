@@ -1,7 +1,7 @@
 """The strategy that a config names in its wrappers, refused where the combination has no meaning."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedlora.config import Config
 from fedlora.errors import PrivacyError, StrategyError
@@ -12,7 +12,9 @@ from fedlora.strategies.capped import Capped
 from fedlora.strategies.head import Head
 from fedlora.strategies.robust import Robust
 from fedlora.strategies.server_optimizer import ServerOptimizer
-from fedlora.strategy import Strategy, catalogue, load, title
+from fedlora.strategy import CatalogueEntry, Strategy, build_strategy, catalogue, load, title
+
+from .asynchronous import check_asynchronous
 
 QUANTIZED_CAP = 256  # rank of the offset's side adapter on a quantised base, where nothing can be folded away
 KINDS = {
@@ -29,13 +31,22 @@ def compose(config: Config, start: LoRA, ranks: Sequence[int] = ()) -> Strategy[
     `PrivacyError` for a strategy that needs single updates in a run that hides them.
     """
     strategy = load(config.strategy, **config.option)
-    check_kind_and_ranks(strategy, config.lora.kind, ranks)
-    if config.dp.by_client or config.secure.aggregation:
-        needs_sums_alone(strategy, config)
+    check_strategy(strategy, config, ranks)
     strategy = _around_the_offset(strategy, config, start, ranks)
     if start.H and config.model.head != "shared":
         strategy = Head(strategy, config.model.head)
     return _around_the_updates(strategy, config.aggregate)
+
+
+def check_strategy(strategy: Strategy[Any], config: Config, ranks: Collection[int] = ()) -> None:
+    """Raise `StrategyError` or `PrivacyError` where the strategy has no meaning under these settings.
+
+    `ranks` are those of the clients, as far as they are known.
+    """
+    check_kind_and_ranks(strategy, config.lora.kind, ranks)
+    check_asynchronous(strategy, config)
+    if config.dp.by_client or config.secure.aggregation:
+        needs_sums_alone(strategy, config)
 
 
 def _around_the_offset(strategy: Strategy[Any], config: Config, start: LoRA, ranks: Sequence[int]) -> Strategy[Any]:
@@ -90,13 +101,18 @@ def needs_sums_alone(strategy: Strategy[Any], config: Config) -> None:
         if strategy.needs_senders:
             needs = "to know which client sent which update"
         raise PrivacyError(f"{title(strategy)} needs {needs}, and {asked}; take {remedy}, or one of {others}")
+    if config.dp.by_client and strategy.exchanges > 1:
+        raise PrivacyError(
+            f"{title(strategy)} has two sums a round of projections of a product, and dp.level = client makes one "
+            "release a round, of what is a sum of changes; take dp.level = record, or secure.aggregation alone"
+        )
     if config.aggregate.robust != "none":
         raise PrivacyError(
             f"aggregate.robust = {config.aggregate.robust} compares the clients' updates, and {asked}; leave it out"
         )
 
 
-def check_kind_and_ranks(strategy: Strategy[Any], kind: str, ranks: Sequence[int] = ()) -> None:
+def check_kind_and_ranks(strategy: Strategy[Any], kind: str, ranks: Collection[int] = ()) -> None:
     """Raise `StrategyError` where the strategy has no meaning for this kind of adapter, or for ranks that differ."""
     if kind not in strategy.kinds:
         others = _names(lambda cls: kind in cls.kinds)
@@ -109,6 +125,16 @@ def check_kind_and_ranks(strategy: Strategy[Any], kind: str, ranks: Sequence[int
         )
 
 
-def _names(fits: Callable[[type[Strategy[Any]]], bool]) -> str:
-    """The strategies of the catalogue that fit, by name."""
-    return ", ".join(sorted(entry.name for entry in catalogue() if fits(entry.cls)))
+def _names(fits: Callable[[type[Strategy[Any]] | Strategy[Any]], bool]) -> str:
+    """The strategies of the catalogue that fit as they are, by name, and those that do with another option."""
+    found = []
+    for entry in catalogue():
+        found += [entry.name] if fits(entry.cls) else _with_a_choice(entry, fits)
+    return ", ".join(sorted(found))
+
+
+def _with_a_choice(entry: CatalogueEntry, fits: Callable[[type[Strategy[Any]] | Strategy[Any]], bool]) -> list[str]:
+    """The strategy with each option of few values under some of which it fits, and these: `x with form = a or b`."""
+    few = {name: get_args(kind) for name, kind in get_type_hints(entry.cls).items() if get_origin(kind) is Literal}
+    good = {name: [v for v in values if fits(build_strategy(entry.cls, {name: v}))] for name, values in few.items()}
+    return [f"{entry.name} with {name} = {' or '.join(map(str, values))}" for name, values in good.items() if values]

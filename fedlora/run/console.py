@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,26 +19,27 @@ from fedlora.storage.event_log import utc_timestamp
 from fedlora.strategy import Strategy, title
 
 from .directory import RunDirectory, newest
-from .sides import kept_sides
+from .sides import kept_by_clients
 
 if TYPE_CHECKING:  # which load transformers and PEFT: a run's first line does not wait for them
     from .preview import Preview
     from .setup import RunSetup
 
-WIDTHS = {
-    "round": 9,
-    "clients": 8,
-    "train loss": 11,
-    "evaluation": 18,
-    "clients' mean": 18,
-    "exact match": 12,
-    "worst client": 13,
-    "off the mean": 13,
-    "epsilon": 14,
-    "up": 9,
-    "down": 9,
-    "seconds": 8,
-    "left": 8,
+WIDTHS = {  # of a column, at least, without the two spaces before it
+    "round": 5,
+    "clients": 7,
+    "train loss": 10,
+    "evaluation": 16,
+    "clients' mean": 16,
+    "exact match": 11,
+    "worst client": 12,
+    "off the mean": 12,
+    "epsilon": 12,
+    "up": 7,
+    "down": 7,
+    "clock": 8,
+    "seconds": 7,
+    "left": 6,
 }
 WITHOUT_ANSWERS = ("loss", "perplexity", "token_accuracy")  # figures of a language model that need no generation
 FIRST = 30.0  # seconds after which a line without a terminal says which clients the round waits for
@@ -53,14 +54,15 @@ class ConsoleProgress:
         self._rounds = 0  # in the whole run
         self._cohort = 0  # clients asked in a round
         self._number = 0  # of the last finished round
-        self._answers = 0  # of the round under way
+        self._answers = set[int]()  # clients that have answered in the round under way
         self._before: Mapping[str, float] = {}
         self._seconds: list[float] = []
         self._status: Status | None = None
         self._columns: list[str] = []
         self._measures = False  # is exactness measured?
         self._private = False
-        self._kept = ""  # sides that clients train and keep, so that the server's model is where it started
+        self._patience = 0  # evaluations without a lower loss that end the run
+        self._kept = list[str]()  # what clients train and keep, so that the server's model is nobody's
         self._told = FIRST  # seconds after which the next line says which clients are waited for
         self.names: Mapping[int, str] = {}  # of clients elsewhere
 
@@ -85,9 +87,10 @@ class ConsoleProgress:
         self._before = before
         self._measures = config.exactness
         self._private = config.dp.on
+        self._patience = config.server.patience
         for line in (_heading(setup, title(strategy)), *statement):
             self.say(line)
-        self._kept = kept_sides(strategy, setup.start, config.rounds)
+        self._kept = kept_by_clients(strategy, setup.start, config.rounds)
         if self._kept:
             self.say(_no_common_model(self._kept, config.data.holdout > 0))
         if before:
@@ -96,7 +99,7 @@ class ConsoleProgress:
             self.say(_resumed(done, config.rounds))
         left_out = _columns_left_out(config, bool(self._kept))
         self._columns = [name for name in WIDTHS if name not in left_out]
-        self.say("".join(name.rjust(WIDTHS[name]) for name in self._columns))
+        self._say_row({name: name for name in self._columns})
         if _can_move(self._console):
             self._status = Status("", console=self._console)
             self._status.start()
@@ -104,7 +107,7 @@ class ConsoleProgress:
 
     def answered(self, client: int) -> None:
         """Count the answer in the moving line."""
-        self._answers += 1
+        self._answers.add(client)
         self._wait()
 
     def waiting(self, clients: Mapping[int, float]) -> None:
@@ -130,11 +133,11 @@ class ConsoleProgress:
     def round(self, record: Mapping[str, Any], failed: Mapping[int, Failure]) -> None:
         """Print the round's line."""
         self._number = record["round"]
-        self._answers = 0
+        self._answers.clear()
         self._seconds.append(record["seconds"])
         left = median(self._seconds[-5:]) * (self._rounds - self._number)
         cells = _cells(record) | {"round": f"{self._number}/{self._rounds}", "left": f"{left:.0f} s"}
-        self.say("".join(cells[name].rjust(WIDTHS[name]) for name in self._columns))
+        self._say_row(cells)
         self._wait()
 
     def finished(self, folder: RunDirectory, stopped: bool) -> None:
@@ -142,8 +145,11 @@ class ConsoleProgress:
         self.close()
         records = folder.records()
         if stopped and records:
-            self.say(f"stopped early after round {records[-1]['round']} of {self._rounds}: no lower loss")
+            why = f": no lower loss in {counted(self._patience, 'evaluation')}" if self._patience else ""
+            self.say(f"stopped early after round {records[-1]['round']} of {self._rounds}{why}")
         self._say_how_good(records)
+        for line in stage_lines(folder.stages()):
+            self.say(line)
         self._say_what_was_promised(records)
         if (folder.path / "privacy.md").exists():
             self.say(f"privacy report: {folder.path}/privacy.md")
@@ -151,6 +157,12 @@ class ConsoleProgress:
         self.say(f"adapter: {folder.adapter}" + (f"; {verdict}" if verdict else ""))
         self.say(f'load it: peft.PeftModel.from_pretrained(base_model, "{folder.adapter}")')
         self.say(f"curves: tensorboard --logdir {folder.path}")
+        if folder.report.exists():
+            self.say(f"report: {folder.report}")
+
+    def _say_row(self, cells: Mapping[str, str]) -> None:
+        """Print a row of the table: two spaces between columns, also where a cell is wider than its column."""
+        self.say("  ".join(cells[name].rjust(WIDTHS[name]) for name in self._columns))
 
     def _say_what_was_promised(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Show whether the strategy was exact, where that was measured, and what a private run has spent."""
@@ -208,7 +220,7 @@ class ConsoleProgress:
             self._status.update("writing the adapter")
             return
         who = f"; waiting for {self._who(clients)}, {seconds:.0f} s" if clients else ""
-        answered = f"{self._answers} of {self._cohort} clients answered"
+        answered = f"{len(self._answers)} of {self._cohort} clients answered"
         self._status.update(f"round {self._number + 1}: {answered}{who}")
 
 
@@ -257,11 +269,10 @@ def _heading(setup: "RunSetup", name: str) -> str:
     )
 
 
-def _no_common_model(kept: str, holdout: bool) -> str:
+def _no_common_model(kept: Sequence[str], holdout: bool) -> str:
     """The sentence about a strategy whose clients keep what they train."""
-    sides = " and ".join("the head" if side == "H" else f"side {side}" for side in kept)
     shown = "scores are each client's own" if holdout else "set data.holdout to see how good each client's own is"
-    return f"clients keep {sides} to themselves, so there is no common model; {shown}"
+    return f"clients keep {' and '.join(kept)} to themselves, so there is no common model; {shown}"
 
 
 def _columns_left_out(config: Config, no_common_model: bool) -> set[str]:
@@ -274,6 +285,7 @@ def _columns_left_out(config: Config, no_common_model: bool) -> set[str]:
         "off the mean": config.exactness,
         "epsilon": config.dp.on,
         "train loss": not config.dp.on or config.dp.metrics,
+        "clock": config.simulation.on or config.server.mode == "async",
     }
     return {name for name, is_shown in shown.items() if not is_shown}
 
@@ -292,6 +304,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         "epsilon": f"{record['epsilon']:.3g} ({record['epsilon_median']:.3g})" if "epsilon" in record else "-",
         "up": size(record["bytes_up"]),
         "down": size(record["bytes_down"]),
+        "clock": f"{record['clock']:.0f} s" if "clock" in record else "-",
         "seconds": f"{record['seconds']:.1f}",
     }
 
@@ -306,6 +319,22 @@ def answers_line(records: Sequence[Mapping[str, Any]], before: Mapping[str, floa
     scores = [name for name in after if name not in WITHOUT_ANSWERS]
     told = (f"{name} {_share(before, name) or '-'} before, {_share(after, name)} after" for name in scores)
     return f"generated answers: {'; '.join(told)}" if scores else ""
+
+
+def stage_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is told of what clients did for their own use after the last round, a line for each kind of model."""
+    called = {"before": "after the rounds", "personal": f"after {found.get('steps')} steps by itself", "alone": "alone"}
+    for row, values in found.get("rows", {}).items():
+        lost = found["lost"].get(row, [])
+        worse = f"; worse than after the rounds for {counted(len(lost), 'client')}" if lost else ""
+        yield (
+            f"each client's own model, {called[row]}: {values['metric']} mean {values['mean']:.4g}, "
+            f"worst {values['worst']:.4g} (client {values['worst_client']}), std {values['std']:.3g}{worse}"
+        )
+    for stage, failed in found.get("failed", {}).items():
+        done = found["clients"] - len(failed)
+        if failed or not found.get("rows"):
+            yield f"{done} of {counted(found['clients'], 'client')} have a model of their own, {called[stage]}"
 
 
 def figures(values: Mapping[str, Any]) -> str:
@@ -353,7 +382,7 @@ def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
 def closeness(distances: list[float]) -> str:
     """What the exactness meter read over a run, in words."""
     if not distances:
-        return "exactness: not defined, as clients keep a factor for themselves and have no common model"
+        return "exactness: not defined, as clients keep a factor for themselves, or send projections of products"
     most, last = max(distances), distances[-1]
     if most < EXACT:
         return f"exactness: every round's model was the weighted mean of the clients' models (within {most:.0e} of it)"

@@ -2,34 +2,43 @@
 
 import json
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 from fedlora import config
 from fedlora.config import Config
-from fedlora.errors import CheckpointError, ConfigError
+from fedlora.errors import CheckpointError, ConfigError, DataError, ModelError, PrivacyError, StrategyError
 from fedlora.jobs import Charge, PrivacySpent
+from fedlora.sections import PersonalConfig
 from fedlora.storage import checkpoint
 from fedlora.storage.checkpoint import Checkpoint
 from fedlora.storage.client_state import ClientState
+from fedlora.storage.event_log import utc_timestamp
 from fedlora.storage.files import append_durably, only_writer, write_durably
 
 from .plan import ResumePoint, RoundResult
+from .trackers import TrackedRun, Trackers, may_be_told
+from .versions import versions
 
-CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "exactness", "epsilon")  # of a record
+CURVES = ("train_loss", "answered", "bytes_up", "bytes_down", "seconds", "clock", "exactness", "epsilon")  # of a record
 GROUPS = ("eval", "eval_clients", "notes")  # of a record: each holds figures by name
+MOST_DRAWN = 50  # clients whose own figures are drawn as curves; of more, rounds.jsonl alone has them
 AS_BEFORE = {  # of a run that is older than these settings
     "data.split": "sample",
+    "data.limit_takes": "first",
     "data.template": "plain",
     "server.eval_clients": 0,
     "model.class_order": "data",
 }
+REFUSALS = (ConfigError, DataError, ModelError, StrategyError, PrivacyError)  # of settings, model or data
 log = logging.getLogger("fedlora")
 
 
@@ -41,14 +50,31 @@ class RunDirectory:
         self.checkpoints = path / "checkpoint"
         self.clients = path / "checkpoint" / "clients"  # what simulated clients keep
         self.adapter = path / "adapter"
+        self.report = path / "report.html"  # all of it for people, as one page
         self.answers = path / "answers"  # what the model generated, a file for each round that had it
         self.adapter_check = path / "adapter_check.json"  # whether the adapter, loaded afresh, is what was evaluated
-        self._begun_with: dict[str, Any] = {}  # the run's name, its settings, hashes of its files: in each checkpoint
+        self._begun_with: dict[str, Any] = {}  # its name, settings, files' hashes, its beginning: in each checkpoint
         self._past: list[Mapping[str, Any]] = []  # the records of all rounds so far, once the run goes on
 
     def only_writer(self) -> AbstractContextManager[None]:
         """Be the only process that writes here, inside a `with`. Raises `ConfigError` where another one does."""
         return only_writer(self.path)
+
+    @contextmanager
+    def empty_if_refused(self) -> Iterator[None]:
+        """Remove what was written here inside a `with` that a refusal ended before any client had worked.
+
+        What lay here before stays.
+        """
+        before = {path.name for path in self.path.iterdir()}
+        try:
+            yield
+        except REFUSALS:
+            worked = any(path.is_file() and path.name != ".lock" for path in self.checkpoints.rglob("*"))
+            for path in self.path.iterdir() if not worked else ():
+                if path.name not in before:
+                    _remove(path)
+            raise
 
     def create(self, settings: Config, *, again: bool = False, files: Mapping[str, str] | None = None) -> None:
         """Make the folder with its resolved config; refuse one where another run has begun, unless it goes on.
@@ -56,15 +82,48 @@ class RunDirectory:
         `files` are the hashes of the files that the run rests on. Raises `ConfigError` for a run that goes on where
         they are others than when it began.
         """
-        if not again and (self.records() or self.checkpoints.exists()):
-            raise ConfigError(
-                f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
-            )
+        if not again:
+            self.check_is_new()
         before = checkpoint.begun_with(self.checkpoints)
         self.check_files(files or {})
         write_durably(self.path / "config.toml", config.dumps(settings).encode())
         name = self._keep_name(str(before.get("run", "")))
-        self._begun_with = {"run": name, "settings": config.flatten(settings), "files": dict(files or {})}
+        begun = str(before.get("begun") or self.about().get("begun") or utc_timestamp(time.time()))
+        kept = {"settings": config.flatten(settings), "files": dict(files or {}), "begun": begun}
+        self._begun_with = {"run": name, **kept}
+        self._describe(settings)
+
+    def check_is_new(self) -> None:
+        """Raise `ConfigError` where a run has begun here."""
+        if self.records() or self.checkpoints.exists():
+            raise ConfigError(
+                f"{self.path} holds a run already; --resume {self.path} goes on with it, or choose another --out"
+            )
+
+    def _describe(self, settings: Config) -> None:
+        """Write `run.json`: what run this is, in a few words and hashes, and by which versions it was computed."""
+        earlier, now = self.about(), versions()
+        others = [*earlier.get("earlier_versions", []), earlier.get("versions", now)]
+        about = {
+            "run": self._begun_with["run"],
+            "strategy": settings.strategy,
+            "option": settings.option,
+            "seed": settings.seed,
+            "settings_sha256": sha256(config.dumps(settings).encode()).hexdigest(),
+            "files_sha256": sha256(json.dumps(self._begun_with["files"], sort_keys=True).encode()).hexdigest(),
+            "begun": self._begun_with["begun"],
+            "versions": now,
+            "earlier_versions": [other for other in others if other != now],
+        }
+        write_durably(self.path / "run.json", f"{json.dumps(about, indent=1)}\n".encode())
+
+    def about(self) -> dict[str, Any]:
+        """What `run.json` says of the run: its strategy, seed, hashes and versions; empty for a run of before it."""
+        try:
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def check_files(self, files: Mapping[str, str], of: str = "") -> None:
         """Raise `ConfigError` where the files that the run rests on, or those `of` one setting, are not as they were.
@@ -139,6 +198,23 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
+    def has_stages(self, asked: PersonalConfig, rounds: int) -> bool:
+        """Have clients done after so many rounds, for their own use, what is asked?"""
+        found = self.stages()
+        return found.get("round") == rounds and vars(asked).items() <= found.items()
+
+    def keep_stages(self, record: Mapping[str, Any]) -> None:
+        """Write what is told of what clients did after the last round, as `personal.json`."""
+        write_durably(self.path / "personal.json", f"{json.dumps(record, indent=1)}\n".encode())
+
+    def stages(self) -> dict[str, Any]:
+        """What is told of what clients did after the last round; empty where they did nothing."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "personal.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
+
     def keep_preview(self, preview: Mapping[str, Any]) -> None:
         """Write what the run is about to do, as `inputs.json`."""
         write_durably(self.path / "inputs.json", f"{json.dumps(preview, indent=1)}\n".encode())
@@ -168,6 +244,7 @@ class RunDirectory:
             state=done.state,
             record=dict(record),
             scores=done.scores,
+            in_flight=done.in_flight,
             earlier=[dict(earlier) for earlier in self._past],
             begun_with=self._begun_with,
         )
@@ -227,9 +304,9 @@ class RunDirectory:
             yield by_round[n]
 
     def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
-        if self.__dict__.get("_events"):
-            self._events.close()
+        """Have the trackers write what they have not written yet."""
+        if "_trackers" in self.__dict__:
+            self._trackers.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         """Write a round's line; raise `CheckpointError` where there is no room for it."""
@@ -242,26 +319,26 @@ class RunDirectory:
             ) from e
 
     @cached_property
-    def _events(self) -> Any:
-        """TensorBoard's writer; none where its folder cannot be written, as curves are no reason to end a run."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer: Any = SummaryWriter  # untyped
-        try:
-            return writer(str(self.path / "tensorboard"))
-        except OSError as e:
-            log.warning("no curves are kept: %s/tensorboard cannot be written: %s", self.path, e.strerror)
-            return None
+    def _trackers(self) -> Trackers:
+        """Where the run reports its figures."""
+        settings = self._begun_with.get("settings", {})
+        run = TrackedRun(self.run, self.path, may_be_told(settings))
+        return Trackers(settings.get("report_to", ("tensorboard",)), run)
 
     def _chart(self, record: Mapping[str, Any]) -> None:
-        """Write a round's figures for TensorBoard; with the first round those before it."""
-        if self._events is None:
-            return
-        for name, value in _figures(record).items():
-            self._events.add_scalar(name, value, record["round"])
-        for name, value in record.get("before", {}).items():
-            self._events.add_scalar(f"eval/{name}", value, 0)
-        self._events.flush()
+        """Report a round's figures, and with the first round those before it."""
+        before = {f"eval/{name}": value for name, value in record.get("before", {}).items()}
+        if before:
+            self._trackers.log(before, 0)
+        self._trackers.log(_figures(record), record["round"])
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def newest(records: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
@@ -307,6 +384,8 @@ def _resume_point(last: Checkpoint, records: Sequence[Mapping[str, Any]]) -> Res
         clip=hidden.get("next_clip"),
         charges=tuple(Charge(noise=z, rate=q, steps=n) for z, q, n in hidden.get("charges", ())),
         scores=last.scores,
+        clock=float(newest(records, "clock").get("clock", 0.0)),
+        in_flight=last.in_flight,
     )
 
 
@@ -321,4 +400,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, float]:
     figures = {name: record.get(name) for name in CURVES}
     for group in GROUPS:
         figures |= {f"{group}/{name}": value for name, value in (record.get(group) or {}).items()}
+    each = record.get("each", {})
+    for client, own in each.items() if len(each) <= MOST_DRAWN else ():
+        figures |= {f"each/{name}/{client}": value for name, value in own.items()}
     return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -17,6 +17,8 @@ from fedlora.data.rows import Rows, take
 from fedlora.data.sources import data_files
 from fedlora.data.summary import DataSummary
 from fedlora.encoding.client_data import ClientData
+from fedlora.encoding.examples import Example
+from fedlora.encoding.lazy import examples_of
 from fedlora.errors import DataError, ModelError, cut
 from fedlora.log_lines import counted
 from fedlora.models.adapted_modules import Coverage
@@ -42,6 +44,7 @@ class TokenSummary:
     longest: int
     cut: int  # rows of which not all tokens fit; none of texts, which are split
     unlearned_turns: int  # of the assistant, which a chat template leaves out or writes otherwise
+    unknown: float = 0.0  # share of the tokens that stand for what the tokenizer does not know
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Preview:
     max_length: int
     notes: tuple[str, ...]  # of the model: what it takes, and how it is taken
     warnings: tuple[str, ...]  # a sentence each
+    clients: tuple[str, ...] = ()  # what each client is called, of those whose rows are looked at
 
     def record(self) -> dict[str, Any]:
         """All of it as `inputs.json` has it."""
@@ -96,7 +100,7 @@ def preview(data: DataSummary, model: Model, clients: Sequence[ClientData], name
     sizes = [len(client.train_rows) for client in clients]
     found = [*_token_warnings(tokens, dict(zip(names, sizes, strict=True)), max_length)] if tokens else []
     warnings = (*data.warnings, *found, *(images.warnings() if images else ()))
-    return Preview(data, tokens, images, model.coverage, max_length, model.notes, warnings)
+    return Preview(data, tokens, images, model.coverage, max_length, model.notes, warnings, tuple(names))
 
 
 def _try_first_image(model: Model, clients: Sequence[ClientData]) -> None:
@@ -139,7 +143,17 @@ def _tokens(model: Model, clients: Sequence[Rows]) -> TokenSummary:
         longest=max(lengths),
         cut=0 if splits else sum(row.cut > 0 for row in rows),
         unlearned_turns=sum(row.unlearned_turns for row in rows),
+        unknown=_unknown(model.encoder.processor, examples_of(rows)),
     )
+
+
+def _unknown(tokenizer: Any, examples: Sequence[Example]) -> float:
+    """The share of the tokens that the tokenizer has in place of what it does not know; 0 if it has none for that."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return 0.0  # of GPT-2 it is the end token too
+    ids = [t for example in examples for key, t in example.items() if key.endswith("input_ids")]
+    return sum(int((t == unknown).sum()) for t in ids) / max(1, sum(t.numel() for t in ids))
 
 
 def _samples(clients: Sequence[Rows], columns: Sequence[str]) -> list[Rows]:
@@ -181,6 +195,8 @@ def _token_warnings(found: TokenSummary, sizes: Mapping[str, int], max_length: i
             f"{found.cut} of {counted(rows, 'row')} are cut at model.max_length = {max_length}, and the longest has "
             f"{found.longest:,} tokens"
         )
+    if found.unknown > MUCH:
+        yield f"{found.unknown:.0%} of the tokens are of what the tokenizer does not know: is the model for such texts?"
     if found.unlearned_turns:
         yield f"{counted(found.unlearned_turns, 'turn')} of the assistant are not learned, as the chat template has it"
 

@@ -8,11 +8,12 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import exp
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from fedlora.storage.files import write_durably
 
@@ -31,20 +32,29 @@ def write(folder: RunDirectory, facts: Mapping[str, Any]) -> None:
     refresh(folder)
 
 
+def facts_of(folder: RunDirectory) -> dict[str, Any]:
+    """Return the facts of the report, as `privacy.json` has them; nothing of a run without any."""
+    return _read(folder, "privacy.json")
+
+
 def refresh(folder: RunDirectory) -> None:
     """Write `privacy.md` anew, from the facts and all findings since; nothing where the run has no such facts."""
-    facts = _read(folder, "privacy.json")
+    facts = facts_of(folder)
     if not facts:
         return
     found = {name: _read(folder, f"{name}.json") for name in ("audit", "membership")}
     planned, spent = final_epsilon(facts), facts["spent"]["epsilon"] or 0.0
     end = max(planned, spent)  # what a client tells counts the other runs on its ledger, which the plan may not know
     people = [(g, *group(g, epsilon=end, delta=final_delta(facts))) for g in PEOPLE]
+    text = _template().render(facts, **found, people=people, end=end, is_beyond=spent > planned, odds=exp)
+    write_durably(folder.path / "privacy.md", text.encode())
+
+
+@cache
+def _template() -> Template:
     env = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     env.filters["short"] = _short
-    env.globals |= {"people": people, "end": end, "is_beyond": spent > planned, "odds": exp}
-    text = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts, **found)
-    write_durably(folder.path / "privacy.md", text.encode())
+    return env.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def group(g: int, *, epsilon: float, delta: float) -> tuple[float, float]:

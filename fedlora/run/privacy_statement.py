@@ -3,25 +3,23 @@
 `privacy.json` in the run directory holds the facts; the privacy report is made of them.
 """
 
-import platform
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from math import inf, sqrt
 from typing import Any
 
 from fedlora import config as configuration
 from fedlora.config import Config
 from fedlora.errors import PrivacyError
-from fedlora.jobs import Charge, Client, Job
+from fedlora.jobs import Charge, Client, Job, shared_start
 from fedlora.privacy.accounting import prv, rdp
 from fedlora.privacy.client_level import ClientLevelDP
 from fedlora.privacy.preflight import Findings
 from fedlora.privacy.record_level import RecordLevelDP
 
 from .plan import Plan
+from .versions import versions
 
-PARTS = "fedlora", "opacus", "torch", "transformers", "peft", "flwr", "cryptography"
 FEW = 1000  # clients, below which hiding one takes more noise than a mean can bear
 
 
@@ -47,11 +45,12 @@ def privacy_facts(
         "strategy": config.strategy,
         "trained": trained,
         "shared": shared,
-        "kept": [s for s in trained if s not in shared],
+        "kept": [s for s in trained if s not in shared] + _kept_rows(job),
+        "personal": vars(config.personal) if config.personal.on else None,
         "base_dtype": config.model.dtype,
         "public_start": config.lora.init_data or None,
         "config_sha256": sha256(configuration.dumps(config).encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": versions(),
         "record": plan.record_level and _record_level(plan.record_level, clients, job) | dict(ledgers or {}),
         "client": plan.client_level and _client_level(plan.client_level, plan.rounds, job),
         "preflight": findings and vars(findings),
@@ -107,6 +106,10 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
         said.append("NOT PRIVATE: noise and samples come from the seed (dp.seeded), so whoever knows it can undo them")
     if found["level"] and found["metrics"]:
         said.append("NOT COVERED: clients tell losses and scores as they are (dp.metrics)")
+    if found.get("personal"):
+        said.append(
+            "NOT PRIVATE: what each client trains after the rounds for its own use; nothing of it is sent or charged"
+        )
     if found["secure_aggregation"]:
         said.append("secure aggregation: the server sees sums of updates, and no client's own")
     return said
@@ -132,7 +135,7 @@ def _record_level(dp: RecordLevelDP, clients: Sequence[Client], job: Job) -> dic
     The smallest client has the most noise, the largest the least; all others lie between them.
     """
     c = dp.config
-    numbers = _numbers(job, job.trains)
+    numbers = max(_numbers(job, sides) for sides in job.each_turn)  # that one step noises
     smallest = min(clients, key=lambda client: client.records)
     largest = max(clients, key=lambda client: client.records)
     return {
@@ -172,7 +175,7 @@ def _client_facts(dp: RecordLevelDP, client: Client, *, numbers: int) -> dict[st
 
 def _client_level(dp: ClientLevelDP, rounds: int, job: Job) -> dict[str, Any]:
     """Return the facts of client-level privacy."""
-    numbers = _numbers(job, job.shares)
+    numbers = shared_start(job).numel()
     charge = dp.charge_of(rounds=rounds)
     return {
         "clients": dp.population,
@@ -234,6 +237,10 @@ def _present(job: Job, sides: str) -> list[str]:
     return [s for s in sides if job.start.side(s)]
 
 
+def _kept_rows(job: Job) -> list[str]:
+    return [f"the last {job.keeps_rank} rows of A and columns of B"] if job.keeps_rank else []
+
+
 def _numbers(job: Job, sides: str) -> int:
     return job.start.only(sides).numel()
 
@@ -241,14 +248,3 @@ def _numbers(job: Job, sides: str) -> int:
 def _finite(epsilon: float) -> float | None:
     """Return None for infinity, which JSON does not have."""
     return None if epsilon == inf else epsilon
-
-
-def _versions() -> dict[str, str]:
-    return {name: _version(name) for name in PARTS} | {"python": platform.python_version()}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -29,6 +29,8 @@ def file_hashes(config: Config, *, base: str, reads_library: bool) -> dict[str, 
         ("lora.init_data", config.lora.init_data),
     ):
         found |= _named(setting, data_files(spec))
+    if config.simulation.trace:
+        found |= _named("simulation.trace", [Path(config.simulation.trace)])
     if reads_library:
         found["the text of Python's standard library"] = python_stdlib.digest()
     return found

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from fedlora import config as configuration
 from fedlora.config import Config, absolute
 from fedlora.data import federated
-from fedlora.data.rows import Rows, take
+from fedlora.data.rows import Rows, stride, take
 from fedlora.data.schema import Schema
 from fedlora.data.summary import summarise
 from fedlora.encoding.client_data import ClientData
@@ -33,8 +32,10 @@ from fedlora.models.model import Model
 from fedlora.privacy.secure_aggregation import fewest_members
 
 from .answers import AnswerEvaluation, answer_evaluation
+from .asynchronous import check_buffer, refuse_simulated
 from .client_ranks import ranks
 from .directory import RunDirectory
+from .own_code_checks import check_metric, check_training
 from .preview import Preview, client_names, preview
 from .run_files import file_hashes
 
@@ -71,9 +72,9 @@ class RunSetup:
         """The global held-out set, encoded; where data.eval_limit is set, so many of it, evenly spread."""
         rows, limit = self.evaluation_rows, self.config.data.eval_limit
         if self.data.schema.has_head:  # a row is an example there, so that the others need not be encoded
-            rows = take(rows, range(0, len(rows), _stride(len(rows), limit)))
+            rows = take(rows, range(0, len(rows), stride(len(rows), limit)))
         examples = self.model.encoder.examples(rows, named="held-out examples")
-        return examples[:: _stride(len(examples), limit)]
+        return examples[:: stride(len(examples), limit)]
 
     @cached_property
     def answers(self) -> AnswerEvaluation | None:
@@ -92,12 +93,8 @@ class RunSetup:
     def evaluate(self, lora: LoRA) -> Metrics:
         """The metrics of the global model, with this adapter, on the global held-out set."""
         self.model.set_adapter(lora)
-        return measure(self.model, self.evaluation)
-
-
-def _stride(count: int, limit: int) -> int:
-    """Every how many examples one is taken, so that at most `limit` are; 0: no limit."""
-    return max(1, ceil(count / limit)) if limit else 1
+        with self.model.measuring(self.config.eval.target_metric):
+            return measure(self.model, self.evaluation)
 
 
 def prepare(config: Config) -> RunSetup:
@@ -105,7 +102,9 @@ def prepare(config: Config) -> RunSetup:
     config = localise(config)
     rows = federated.load(config.data, config.model.task, clients=config.clients, seed=_deal_seed(config))
     config = resolve(config, rows.schema, len(rows.clients))
-    return assemble(config, rows, ids=config.clients, cache=user_folder())
+    setup = assemble(config, rows, ids=config.clients, cache=user_folder())
+    check_training(setup.model, setup.start, config)
+    return setup
 
 
 def _deal_seed(config: Config) -> int:
@@ -130,6 +129,7 @@ def assemble(config: Config, rows: federated.Federated, ids: int, cache: Path | 
     `ids` is one more than the highest number of a client; each number below it has a rank. `cache` is where encoded
     rows are kept, if the settings do not say; nowhere in a deployment.
     """
+    check_metric(config.eval.target_metric)
     public = federated.public_rows(config.lora.init_data, rows.schema)
     model = Model(config.model, config.lora, rows.schema, config.seed, public)
     folders = {"auto": cache, "off": None}
@@ -139,7 +139,8 @@ def assemble(config: Config, rows: federated.Federated, ids: int, cache: Path | 
     heldout = rows.heldout or ((),) * len(rows.clients)
     unit = config.dp.unit if config.dp.by_record else "row"  # to count examples is to encode them
     shares = zip(rows.clients, heldout, strict=True)
-    clients_data = tuple(ClientData(model.encoder, train, held, unit, rows.dealt) for train, held in shares)
+    own = partial(ClientData, model.encoder, unit=unit, dealt=rows.dealt, heldout_limit=config.data.holdout_limit)
+    clients_data = tuple(own(train, held) for train, held in shares)
     memory = partial(model.memory, batch_size=config.train.batch_size)
     dealt = ranks(config.lora.ranks, largest=config.lora.rank, clients=ids, seed=config.seed, memory=memory)
     return RunSetup(config, model, model.get_adapter(), clients_data, tuple(dealt), rows)
@@ -152,6 +153,7 @@ def resolve(config: Config, schema: Schema, clients: int) -> Config:
         _refuse_what_is_not_private(config)
     if config.secure.aggregation:
         _refuse_what_cannot_be_hidden(config, cohort=cohort, clients=clients)
+    check_buffer(replace(config, clients=clients, cohort=cohort))
     return replace(
         config,
         clients=clients,
@@ -222,6 +224,7 @@ class ClientSetup:
 
 def for_server(config: Config, ids: int) -> RunSetup:
     """The server's pieces of a deployed run; `ids` is one more than the highest number of a client."""
+    refuse_simulated(config)
     config = localise(replace(config, engine="flower"))
     embedded = not (config.model.path or config.data.path)  # the small model and text that come with fedlora
     rows = federated.server_data(config.data, config.model.task, embedded)

@@ -37,6 +37,7 @@ class Checkpoint:
     record: dict[str, Any]  # the round's line in rounds.jsonl
     scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # client -> its last held-out scores
     earlier: Sequence[dict[str, Any]] | None = None  # records of the rounds before; none: written by an older version
+    in_flight: Any = None  # the jobs of an asynchronous run that clients are at
     begun_with: Mapping[str, Any] = field(default_factory=dict)  # the run's name, its settings, hashes of its files
 
 
@@ -44,7 +45,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the round's checkpoint, then delete all but the last two. Raises `CheckpointError` on a full disk."""
     tensors: dict[str, Tensor] = {}
     scores = {"scores": checkpoint.scores} if checkpoint.scores else {}
-    tree = _pack({"state": checkpoint.state, "record": checkpoint.record, **scores}, tensors)
+    in_flight = {"in_flight": checkpoint.in_flight} if checkpoint.in_flight is not None else {}
+    tree = _pack({"state": checkpoint.state, "record": checkpoint.record, **scores, **in_flight}, tensors)
     metadata = {"round": str(checkpoint.round), "tree": json.dumps(tree)}
     if checkpoint.begun_with:
         metadata["begun_with"] = json.dumps(checkpoint.begun_with)
@@ -119,6 +121,7 @@ def _read(path: Path) -> Checkpoint:
             state=tree["state"],
             record=tree["record"],
             scores=tree.get("scores", {}),
+            in_flight=tree.get("in_flight"),
             earlier=json.loads(tensors[RECORDS].numpy().tobytes()) if RECORDS in tensors else None,
             begun_with=json.loads(metadata.get("begun_with", "{}")),
         )

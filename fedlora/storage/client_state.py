@@ -49,6 +49,16 @@ class ClientState:
                 log.warning("%s is missing or damaged (%s); what was kept before it is used", self._path(n), e)
         return LoRA()
 
+    def of(self, round: int) -> LoRA:
+        """What this very round left; empty where it left nothing, or its file is missing or damaged."""
+        if round not in self._rounds():
+            return LoRA()
+        try:
+            return read(self._path(round))[0]
+        except DAMAGE as e:
+            log.warning("%s is missing or damaged (%s); what was kept there is lost", self._path(round), e)
+            return LoRA()
+
     def is_whole(self, round: int) -> bool:
         """Whether what `before` this round was left last, if anything, is there as it was written."""
         try:
@@ -137,7 +147,8 @@ def earlier_job_hash(job: Job) -> str:
         privacy = f"Privacy({repr(replace(job.privacy, known=0)).partition('(')[2]}"
     adapters = {s: job.start.only(s) for s in SIDES} | {f"offset {i}": part for i, part in enumerate(job.offset)}
     parts = {where: _vector_hash(*_one_vector(part)) for where, part in adapters.items() if part.numel()}
-    return sha256(f"({plain!r}, {privacy}, {parts!r})".encode()).hexdigest()
+    asked = repr(plain).replace(", loss='', regulariser=''", "")  # settings of later versions
+    return sha256(f"({asked}, {privacy}, {parts!r})".encode()).hexdigest()
 
 
 def _one_vector(lora: LoRA) -> tuple[Tensor, str]:

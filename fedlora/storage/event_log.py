@@ -111,7 +111,7 @@ def utc_timestamp(seconds: float) -> str:
 def sanitised(value: object, depth: int = 0) -> object:
     """The value in a form that JSON can hold and a terminal can show, of bounded size; what is cut off is counted.
 
-    >>> harmless({"why": "a\\x1b[2J", "loss": float("nan")})
+    >>> sanitised({"why": "a\\x1b[2J", "loss": float("nan")})
     {'why': 'a\\\\x1b[2J', 'loss': 'nan'}
     """
     if value is None or isinstance(value, bool | int | float):

@@ -16,6 +16,7 @@ from fedlora.deployment.json_logs import log_json
 from fedlora.deployment.processes import is_alive
 from fedlora.errors import FedloraError
 from fedlora.run.agreement import agreement_for_clients
+from fedlora.run.asynchronous import refuse_simulated
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory
 from fedlora.run.setup import RunSetup, for_server, prepare
@@ -42,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
 def _run_by_flower(grid: Grid, context: Context) -> None:
     setup = prepare(configuration.build(dict(context.run_config), {"engine": "flower"}))
     config = setup.config
+    refuse_simulated(config)
     folder = RunDirectory(Path("runs") / f"flower-{context.run_id}")
     screen = ConsoleProgress()
     with folder.only_writer(), closing(screen):

@@ -35,6 +35,7 @@ from fedlora.deployment.provision import check_private, read_clients
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError, RoundFailed
+from fedlora.run.trackers import check_trackers
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.refused_keys import RefusedKeys
 from fedlora.server.deployment.superlink import Control, ControlError
@@ -75,6 +76,7 @@ def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -
     os.environ.update(no_proxy(host_of(options.superlink)) | flwr_home(handoff.flower))
     with only_writer(options.run):
         config = _settings(options.run, file, given, len(names))
+        check_trackers(config.report_to)
         if _is_done(handoff, config):
             print(f"{options.run}: all {config.rounds} rounds are done; the adapter is in {options.run / 'adapter'}")
             return

@@ -24,6 +24,7 @@ from fedlora.audit import (
     record_level,
     report,
     schemas,
+    sensitivity,
     statistics,
     subject,
 )
@@ -142,6 +143,8 @@ def test_a_mean_over_all_tokens_of_a_batch_is_caught(monkeypatch: pytest.MonkeyP
         ("fedsa_lora", (record_level.sensitivity, record_level.noise)),  # B and the head are trained, and never leave
         ("fed_sb", (record_level.sensitivity,)),  # a core
         ("rolora", (record_level.noise,)),  # another side every round
+        ("la_lora", (record_level.noise,)),  # another side every step
+        ("fedask", (record_level.noise,)),  # a sketch of the product, and its projection
         ("fedex_lora", (record_level.training,)),  # whose clients go on from factors of their own
     ],
 )
@@ -149,6 +152,11 @@ def test_what_is_trained_is_seen_whatever_a_strategy_sends(strategy: str, looks:
     option = {"option__assignment": "keep"} if strategy == "fedex_lora" else {}
     here = staged(strategy=strategy, **option)
     assert [f for look in looks for f in failed(look(here, SOUND))] == []
+
+
+def test_the_sensitivity_of_sides_that_are_trained_in_turn_is_that_of_a_step_of_each() -> None:
+    tried = sensitivity.jobs_to_try(staged(strategy="la_lora"))
+    assert [(job.sides_of(0), job.smoothing) for job in tried] == [("BH", ()), ("AH", ())]
 
 
 def test_clients_that_go_on_from_factors_of_their_own_are_audited_in_one_pass() -> None:
@@ -229,7 +237,7 @@ def test_a_model_without_data_is_audited_at_what_it_was_made_for(kind: str, form
     assert schemas.schema_of(settings).kind == form
     here = subject.record_level_setting(settings)
     assert failed(record_level.noise(here, SOUND)) == []
-    assert len(here.made_up(0)) == subject.RECORDS
+    assert len(here.made_up[0]) == subject.RECORDS
 
 
 def test_an_audit_is_a_table_with_a_verdict() -> None:

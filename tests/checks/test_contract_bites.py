@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fedlora.checks import declarations, on_random_factors, on_small_models
+from fedlora.checks import declarations, on_random_factors, on_small_models, structure
 from fedlora.checks.contract import CHECKS, Check, verify
 from fedlora.checks.report import check as report
 from fedlora.client.policy import ClientPolicy
 from fedlora.client.runner import JobRunner
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure, StrategyError
-from fedlora.jobs import Job
+from fedlora.jobs import Job, shared_part
+from fedlora.lora import split_rank
 from fedlora.metrics import Metrics
+from fedlora.models import optimizer
 from fedlora.server.aggregation import Answers
 from fedlora.simulations.serial import Serial
+from fedlora.strategies.dual import Dual
+from fedlora.strategies.fedask import FedASK
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx
+from fedlora.strategies.fedmomentum import FedMomentum
 from fedlora.strategies.fedsa_lora import FedSALoRA
 from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.flora import FLoRA
@@ -28,13 +34,20 @@ from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.head import Head
 from fedlora.strategies.hetlora import HetLoRA
+from fedlora.strategies.la_lora import LALoRA
+from fedlora.strategies.q_ffl import QFFL
+from fedlora.strategies.ravan import Ravan
+from fedlora.strategies.scaffold import Scaffold
 from fedlora.strategy import Strategy
 from tests.support.bugs import (
     AddsInPlace,
+    AsksOnce,
+    AveragesScalesApart,
     BringsNoA,
     BuildsTheProduct,
     ClustersByPosition,
     ClustersSaySums,
+    CorrectsWhatRests,
     CountsOnItself,
     CutsToOwnRank,
     DecaysTheHead,
@@ -43,26 +56,37 @@ from tests.support.bugs import (
     FedExSaysLittleIsSent,
     FedExSaysSums,
     FFASaysInexact,
+    FillsTheBlocks,
+    FillsTheRows,
     FLoRASaysItContinues,
     FoldsAlphaTwice,
+    ForgetsTheRest,
     IgnoresTheWeights,
     Interpolates,
     KeepsASet,
     KeepsHalf,
+    LosesItsScales,
     MergesTheLastOnly,
     NeverSketches,
     PaddedSaysExact,
+    ScalesTheRest,
     SendsTheLastResidualOnly,
     SetsItsTraining,
+    ShrinksToTheEnergy,
+    SketchesForEach,
     SketchesTwiceTheSame,
     SquaresTheWeights,
     SumsInHalf,
+    SwapsTheHeads,
     TakesSendersUnsaid,
     TakesTheFirstOnly,
     TakesTheStartForZero,
     TellsFactorsByShape,
+    TransposesB,
     TransposesTheResidual,
     TruncatedSaysExact,
+    WeighsAllAlike,
+    WeighsByLossesUnsaid,
     WeighsByTheScale,
     WeighsTwice,
     turned,
@@ -79,6 +103,7 @@ BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (IgnoresTheWeights(), FedEx(), declarations.check_exact_is_as_declared),
     (IgnoresTheWeights(), FedEx(), on_small_models.check_real_training_is_exact_where_declared),
     (SquaresTheWeights(), FedAvg(), on_random_factors.check_twice_the_weight_counts_as_two_clients),
+    (WeighsAllAlike(), FedAvg(), on_random_factors.check_twice_the_weight_counts_as_two_clients),
     (WeighsByTheScale(), FedAvg(), on_random_factors.check_scale_of_weights_changes_nothing),
     (TellsFactorsByShape(), FLoRA(), on_random_factors.check_rank_may_be_a_dimension),
     (SendsTheLastResidualOnly(), FedEx(), on_random_factors.check_a_client_that_slept_is_right_after_one_job),
@@ -88,22 +113,27 @@ BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (TakesTheStartForZero(), FLoRA(), on_random_factors.check_a_start_that_is_not_zero_is_taken_off),
     (NeverSketches(), FSLoRA(), on_small_models.check_numbers_sent_are_as_declared),
     (NeverSketches(), FSLoRA(), declarations.check_mixed_ranks_are_as_declared),
-    (SketchesTwiceTheSame(), FSLoRA(), on_random_factors.check_jobs_are_complete),
+    (SketchesTwiceTheSame(), FSLoRA(), structure.check_jobs_are_complete),
     (SumsInHalf(), FedAvg(), on_random_factors.check_half_precision_is_summed_in_single),
     (KeepsHalf(), FedAvg(), on_random_factors.check_half_precision_is_summed_in_single),
-    (AddsInPlace(), FedAvg(), on_random_factors.check_arguments_are_left_alone),
+    (AddsInPlace(), FedAvg(), structure.check_arguments_are_left_alone),
     (Interpolates(), FedAvg(), on_random_factors.check_order_of_clients_changes_nothing),
     (KeepsASet(), FedAvg(), on_random_factors.check_state_survives_a_checkpoint),
-    (CountsOnItself(), FedAvg(), on_random_factors.check_nothing_is_remembered_but_the_state),
-    (CountsOnItself(), FedAvg(), on_random_factors.check_options_are_those_of_a_frozen_dataclass),
+    (CountsOnItself(), FedAvg(), structure.check_nothing_is_remembered_but_the_state),
+    (CountsOnItself(), FedAvg(), structure.check_options_are_those_of_a_frozen_dataclass),
+    (FillsTheRows(), Dual(), on_random_factors.check_rows_that_stay_with_clients_are_theirs_alone),
     (FoldsAlphaTwice(), FLoRA(), declarations.check_exact_is_as_declared),
     (FoldsAlphaTwice(), FLoRA(), on_random_factors.check_one_client_alone_is_followed),
     (BuildsTheProduct(), FedEx(), on_random_factors.check_no_product_is_built_on_the_server),
-    (BringsNoA(), FFALoRA(), on_random_factors.check_jobs_are_complete),
+    (BringsNoA(), FFALoRA(), structure.check_jobs_are_complete),
     (CutsToOwnRank(), HetLoRA(), declarations.check_mixed_ranks_are_as_declared),
     (DecaysTheHead(), FedAvg(), on_random_factors.check_a_head_that_is_not_shared_stays_with_its_owner),
     (TruncatedSaysExact(), FLoRIST(), declarations.check_exact_is_as_declared),
     (PaddedSaysExact(), HetLoRA(), declarations.check_exact_is_as_declared),
+    (ScalesTheRest(), FedMomentum(), declarations.check_exact_is_as_declared),
+    (ForgetsTheRest(), FedMomentum(), declarations.check_exact_is_as_declared),
+    (ForgetsTheRest(), FedMomentum(), on_random_factors.check_a_client_that_slept_is_right_after_one_job),
+    (ShrinksToTheEnergy(), FedMomentum(), declarations.check_mixed_ranks_are_as_declared),
     (FedExSaysSums(), FedEx(), declarations.check_sums_only_is_as_declared),
     (FedExSaysLittleIsSent(), FedEx(), on_small_models.check_numbers_sent_are_as_declared),
     (FedExSaysDora(), FedAvg(), on_small_models.check_it_works_with_the_kinds_it_declares),
@@ -112,6 +142,15 @@ BITES: list[tuple[Strategy[Any], Strategy[Any], Check]] = [
     (TakesSendersUnsaid(), Clustered(), declarations.check_needs_senders_is_as_declared),
     (ClustersSaySums(), Clustered(), declarations.check_needs_senders_is_as_declared),
     (ClustersByPosition(), Clustered(), on_random_factors.check_order_of_clients_changes_nothing),
+    (AveragesScalesApart(), Ravan(), declarations.check_exact_is_as_declared),
+    (SwapsTheHeads(), Ravan(), declarations.check_continues_is_as_declared),
+    (FillsTheBlocks(), Ravan(), on_small_models.check_numbers_sent_are_as_declared),
+    (LosesItsScales(), Ravan(), structure.check_jobs_are_complete),
+    (TransposesB(), FedAvg(), structure.check_adapters_fit_the_modules),
+    (AsksOnce(), FedASK(), declarations.check_exchanges_are_as_declared),
+    (SketchesForEach(), FedASK(), declarations.check_exchanges_are_as_declared),
+    (WeighsByLossesUnsaid(), QFFL(), declarations.check_needs_losses_is_as_declared),
+    (CorrectsWhatRests(), Scaffold(), structure.check_jobs_are_complete),
     (SetsItsTraining(), FedAvg(), on_random_factors.check_jobs_leave_to_the_run_what_it_fills_in),
 ]
 
@@ -150,6 +189,37 @@ class NeverTrains(Altered):
 
     def change(self, job: Job) -> Job:
         return replace(job, training=replace(job.training, lr=1e-30))
+
+
+class TrainsBothInATurn(Altered):
+    """A client that knows of no turns: every step moves A and B."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, turns=())
+
+
+class BeginsWithA(Altered):
+    """LA-LoRA's release trains A in its first step, where B is zero: it has no gradient, and with noise is noise."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, turns=job.turns[1:] + job.turns[:1])
+
+
+class RestsWithAZeroGradient(Serial):
+    """The gradient of a side that rests is zero, not none: momentum and weight decay move it all the same."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        with pytest.MonkeyPatch.context() as planted:
+            planted.setattr(optimizer, "turn_to", _all_with_a_zero_gradient)
+            return [*super().train(jobs)]
+
+
+def _all_with_a_zero_gradient(model: Any, sides: Any, job: Job, turn: str) -> Any:
+    for side, parameters in sides.items():
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+            p.requires_grad_(side in turn)
+    return {side: parameters for side, parameters in sides.items() if side in turn}
 
 
 class TransposesTheOffset(Altered):
@@ -208,10 +278,39 @@ class SendsTheHead(Serial):
             yield i, replace(answer, lora=answer.lora.over(self._model.get_adapter().only("H")))
 
 
+class ProjectsItsStart(Serial):
+    """The second pass finds the model as the job would load it, and not as the client left it."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        for i, answer in super().train(jobs):
+            assert not isinstance(answer, Failure)
+            yield i, replace(answer, lora=shared_part(jobs[i], jobs[i].start)) if jobs[i].left else answer
+
+
+class SendsTheLastRows(Serial):
+    """Of an adapter whose last rows stay with their client, these are sent, and the first ones stay."""
+
+    def train(self, jobs: Mapping[int, Job]) -> Answers:
+        for i, answer in super().train(jobs):
+            assert not isinstance(answer, Failure)
+            rows = split_rank(self._model.get_adapter().only("AB"), jobs[i].keeps_rank)[1]
+            yield i, replace(answer, lora=rows.over(answer.lora))
+
+
+class WearsNoRows(Altered):
+    """A client that starts every job from the server's rows: what it trained of its own is lost."""
+
+    def change(self, job: Job) -> Job:
+        return replace(job, keeps_rank=0)
+
+
 CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
     (ThawsA, FFALoRA(), on_small_models.check_what_trains_moves_and_nothing_else),
     (ThawsA, FFALoRA(), on_small_models.check_gradients_reach_what_trains_alone),
     (NeverTrains, FedAvg(), on_small_models.check_what_trains_moves_and_nothing_else),
+    (TrainsBothInATurn, LALoRA(), on_small_models.check_local_steps_train_the_sides_in_turn),
+    (BeginsWithA, LALoRA(), on_small_models.check_local_steps_train_the_sides_in_turn),
+    (RestsWithAZeroGradient, LALoRA(), on_small_models.check_local_steps_train_the_sides_in_turn),
     (TransposesTheOffset, FedEx(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
     (LoadsTheLastPartOnly, FedEx(), on_small_models.check_a_client_that_slept_computes_with_the_model),
     (TakesSTwice, FedAvg(), on_small_models.check_a_model_is_its_weights_plus_s_times_the_product),
@@ -220,6 +319,10 @@ CLIENTS: list[tuple[type[Serial], Strategy[Any], Any]] = [
     (HandsOneAdapterAround, FedSALoRA(), on_small_models.check_what_a_client_keeps_is_its_own),
     (HandsOneAdapterAround, FedAvg(), on_small_models.check_what_a_client_keeps_is_its_own),
     (AnswersForAnother, Clustered(), on_small_models.check_senders_are_those_of_the_updates),
+    (ProjectsItsStart, FedASK(), on_small_models.check_a_second_pass_is_of_what_the_first_trained),
+    (SendsTheLastRows, Dual(), on_small_models.check_messages_hold_what_is_shared_alone),
+    (WearsNoRows, Dual(), on_small_models.check_messages_hold_what_is_shared_alone),
+    (HandsOneAdapterAround, Dual(), on_small_models.check_what_a_client_keeps_is_its_own),
     (SendsTheHead, FedSALoRA(), on_small_models.check_messages_hold_what_is_shared_alone),
     (SendsTheHead, Head(FedAvg(), "local"), on_small_models.check_messages_hold_what_is_shared_alone),
 ]
@@ -241,7 +344,7 @@ def test_every_check_is_seen_to_fail() -> None:
 def test_a_failure_names_the_strategy_the_module_and_the_numbers() -> None:
     found = verify(declarations.check_exact_is_as_declared, TransposesTheResidual())
     assert found.detail.startswith("TransposesTheResidual(rank=0, assignment='average') declares exact, and it is off")
-    assert re.search(r"by \d+ of \d+ at query of client 0$", found.detail)
+    assert re.search(r"by \d+ of \d+ at query of client 0; take exact = True back", found.detail)
 
 
 MINE = """
@@ -267,11 +370,20 @@ class Worn(Torn):
 """
 
 
-def test_a_strangers_file_is_checked_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.py").write_text(MINE)
-    assert report([str(tmp_path / "mine.py")], {})
+HALF = """
+class Half(Strategy):
+    def init(self, lora): return lora
+"""
+
+
+def test_a_strangers_file_is_checked_line_by_line_but_for_a_class_that_cannot_be_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE + HALF)
+    assert not report([str(tmp_path / "mine.py")], {})
     said = capsys.readouterr().out
     assert "The order in which clients answer changes nothing." in said and " 0 failed" in said
+    assert "Half was not checked: strategy Half does not define adapter, aggregate, client_init" in said
 
 
 def test_several_strategies_stand_in_a_table_with_what_fails_below(
@@ -280,15 +392,16 @@ def test_several_strategies_stand_in_a_table_with_what_fails_below(
     (tmp_path / "mine.py").write_text(MINE + TORN)
     assert not report([f"{tmp_path}/mine.py:{name}" for name in ("Torn", "Worn")], {})
     said = capsys.readouterr().out
-    assert re.search(r"^order of clients changes nothing +X X *$", said, re.MULTILINE)
-    assert "check_order_of_clients_changes_nothing: Worn(): KeyError: 'q_proj'" in said
-    assert said.count("KeyError") == int(re.findall(r"(\d+) failed", said)[-1]) > 0
+    assert re.search(r"^adapters fit the modules +X X *$", said, re.MULTILINE)
+    assert re.search(r"check_adapters_fit_the_modules: Worn\(\): KeyError: 'q_proj', raised in init, line \d+ of", said)
+    assert "checks after this failure were not run" in said and " 2 failed" in said
 
 
 @pytest.mark.parametrize(
     ("content", "spec", "said"),
     [
         (MINE, "mine.py:Main", 'has no strategy "Main"; did you mean "Mine"?'),
+        (MINE + HALF, "mine.py:Half", "strategy Half does not define adapter, aggregate, client_init"),
         ("x = 1", "mine.py", "defines no strategy"),
         ("import nowhere_at_all", "mine.py", "cannot be imported: ModuleNotFoundError"),
         (MINE, "yours.py", "there is no such file"),

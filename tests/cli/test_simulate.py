@@ -244,6 +244,44 @@ def test_a_mistake_is_one_sentence(given: list[str], words: list[str], says: str
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and says in "\n".join(errors), done.stderr
     assert len(errors) == 1 and "Traceback" not in done.stderr
+    if "1e30" not in words:  # which is no refusal: its clients have trained
+        assert not list(tmp_path.iterdir()), "a refused run leaves a folder behind"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora.ranks", "2,3", "--lora.rank", "3"],
+        ["--aggregate.robust", "krum", "--dp-noise", "1", "--dp-level", "client"],
+        ["--lora.ranks", "uniform:1-3", "--seed", "1"],
+        ["--exactness", "--lora.kind", "dora"],
+        ["--dp-epsilon", "1e-9"],
+    ],
+)
+def test_a_refused_run_leaves_what_lay_in_its_folder_and_nothing_else(
+    given: list[str], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    done = fedlora("simulate", *given, *words, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1 and "error: " in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != "lock") == ["notes.txt"]
+
+
+@pytest.mark.parametrize("words", [["--lora.ranks", "2,3"], ["--aggregate.robust", "krum", "--secure.aggregation"]])
+def test_what_the_settings_alone_tell_is_refused_before_model_and_data_are_loaded(
+    given: list[str], words: list[str], tmp_path: Path
+) -> None:
+    done = fedlora("simulate", *given, *words, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_a_run_is_told_to_a_program_as_json(given: list[str], tmp_path: Path) -> None:
+    words = ["--rounds", "1", "--train.batch-size", "8", "--eval_data", given[5], "--out", "run", "--json"]
+    done = fedlora("simulate", *given, *words, cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert told["folder"] == "run" and told["rounds"] == records(tmp_path / "run") and "1/1" in done.stderr
+    assert "batch_size = 8" in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_a_resumed_run_keeps_the_settings_its_rounds_rest_on(whole: tuple[Path, str], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fedlora.client.policy import ClientPolicy
 from fedlora.errors import PrivacyError, WireError
 from fedlora.jobs import MaskingTerms, PrivacyTerms
 from fedlora.messages.agreement import RunAgreement
+from fedlora.sections import Training
 from fedlora.strategy import Job
 
 SMALL = small_model("gpt2")
@@ -37,6 +38,26 @@ def test_it_is_shown_in_words_once_and_kept(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text.count("run a-run asks of this client:") == 1
     assert "trained here: A, B; sent back: A" in caplog.text
     assert "DP-SGD by row, epsilon 3, delta 1e-05 at most" in caplog.text
+
+
+def test_rows_that_were_to_stay_do_and_a_stage_of_ones_own_is_agreed_with_its_steps(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    agreed = replace(offered(shares="AB", **{"personal.steps": 5}, **PRIVATE), keeps_rank=1)
+    with caplog.at_level(logging.INFO, "fedlora"):
+        agreement.join(tmp_path, agreed, MINE, "a-run")
+    assert "sent back: A, B, without the last 1 of the rank's rows" in caplog.text
+    assert "for this client's own use: 5 steps from the model that it has; nothing of it is sent" in caplog.text
+    alone = job(shares="AB", metrics=False, keeps_rank=1, stage="personal", training=Training(steps=5))
+    agreement.refuse_unagreed(agreed, agreed.hash, alone)  # without DP-SGD, as nothing of it leaves
+    for wrong, said in (
+        (replace(alone, keeps_rank=0), "leaves 0 rows of the rank here, agreed were 1"),
+        (replace(alone, training=Training(steps=6)), "has 6 steps done after the rounds, agreed were 5"),
+        (replace(alone, stage="alone"), "trained alone, which was not agreed"),
+        (replace(alone, metrics=True), "asks for word of what a client does for its own use"),
+    ):
+        with pytest.raises(PrivacyError, match=said):
+            agreement.refuse_unagreed(agreed, agreed.hash, wrong)
 
 
 def test_a_run_cannot_be_offered_again_on_other_terms(tmp_path: Path) -> None:

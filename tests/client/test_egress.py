@@ -21,16 +21,18 @@ from fedlora.client.runner import JobRunner
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import DataError, PolicyRefusal, ReasonCode
 from fedlora.jobs import Client, MaskingTerms, PrivacySpent, PrivacyTerms, SecAggStep
-from fedlora.lora import LoRA
+from fedlora.lora import LoRA, map_factors
 from fedlora.message_types import MetricsHead, MissingParts, UpdateHead
 from fedlora.messages import codec, envelope
+from fedlora.messages.compression import compress_with_error_feedback
 from fedlora.messages.envelope import RawMessage, as_array
 from fedlora.messages.parts import Parts, content_hash
 from fedlora.metrics import Metrics
 from fedlora.privacy.masked_update import size
 from fedlora.sections import Training
+from fedlora.server import upload_checks
 from fedlora.storage.event_log import EventLog, entries
-from fedlora.strategy import Job
+from fedlora.strategy import Job, Update
 from fedlora.tensors import by_name, to_bytes
 
 SMALL = small_model("gpt2")
@@ -189,6 +191,17 @@ def test_what_was_asked_for_is_let_out(records: RecordDict, to: Any) -> None:
 
 def test_a_compressed_update_is_let_out(tmp_path: Path) -> None:
     assert isinstance(ask(tmp_path, replace(JOB, upload="int8")), RecordDict)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4, 4), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("side", "ABRH")
+def test_scales_of_int8_are_let_out_for_what_shares_one(side: str, shape: tuple[int, ...]) -> None:
+    start = LoRA(**{side: {"q": torch.zeros(shape)}})
+    packed, received, _ = compress_with_error_feedback(start, map_factors(torch.ones_like, start), LoRA(), "int8")
+    job = Job(start, trains=side, shares=side, upload="int8")
+    records = codec.pack_update(Update(received, 4, None, packed=packed), 0)
+    release(records, job)
+    assert isinstance(upload_checks.validated_update(envelope.unpack(records), job), Update)
 
 
 def test_of_a_records_text_in_an_error_nothing_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,6 +55,9 @@ def policy(folder: Path, **mine: Any) -> ClientPolicy:
             {"model__path": "lab/bert", "model__revision": "other"},
             "the base model lab/bert@other",
         ),
+        ({}, {"train__loss": "os:system"}, "train.loss = os:system, which is not named in client.code here"),
+        ({"client__code": "lab.*"}, {"train__optimizer": "laboratory:Lion"}, "train.optimizer = laboratory:Lion"),
+        ({"client__code": "lab:f"}, {"train__regulariser": "lab:g"}, "train.regulariser = lab:g"),
     ],
 )
 def test_a_run_that_asks_for_what_was_not_allowed_is_refused_before_it_begins(
@@ -77,6 +80,7 @@ def test_a_run_that_asks_for_what_was_not_allowed_is_refused_before_it_begins(
         ),  # of the public text that comes with fedlora
         ({"model__path": "/models/bert"}, {"model__path": "local:bert"}),
         ({"client__models": "lab/*"}, {"model__path": "lab/bert"}),
+        ({"client__code": "lab.losses:*, torch.optim:SGD"}, {"train__loss": "lab.losses:f"}),
         ({"dp__epsilon": 3.0}, {"dp__epsilon": 3.0, "data__holdout": 0.2, "dp__metrics": False}),
     ],
 )
@@ -123,3 +127,13 @@ def test_a_damaged_note_of_what_was_scored_is_a_refusal(tmp_path: Path) -> None:
     (tmp_path / "scored.json").write_text("{")
     with pytest.raises(LedgerError, match=r"scored\.json is damaged or cannot be read"):
         runner(tmp_path).evaluate(SMALL.model, job())
+
+
+def test_a_job_that_names_other_code_than_was_agreed_is_refused_before_it_is_imported(tmp_path: Path) -> None:
+    named = Training(loss="nowhere_at_all:f", optimizer="torch.optim:SGD")
+    job = Job(SMALL.start, training=named)
+    with pytest.raises(PrivacyError, match=r"train\.loss = nowhere_at_all:f, which is not named in client.code here"):
+        JobRunner(0, SMALL.clients[0], tmp_path, policy(tmp_path, client__code="torch.optim:*")).run(SMALL.model, job)
+    agreed = agreement(train__optimizer="torch.optim:SGD")
+    assert [said for said in agreed.broken_by(job) if "nowhere_at_all" in said]
+    assert "code run here: train.optimizer = torch.optim:SGD" in agreed.words()

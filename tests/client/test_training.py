@@ -10,7 +10,8 @@ from transformers import get_linear_schedule_with_warmup
 
 from fedlora.client import training as local_training
 from fedlora.errors import ClientFailed
-from fedlora.lora import LoRA, delta, join, scale, stack
+from fedlora.jobs import PrivacyTerms
+from fedlora.lora import LoRA, delta, join, scale, split_rank, stack
 from fedlora.models.model import Model
 from fedlora.models.optimizer import count_steps, lr_factor, set_rates
 from fedlora.sections import LoRAConfig, ModelConfig, Training
@@ -89,6 +90,21 @@ def test_what_is_trained_and_not_shared_stays_and_goes_on(model: Model, start: L
     again, _ = local_training.train(model, job, 0, examples(), kept)
     anew, _ = local_training.train(model, job, 0, examples(), LoRA())
     assert again.loss < anew.loss  # it took up its own B, not the job's
+
+
+def test_rows_that_stay_go_on_and_are_noised_with_what_is_sent(model: Model, start: LoRA) -> None:
+    """Under DP-SGD a step in which no record is drawn is noise alone: it is on the rows that stay as on the others."""
+    terms = PrivacyTerms(noise=2.0, clip=1.0, head_share=0.5, rate=1e-9, steps=1, delta=1e-5, seeded=True)
+    job = Job(start, keeps_rank=1, training=replace(FAST, optimizer="sgd", lr=1e-9), privacy=terms)
+    update, kept = local_training.train_privately(model, job, 0, [[e] for e in examples()], LoRA())
+    for s, rows in (("A", 1), ("B", 1)):
+        for m, t in kept.side(s).items():
+            assert t.shape[0 if s == "A" else 1] == rows
+            noise = t - split_rank(start, 1)[1].side(s)[m]
+            sent = update.lora.side(s)[m] - split_rank(start, 1)[0].side(s)[m]
+            assert float(noise.std()) == pytest.approx(float(sent.std()), rel=0.6) and bool(noise.all())
+    _, again = local_training.train_privately(model, job, 0, [[e] for e in examples()], kept)
+    assert all(not torch.equal(t, kept.side(s)[m]) for s, m, t in again.matrices())
 
 
 def test_accumulation_equals_one_large_batch(model: Model, start: LoRA) -> None:

@@ -94,3 +94,20 @@ def test_messages_in_columns_are_messages_in_rows() -> None:
 def test_what_else_a_message_says_is_kept_unless_it_is_null() -> None:
     message = {**ASSISTANT, "tool_calls": None, "reasoning_content": "hm"}
     assert conversation(CHAT, {"messages": [message]}).learned == ({**ASSISTANT, "reasoning_content": "hm"},)
+
+
+@pytest.mark.parametrize("said", [{"content": None}, {}, {"content": ""}])
+def test_who_says_nothing_but_which_tools_to_call_says_nothing(said: dict[str, Any]) -> None:
+    calling = {"role": "assistant", **said, "tool_calls": [{"function": {"name": "f"}}]}
+    messages = [USER, calling, {"role": "tool", "content": "1"}, ASSISTANT]
+    assert not wrong_messages(messages)
+    assert conversation(CHAT, {"messages": messages}).learned[1]["content"] == ""
+
+
+def test_who_says_nothing_at_all_is_refused() -> None:
+    assert 'without "content"' in wrong_messages([USER, {"role": "assistant", "content": None, "tool_calls": None}])
+
+
+def test_a_list_that_is_written_as_a_text_is_told_from_no_list() -> None:
+    assert wrong_messages(str([USER, ASSISTANT])).startswith("is a text in which a list is written; give the list")
+    assert wrong_messages("hello") == "is no list of messages"

@@ -83,9 +83,17 @@ def test_a_folder_of_files_is_one_file_a_client(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", *labelled(3))
     (tmp_path / "b.csv").write_text('sentence1,label\n"one, two\nlines",1\nthree,0\n')
     (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
     federated = read(str(tmp_path), 0)
     assert federated.clients[1][0] == {"sentence1": "one, two\nlines", "label": "1"}
     assert [len(rows) for rows in federated.clients] == [3, 2]
+
+
+def test_a_folder_of_images_is_told_what_to_write(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.PNG").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds no data; .*; of images write such a file, with a column image"):
+        read(str(tmp_path), 0)
 
 
 def test_several_files_can_be_pooled_and_shared_out_again(tmp_path: Path) -> None:
@@ -135,7 +143,7 @@ def test_the_seed_alone_decides_the_draw(tmp_path: Path) -> None:
     assert first == again != other
 
 
-def test_a_limit_takes_the_first_of_every_file(tmp_path: Path) -> None:
+def test_a_limit_is_of_the_data_and_of_the_evaluation(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "all.jsonl", *labelled(50))
     federated = read(path, 2, limit=6, eval=path)
     assert sum(map(len, federated.clients)) == len(federated.evaluation) == 6
@@ -227,7 +235,9 @@ def test_a_label_that_training_does_not_have_is_found_in_the_evaluation(tmp_path
     ("x.json", b'[{"text": "a"},\n {"text": }]', r"x\.json line 2: not JSON \(Expecting value at column 11\)"),
     ("x.json", b'[{"text": "a"}, 7]', r"x\.json row 2: a int, and not an object"),
     ("x.csv", b'text\n"a\nb"\nc,d\n', r"x\.csv line 4: 2 fields under a header of 1"),
-    ("x.csv", b'text\n"a\n', r"x\.csv line 2: not CSV"),
+    ("x.csv", b"text,label\nb\n", r"x\.csv line 2: 1 field under a header of 2; an empty field needs its comma too"),
+    ("x.tsv", b"text\tlabel\na\t1\t2\n", r"x\.tsv line 2: 3 fields under a header of 2; put a field with a tab in it"),
+    ("x.csv", b'text\n"a\n', r"x\.csv line 2: not CSV .*; close its quote"),
     ("x.csv", b"text,text\na,b\n", r"x\.csv line 1: two columns have the same name"),
     ("x.csv", b"text,label\na,1\nb,\n", r'x\.csv line 3: "label" is empty'),
     ("x.csv", b"text\n", r"x\.csv has no examples"),

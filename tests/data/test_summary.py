@@ -42,6 +42,10 @@ def test_classes_are_counted_at_every_client(tmp_path: Path) -> None:
     (["Yes", "no", "yes"], 'the classes "Yes", "yes" differ by blanks or capitals alone'),
     (["0", "1", "1.0"], 'the classes "1", "1.0" are the same number'),
     ([0, 1, "no", "yes"], 'some classes are numbers ("0", "1") and others are words ("no", "yes")'),
+    (["caf\u00e9", "cafe\u0301", "tea"], r'the classes "cafe\u0301", "caf\xe9" look the same'),
+    (["so so", "so\u00a0so", "good"], r'the classes "so so", "so\xa0so" look the same'),
+    (["good", "go\u200bod", "bad"], r'the classes "good", "go\u200bod" look the same'),
+    ([0, 1, -1], 'the class "-1" may stand for a label that is missing'),
     (["a", "b", "nan"], 'the class "nan" looks like a label that is missing'),
 ])  # fmt: skip
 def test_classes_that_look_wrong_are_told_in_words(tmp_path: Path, labels: list[Any], says: str) -> None:
@@ -55,6 +59,7 @@ def test_a_class_for_every_row_is_told(tmp_path: Path) -> None:
 
 def test_good_classes_have_no_warning(tmp_path: Path) -> None:
     assert summary(tmp_path / "x.jsonl", *labelled("cat", "dog", "bird")).warnings == ()
+    assert summary(tmp_path / "y.jsonl", *labelled(-1, 1, 2)).warnings == ()
 
 
 def test_a_class_without_a_training_row_is_told(tmp_path: Path) -> None:

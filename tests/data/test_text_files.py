@@ -38,6 +38,7 @@ DEEP = '{"text": "w", "note": ' + "[" * 50_000 + "]" * 50_000 + "}\n"
     ("x.csv", 'text;label\n"a; b, c";1\n', r'x\.csv line 1: one column, "text;label": is the separator ";"\?'),
     ("x.json", '{"train": [{"text": "a"}], "test": [{"text": "a"}]}', r'its "train" and "test" are lists: save each'),
     ("x.csv", "text\tlabel\na\t1\n", r"x\.csv line 1: one column, .* is the separator a tab\?"),
+    ("x.jsonl", "version https://git-lfs.github.com/spec/v1\noid s\n", r"x\.jsonl is a pointer of Git LFS, .*pull"),
     ("x.tsv", "text,label\na,1\n", r'x\.tsv line 1: one column, "text,label": is the separator ","\?'),
 ])  # fmt: skip
 def test_what_is_no_table_is_said_with_the_remedy(tmp_path: Path, name: str, content: str, says: str) -> None:
@@ -61,6 +62,27 @@ def test_a_blank_after_every_comma_belongs_to_the_comma(tmp_path: Path) -> None:
         {"text": "a, b", "label": "pos"},
         {"text": "c", "label": "neg"},
     ]
+
+
+OPEN = 'w1{0}a\n"w2{0}b\nw3{0}a\nw4{0}b\nw5"{0}a\nw6{0}b\n'
+
+
+@pytest.mark.parametrize(("ending", "separator"), [(".tsv", "\t"), (".csv", ",")])
+def test_a_quote_that_closes_rows_later_is_told(tmp_path: Path, ending: str, separator: str) -> None:
+    """As in files that know no quotes, where one may stand at the beginning of a text and another at an end."""
+    path = tmp_path / f"x{ending}"
+    path.write_text(f"text{separator}label\n" + OPEN.format(separator))
+    [table] = read_tables(str(path), 0)
+    assert len(table.rows) == 3
+    assert table.warnings[0].startswith(f"{path} line 3: a quote that opens here closes 3 lines further on, over what")
+
+
+@pytest.mark.parametrize("text", ["Dear John,\nthank you", "a, b\nc, d\ne", "one\ntwo\nthree", "a,b,c\n1,2,3"])
+def test_a_text_of_several_lines_is_no_such_quote(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f'text,label\n"{text}",pos\nw,neg\n')
+    [table] = read_tables(str(path), 0)
+    assert not table.warnings and table.rows[0]["text"] == text
 
 
 def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:

@@ -117,6 +117,9 @@ def test_rounds_and_clients_own_models_are_the_simulations(resumed: Path, simula
         assert (x["round"], x["clients"], x["answered"]) == (y["round"], y["clients"], y["answered"])
         assert x["train_loss"] == pytest.approx(y["train_loss"], abs=1e-6)
         assert x["eval_clients"] == pytest.approx(y["eval_clients"], abs=1e-5)
+        assert x["each"].keys() == y["each"].keys()
+        for client, own in x["each"].items():
+            assert own == pytest.approx(y["each"][client], rel=1e-3)
     assert ours[-1]["eval_clients"]["clients"] == 3
 
 

@@ -52,7 +52,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory, proxy: ConnectProxy) -> Iter
         remove(made.keys, "client-3")
         server = made.server("run")
         made.client(1, HOME="/proc", https_proxy=proxy.url, HTTPS_PROXY=proxy.url, NO_PROXY="", no_proxy="")
-        made.until(lambda: "connected" in made.said("client-1"))
+        made.until(lambda: "connected: " in made.said("client-1"))
         twin = ["client", "--server", f"127.0.0.2:{made.port}", "--cold", "--data", str(folder / "client_1.jsonl")]
         key, state = made.keys / "clients" / "client-1", folder / "state-twin"
         made.start("twin", [*twin, "--credentials", str(key), "--state", str(state)])
@@ -89,7 +89,7 @@ def test_a_client_is_connected_when_its_key_is_taken_and_is_told_that_the_server
 def test_a_key_that_is_not_taken_is_told_and_never_called_connected(who: str, sites: Federation) -> None:
     said = sites.said(who)
     assert "was removed or is not registered there, or another machine uses it now" in said
-    assert "connected" not in said and "code 1" not in said
+    assert "connected: " not in said and "code 1" not in said
 
 
 def test_the_server_says_who_is_here(sites: Federation) -> None:

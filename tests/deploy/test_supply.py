@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ def test_hashes_are_those_of_the_versions_that_were_run() -> None:
 def test_every_dependency_but_torch_has_its_hash() -> None:
     names = {re.match(r"[\w-]+", line)[0] for line in tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]}  # type: ignore[index]
     assert names - set(hashed()) == {"torch"}
+
+
+def test_the_lowest_releases_that_are_let_in_are_those_that_were_run() -> None:
+    """But for the last number of a version: `make test` runs the newest correction of the same release."""
+    pinned = (line.split("==") for line in read("constraints.txt").splitlines() if "==" in line)
+    run = {re.sub(r"[-_.]+", "-", name).lower(): version.strip() for name, version in pinned}
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    for required in chain(project["dependencies"], *project["optional-dependencies"].values()):
+        name, lowest = re.match(r"([\w-]+)[^>]*>=([\d.]+)", required).groups()  # type: ignore[union-attr]
+        if name.lower() in run:  # lm-eval and grpcio-tools are no part of the set
+            assert f"{run[name.lower()]}.".startswith(f"{lowest}."), required
 
 
 def test_the_wheel_is_built_by_the_setuptools_that_has_a_hash() -> None:

@@ -136,3 +136,10 @@ def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_learns_the_same_word
 
     said = learned(TEMPLATES["plain"], talk("wo bist du?", "hier\u00e9", "w3", "\U0001f600!"), ByT5Tokenizer())
     assert said == ["hier\u00e9</s>", "\U0001f600!</s>"]
+
+
+@pytest.mark.parametrize("form", ["plain", "marked"])
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(form: str) -> None:
+    t = tokenizer()
+    t.chat_template = "{{- 'w57 ' + strftime_now('w%d w%y ') }}" + TEMPLATES[form]
+    assert t.decode(ChatTemplate(t).write(talk("w1", "w2")).ids).startswith("w57 w26 w24")

@@ -5,11 +5,15 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from fedlora.data.schema import Schema
 from fedlora.encoding.encoder import Encoder
 from fedlora.encoding.examples import Example
 from fedlora.encoding.tokens import usable
+from fedlora.errors import DataError
 from tests.support.models import tokenizer
 
 BOS, EOS = 2, 3
@@ -50,3 +54,11 @@ def test_half_of_an_emoji_is_a_character_that_is_not_known() -> None:
 def test_every_text_has_characters_that_a_tokenizer_takes(text: str) -> None:
     assert len(usable(text)) == len(text)
     usable(text).encode()
+
+
+@pytest.mark.parametrize("schema", [TEXT, ANSWER, Schema("label", ("text", "ask"), ("a", "b"))], ids=lambda s: s.kind)
+def test_a_word_that_a_tokenizer_has_no_token_for_is_one_sentence(schema: Schema) -> None:
+    inner = Tokenizer(WordLevel({"w1": 0, "[PAD]": 1}))
+    t = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
+    with pytest.raises(DataError, match=r"tokenizer refuses the texts: .*; set a token for words that it"):
+        Encoder(t, schema, 32)([{"text": "w2", "ask": "a", "answer": "w3"}])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -68,13 +69,16 @@ def test_a_job_comes_back_as_it_was(
     training = Training(optimizer="sgd", lr=lr, prox=0.1)
     seed, round, rounds = place
     plain = {"trains": "BH", "shares": "B", "gain": {"q": 2.5}, "resumes": True, "example_clip": 0.5}
+    plain |= {"turns": ("H", "BH"), "smoothing": (0.25, 0.5, 0.25)}
     start = factors(1, rank, dtype).only(sides)
+    plain |= {"correction": factors(3, rank, dtype).only(sides)}
     job = Job(start, offset=offset, training=training, seed=seed, round=round, rounds=rounds, **plain)  # type: ignore[arg-type]
     records = send(job, dtype=dtype)
     back = receive(codec.read_job(unpack(records)))
     assert equal(back.start, job.start)
     assert len(back.offset) == offsets and all(map(equal, back.offset, offset))
-    assert replace(back, start=job.start, offset=job.offset).__dict__ == job.__dict__
+    assert equal(back.correction, job.correction)
+    assert replace(back, start=job.start, offset=job.offset, correction=job.correction).__dict__ == job.__dict__
     assert len(arrays(records)) == (1 if sides or offsets else 0)
 
 
@@ -218,6 +222,16 @@ PICKLE = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"\x80\x
 OTHER = Array(dtype="float32", shape=(1,), stype="pickle", data=b"\x80\x04K\x01.")
 
 
+def test_a_job_that_leaves_rows_with_its_client_comes_back_and_one_that_leaves_all_is_refused() -> None:
+    for rows, said in ((1, ""), (4, "of rank 4 that leaves none to share")):
+        message = codec.read_job(unpack(send(Job(factors(1), keeps_rank=rows))))
+        if said:
+            with pytest.raises(WireError, match=said):
+                receive(message)
+        else:
+            assert receive(message).keeps_rank == rows
+
+
 @pytest.mark.parametrize(
     ("records", "said"),
     [
@@ -318,3 +332,28 @@ def test_the_hash_of_a_small_update_is_of_numbers_scales_and_names() -> None:
     records = [codec.pack_update(Update(start, 1, 0.5, packed=packed), 0) for packed in (change, change, *others)]
     names = [json.loads(unpack(r).head)["name"] for r in records]
     assert names[0] == names[1] and len(set(names)) == 4
+
+
+def test_projections_come_back_and_are_sent_once() -> None:
+    right, left = {m: t.float() for m, t in factors(3, 9).A.items()}, dict(factors(4, 3).B)
+    right = {m: torch.ones(t.shape[1], 9) for m, t in right.items()}  # (d_in, w)
+    first, traffic = Job(factors(1), shares="BH", right=right), PartTracker()
+    assert equal(LoRA(A=receive(codec.read_job(unpack(send(first, traffic)))).right), LoRA(A=right))
+    second = Job(first.start, trains="", shares="A", left=left)
+    sent = codec.read_job(unpack(send(second, traffic, torch.float64)))
+    assert sent.head.left and set(sent.head.left) <= set(sent.sent) and not sent.head.right
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"right": factors(3).A, "shares": "BH"}, r"right is \(d_in, w\) and left \(d_out, w\)"),
+        ({"left": {"q": torch.ones(8, 2)}, "shares": "A", "trains": ""}, r"right is \(d_in, w\) and left \(d_out, w\)"),
+        ({"left": factors(3).B, "shares": "A"}, "with left it trains nothing and shares A"),
+        ({"right": {m: t.T for m, t in factors(3).A.items()}}, "with right it trains A and B and shares B"),
+        ({"right": factors(3).A, "resumes": True}, "no factors that a client resumes"),
+    ],
+)
+def test_a_projection_that_cannot_be_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(WireError, match=said):
+        receive(codec.read_job(unpack(send(Job(factors(1), **wrong)))))

@@ -1,6 +1,7 @@
 """Adapters as vectors, and who holds which part."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from hashlib import sha256
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from torch.testing import assert_close
 
 from fedlora.jobs import MaskingTerms, PrivacyTerms
 from fedlora.lora import LoRA
-from fedlora.messages.parts import Parts, PartTracker, flatten, hash_parts_and_job, job_hash, part_names, unflatten
+from fedlora.messages.parts import (
+    ALWAYS,
+    Parts,
+    PartTracker,
+    flatten,
+    hash_parts_and_job,
+    job_hash,
+    part_names,
+    unflatten,
+)
 from fedlora.sections import Training
 from fedlora.strategy import Job, Update
 from fedlora.vectors import from_vector, to_vector
@@ -73,17 +83,25 @@ OTHERS = {
     "sketch": {"q": (0, 2)},
     "gain": {"q": 2.0},
     "resumes": True,
+    "right": factors(3).A,
+    "left": factors(3).B,
+    "keeps_rank": 2,
+    "stage": "personal",
     "example_clip": 0.5,
+    "correction": factors(9).only("AB"),
     "privacy": replace(TERMS, noise=1.2),
     "metrics": False,
     "upload": "int8",
     "feedback": True,
+    "turns": ("BH", "AH"),
+    "smoothing": (0.25, 0.5, 0.25),
     "overrides": {"lr": 0.5},
     "lr_factor": 0.5,
     "training": Training(lr=0.5),
     "seed": 1,
     "round": 1,
     "rounds": 2,
+    "scales": True,
 }
 
 
@@ -92,11 +110,28 @@ def test_the_digest_changes_with_every_field_of_a_job(field: str) -> None:
     assert hash_parts_and_job(replace(JOB, **{field: OTHERS[field]})) != hash_parts_and_job(JOB)
 
 
+def test_a_job_that_sets_no_newer_field_has_the_digest_that_older_versions_gave_it() -> None:
+    asked = {name: getattr(JOB, name) for name in ALWAYS}
+    training = {key: value for key, value in asdict(JOB.training).items() if key not in ("loss", "regulariser")}
+    asked |= {"training": training, "privacy": asdict(TERMS) | {"known": 0}}
+    names = part_names(Parts().of(JOB))
+    older = sha256(repr((sorted(asked.items()), names["start"], names["offset"])).encode()).hexdigest()
+    assert hash_parts_and_job(JOB) == hash_parts_and_job(replace(JOB, scales=False)) == older
+
+
 def test_the_digest_stays_whatever_is_another_in_every_attempt_at_a_round() -> None:
     again = replace(JOB, privacy=replace(TERMS, known=3), masking=MASKING)
     assert hash_parts_and_job(again) == hash_parts_and_job(JOB)
 
 
 def test_the_digest_tells_a_part_of_the_start_from_one_of_the_offset() -> None:
-    start, offset = part_names(Parts().of(JOB))
-    assert job_hash(JOB, start=start, offset=offset) != job_hash(JOB, start=start[:-1], offset=(start[-1], *offset))
+    names = part_names(Parts().of(JOB))
+    moved = names | {"start": names["start"][:-1], "offset": (names["start"][-1], *names["offset"])}
+    assert job_hash(JOB, **names) != job_hash(JOB, **moved)
+
+
+def test_the_digest_tells_a_projection_from_the_right_from_one_from_the_left() -> None:
+    right = replace(JOB, right=OTHERS["right"])
+    names = part_names(Parts().of(right))
+    assert job_hash(right, **names) != job_hash(right, **names | {"right": (), "left": names["right"]})
+    assert hash_parts_and_job(replace(JOB, right=factors(4).A)) != hash_parts_and_job(right)

@@ -277,6 +277,8 @@ def test_dora_refuses_an_offset_and_vera_whatever_is_not_two_vectors(build: Make
     with pytest.raises(StrategyError, match=r"lora.kind = dora takes no offset: its magnitudes"):
         dora.set_adapter(dora.get_adapter(), (part,))
     cores = LoRA(R={first: torch.eye(3)})
+    with pytest.raises(StrategyError, match=r"lora.kind = dora takes no offset: .*; nor a core"):
+        dora.set_adapter(cores.over(dora.get_adapter()))
     for built, offset, gain in (LoRA(), (part,), {}), (cores, (), {}), (LoRA(), (), {first: 2.0}):
         with pytest.raises(StrategyError, match=r"lora.kind = vera takes no offset, core or gain"):
             vera.set_adapter(built, offset, gain)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPForImageClassification
 
+from fedlora.data.schema import Schema
 from fedlora.errors import ModelError
 from fedlora.models.base_model import head_modules, load_base_model
 from fedlora.sections import ModelConfig
 from tests.support.models import TEXT, make
+
+LABEL = Schema("label", ("text", "label"), ("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,28 @@ def test_what_is_damaged_or_missing_is_named_in_one_sentence(
     assert says in said
     assert "\n" not in said
     assert not said.endswith(":")
+
+
+@pytest.mark.parametrize(("schema", "lost"), [(TEXT, "layers.1.mlp"), (LABEL, "model.")], ids=["lm", "classifier"])
+def test_layers_without_weights_are_not_drawn_at_random(tmp_path: Path, schema: Schema, lost: str) -> None:
+    folder = make("llama" if schema is TEXT else "llama-cls", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lost not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights, .* for model\.layers\.[01], of which it says to consist"):
+        load_base_model(ModelConfig(path=str(folder)), schema, seed=0)
+
+
+def test_pointers_in_the_place_of_weights_are_named(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\n")
+    assert "pointers of Git LFS, and not the files themselves; run git lfs pull" in refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_told_what_is_missing(model: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, tmp_path)
+    assert "the folder has no tokenizer; put that of the model beside its weights" in refusal(tmp_path)
 
 
 def test_an_architecture_that_is_no_language_model_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A model has the adapter that it is given, and saves the adapter that it has."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +36,11 @@ def build(folders: dict[str, Path]) -> Maker:
     return one
 
 
-def cored(model: Model, seed: int, rank: int = 3) -> LoRA:
-    """A random adapter with a core in every module."""
-    g = torch.Generator().manual_seed(seed)
-    cores = {m: 0.5 * torch.randn(rank, rank, generator=g) for m in model.adapted}
+def cored(model: Model, seed: int, rank: int = 3, heads: int = 1) -> LoRA:
+    """A random adapter with a core in every module, in blocks if it has several heads."""
+    g, k = torch.Generator().manual_seed(seed), rank // heads
+    blocks = {m: 0.5 * torch.randn(heads, k, k, generator=g) for m in model.adapted}
+    cores = {m: own if heads > 1 else own[0] for m, own in blocks.items()}
     return LoRA(R=cores).over(random_adapter(model, seed, rank))
 
 
@@ -81,7 +83,10 @@ def test_a_module_computes_the_dense_formula(build: Maker, kind: str, folds: boo
     model = build(kind, alpha=5.0)
     pretrained = {m: computed(layer) for m, layer in model.adapted.items()}
     model.offset.folds = folds
-    adapter, parts = cored(model, 1, rank=2), (cored(model, 2, rank=4), dense(model, 3), cored(model, 4, rank=1))
+    adapter, parts = (
+        cored(model, 1, rank=2),
+        (cored(model, 2, rank=4), dense(model, 3), cored(model, 4, rank=6, heads=2)),
+    )
     first, *others = model.adapted
     model.set_adapter(adapter, parts, {first: 1.5})
     for m in (first, *others):
@@ -110,6 +115,43 @@ def test_a_core_is_trained_and_read(build: Maker) -> None:
     model.loss(batch("llama")).backward()
     assert len(trained) == len(adapter.R) and all(p.grad is not None and p.grad.any() for p in trained)
     assert {id(p) for p in model.net.parameters() if p.grad is not None} == {id(p) for p in trained}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_a_core_in_blocks_computes_and_learns_as_the_whole_one_with_zeros_beside_them(build: Maker, kind: str) -> None:
+    model = build(kind)
+    blocks = cored(model, 1, rank=6, heads=3)
+    whole = LoRA(R={m: torch.block_diag(*core) for m, core in blocks.R.items()}).over(blocks)
+    seen = []
+    for given in (blocks, whole):
+        model.set_adapter(given)
+        assert_close(vars(model.get_adapter()), vars(given), rtol=0, atol=0)
+        trained = model.set_trainable("R")
+        model.loss(batch(kind)).backward()
+        seen.append((logits(model, kind), [p.grad for p in trained]))
+    (ours, gradients), (wanted, dense) = seen
+    assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    cut = [torch.stack([g[i : i + 2, i : i + 2] for i in (0, 2, 4)]) for g in dense if g is not None]
+    assert_close(gradients, cut, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_what_is_read_has_every_heads_scale_in_it_and_the_next_adapter_has_none(build: Maker, heads: int) -> None:
+    model = build("llama")
+    start = cored(model, 1, rank=3, heads=heads)
+    model.set_adapter(start, scales=True)
+    scales, cores = model.set_trainable("S"), model.set_trainable("R")
+    assert {s.shape for s in scales} == {(heads,)} and all(bool((s == 1).all()) for s in scales)
+    assert_close(vars(model.get_adapter()), vars(start), rtol=0, atol=0)
+    with torch.no_grad():
+        for s, core in zip(scales, cores, strict=True):
+            s.mul_(torch.arange(2.0, 2 + heads))
+            core.add_(0.1)
+    trained = logits(model, "llama")
+    read = model.get_adapter()
+    model.set_adapter(read)
+    assert_close(logits(model, "llama"), trained, rtol=1e-4, atol=1e-5)
+    assert not model.set_trainable("S")
 
 
 def test_attaching_a_core_draws_nothing(build: Maker) -> None:
@@ -256,5 +298,9 @@ def test_matrices_of_the_wrong_shape_are_refused_by_name(build: Maker) -> None:
         model.set_adapter(LoRA(good.A, good.B | {first: good.B[first][:-1]}))
     with pytest.raises(StrategyError, match="have different ranks"):
         model.set_adapter(LoRA(good.A, good.B | {first: good.B[first][:, :-1]}))
-    with pytest.raises(StrategyError, match=f"R of {first}: got .2, 2., with this A the model takes .3, 3."):
-        model.set_adapter(LoRA(good.A, good.B, R={first: torch.eye(2)}))
+    for wrong in ((2, 2), (2, 1, 1), (1, 3, 1), (3,)):
+        bad = LoRA(good.A, good.B, R={first: torch.ones(wrong)})
+        for refuse in (model.set_adapter, model.check_fit):
+            said = re.escape(f"R of {first}: got {wrong}, with this A the model takes (3, 3), or (h, k, k)")
+            with pytest.raises(StrategyError, match=said):
+                refuse(bad)

@@ -175,8 +175,7 @@ def test_a_federation_learns_what_is_preferred(folder: Path, settings: dict[str,
         **{"lora.rank": 2, "train.lr": 0.02, "train.batch_size": 4, "data.holdout": 0.2, "dp.metrics": True},
         **settings,
     )
-    first, last = run.rounds[0]["eval"], run.rounds[-1]["eval"]
     if settings["strategy"] != "fedsa_lora":  # whose common model has the B of the start
-        assert last["margin"] > first["margin"] > 0 and last["loss"] < first["loss"]
+        assert run.evaluation["margin"] > 0.03 and run.evaluation["loss"] < run.before["loss"] - 0.01
     assert run.rounds[-1]["eval_clients"]["metric"] == "accuracy"
     export(run.folder, "adapter")

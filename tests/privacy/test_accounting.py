@@ -8,7 +8,7 @@ from resource import RUSAGE_SELF, getrusage
 import dp_accounting
 import pytest
 from dp_accounting import dp_event, pld
-from opacus.accountants import RDPAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
 
 from fedlora.errors import PrivacyError
 from fedlora.jobs import Charge
@@ -120,3 +120,10 @@ def test_epsilon_by_renyi_is_that_of_opacus() -> None:
     accountant.history = [(1.5, 0.05, 40), (2.5, 0.1, 60)]
     charges = [Charge(noise=z, rate=q, steps=n) for z, q, n in accountant.history]
     assert rdp(charges, delta=1e-5) == pytest.approx(accountant.get_epsilon(delta=1e-5), rel=1e-12)
+
+
+def test_epsilon_by_privacy_losses_is_that_of_opacus_to_the_last_bit() -> None:
+    accountant = PRVAccountant()
+    accountant.history = [(1.0, 0.032, 100), (2.5, 0.1, 60)]
+    charges = [Charge(noise=z, rate=q, steps=n) for z, q, n in accountant.history]
+    assert prv(charges, delta=1e-5) == accountant.get_epsilon(delta=1e-5, eps_error=0.01)

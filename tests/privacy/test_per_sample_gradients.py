@@ -25,7 +25,7 @@ from fedlora.privacy.per_sample_gradients import (
 from fedlora.privacy.preflight import synthetic
 from fedlora.sections import LoRAConfig, ModelConfig
 from fedlora.seeds import seeded
-from tests.support.models import FORMS, make
+from tests.support.models import FORMS, make, random_adapter
 from tests.support.zoo import apart
 
 EXACT = 2e-6
@@ -102,6 +102,16 @@ def test_a_core_between_the_factors_is_told_apart_too(build: Maker) -> None:
     agree(
         model, model.set_trainable("ABR"), OnePassGradients
     )  # Opacus takes the core for the layer's output, which preflight refuses
+
+
+def test_a_core_in_blocks_is_told_apart_in_one_pass_and_is_unknown_to_opacus(build: Maker) -> None:
+    model, g = build("bert"), torch.Generator().manual_seed(4)
+    start = random_adapter(model, 4, rank=4)
+    model.set_adapter(LoRA(R={m: torch.randn(2, 2, 2, generator=g) for m in model.adapted}).over(start))
+    for sides in ("RH", "ABR"):
+        agree(model, model.set_trainable(sides), OnePassGradients)
+    with pytest.raises(PrivacyError, match=r"is a BlockDiagonal, of which Opacus cannot tell .* dp.engine = one"):
+        each(OpacusGradients, model, model.set_trainable("R"), made_up(model))
 
 
 def test_examples_meet_the_same_dropout_as_in_an_ordinary_pass(build: Maker) -> None:

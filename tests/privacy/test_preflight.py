@@ -24,6 +24,7 @@ from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError
 from fedlora.jobs import PrivacyTerms
 from fedlora.lora import LoRA
+from fedlora.models.cores import BlockDiagonal
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, per_sample_gradients, preflight
 from fedlora.privacy.dpsgd import STANDARD
@@ -226,4 +227,4 @@ def test_made_up_examples_are_of_different_lengths_and_never_twice_the_same(
 
 
 def test_one_pass_knows_what_adapters_and_heads_are_made_of() -> None:
-    assert {nn.Linear, nn.LayerNorm} == set(LAYERS)
+    assert {nn.Linear, nn.LayerNorm, BlockDiagonal} == set(LAYERS)

@@ -87,7 +87,7 @@ def test_so_many_rows_are_taken_evenly_spread() -> None:
 
 
 def test_where_no_model_is_common_the_clients_own_answer_after_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is none where clients keep B to themselves"):
+    with pytest.raises(ConfigError, match="there is none where clients keep side B to themselves"):
         run(site(tmp_path), strategy="fedsa_lora", eval=CHOSEN)
     done = run(tmp_path, strategy="fedsa_lora", rounds=1, out=tmp_path / "other")
     given = ["--eval.generate", "--eval.limit", "3", "--eval.max_new_tokens", "4", "--json"]

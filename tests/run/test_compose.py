@@ -71,13 +71,12 @@ def test_means_of_sides_take_every_kind(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["fedavg", "ffa_lora", "fedsa_lora", "fedex_lora", "rolora", "lora_fair"])
 def test_mixed_ranks_are_refused_with_those_that_take_them(name: str) -> None:
-    with pytest.raises(
-        StrategyError, match=r"clients of one rank, and lora.ranks gives 2 to 8; .*flexlora.*flora.*hetlora"
-    ):
+    those = r"fedex_lora with assignment = reinit or keep, .*flexlora, flora, .*hetlora"
+    with pytest.raises(StrategyError, match=rf"clients of one rank, and lora.ranks gives 2 to 8; .*{those}"):
         check_kind_and_ranks(load(name), "lora", (8, 2, 4))
 
 
-@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "fslora", "florist"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "fslora", "florist", "fedmomentum", "raflora"])
 def test_these_take_mixed_ranks(name: str) -> None:
     check_kind_and_ranks(load(name), "lora", (8, 2, 4))
 

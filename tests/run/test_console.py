@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -70,3 +71,20 @@ def test_a_log_has_no_movements_of_a_cursor_whatever_the_environment_says(tmp_pa
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr and "round" in done.stdout
+
+
+def test_columns_are_two_spaces_apart_whatever_stands_in_them(screen: ConsoleProgress) -> None:
+    screen._columns = ["round", "train loss", "evaluation", "worst client", "off the mean"]
+    screen._rounds = 1000
+    screen._say_row({name: name for name in screen._columns})
+    screen._say_row(
+        {
+            "round": "1000/1000",
+            "train loss": "5.9522",
+            "evaluation": "perplexity 9.645e+04",
+            "worst client": "9.645e+04",
+            "off the mean": "1.2e-03",
+        }
+    )
+    rows = [re.split(r" {2,}", line.strip()) for line in said(screen).splitlines()]
+    assert rows[0] == screen._columns and rows[1][:3] == ["1000/1000", "5.9522", "perplexity 9.645e+04"]

@@ -80,7 +80,7 @@ def test_a_base_that_gives_no_numbers_for_the_data_is_refused_before_a_round(pla
     net.save_pretrained(folder)
     with pytest.raises(FedloraError, match=r"the weights of model.embed_tokens.weight in the base model hold nan"):
         begin(place, place / "run", **SMALL)
-    assert not (place / "run" / "rounds.jsonl").read_text()
+    assert not (place / "run").exists()
     with pytest.raises(FedloraError, match="the loss is nan before any step: the weights of"):
         begin(place, place / "blind", **SMALL | {"data.eval_share": 0.0})
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora import CheckpointError, ConfigError, simulate
 from fedlora.config import read
-from fedlora.run.directory import RunDirectory
+from fedlora.run.directory import RunDirectory, _figures
 from fedlora.storage import checkpoint
 from fedlora.strategy import load
 from tests.support.damage import damaged_copy
@@ -226,3 +227,34 @@ def test_a_resumed_run_counts_what_was_before_it(copy: Path, capsys: pytest.Capt
     whole = re.search(r"^4 rounds in (\d+) s", said, re.MULTILINE)
     assert taken and whole and int(whole[1]) >= int(taken[1]) >= 1000
     assert before and float(before[1]) == pytest.approx(lines[0]["before"]["perplexity"], rel=1e-3)
+
+
+def test_a_run_says_in_one_file_what_it_is(begun: Path) -> None:
+    about = json.loads((begun / "run.json").read_text())
+    assert (about["strategy"], about["seed"], about["run"]) == ("fedsa_lora", 0, RunDirectory(begun).run)
+    assert about["settings_sha256"] == sha256((begun / "config.toml").read_bytes()).hexdigest()
+    assert about["versions"]["torch"] == torch.__version__ and about["earlier_versions"] == []
+
+
+def test_a_run_that_goes_on_keeps_when_it_began_and_with_which_versions(copy: Path) -> None:
+    about = json.loads((copy / "run.json").read_text())
+    old = {**about["versions"], "torch": "2.0.0"}
+    (copy / "run.json").write_text(json.dumps({**about, "versions": old}))
+    for rounds in (4, 5):
+        resume(copy, rounds)
+    again = json.loads((copy / "run.json").read_text())
+    assert (again["begun"], again["earlier_versions"], again["versions"]) == (about["begun"], [old], about["versions"])
+
+
+def test_every_clients_own_figures_are_curves(begun: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(begun / "tensorboard")).Reload()
+    drawn = [event.value for event in curves.Scalars("each/train_loss/1")]
+    records = RunDirectory(begun).records()
+    assert drawn == pytest.approx([record["each"]["1"]["train_loss"] for record in records])
+
+
+def test_of_more_than_fifty_clients_no_curves_are_drawn() -> None:
+    record = {"round": 1, "each": {str(i): {"train_loss": 1.0} for i in range(51)}}
+    assert _figures(record) == {}

@@ -34,7 +34,7 @@ from fedlora.run.directory import RunDirectory
 from fedlora.run.export import export
 from fedlora.run.setup import RunSetup, prepare
 from fedlora.storage import checkpoint
-from fedlora.storage.client_state import ClientState
+from fedlora.storage.own_model import own_model
 from tests.support.models import make
 
 Run = Callable[[str], Path]
@@ -59,6 +59,8 @@ PERSONAL = [
     "bert fedex_lora model.head=local",
     "bert fedex_lora model.head=local option.assignment=keep lora.init=pissa",
     "bert flora model.head=local lora.ranks=1,2,3,3",
+    "bert dual option.local=2",
+    "llama fedex_lora option.assignment=keep personal.steps=2",
 ]
 
 
@@ -170,9 +172,11 @@ def test_every_client_gets_its_own_model(run: Run, words: str, tmp_path: Path, c
     setup, strategy, state = opened(path)
     found = []
     for i, site in enumerate(setup.clients_data):
-        kept = ClientState(path / "checkpoint" / "clients" / str(i)).before(2)
+        stage: Any = "personal" if setup.config.personal.on else "round"
         job = strategy.client_init(state, site.client(i, setup.ranks[i]))
-        training.evaluate(setup.model, job, setup.evaluation, kept)
+        at = replace(job, round=setup.config.rounds - 1, stage=stage)
+        own, kept = own_model(at, path / "checkpoint" / "clients" / str(i))
+        training.evaluate(setup.model, own, setup.evaluation, kept)
         alike(got := stranger(setup, tmp_path / "out" / f"client-{i}"), logits(setup.model.net))
         found += [got] if kept else []
         assert bool(kept) == (str(i) not in named)

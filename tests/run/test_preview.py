@@ -176,3 +176,10 @@ def test_images_are_told_with_sizes_and_modes(vit: Path, tmp_path: Path) -> None
 def test_an_image_of_a_size_that_the_model_does_not_take_is_refused_in_a_sentence(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"the model refuses an image of 3 x 20 x 20, .* Input image size"):
         _ = previewed(str(vit), images(tmp_path, (20, 20), (20, 20)), clients=1)
+
+
+def test_texts_that_the_tokenizer_does_not_know_are_told(llama: str, tmp_path: Path) -> None:
+    found = previewed(llama, write(tmp_path / "x.jsonl", [{"text": "w1 hello there w2"}] * 4), clients=1)
+    assert found.warnings == (
+        "33% of the tokens are of what the tokenizer does not know: is the model for such texts?",
+    )

@@ -189,7 +189,7 @@ def test_a_second_run_on_a_ledger_says_before_its_start_what_both_will_have_spen
     assert ends[0] < ends[1] and "the ledgers hold up to epsilon" in done.stdout
     again = fedlora("simulate", *given, *noise, *kept, "--dp.budget", f"{ends[1]}", "--out", tmp_path / "three")
     assert again.returncode == 1 and "no round can be done: the privacy budget is spent of 6 of 6" in again.stderr
-    assert not records(tmp_path / "three")
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_ledger_of_other_data_charges_and_trains_nothing(given: list[str], site: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -96,6 +96,18 @@ def test_a_part_of_the_evaluation_is_spread_evenly(folder: Path, whole: RunSetup
     assert [example["input_ids"].tolist() for example in few] == expected and len(expected) == 4
 
 
+def test_of_each_clients_held_out_examples_a_part_can_be_measured(folder: Path, whole: RunSetup) -> None:
+    """Who is held out stays the same, and so what a client trains on."""
+    some = {"data.path": str(folder / "site_*.jsonl"), "data.holdout_limit": 2}
+    for few, all_of_them in zip(
+        prepare(config.build(settings(folder), some)).clients_data, whole.clients_data, strict=True
+    ):
+        n = len(all_of_them.heldout)
+        expected = [example["input_ids"].tolist() for example in all_of_them.heldout][:: max(1, -(-n // 2))]
+        assert [example["input_ids"].tolist() for example in few.heldout] == expected and 1 <= len(expected) <= 2
+        assert list(few.train_rows) == list(all_of_them.train_rows)
+
+
 def test_clients_are_not_told_where_the_server_has_its_files(server: RunSetup, folder: Path) -> None:
     assert str(folder) not in json.dumps(agreed(server))
     with pytest.raises(ConfigError, match="in a folder of its own, model; give --model"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora.lora import LoRA
-from fedlora.run.sides import kept_sides, sides
+from fedlora.run.sides import asked_of_clients, kept_by_clients, sides
 from fedlora.strategies.head import Head
 from fedlora.strategy import Client, Job, Strategy, catalogue, load
 
@@ -76,8 +76,15 @@ def test_a_strategy_that_fails_on_made_up_factors_is_taken_to_want_every_side() 
     assert sides(Picky()) == ("ABRH", "ABRH")
 
 
+def test_a_strategy_that_takes_no_such_low_rank_is_asked_at_the_runs_own() -> None:
+    four = load("ravan", heads=4)
+    assert sides(four, rank=8) == ("RH", "RH") and sides(four, rank=6) == ("ABRH", "ABRH")
+
+
 def test_what_clients_train_and_never_send_they_keep() -> None:
     start = LoRA({"m": torch.ones(2, 6)}, {"m": torch.ones(5, 2)})  # of a model without a head
-    kept = {entry.name: kept_sides(entry.default, start) for entry in catalogue()}
-    assert {name for name, sides in kept.items() if sides} == {"fedsa_lora"} and kept["fedsa_lora"] == "B"
-    assert kept_sides(Head(load("fedavg"), "local"), replace(start, H={"h": torch.ones(1)})) == "H"
+    kept = {entry.name: kept_by_clients(entry.default, start) for entry in catalogue()}
+    personal = {"fedsa_lora": ["side B"], "dual": ["the last 1 row of the rank"]}
+    assert {name: words for name, words in kept.items() if words} == personal
+    assert kept_by_clients(Head(load("fedavg"), "local"), replace(start, H={"h": torch.ones(1)})) == ["the head"]
+    assert asked_of_clients(load("dual", local=5)) == ("ABH", "ABH", 5)  # whatever the rank that is played with

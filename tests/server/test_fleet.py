@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from uuid import uuid4
@@ -17,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.client.part_cache import PartStore
 from fedlora.errors import Failure, FailureKind, RoundFailed
-from fedlora.jobs import SecAggStep
+from fedlora.jobs import SecAggStep, shared_start
 from fedlora.message_types import MissingParts
 from fedlora.messages import codec
 from fedlora.messages.envelope import unpack
@@ -80,7 +81,7 @@ def echo(
         parts, lacks = PartStore(tmp / str(context.node_id)).take(order)
         if lacks:
             return Message(codec.pack_missing_parts(MissingParts(lacks)), reply_to=message)
-        return Message(codec.pack_update(Update(order.job(parts).start, examples, 0.5), 0), reply_to=message)
+        return Message(codec.pack_update(Update(shared_start(order.job(parts)), examples, 0.5), 0), reply_to=message)
 
     return app
 
@@ -104,6 +105,15 @@ def test_who_is_late_has_failed_and_the_others_have_not(tmp_path: Path) -> None:
     fleet.clients()
     answers = dict(fleet.train(jobs(2)))
     assert answers[0] == Failure("no answer after 0.5 s", FailureKind.LATE) and isinstance(answers[1], Update)
+
+
+def test_what_clients_do_for_their_own_use_may_take_longer_than_a_round(tmp_path: Path) -> None:
+    """A model that is trained alone takes as long as all rounds; the deadline is that of one."""
+    slow = echo(tmp_path, lambda i: time.sleep(1.0))
+    fleet = FlowerFleet(Threads(slow, slow), FleetRules(2, deadline=0.3, grace=0.1))
+    fleet.clients()
+    own = {i: replace(job, stage="personal", metrics=False) for i, job in jobs(2).items()}
+    assert all(isinstance(answer, Update) for answer in dict(fleet.train(own)).values())
 
 
 class Hanging(Threads):
@@ -293,3 +303,48 @@ def test_a_client_weighs_no_more_than_it_said_when_it_joined(claimed: int, weigh
     assert isinstance(answer, Update) and answer.examples == weighs
     said = fleet.ask({0: SecAggStep("join", "round 1")})[0]
     assert not isinstance(said, Failure) and said["examples"] == str(weighs)
+
+
+def test_each_client_is_at_a_job_of_its_own_and_arrives_when_it_is_done(tmp_path: Path) -> None:
+    slow = echo(tmp_path, lambda i: time.sleep(0.4 if i == 2 else 0))
+    fleet, more = FlowerFleet(Threads(slow, slow, slow), FleetRules(3)), jobs(5)
+    fleet.clients()
+    fleet.begin({i: more[i] for i in (0, 2)}, {})
+    came = [
+        i for i, answer in fleet.arrivals(3, lambda i: {1: more[1]} if i == 0 else {}) if isinstance(answer, Update)
+    ]
+    assert came == [0, 1, 2] and fleet.now > 0.4
+    assert not list(fleet.arrivals(1, lambda _: {}))  # nobody is at work any more
+
+
+def test_who_is_late_with_a_job_of_its_own_is_given_up(tmp_path: Path) -> None:
+    slow = echo(tmp_path, lambda i: time.sleep(1.5 if i == 0 else 0))
+    fleet = FlowerFleet(Threads(slow, slow), FleetRules(2, deadline=0.5))
+    fleet.clients()
+    fleet.begin(jobs(2), {})
+    answers = dict(fleet.arrivals(2, lambda _: {}))
+    assert answers[0] == Failure("no answer after 0.5 s", FailureKind.LATE) and isinstance(answers[1], Update)
+
+
+def test_who_is_away_loses_its_turn_to_others_and_is_waited_for_where_there_are_none(tmp_path: Path) -> None:
+    grid = Leaving(*[echo(tmp_path)] * 2)
+    fleet = FlowerFleet(grid, FleetRules(2))
+    fleet.clients()
+    grid.away = {100}
+    fleet.begin(jobs(2), {})
+    answers = dict(fleet.arrivals(2, lambda _: {}))
+    assert not answers[0].sent and isinstance(answers[1], Update)
+    fleet.begin({0: jobs(1)[0]}, {})
+    grid.back_after = 4
+    assert isinstance(dict(fleet.arrivals(1, lambda _: {}))[0], Update)
+
+
+class Leaving(Threads):
+    """Some nodes are away, until so many looks at who is there."""
+
+    away: frozenset[int] | set[int] = frozenset()
+    back_after = 10**9
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.back_after -= 1
+        return [n for n in super().get_node_ids() if n not in self.away or self.back_after < 0]

@@ -14,7 +14,7 @@ from fedlora.messages.parts import PartTracker
 from fedlora.metrics import Metrics
 from fedlora.privacy.client_level import ClientLevelDP
 from fedlora.run.plan import Plan, ResumePoint, RoundResult
-from fedlora.sections import Policy
+from fedlora.sections import Policy, SecureConfig, Training
 from fedlora.server.aggregation import Answers
 from fedlora.server.rounds import fit, sample, stalled
 from fedlora.strategies.fedavg import FedAvg
@@ -126,6 +126,37 @@ def test_clients_are_evaluated_with_mean_worst_and_spread() -> None:
     assert values is not None and values["clients"] == 4 and values["worst_client"] == 3
 
 
+def test_every_clients_own_figures_are_in_the_record_of_a_round() -> None:
+    """Two of four clients are drawn; all four are measured, on one example each."""
+    each = run(Few(deaf={0: 0}), Plan(1, 4, evaluate_clients=True))[0].record()["each"]
+    assert each["3"] == {
+        **{"rank": 4, "examples": 4, "train_loss": 3.0},
+        **{"heldout": 1, "loss": 4.0, "perplexity": 54.5982, "token_accuracy": 0.5},
+    }
+    assert {*each} == {"0", "1", "2", "3"} and {*each["0"]} == {*each["3"]} - {"examples", "train_loss"}
+
+
+def test_a_client_that_is_not_measured_has_its_training_alone() -> None:
+    each = run(Few(), Plan(1, 2))[0].record()["each"]
+    assert len(each) == 2 and all({*own} == {"rank", "examples", "train_loss"} for own in each.values())
+
+
+@pytest.mark.parametrize(
+    "hiding",
+    [
+        {"metrics": False},
+        {"client_level": ClientLevelDP(noise=1.0, rate=1.0, population=4, delta=1e-2, clip=1.0)},
+    ],
+    ids=["records", "clients"],
+)
+def test_what_is_hidden_of_single_clients_is_in_no_record(hiding: Any) -> None:
+    assert "each" not in run(Few(), Plan(1, 4, **hiding))[0].record()
+
+
+def test_under_masks_nothing_of_a_single_client_is_told() -> None:
+    assert Plan(1, 4).tells_each and not Plan(1, 4, secure=SecureConfig(aggregation=True)).tells_each
+
+
 def test_of_many_clients_a_sample_is_evaluated_another_in_every_round() -> None:
     asked = list[tuple[int, ...]]()
 
@@ -146,6 +177,52 @@ def test_no_better_loss_stops_the_run_early() -> None:
     plan = Plan(5, 2, policy=Policy(patience=2), evaluate=lambda _: Metrics(1, 1, next(losses), 0))
     assert len(run(Few(), plan)) == 4
     assert stalled([3, 2, 2.5, 2.1], 2) and not stalled([3, 2, 2.5, 1.9], 2) and not stalled([3, 2, 2.5], 0)
+
+
+@dataclass(frozen=True)
+class InTurn(FedAvg):
+    """A strategy whose clients train sides in turn, or filter, as a test says."""
+
+    turns: tuple[str, ...] = ("BH", "AH")
+    smoothing: tuple[float, ...] = ()
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return Job(state, turns=self.turns, smoothing=self.smoothing)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"turns": ("BH", "BH")}, "turns train BH, and the job ABH"),
+        ({"turns": ("BH", "ARH")}, "turns train ABHR, and the job ABH"),
+        ({"turns": ("BB", "AH")}, "a side is named twice"),
+        ({"smoothing": (0.5, 0.5)}, "an odd number, the same from either end, and sum to 1"),
+        ({"smoothing": (0.2, 0.3, 0.5)}, "an odd number, the same from either end, and sum to 1"),
+    ],
+)
+def test_turns_and_filters_that_cannot_be_are_refused_before_anybody_trains(wrong: dict[str, Any], said: str) -> None:
+    fleet = Few()
+    with pytest.raises(
+        StrategyError, match=f"strategy InTurn makes a job whose turns or smoothing cannot be: .*{said}"
+    ):
+        run(fleet, Plan(1, 2), strategy=InTurn(**wrong))
+    assert not fleet.jobs
+
+
+def test_a_round_that_ends_before_a_sides_turn_is_refused_where_the_run_says_so() -> None:
+    with pytest.raises(
+        StrategyError, match=r"train.steps = 1 ends before the turn of A: set train.steps to a multiple"
+    ):
+        run(Few(), Plan(1, 2, training=Training(steps=1)), strategy=InTurn())
+    assert run(Few(), Plan(1, 2, training=Training(steps=2)), strategy=InTurn())
+
+
+def test_clients_that_take_too_few_steps_for_every_turn_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An epoch of clients 0 and 1 is one step, of one and two examples."""
+    run(Few(), Plan(2, 4, training=Training(batch_size=2)), strategy=InTurn())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith("2 of 4 clients (client 0 is one) take so few steps a round that they never train A:")
 
 
 @dataclass(frozen=True)

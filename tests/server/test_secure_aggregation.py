@@ -86,7 +86,7 @@ def test_the_mean_is_that_of_a_run_without_it(name: str, tmp_path: Path) -> None
     plain = run(line(tmp_path / "plain", ranks), PLAN, load(name))
     secure = run(line(tmp_path / "secure", ranks), replace(PLAN, secure=SECURE), load(name))
     one, other = (load(name).adapter(done[-1].state) for done in (plain, secure))
-    if name == "fedsvd":  # whose factors turn by any angle where singular values are nearly equal
+    if name in ("fedsvd", "fedask"):  # whose factors turn by any angle where singular values are nearly equal
         one, other = (LoRA(D=delta(x), H=x.H) for x in (one, other))
     assert apart(one, other) < 2e-7
     assert secure[0].train_loss == pytest.approx(plain[0].train_loss, rel=1e-5)

@@ -22,6 +22,7 @@ from fedlora.sections import MessageConfig, SecureConfig, Training
 from fedlora.server.rounds import Fleet, fit
 from fedlora.simulations.serial import Serial
 from fedlora.simulations.stacked import Stacked
+from fedlora.strategies.dual import Dual
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedsa_lora import FedSALoRA
 from fedlora.strategies.fslora import FSLoRA
@@ -54,11 +55,13 @@ def played(strategy: Strategy[Any], plan: Plan, folder: Path) -> list[list[Round
     [
         (FedAvg(), {}),
         (FedSALoRA(), {"evaluate_clients": True}),  # what clients keep is on their disks, and goes on
+        (Dual(), {"evaluate_clients": True}),  # and so are rows of the rank
         (FSLoRA(), {}),  # a sketch
         (FedAvg(), {"secure": SecureConfig(aggregation=True)}),
         (FSLoRA(), {"secure": SecureConfig(aggregation=True)}),
+        (Dual(), {"secure": SecureConfig(aggregation=True)}),
     ],
-    ids=["fedavg", "kept sides", "sketches", "masked", "masked sketches"],
+    ids=["fedavg", "kept sides", "kept rows", "sketches", "masked", "masked sketches", "masked, with kept rows"],
 )
 def test_a_run_comes_to_what_serial_comes_to(strategy: Strategy[Any], changed: dict[str, Any], tmp_path: Path) -> None:
     serial, together = played(strategy, replace(PLAN, **changed), tmp_path)

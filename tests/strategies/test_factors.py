@@ -1,6 +1,7 @@
 """The strategies that work on factors: what their papers claim, and where two of them do the same."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,18 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 from torch.testing import assert_close
 
-from fedlora.lora import LoRA, average, delta, orthonormal, residual, stack
+from fedlora.jobs import kept_part, shared_part, start_with
+from fedlora.lora import LoRA, average, delta, orthonormal, residual, split_rank, stack
 from fedlora.messages.sketch import scatter_rows, select_rows
 from fedlora.strategies.dp_lora import DPLoRA
+from fedlora.strategies.dual import Dual
 from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedrot_lora import FedRot, rotation
 from fedlora.strategies.fedsvd import FedSVD
 from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.fslora import FSLoRA
+from fedlora.strategies.la_lora import LALoRA, State
 from fedlora.strategies.lora_fair import LoRAFair
 from fedlora.strategies.rolora import RoLoRA
 from fedlora.strategy import Client, Job, Strategy, load
@@ -186,6 +190,29 @@ def test_an_option_without_a_meaning_is_refused() -> None:
             make()
 
 
+def test_la_lora_trains_b_in_a_rounds_first_steps_and_a_in_the_next_as_many() -> None:
+    for every in (1, 3):
+        job = LALoRA(every=every).client_init(LALoRA().init(fresh()), CLIENT)
+        assert [job.sides_of(step) for step in range(4 * every)] == (["BH"] * every + ["AH"] * every) * 2
+        assert set(job.trains) == set(job.shares) == set("ABH")
+    assert sum(job.smoothing) == 1 and not LALoRA(smoothing=False).client_init(State(fresh(), 1), CLIENT).smoothing
+
+
+@given(seed=SEEDS, weights=WEIGHTS)
+def test_la_lora_averages_both_factors(seed: int, weights: list[float]) -> None:
+    updates, p = clients(seed, weights), [w / sum(weights) for w in weights]
+    state = LALoRA().aggregate(LALoRA().init(fresh()), updates, weights)
+    for s in "ABH":
+        for m, t in state.lora.side(s).items():
+            wanted = sum((c * u.side(s)[m] for c, u in zip(p, updates, strict=True)), torch.zeros_like(t))
+            assert_close(t, wanted, rtol=0, atol=1e-10)
+    assert state.round == 1
+
+
+def test_la_lora_with_a_whole_round_as_a_turn_is_rolora() -> None:
+    assert apart(run(LALoRA(every=0, smoothing=False)), run(RoLoRA())) == 0
+
+
 def test_rolora_trains_b_first_and_leaves_the_other_side_bit_for_bit() -> None:
     state = RoLoRA().init(fresh())
     for frozen in "ABAB":
@@ -298,3 +325,47 @@ def test_fedrot_does_not_turn_what_the_last_b_says_nothing_of() -> None:
         last = LoRA(fresh().A, {m: b * (torch.arange(4) < rank) @ Q.T for m, b in factors(3).B.items()})
         x = LoRA(factors(1).A, {m: b @ G for m, b in last.B.items()})
         assert_close(rotate(last, 1, [x]).A, {m: G @ a if rank else a for m, a in x.A.items()}, rtol=0, atol=0.01)
+
+
+def dual_rounds(strategy: Strategy[Any], targets: Sequence[int], rounds: int = 3) -> tuple[Any, list[LoRA]]:
+    """The state after rounds of clients, each with a matrix of its own to fit, and what each starts its next job with.
+
+    In the second round the first client sleeps.
+    """
+    state, kept = strategy.init(fresh()), [LoRA()] * len(targets)
+    for t in range(rounds):
+        job, sent = strategy.client_init(state, CLIENT), {}
+        for i in range(1 if t == 1 else 0, len(targets)):
+            trained = train(replace(job, start=start_with(job, kept[i]), shares="ABH", keeps_rank=0), targets[i])
+            kept[i], sent[i] = kept_part(job, trained), shared_part(job, trained)
+        state = strategy.aggregate(state, list(sent.values()), [1.0 + targets[i] for i in sent])
+    job = strategy.client_init(state, CLIENT)
+    return state, [start_with(job, own) for own in kept]
+
+
+def test_dual_without_rows_of_its_own_is_fedit_bit_for_bit() -> None:
+    one, other = dual_rounds(Dual(0), [0, 1, 2])[0], dual_rounds(FedAvg(), [0, 1, 2])[0]
+    assert all(torch.equal(t, other.side(s)[m]) for s, m, t in one.matrices())
+
+
+def test_dual_averages_the_shared_rows_and_has_a_new_client_begin_with_the_common_model() -> None:
+    state, _ = dual_rounds(Dual(2), [0, 1, 2])
+    updates, weights = clients(5, [1.0, 2.0], rank=2), [1.0, 2.0]
+    after = Dual(2).aggregate(state, updates, weights)
+    mean = average(updates, weights)
+    assert_close(vars(split_rank(after, 2)[0]), vars(mean))
+    assert_close(delta(Dual(2).adapter(after)), delta(mean))  # the rows of a new client add nothing
+    assert all(bool(a[2:].any()) for a in after.A.values())  # and its A can learn: it is not zero
+
+
+def test_dual_leaves_each_client_its_own_rows_whoever_trains_in_between() -> None:
+    """In another order of the clients each has the model that it had; one that slept goes on from what it had."""
+    _, models = dual_rounds(Dual(2), [0, 1, 2])
+    _, turned = dual_rounds(Dual(2), [0, 2, 1])
+    for one, other in zip(models, [turned[0], turned[2], turned[1]], strict=True):
+        assert_close(delta(one), delta(other))
+    rows = [split_rank(model, 2)[1] for model in models]
+    assert not torch.allclose(rows[0].A["q"], rows[1].A["q"])
+    _, before = dual_rounds(Dual(2), [0, 1, 2], rounds=1)
+    _, slept = dual_rounds(Dual(2), [0, 1, 2], rounds=2)
+    assert_close(vars(split_rank(slept[0], 2)[1]), vars(split_rank(before[0], 2)[1]), rtol=0, atol=0)

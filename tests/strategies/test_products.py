@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.errors import StrategyError
-from fedlora.lora import LoRA, average, delta, join, norm, normalised, scale, stack
+from fedlora.lora import LoRA, average, delta, join, norm, normalised, scale, stack, truncate_by_energy
 from fedlora.strategies.fedex_lora import FedEx
 from fedlora.strategies.fedsa_lora import FedSALoRA
 from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.flexlora import FlexLoRA
 from fedlora.strategies.flora import FLoRA
-from fedlora.strategies.florist import FLoRIST, threshold
+from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.hetlora import HetLoRA, padded
 from fedlora.strategy import Client, Job, Strategy, load
 from tests.support.adapters import SHAPES, factors, fresh
@@ -220,7 +220,7 @@ def test_a_new_start_changes_no_model_and_is_nested_in_rank() -> None:
 @given(st.floats(0.01, 1), WEIGHTS)
 def test_florist_keeps_the_smallest_rank_with_enough_energy(energy: float, weights: list[float]) -> None:
     stacked = stack([factors(i, 2) for i in range(len(weights))], weights)
-    part, kept, dropped = threshold(stacked, energy)
+    part, kept, dropped = truncate_by_energy(stacked, energy)
     S = {m: torch.linalg.svdvals(d).square() for m, d in delta(stacked).items()}
     lost = [(d - delta(part)[m]).square() for m, d in delta(stacked).items()]
     for m, s in S.items():
@@ -258,7 +258,7 @@ def test_a_round_of_small_clients_shrinks_nobody_for_good() -> None:
 @given(WEIGHTS)
 def test_hetlora_with_equal_ranks_by_examples_is_fedit(weights: list[float]) -> None:
     updates = [factors(i) for i in range(len(weights))]
-    got, want = (once(s, updates, weights) for s in (HetLoRA(weighting="examples"), load("fedavg")))
+    got, want = once(HetLoRA(weighting="examples"), updates, weights).lora, once(load("fedavg"), updates, weights)
     same((got.A, got.B, got.H), (want.A, want.B, want.H))
 
 
@@ -267,7 +267,7 @@ def test_hetlora_is_the_mean_of_factors_with_zeros(clients: Ranked) -> None:
     updates, weights = [factors(i, r) for i, (r, _) in enumerate(clients)], [w for _, w in clients]
     norms = [sum(float(d.square().sum()) for d in delta(u).values()) ** 0.5 for u in updates]
     for weighting, p in (("examples", normalised(weights)), ("norm", normalised(norms))):
-        got = once(load("hetlora", weighting=weighting), updates, weights, 6)
+        got = once(load("hetlora", weighting=weighting), updates, weights, 6).lora
         assert_close(got.H, average([u.only("H") for u in updates], weights).H)
         for row in range(6):
             held = [x for x in zip(p, updates, strict=True) if row < x[1].A["q"].shape[0]] or [(1.0, fresh(6))]
@@ -278,7 +278,7 @@ def test_hetlora_is_the_mean_of_factors_with_zeros(clients: Ranked) -> None:
 def test_by_examples_the_sum_of_padded_factors_is_enough() -> None:
     strategy, updates = HetLoRA(weighting="examples"), [factors(1, 2), factors(2, 3)]
     sides = [padded(u, dict.fromkeys(SHAPES, 3)).over(u) for u in updates]
-    one, each = once(strategy, [average(sides, [1.0, 3.0])], [4.0]), once(strategy, updates, [1.0, 3.0])
+    one, each = (once(strategy, *of).lora for of in (([average(sides, [1.0, 3.0])], [4.0]), (updates, [1.0, 3.0])))
     assert strategy.sums_only and not HetLoRA().sums_only
     assert_close((one.A, one.B, one.H), (each.A, each.B, each.H))
 

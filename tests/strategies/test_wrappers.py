@@ -39,6 +39,9 @@ WRAPPED: dict[str, Callable[[], AnyStrategy]] = {
 REFUSED: dict[str, Callable[[], Any]] = {
     r"a server optimiser .* FLoRA, which starts anew .* take fedavg": lambda: ServerOptimizer(load("flora"), "adam"),
     r"HetLoRA .* no common step .* lora.rank": lambda: ServerOptimizer(load("hetlora"), "adam").init(fresh()),
+    r"Scaffold, which reads every client's gradients .* leave aggregate.optimizer out": lambda: ServerOptimizer(
+        load("scaffold"), "adam"
+    ).init(fresh()),
     r"median .* FedEx: .* product of every single client.* take krum": lambda: Robust(load("fedex_lora"), "median"),
     r"trimmed_mean .* FSLoRA: .* no coordinates in common": lambda: Robust(load("fslora"), "trimmed_mean"),
     r"krum .* FLoRA: .* no coordinates in common": lambda: Robust(load("flora"), "krum"),

@@ -8,15 +8,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.lora import SIDES, LoRA, average, delta, join, leading, map_factors, normalised, residual, scale, stack
+from fedlora.lora import (
+    SIDES,
+    LoRA,
+    append_rank,
+    average,
+    delta,
+    join,
+    leading,
+    map_factors,
+    normalised,
+    residual,
+    scale,
+    stack,
+)
 from fedlora.sections import Training
+from fedlora.strategies.dual import Dual
+from fedlora.strategies.fedask import FedASK
 from fedlora.strategies.fedavg import FedAvg
 from fedlora.strategies.fedex_lora import FedEx, State
+from fedlora.strategies.fedmomentum import FedMomentum
 from fedlora.strategies.ffa_lora import FFALoRA
 from fedlora.strategies.flora import FLoRA
 from fedlora.strategies.florist import FLoRIST
 from fedlora.strategies.fslora import FSLoRA
 from fedlora.strategies.hetlora import HetLoRA
+from fedlora.strategies.q_ffl import QFFL
+from fedlora.strategies.ravan import Ravan
+from fedlora.strategies.scaffold import Scaffold
 from fedlora.strategy import Client, Job, Sender, Strategy
 from tests.support.clustered import Clustered
 
@@ -64,6 +83,21 @@ class MergesTheLastOnly(FLoRA):
 
     def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
         return super().aggregate(state, updates[-1:], weights[-1:])
+
+
+class TransposesB(FedAvg):
+    """B by the convention of another library."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        mean = average(updates, weights)
+        return LoRA(mean.A, {m: b.T for m, b in mean.B.items()}, mean.H)
+
+
+class WeighsAllAlike(FedAvg):
+    """A mean of the updates, whatever their weights."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        return average(updates, [1.0 for _ in updates])
 
 
 class IgnoresTheWeights(FedEx):
@@ -120,6 +154,14 @@ class TakesTheStartForZero(FLoRA):
 
     def adapter(self, state: Any) -> LoRA:
         return join(*state.stacks).over(LoRA(H=state.lora.H))
+
+
+class FillsTheRows(Dual):
+    """Rows that stay with clients begin, for a new one, with a mean of rows that were sent."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        sent = average(updates, weights)
+        return append_rank(sent, leading(sent.only("AB"), self.local))
 
 
 class NeverSketches(FSLoRA):
@@ -271,6 +313,28 @@ class PaddedSaysExact(HetLoRA):
     exact = True
 
 
+class ScalesTheRest(FedMomentum):
+    """The rest times s, which the model multiplies in already; public code, which adds by hand, forgets it."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        sound = super().aggregate(state, updates, weights)
+        return sound._replace(parts=(*sound.parts[:-1], scale(sound.parts[-1], 2.0))) if sound.parts else sound
+
+
+class ForgetsTheRest(FedMomentum):
+    """The rest of the last round alone, as if W were new in each."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        return super().aggregate(state._replace(parts=()), updates, weights)
+
+
+class ShrinksToTheEnergy(FedMomentum):
+    """The rank falls to what holds the energy, as in public code, and the client is sent factors of another shape."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        return super().aggregate(state, updates, weights)._replace(lora=leading(state.lora, 3))
+
+
 class FedExSaysSums(FedEx):
     sums_only = True
 
@@ -309,8 +373,77 @@ class ClustersByPosition(Clustered):
         return super().aggregate(state, updates, weights, counted)
 
 
+class AveragesScalesApart(Ravan):
+    """The mean of the heads' sizes on the mean of their directions, as where scales and cores are averaged apart."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        sizes = [{m: core.norm(dim=(1, 2), keepdim=True) for m, core in u.R.items()} for u in updates]
+        heads = [LoRA(R={m: u.R[m] / n for m, n in size.items()}) for u, size in zip(updates, sizes, strict=True)]
+        mean = average([LoRA(R=size) for size in sizes], weights)
+        R = {m: mean.R[m] * core for m, core in average(heads, weights).R.items()}
+        return LoRA(R=R).over(super().aggregate(state, updates, weights))
+
+
+class SwapsTheHeads(Ravan):
+    """The heads come back in another order than they were sent in."""
+
+    def aggregate(self, state: LoRA, updates: Updates, weights: Weights) -> LoRA:
+        mean = super().aggregate(state, updates, weights)
+        return LoRA(R={m: core.flip(0) for m, core in mean.R.items()}).over(mean)
+
+
+class FillsTheBlocks(Ravan):
+    """A core of all r^2 numbers, of which a mask was to keep the blocks."""
+
+    def init(self, lora: LoRA) -> LoRA:
+        blocks = super().init(lora)
+        return LoRA(R={m: torch.block_diag(*core) for m, core in blocks.R.items()}).over(blocks)
+
+
+class LosesItsScales(Ravan):
+    """Heads are scaled where they stay, and no scale is in what is sent."""
+
+    def client_init(self, state: LoRA, client: Client) -> Job:
+        return replace(super().client_init(state, client), shares="H")
+
+
+class WeighsByLossesUnsaid(QFFL):
+    needs_losses = False
+
+
+class CorrectsWhatRests(Scaffold):
+    """A is frozen, and its gradient corrected all the same."""
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        return replace(super().client_init(state, client), trains="BH", shares="BH")
+
+
 class SetsItsTraining(FedAvg):
     """A learning rate of its own for each client, where the run's settings are put over it."""
 
     def client_init(self, state: LoRA, client: Client) -> Job:
         return Job(start=state, training=Training(lr=1e-3 / (client.id + 1)))
+
+
+class AsksOnce(FedASK):
+    """A round ends with the sketch, and the projection comes out of the next round's training."""
+
+    exchanges = 1
+
+
+class SketchesForEach(FedASK):
+    """Every client draws an Omega of its own, so that the sum of the sketches is a sketch of nothing."""
+
+    def client_init(self, state: Any, client: Client) -> Job:
+        job = super().client_init(state, client)
+        return replace(job, right={m: x.roll(client.id, 0) for m, x in job.right.items()})
+
+
+class ProjectsObliquely(FedASK):
+    """Q is the sketch as it is, without orthonormal columns: Q Q^T is no projection."""
+
+    def aggregate(self, state: Any, updates: Updates, weights: Weights) -> Any:
+        after = super().aggregate(state, updates, weights)
+        if not after.between:
+            return after
+        return after._replace(between=LoRA(B=average(updates, weights).B).over(after.between))

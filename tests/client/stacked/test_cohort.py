@@ -11,7 +11,8 @@ from fedlora.errors import ClientFailed, TrainingDiverged
 from fedlora.jobs import Job
 from fedlora.lora import LoRA, delta, leading, map_factors
 from fedlora.sections import Training
-from fedlora.strategy import load
+from fedlora.strategies.la_lora import FILTER
+from fedlora.strategy import Client, load
 from tests.support.cohorts import NOTHING, compared, double, filled, furthest, in_one_pass, one_by_one, rounds, tasks_of
 from tests.support.float64 import in_float64, without_dropout
 
@@ -28,6 +29,8 @@ SETTINGS = {
     "A and a head that stays": Job(NOTHING, trains="AH", shares="A", training=ADAMW),
     "B that stays": Job(NOTHING, shares="AH", training=ADAMW),
     "going on from its own factors": Job(NOTHING, resumes=True, training=ADAMW),
+    "sides in turn": Job(NOTHING, turns=("BH", "AH"), training=replace(ADAMW, weight_decay=0.1, prox=0.5, clip=0.01)),
+    "sides in turn, filtered": Job(NOTHING, turns=("B", "B", "AH"), smoothing=FILTER, training=SGD),
     "clipped examples": Job(NOTHING, example_clip=0.05, training=ADAMW),
 }
 
@@ -63,6 +66,31 @@ def test_a_core_between_the_factors_is_trained(kind: Kind) -> None:
     small = small_model(kind)
     start = load("fed_sb").init(filled(small.start, 0))
     assert compared(small, [Job(double(start), trains="RH", shares="RH", training=ADAMW)] * 3) < 1e-7
+
+
+@pytest.mark.parametrize("training", [ADAMW, SGD], ids=["adamw", "momentum, decay"])
+@pytest.mark.parametrize(("heads", "scales"), [(2, False), (2, True), (1, True)])
+def test_heads_of_a_core_and_their_scales_are_trained(heads: int, scales: bool, training: Training) -> None:
+    small = small_model("bert")
+    start = double(load("ravan", heads=heads).init(filled(small.start, 0)))
+    training = replace(training, prox=0.1, head_lr=1e-3)
+    assert compared(small, [Job(start, trains="RH", shares="RH", scales=scales, training=training)] * 3) < 1e-7
+
+
+def test_a_correction_of_a_core_leaves_the_scales_of_its_heads() -> None:
+    small = small_model("bert")
+    start = double(load("ravan").init(filled(small.start, 0)))
+    correction = map_factors(torch.ones_like, start.only("RH"))
+    job = Job(start, trains="RH", shares="RH", scales=True, correction=correction, training=SGD)
+    assert compared(small, [job] * 3) < 1e-7
+
+
+def test_cores_in_unlike_blocks_are_trained_apart() -> None:
+    small = small_model("bert")
+    start = filled(small.start, 0)
+    strategies = [load("ravan", heads=h, scales=s) for h, s in ((1, False), (2, False), (2, True))]
+    jobs = [s.client_init(s.init(start), Client(0, 1, 2)) for s in strategies]
+    assert len({cohort.group(small.model, task) for task in tasks_of(small, jobs)}) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,6 +23,7 @@ from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.noise import SecureRandom
 from fedlora.sections import LoRAConfig, Training
 from fedlora.seeds import seeded
+from fedlora.strategies.la_lora import FILTER
 from fedlora.strategy import load
 from tests.support.cohorts import NOTHING, compared, double, filled, furthest, in_one_pass, one_by_one, rounds, tasks_of
 from tests.support.float64 import in_float64
@@ -40,6 +41,9 @@ SETTINGS = {
         NOTHING, training=Training(optimizer="sgd", lr=0.3, momentum=0.9, weight_decay=0.1, prox=0.5)
     ),
     "a clip of the batch's, which is none of DP-SGD's": Job(NOTHING, training=replace(ADAMW, clip=1e-3)),
+    "sides in turn": Job(
+        NOTHING, turns=("B", "AH"), smoothing=FILTER, training=replace(ADAMW, weight_decay=0.1, prox=0.5)
+    ),
     "B alone": Job(NOTHING, trains="B", shares="B", training=ADAMW),
     "A and a head that stays": Job(NOTHING, trains="AH", shares="A", training=ADAMW),
     "going on from its own factors": Job(NOTHING, resumes=True, training=ADAMW),
@@ -79,6 +83,17 @@ def test_a_core_between_the_factors_is_trained_privately() -> None:
     small = small_model("llama")
     start = double(load("fed_sb").init(filled(small.start, 0)))
     assert compared(small, [Job(start, trains="R", shares="R", training=ADAMW, privacy=TERMS)] * 3) < 1e-7
+
+
+def test_heads_of_a_core_are_trained_privately_and_their_scales_are_not() -> None:
+    small = small_model("bert")
+    start = double(load("ravan").init(filled(small.start, 0)))
+    plain = Job(start, trains="RH", shares="RH", training=ADAMW, privacy=TERMS)
+    scaled = replace(plain, scales=True)
+    assert compared(small, [scaled] * 3) < 1e-7
+    with in_float64(small.model):
+        (one, _), (other, _) = (one_by_one(small, tasks_of(small, [job]))[0] for job in (plain, scaled))
+    assert furthest(one.lora, other.lora) == 0 and furthest(one.lora, start.only("RH")) > 1e-3
 
 
 def sums(small: SmallModel, records: Sequence[Records], clip: float) -> list[torch.Tensor]:

@@ -1,0 +1,1 @@
+"""`fedlora plan`: what a run will send, take and spend, found before it starts."""
