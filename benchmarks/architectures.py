@@ -94,7 +94,7 @@ def _without(place: Path, says: str) -> str:
 
 
 def _simulate(folder: Path, train: Path, heldout: Path, out: Path, more: Mapping[str, Any]) -> Result:
-    where = {"model.path": folder, "data.path": train, "data.eval": heldout}
+    where: dict[str, Any] = {"model.path": folder, "data.path": train, "data.eval": heldout}
     return simulate(out=out, progress=False, **SETTINGS, **where, **more)
 
 

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.limit import ENGINES, clock, matrix_rate, tasks_of, useful_operations
 from benchmarks.process_usage import machine
-from benchmarks.sst2_all import markdown
+from benchmarks.tables import markdown
 from benchmarks.tiny_models import WORDS, tokenizer
 from fedlora import config as configuration
 from fedlora.client import training

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import smoke
 from benchmarks.process_usage import machine, measure
-from benchmarks.sst2_all import markdown
+from benchmarks.tables import markdown
 from benchmarks.tiny_models import WORDS
 from fedlora.run.directory import RunDirectory
 

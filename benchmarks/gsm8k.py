@@ -20,8 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.sst2_all import markdown, percent
 from benchmarks.sweep import Results, sweep
+from benchmarks.tables import markdown, percent
 from fedlora import config as configuration
 from fedlora.client import training
 from fedlora.config import Config

@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 
 from benchmarks import smoke
 from benchmarks.process_usage import busy_neighbours, machine, measure
-from benchmarks.sst2_all import markdown
 from benchmarks.sweep import Results, sweep
+from benchmarks.tables import markdown
 from fedlora.config import Config
 from fedlora.errors import FedloraError
 from fedlora.run.directory import RunDirectory

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import smoke
 from benchmarks.process_usage import machine
-from benchmarks.sst2_all import markdown
+from benchmarks.tables import markdown
 from fedlora import config as configuration
 from fedlora.client import training
 from fedlora.client.stacked import cohort

@@ -1,35 +1,25 @@
 """What privacy costs on SST-2's six label-skewed clients with MiniLM: epsilon 3 and none, five strategies, head frozen.
 
-    python -m benchmarks.sst2_private --model MINILM --data sst2 --out sst2_private.json
+    python -m benchmarks.sst2_private --model MINILM --sst2 sst2 --out sst2_private.json
 
-MINILM and sst2 are as in sst2_all.py. Every strategy has the same grid of learning rates and, where it is private, of
-clips, up to the rate from which its loss rises; the pair with the lowest mean of the clients' losses on examples that
-they hold out is shown, with its accuracy on val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA
-with an orthonormal A are one process from the second round on. Noise comes from the seed, so that the table can be made
-again: these runs are NOT PRIVATE, and the choice of rate and clip would not be if they were. Runs that are in the file
-already are not repeated.
+MINILM and sst2 are as in la_lora.py; every strategy under AdamW is in sst2_strategies.toml. Every strategy has the
+same grid of learning rates and, where it is private, of clips, up to the rate from which its loss rises; the pair with
+the lowest mean of the clients' losses on examples that they hold out is shown, with its accuracy on val.jsonl after
+the last round. Plain SGD, under which FedSVD and FFA-LoRA with an orthonormal A are one process from the second round
+on. Noise comes from the seed, so that the table can be made again: these runs are NOT PRIVATE, and the choice of rate
+and clip would not be if they were. Runs that are in the file already are not repeated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from benchmarks.sst2_all import (
-    TOML,
-    Place,
-    arguments,
-    carry_out,
-    check_only,
-    config_of,
-    markdown,
-    outcome,
-    percent,
-    starred,
-)
+from benchmarks import federations
+from benchmarks.federations import SST2, Place, carry_out, check_only, config_of, outcome
 from benchmarks.sweep import Results, sweep
+from benchmarks.tables import markdown, percent, starred
 from fedlora.errors import FedloraError
 
 RATES = (1.0, 3.0, 9.0)
@@ -135,9 +125,8 @@ def measure(place: Place, run: PrivateRun) -> dict[str, Any]:
     """Do one run in this process, and return its record."""
     private = {"dp.epsilon": run.of_line.epsilon, "dp.clip": run.clip, "dp.seeded": True, "dp.metrics": True}
     chosen = {"strategy": run.of_line.strategy, "train.lr": run.lr, **(private if run.of_line.epsilon else {})}
-    smoke = {"rounds": 1, "train.batch_size": 4} if place.smoke else {}
-    config = config_of(place, SETTINGS, chosen, run.of_line.options, smoke)
-    return {"lr": run.lr, "clip": run.clip, **carry_out(place, config, final=True, most=OWN, head=HEAD)}
+    config = config_of(place, SST2, SETTINGS, chosen, run.of_line.options)
+    return {"lr": run.lr, "clip": run.clip, **carry_out(place, SST2, config, most=OWN, head=HEAD)}
 
 
 def best(done: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -177,24 +166,20 @@ def _privacy(noise: Sequence[float], last: Mapping[str, Any]) -> tuple[str, str]
 def _settings(place: Place) -> dict[str, Any]:
     """The settings that all results of a file have in common, whatever the paths of model and data."""
     grid = {"rates": RATES, "clips": CLIPS, "epsilon": EPSILON, "own": OWN, "head": HEAD, "smoke": place.smoke}
-    return {"file": TOML.name, **SETTINGS, **grid}
+    return {"file": SST2.toml.name, **SETTINGS, **grid}
 
 
 def _said(run: PrivateRun, done: Mapping[str, Any]) -> str:
     return f"{run.line} at {run.name}: {outcome(done)}"
 
 
-def run_all(place: Place, chosen: Sequence[Line], out: Path, jobs: int) -> Results:
-    """Do every run that is not in the file, `jobs` at a time; the file is written after each."""
-    return sweep(partial(ready, chosen), partial(measure, place), _said, (out, _settings(place)), jobs)
-
-
 def main() -> None:
     """Parse, run, print."""
-    place, only, out, jobs = arguments(__doc__ or "")
+    given = federations.parser(__doc__ or "").parse_args()
     try:
-        chosen = lines(only)
-        results = run_all(place, chosen, out, jobs)
+        with federations.place_of(given) as place:
+            chosen, file = lines(federations.named(given)), (given.out, _settings(place))
+            results = sweep(partial(ready, chosen), partial(measure, place), _said, file, given.jobs)
     except FedloraError as e:
         raise SystemExit(str(e)) from e
     print(table(chosen, results))
