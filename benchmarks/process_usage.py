@@ -13,7 +13,7 @@ from threading import Event, Thread
 
 import psutil
 
-PERIOD = 0.2  # seconds between two looks at the processes
+PERIOD = 0.5  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Usage:
 class ProcessTree(Thread):
     """Looks again and again at a process and all that come from it, and adds up what they use.
 
-    A process's last moments, from the last look to its end, are not in the sum: a tenth of a second on average.
+    A process's last moments, from the last look to its end, are not in the sum: a quarter of a second on average.
     """
 
     def __init__(self, pid: int) -> None:

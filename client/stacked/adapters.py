@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fedlora.client.stacked import optimizers
 from fedlora.client.stacked.layout import Layout, layout_of
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
+from fedlora.client.stacked.threads import RowPasses
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.jobs import trained_letters
 from fedlora.lora import LoRA
@@ -45,7 +47,9 @@ class Adapters:
         self._correction = self._flat_corrections(dtype)
         self._is_proximal = any(job.training.prox for job in self._jobs)
         self._prox = column([job.training.prox for job in self._jobs], self.theta)
-        self.rows = RowPass(model, self.layout, [job.gain for job in self._jobs])
+        gains = [job.gain for job in self._jobs]
+        own_loss = bool(self._job.training.loss)  # the user's function may not bear two calls at once
+        self.rows = RowPasses(partial(RowPass, layout=self.layout, gains=gains), model, alone=own_loss)
 
     def _flat_corrections(self, dtype: torch.dtype) -> Tensor | None:
         """What the jobs add to the gradient of every step, (clients, P_t); None where no job adds anything."""
@@ -73,7 +77,7 @@ class Adapters:
 
     def turn_to(self, step: int) -> None:
         """Have gradients found of the sides that this step, counted from 0, trains, and of others none but zeros."""
-        self.rows.sides = self._job.sides_of(step)
+        self.rows.train(self._job.sides_of(step))
 
     def places(self, step: int) -> list[int]:
         """The clients that take this step, counted from 0: those that have not finished."""

@@ -127,12 +127,17 @@ class Cohort:
         shares = _repeated([1 / len(chunk.examples) for chunk in chunks], chunks).to(theta)
         losses = theta.new_zeros(len(theta))
         gradient.zero_()
-        for places in micro_batches(self._model, examples, self.adapters.most_rows):
+
+        def compute(places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
             chosen = torch.tensor(places, device=theta.device)
             owner = owners[chosen]
             g, loss = self.adapters.rows.gradients(theta, owner, weights[chosen], [examples[i] for i in places])
             if self._clips_examples:
                 g.mul_(_clipping(g, self._example_clip[owner]) * shares[chosen, None])
+            return owner, g, loss
+
+        batches = micro_batches(self._model, examples, self.adapters.most_rows)
+        for owner, g, loss in self.adapters.rows.each(compute, batches):
             gradient.index_add_(0, owner, g)
             losses.index_add_(0, owner, loss.to(losses.dtype))
         return losses

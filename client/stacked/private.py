@@ -32,6 +32,7 @@ from fedlora.client.stacked.adapters import Adapters
 from fedlora.client.stacked.cohort import with_data
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
+from fedlora.client.stacked.threads import RowPasses
 from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError, TrainingDiverged
@@ -121,13 +122,18 @@ class PrivateCohort:
     def _clipped_sums(self, examples: Sequence[Example], owners: Sequence[int]) -> Tensor:
         """The sum of the clipped gradients of each client's records: (clients, P_t)."""
         sums, layout = torch.zeros_like(self.adapters.gradient), self.adapters.layout
-        for chosen in micro_batches(self._model, examples, self.adapters.most_rows):
+
+        def clipped(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
             owner = torch.tensor([owners[i] for i in chosen], device=sums.device)
             gradient = self._gradients([examples[i] for i in chosen], owner)
             by_matrix = [layout.view(gradient, key) for key in self._keys]  # the same memory
             factors = self._clip(by_matrix, self._groups, self._bounds)
             for g, factor in zip(by_matrix, factors, strict=True):
                 g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+            return owner, gradient
+
+        batches = micro_batches(self._model, examples, self.adapters.most_rows)
+        for owner, gradient in self.adapters.rows.each(clipped, batches):
             sums.index_add_(0, owner, gradient)
         return sums
 
@@ -158,7 +164,7 @@ class PrivateCohort:
 
 
 def gradients_of_means(
-    model: Model, rows: RowPass, theta: Tensor, owner: Tensor, examples: Sequence[Example]
+    model: Model, rows: RowPass | RowPasses, theta: Tensor, owner: Tensor, examples: Sequence[Example]
 ) -> Tensor:
     """The gradient of each example's mean loss over its own targets, (examples, P_t), by its client's row of theta."""
     weights = torch.tensor([1 / max(model.targets([example]), 1) for example in examples], dtype=torch.float64)

@@ -18,7 +18,7 @@ from fedlora.strategy import title
 
 from . import memory, remedies, room
 from .live_bytes import LiveBytes
-from .memory import Memory
+from .memory import Memory, StepMemory
 from .played import PlayedRounds, play, varies
 from .probes import Probes
 from .remedies import Needs
@@ -192,7 +192,7 @@ def _memory(probes: Probes, live: LiveBytes, there: int) -> Memory:
         steps = {alone: memory.small_steps(probes, live, alone=alone) for alone in first}
         engine, rows, clients = steps[not probes.stacks], probes.rows, 1
         if probes.stacks:
-            rows, clients = probes.stacked_rows, probes.together
+            rows, clients = probes.rows_at_once, probes.together
         needs = Needs(
             begins=begins,
             base=base,
@@ -204,7 +204,7 @@ def _memory(probes: Probes, live: LiveBytes, there: int) -> Memory:
         )
         remedies.refuse_what_does_not_fit(needs, probes.setup.config, there)
         by_itself = probes.peak(live, rows=probes.rows, alone=True)
-        step = probes.peak(live, rows=rows) + (clients - 1) * engine.per_client if probes.stacks else by_itself
+        step = _pass(probes, live, engine) if probes.stacks else by_itself
         evaluating = probes.evaluation_peak(live)
     return Memory(
         begins=begins,
@@ -216,6 +216,12 @@ def _memory(probes: Probes, live: LiveBytes, there: int) -> Memory:
         step=int(times * step),
         checked=memory.room_for_a_second_base(base, there, begins),
     )
+
+
+def _pass(probes: Probes, live: LiveBytes, small: StepMemory) -> int:
+    """The bytes of a step of all clients that train together: of one micro-batch, and of those on other threads."""
+    more = (probes.rows_at_once - probes.stacked_rows) * small.per_row + (probes.together - 1) * small.per_client
+    return probes.peak(live, rows=probes.stacked_rows) + more
 
 
 def _traffic(played: PlayedRounds, *, varies: bool) -> Traffic:

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from fedlora.client import training
-from fedlora.client.stacked import support, together
+from fedlora.client.stacked import support, threads, together
 from fedlora.client.training import TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import ConfigError
@@ -64,10 +64,15 @@ class Probes:
 
     @property
     def stacked_rows(self) -> int:
-        """The examples that are computed at once where clients train together, in a micro-batch of the longest."""
+        """The examples of a micro-batch of the longest, where clients train together."""
+        return min(self.rows_at_once, max(1, bounds(self.setup.model.net).tokens // tokens(self.examples[0])))
+
+    @property
+    def rows_at_once(self) -> int:
+        """The examples that are computed at once where clients train together, in a micro-batch on each thread."""
         step = self.played.plan.training.batch_size * self.played.plan.training.accumulate
-        room = bounds(self.setup.model.net).tokens // tokens(self.examples[0])
-        return max(1, min(room, self.together * step))
+        room = max(1, bounds(self.setup.model.net).tokens // tokens(self.examples[0]))
+        return max(1, min(threads.at_once(self.setup.model) * room, self.together * step))
 
     @property
     def together(self) -> int:
@@ -95,7 +100,8 @@ class Probes:
         """The most bytes of tensors alive in such a step, above those that are alive before it."""
         live.begin_peak()
         before = live.now
-        self.train(clients=clients, rows=rows, alone=alone)
+        with threads.one_thread():  # tensors are counted where they are made
+            self.train(clients=clients, rows=rows, alone=alone)
         return live.peak - before
 
     def evaluation_peak(self, live: LiveBytes) -> int:

@@ -109,7 +109,7 @@ def _attend(
 
 def _pays(query: Tensor, key: Tensor, p: float) -> bool:
     """Whether these are faster than torch's function."""
-    return query.shape[2] > 1 and (p > 0 or key.shape[2] <= SHORT)
+    return p > 0 or (query.shape[2] > 1 and key.shape[2] <= SHORT)
 
 
 def _known(query: Tensor, key: Tensor, mask: Tensor | None, others: Mapping[str, Any], *, causal: bool) -> bool:

@@ -4,11 +4,12 @@ On a CPU `bernoulli_` takes 7 ns an element, and 64 random bits cut into four 1.
 ns so, and 9.9 torch's own way (one thread of a Zen 3), which was 11 % of a training step of MiniLM. The probability is
 a multiple of 1/65536, the nearest to the one asked for, and what is kept is divided by just the share that is kept: the
 mean is that of the input.
-Draws come from torch's generator of the CPU, in another way than those of torch's own dropout: runs of both are equal
-in distribution only. On other devices torch's own dropout is a single fused kernel, and stays.
+Draws come from torch's generator of the CPU, or from another that a block names, in another way than those of torch's
+own dropout: runs of both are equal in distribution only. On other devices torch's own dropout is a single fused kernel,
+and stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -22,6 +23,7 @@ from .replaced import forwards_of
 
 LEVELS = 2**16
 _off = ContextVar("dropout is off", default=False)
+_generator = ContextVar[torch.Generator | None]("what dropout draws from; None: torch's global generator", default=None)
 
 
 @contextmanager
@@ -32,6 +34,27 @@ def without_dropout() -> Iterator[None]:
         yield
     finally:
         _off.reset(token)
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Within the block what is dropped on a CPU is drawn from this generator."""
+    token = _generator.set(generator)
+    try:
+        yield
+    finally:
+        _generator.reset(token)
+
+
+def rewinding() -> Callable[[], None]:
+    """A function that puts the generator that dropout draws from on a CPU back to where it is now."""
+    generator = _generator.get() or torch.default_generator
+    state = generator.get_state()
+
+    def rewind() -> None:
+        generator.set_state(state)
+
+    return rewind
 
 
 def probability(p: float) -> float:
@@ -69,7 +92,8 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
     n, dropped = x.numel(), round(p * LEVELS)
     if dropped == LEVELS:
         return torch.zeros_like(x)
-    draws = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)  # every one of 64 bits is random
+    draws = torch.empty(-(-n // 4), dtype=torch.int64)  # every one of 64 bits is random
+    draws.random_(-(2**63), None, generator=_generator.get())
     bits = draws.view(torch.int16)[:n].view(x.shape)
     kept = torch.empty(x.shape, dtype=x.dtype)  # booleans would take 8 times as long
     torch.ge(bits, dropped - LEVELS // 2, out=kept)

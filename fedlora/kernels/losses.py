@@ -18,7 +18,7 @@ A network is computed so if its output layer is a plain frozen linear layer and 
 one that divides them, or bounds them, after the layer is not, and neither is one whose output layer is adapted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
@@ -35,6 +35,7 @@ from fedlora.models.objectives import DPO, Tokens
 from fedlora.models.own_objective import losses_by_example
 from fedlora.seeds import rewinding
 
+from .dropout import rewinding as rewinding_dropout
 from .replaced import forward_of
 
 CHUNK = 256  # states at a time, at least
@@ -82,6 +83,12 @@ def metrics_by_set(model: Model, batch: dict[str, Tensor], counts: Sequence[int]
     if found:
         sums.index_add_(0, sets, torch.cat(found))
     return [Metrics(n, int(t), loss, int(r)) for n, (t, loss, r) in zip(counts, sums.tolist(), strict=True)]
+
+
+def share_refusal(net: nn.Module, twins: Iterable[nn.Module]) -> None:
+    """Let what was found out of a network hold for others of the same architecture."""
+    if net in _refused:
+        _refused.update(twins)
 
 
 def _plain_metrics(model: Model, batch: dict[str, Tensor], counts: Sequence[int]) -> list[Metrics]:
@@ -135,7 +142,7 @@ def _learned(model: Model, batch: Mapping[str, Tensor]) -> Learned | None:
         return None
     targets = _aligned(model, batch["labels"])  # (rows, tokens)
     places = (targets.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU, where a batch is collated
-    device, rewind = model.device, rewinding(model.device)
+    device, rewinds = model.device, (rewinding(model.device), rewinding_dropout())
     at, states = places.to(device), list[Tensor]()
 
     def only_learned(x: Tensor) -> Tensor:
@@ -146,7 +153,8 @@ def _learned(model: Model, batch: Mapping[str, Tensor]) -> Learned | None:
         returned = _returned(model, batch)
     if len(states) != 1 or returned is not states[0]:
         _refused.add(net)
-        rewind()  # what dropout drew, so that a resumed run, whose process finds this out anew, has the same bits
+        for rewind in rewinds:  # what was drawn: a resumed run, whose process finds this out anew, has the same bits
+            rewind()
         return None
     rows, length = targets.shape
 

@@ -16,10 +16,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora import twister
 from fedlora.errors import PrivacyError
 from fedlora.seeds import seeded
-
-STATE, WORDS = 5056, slice(24, 24 + 624 * 8)  # bytes of the state of torch's generator on the CPU, and of its words
 
 
 class SecureRandom:
@@ -92,15 +91,10 @@ def secret_draws(key: bytes) -> Iterator[None]:
 
 
 def _filled(state: Tensor, random: SecureRandom) -> Tensor:
-    """The state of the Mersenne Twister that torch has just seeded, with words of this stream in place of its own.
-
-    Where they lie is private to torch; the first of them is known by the seed.
-    """
-    words = state[WORDS].view(torch.int64)
-    if len(state) != STATE or int(words[0]) != torch.initial_seed() & 0xFFFFFFFF:
+    """The state of the generator that torch has just seeded, with words of this stream in place of its own."""
+    if not twister.is_known(state, torch.initial_seed()):
         raise PrivacyError(
             f"torch {torch.__version__} keeps the state of its random numbers otherwise than is known here, so that "
             "dropout would be no secret; install another version of torch"
         )
-    words.copy_(torch.from_numpy(random.words(len(words))))
-    return state
+    return twister.filled(state, torch.from_numpy(random.words(twister.SIZE)))

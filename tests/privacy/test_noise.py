@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
+from fedlora import twister
 from fedlora.errors import PrivacyError
-from fedlora.privacy import noise
 from fedlora.privacy.noise import SecureRandom, secret_draws
 
 LIKELY = 1e-4  # the seeds are fixed: a p-value below it is a fault, not bad luck
@@ -130,6 +130,6 @@ def test_dropout_draws_from_a_generator_that_is_filled_with_the_keys_stream() ->
 
 
 def test_a_generator_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "WORDS", slice(32, 32 + 623 * 8))
+    monkeypatch.setattr(twister, "_PLACE", slice(32, 32 + 624 * 8))
     with pytest.raises(PrivacyError, match="dropout would be no secret"), secret_draws(bytes(32)):
         pass
