@@ -36,6 +36,7 @@ TRL = {  # with transformers' TrainingArguments
     "max_new_tokens": "eval.max_new_tokens",
     "max_completion_length": "eval.max_new_tokens",
     "bf16": "precision = bf16",
+    "fp16": "model.dtype = float16",
     "eval_steps": "server.eval_every, in rounds",
     "early_stopping_patience": "server.patience",
     "data_seed": "seed",

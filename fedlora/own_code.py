@@ -7,6 +7,7 @@ it.
 import re
 import sys
 from importlib import import_module
+from pathlib import PurePath
 from typing import Any
 
 from .errors import ConfigError
@@ -25,7 +26,17 @@ def check_path(setting: str, text: str, *, or_one_of: tuple[str, ...] = ("",)) -
     if text not in or_one_of and not is_path(text):
         words = ", ".join(filter(None, or_one_of))
         others = f"{words}, or " if words else ""
-        raise ConfigError(f'{setting} = "{text[:60]}": it is {others}code of your own, as package.module:name')
+        raise ConfigError(
+            f'{setting} = "{text[:60]}": it is {others}code of your own, as package.module:name{_of_a_file(text)}'
+        )
+
+
+def _of_a_file(text: str) -> str:
+    """The remedy for who names a file, as `--strategy` takes one; empty for other texts."""
+    file, _, name = text.partition(":")
+    if not file.endswith(".py"):
+        return ""
+    return f"; write {PurePath(file).stem}:{name or 'name'}, and run from the folder that {PurePath(file).name} lies in"
 
 
 def find_own(setting: str, path: str) -> Any:

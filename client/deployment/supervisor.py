@@ -8,6 +8,7 @@ typed messages of worker.proto reaches it.
 
 import json
 import os
+import re
 import ssl
 import sys
 import time
@@ -127,8 +128,13 @@ def raise_if_untrusted(options: ClientOptions, error: httpx.HTTPError) -> None:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         raise ConfigError(
             f"{options.server} has a certificate that {options.credentials}/ca.crt does not vouch for, or not for "
-            f"this name ({error}); ask whoever runs the server for the right ca.crt and host"
+            f"this name ({_said_of_certificate(error)}); ask whoever runs the server for the right ca.crt and host"
         ) from error
+
+
+def _said_of_certificate(error: Exception) -> str:
+    """What OpenSSL says of a certificate, without its own names and the place in its code."""
+    return re.sub(r".*certificate verify failed:?\s*|\s*\(_ssl\.c:\d+\)", "", str(error))
 
 
 def wrong_clock(date: str | None) -> str:

@@ -12,7 +12,7 @@ from fedlora.client.stacked import optimizers
 from fedlora.client.stacked.layout import Layout, layout_of
 from fedlora.client.stacked.optimizers import column
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
-from fedlora.client.stacked.threads import RowPasses
+from fedlora.client.stacked.row_passes import RowPasses
 from fedlora.client.training import Trained, TrainingTask
 from fedlora.jobs import trained_letters
 from fedlora.lora import LoRA
@@ -48,8 +48,7 @@ class Adapters:
         self._is_proximal = any(job.training.prox for job in self._jobs)
         self._prox = column([job.training.prox for job in self._jobs], self.theta)
         gains = [job.gain for job in self._jobs]
-        own_loss = bool(self._job.training.loss)  # the user's function may not bear two calls at once
-        self.rows = RowPasses(partial(RowPass, layout=self.layout, gains=gains), model, alone=own_loss)
+        self.rows = RowPasses(partial(RowPass, layout=self.layout, gains=gains), model)
 
     def _flat_corrections(self, dtype: torch.dtype) -> Tensor | None:
         """What the jobs add to the gradient of every step, (clients, P_t); None where no job adds anything."""

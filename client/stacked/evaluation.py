@@ -1,11 +1,13 @@
 """The held-out scores of many clients' own models, in one pass over the examples of all of them."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 
 import torch
+from torch import Tensor
 
 from fedlora.client import training
 from fedlora.client.stacked.adapters import check_starts, most_rows
@@ -81,9 +83,15 @@ def _stacked(model: Model, tasks: Sequence[EvaluationTask]) -> list[Metrics]:
     flat = [layout.flat(*pair, model.adapter_dtype) for pair in zip(starts, taken, strict=True)]
     theta = torch.stack(flat).to(model.device)
     model.offset.set(jobs[0].offset)
-    with RowPass(model, layout, [job.gain for job in jobs]) as rows:
-        model.net.eval()
+    model.net.eval()
+    gains = [job.gain for job in jobs]
+    with RowPass(model, layout, gains) as rows:
         for example in islice(chain.from_iterable(task.examples for task in tasks), 1):
             rows.check(theta, example)
-        assign = partial(rows.assign, theta)
-        return measure_each(model, [task.examples for task in tasks], assign, most_rows(layout, theta))
+
+    @contextmanager
+    def telling(model: Model) -> Iterator[Callable[[Tensor], None]]:
+        with RowPass(model, layout, gains) as rows:
+            yield partial(rows.assign, theta)
+
+    return measure_each(model, [task.examples for task in tasks], telling, most_rows(layout, theta))

@@ -7,9 +7,9 @@ A row of G is one record's gradient, whoever's it is. It is clipped by itself, a
 
 Each client draws its records and its noise from a source of its own; no other client's records, nor how many there
 are, change what it draws. Of what is shared, nothing has a say in a client's sum but by the rounding of float32: rows
-are cut into micro-batches by the lengths of all, and dropout has one generator for the pass. Its key is made of keys
-from all clients' sources, so that it is secret as long as one of them is: whose masks shift when a record is added then
-tells nobody anything (see `dpsgd`).
+are cut into micro-batches by the lengths of all, and dropout is drawn from one stream for the pass. Its key is made of
+keys from all clients' sources, so that it is secret as long as one of them is: whose masks shift when a record is added
+then tells nobody anything (see `dpsgd`).
 
 A pass that breaks off for whatever one client's records are would fail all, and tell them of it. So every client is
 then trained by itself, and the one fails alone; nothing has left the pass, and its noise is not used again.
@@ -32,7 +32,7 @@ from fedlora.client.stacked.adapters import Adapters
 from fedlora.client.stacked.cohort import with_data
 from fedlora.client.stacked.layout import layout_of
 from fedlora.client.stacked.row_pass import NotStackableError, RowPass
-from fedlora.client.stacked.threads import RowPasses
+from fedlora.client.stacked.row_passes import RowPasses
 from fedlora.client.training import Outcome, TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError, TrainingDiverged

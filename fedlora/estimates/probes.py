@@ -8,11 +8,12 @@ from itertools import chain, islice
 from pathlib import Path
 
 from fedlora.client import training
-from fedlora.client.stacked import support, threads, together
+from fedlora.client.stacked import support, together
 from fedlora.client.training import TrainingTask
 from fedlora.encoding.encoder import Example
 from fedlora.errors import ConfigError
 from fedlora.jobs import Client, Job
+from fedlora.kernels import threads
 from fedlora.kernels.evaluation import measure
 from fedlora.kernels.example_batches import tokens
 from fedlora.kernels.microbatches import bounds
@@ -72,7 +73,7 @@ class Probes:
         """The examples that are computed at once where clients train together, in a micro-batch on each thread."""
         step = self.played.plan.training.batch_size * self.played.plan.training.accumulate
         room = max(1, bounds(self.setup.model.net).tokens // tokens(self.examples[0]))
-        return max(1, min(threads.at_once(self.setup.model) * room, self.together * step))
+        return max(1, min(threads.at_once(self.setup.model, draws=True) * room, self.together * step))
 
     @property
     def together(self) -> int:
@@ -105,13 +106,14 @@ class Probes:
         return live.peak - before
 
     def evaluation_peak(self, live: LiveBytes) -> int:
-        """The most bytes of tensors alive while the model is measured on a micro-batch of the longest examples."""
+        """The most bytes of tensors alive while the model is measured on micro-batches of the longest examples."""
         live.begin_peak()
         before = live.now
-        measure(
-            self.setup.model, self._longest(max(1, bounds(self.setup.model.net).tokens // tokens(self.examples[0])))
-        )
-        return live.peak - before
+        with threads.one_thread():
+            measure(
+                self.setup.model, self._longest(max(1, bounds(self.setup.model.net).tokens // tokens(self.examples[0])))
+            )
+        return threads.at_once(self.setup.model) * (live.peak - before)
 
     def seconds_per_example(self) -> float:
         """What training takes for each example that it goes through, by one step or several of a few clients."""

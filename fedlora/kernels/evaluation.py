@@ -4,7 +4,9 @@
 each micro-batch is taken apart by the sets that its examples belong to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain, groupby
 
 import torch
@@ -18,8 +20,10 @@ from fedlora.models.model import Model
 from .attention import quick_attention
 from .example_batches import micro_batches
 from .losses import metrics_by_set
+from .threads import Threads
 
 MOST_ROWS = 2**31  # of a micro-batch, where its tokens alone are bounded
+Tell = Callable[[Tensor], None]  # takes the set of each example of the next micro-batch, (examples,)
 
 
 def measure(model: Model, examples: Sequence[Example]) -> Metrics:
@@ -27,29 +31,43 @@ def measure(model: Model, examples: Sequence[Example]) -> Metrics:
     return measure_each(model, [examples])[0]
 
 
-@torch.no_grad()
 def measure_each(
     model: Model,
     sets: Sequence[Sequence[Example]],
-    before: Callable[[Tensor], None] = lambda _: None,
+    telling: Callable[[Model], AbstractContextManager[Tell]] = lambda _: nullcontext(_nothing),
     most_rows: int = MOST_ROWS,
 ) -> list[Metrics]:
     """How good the model is on each of several sets of examples.
 
-    `before` is called before each micro-batch, of at most `most_rows`, with the set of each of its examples,
-    (examples,): it may give every row an adapter of its own.
+    In the context `telling(model)`, of this model or of one with the same weights, a function is told before each
+    micro-batch, of at most `most_rows`, the set of each of its examples, (examples,): it may give every row an adapter
+    of its own.
     """
     sums = [Metrics(0, 0, 0.0, 0)] * len(sets)
     owners = list(chain.from_iterable([i] * len(examples) for i, examples in enumerate(sets)))
     every = joined(sets)
     model.net.eval()
-    with quick_attention(model.net):
-        for places in micro_batches(model, every, most_rows):
-            places.sort(key=owners.__getitem__)  # so that those of one set lie together
-            own = [owners[i] for i in places]
-            before(torch.tensor(own, device=model.device))
-            batch = model.encoder.collate([every[i] for i in places])
-            found = metrics_by_set(model, batch, [len([*g]) for _, g in groupby(own)])
-            for owner, metrics in zip(dict.fromkeys(own), found, strict=True):
-                sums[owner] += metrics
+
+    def measured(own: tuple[Model, Tell], places: Sequence[int]) -> list[tuple[int, Metrics]]:
+        (net, tell), places = own, sorted(places, key=owners.__getitem__)  # so that those of one set lie together
+        whose = [owners[i] for i in places]
+        with torch.no_grad():
+            tell(torch.tensor(whose, device=net.device))
+            batch = net.encoder.collate([every[i] for i in places])
+            found = metrics_by_set(net, batch, [len([*g]) for _, g in groupby(whose)])
+        return list(zip(dict.fromkeys(whose), found, strict=True))
+
+    with quick_attention(model.net), Threads(model, partial(_told, telling)) as threads:
+        for owner, metrics in chain.from_iterable(threads.each(measured, micro_batches(model, every, most_rows))):
+            sums[owner] += metrics
     return sums
+
+
+@contextmanager
+def _told(telling: Callable[[Model], AbstractContextManager[Tell]], model: Model) -> Iterator[tuple[Model, Tell]]:
+    with telling(model) as tell:
+        yield model, tell
+
+
+def _nothing(_: Tensor) -> None:
+    """All rows have the model's own adapter."""

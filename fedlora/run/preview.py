@@ -220,13 +220,18 @@ def _column_line(data: DataSummary) -> str:
     return f"columns used: {', '.join(data.used)} ({data.kind}){left}"
 
 
+def _shown(name: str) -> str:
+    """A name, in quotation marks where blanks stand at an end of it."""
+    return name if name == name.strip() else f'"{name}"'
+
+
 def _class_line(classes: Mapping[str, Sequence[int]]) -> str:
     """The classes with their counts; of many, how few and how many rows they have."""
     counts = {name: sum(of_clients) for name, of_clients in classes.items()}
     if not any(counts.values()):
-        return f"classes: {', '.join(counts)}"
+        return f"classes: {', '.join(map(_shown, counts))}"
     if len(counts) <= FEW_CLASSES:
-        return "classes: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        return "classes: " + ", ".join(f"{_shown(name)} {count:,}" for name, count in counts.items())
     return f"classes: {len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
 
 

@@ -12,18 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedlora.checks.small_models import KINDS, Kind, SmallModel, small_model
-from fedlora.client.stacked import threads
 from fedlora.client.stacked.adapters import Adapters
-from fedlora.client.stacked.threads import twin
 from fedlora.jobs import Job, PrivacyTerms
-from fedlora.kernels import microbatches
+from fedlora.kernels.threads import draws_besides
 from fedlora.lora import LoRA
-from fedlora.models.adapter import PREFIX
 from fedlora.models.model import Model
 from fedlora.sections import Training
 from fedlora.seeds import seeded
 from tests.support.cohorts import NOTHING, double, furthest, in_one_pass, rounds, tasks_of
 from tests.support.float64 import in_float64
+from tests.support.threads import on, small_micro_batches
 
 ADAMW = Training(lr=1e-2, batch_size=3, epochs=1)
 TERMS = PrivacyTerms(noise=0.5, clip=0.05, head_share=0.3, rate=0.5, steps=3, delta=1e-5, seeded=True)
@@ -35,21 +33,7 @@ JOBS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(microbatches, "CPU_TOKENS", 24)
-    monkeypatch.setattr(microbatches, "CPU_OVERHEAD", 1)
-
-
-@contextmanager
-def on(count: int) -> Iterator[None]:
-    """Within the block torch has so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures(small_micro_batches.__name__)
 
 
 @contextmanager
@@ -84,16 +68,6 @@ def test_with_their_dropout_two_threads_come_to_the_same_bits_every_time() -> No
     assert all(furthest(first, other) == 0 for other in others)
 
 
-def test_each_thread_has_modules_of_its_own_and_the_same_weights() -> None:
-    model = small_model("bert").model
-    other = twin(model)
-    assert not set(map(id, model.net.modules())) & set(map(id, other.net.modules()))
-    assert list(map(id, model.net.parameters())) == list(map(id, other.net.parameters()))
-    assert {m: id(layer) for m, layer in other.adapted.items()} == {
-        m: id(other.net.get_submodule(PREFIX + m)) for m in model.adapted
-    }
-
-
 class Draws(nn.Dropout):
     """A dropout that draws from torch's global generator, as many networks have one."""
 
@@ -108,7 +82,7 @@ def test_a_network_that_draws_from_the_global_generator_is_computed_on_one_threa
     small = replace(shared, model=model)
     first, *others = [trained(small, JOBS["plain"], 2) for _ in range(3)]
     assert all(furthest(first, other) == 0 for other in others)
-    assert threads._draws_besides[small.model]
+    assert draws_besides(small.model) and not draws_besides(shared.model)
 
 
 def test_an_error_in_a_micro_batch_is_raised_and_no_thread_goes_on() -> None:
