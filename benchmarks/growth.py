@@ -2,10 +2,10 @@
 
     python -m benchmarks.growth --out growth [--engine stacked --clients 10,50,200,1000,10000 --ranks 4,8,16,32,64]
 
-A tiny BERT classifies 40,000 short texts that are dealt out evenly; in each of three rounds at most 50 clients train
-two steps of 4. Every run is a command of its own: seconds by the clock until it ends, outside of the rounds and of a
-later round, CPU time and peak memory. The first series has rank 8, the second 50 clients. `--smoke` does two small
-runs.
+A tiny BERT, as wide as the highest rank, classifies 40,000 short texts that are dealt out evenly; in each of three
+rounds at most 50 clients train two steps of 4. Every run is a command of its own: seconds by the clock until it ends,
+outside of the rounds and of a later round, CPU time and peak memory. The first series has rank 8, the second 50
+clients. `--smoke` does two small runs.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main() -> None:
     given = arguments()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        model, _ = smoke.inputs("classify", folder)
+        model, _ = smoke.inputs("classify", folder, hidden_size=max(64, *given.ranks))
         write_rows(folder / "rows.csv", 400 if given.smoke else ROWS)
         base = {
             **SETTINGS,

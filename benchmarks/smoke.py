@@ -11,11 +11,15 @@ NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob
 ROWS = {"train": 60, "test": 12}
 
 
-def inputs(task: Task, folder: Path) -> tuple[str, str]:
-    """Make a model without dropout, and training and test rows as BANKING77 or GSM8K has them; return their folders."""
+def inputs(task: Task, folder: Path, **shape: int) -> tuple[str, str]:
+    """Make a model without dropout, and training and test rows as BANKING77 or GSM8K has them; return their folders.
+
+    `shape` are sizes of the model, by their names in its config.
+    """
     name = "bert" if task == "classify" else "llama"
     found = next(a for a in ARCHITECTURES if a.name == name)
-    save(_without_dropout(found), task, folder / "model")
+    plain = _without_dropout(found)
+    save(replace(plain, options={**plain.options, **shape}), task, folder / "model")
     for part, count in ROWS.items():
         (_classes if task == "classify" else _questions)(folder / part, count)
     return str(folder / "model"), str(folder)

@@ -38,6 +38,7 @@ from fedlora.encoding.encoder import Example
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job
 from fedlora.kernels.example_batches import micro_batches
+from fedlora.kernels.threads import side_by_side
 from fedlora.lora import LoRA, from_matrices
 from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, preflight
@@ -110,8 +111,9 @@ class PrivateCohort:
         drawn = [self._draw(place) for place in places]
         owners = [place for place, own in zip(places, drawn, strict=True) for _ in own]
         sums = self._clipped_sums(list(chain.from_iterable(drawn)), owners).cpu()
-        for place in places:
-            self.adapters.set_gradient(place, self._noisy_mean(place, sums[place]))
+        means = side_by_side(lambda place: self._noisy_mean(place, sums[place]), places)  # each from its own source
+        for place, mean in zip(places, means, strict=True):
+            self.adapters.set_gradient(place, mean)
         self.adapters.step(step)
 
     def _draw(self, place: int) -> list[Example]:

@@ -32,6 +32,7 @@ from .dropout import drawing_from
 from .losses import share_refusal
 
 MOST = 4  # micro-batches at once: while the Python of one runs, that of the others waits
+A = TypeVar("A")
 P = TypeVar("P")
 T = TypeVar("T")
 Places = Sequence[int]  # of the examples of a micro-batch
@@ -69,6 +70,17 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(compute: Callable[[A], T], items: Sequence[A]) -> Iterator[T]:
+    """Yield what is computed of each item, in their order, on as many threads as torch has."""
+    count = min(torch.get_num_threads(), len(items))
+    if count <= 1:
+        yield from map(compute, items)
+        return
+    own = partial(torch.set_num_threads, torch.get_num_threads() // count)
+    with ThreadPoolExecutor(count, "side by side", own) as pool:
+        yield from pool.map(compute, items)
 
 
 def twin(model: Model) -> Model:
