@@ -11,6 +11,7 @@ that draws from the global generator besides is computed on one thread, whose op
 """
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -35,6 +36,7 @@ MOST = 4  # micro-batches at once: while the Python of one runs, that of the oth
 A = TypeVar("A")
 P = TypeVar("P")
 T = TypeVar("T")
+log = logging.getLogger("fedlora")
 Places = Sequence[int]  # of the examples of a micro-batch
 _draws_besides: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()  # of models that have trained a micro-batch
 
@@ -84,9 +86,20 @@ def side_by_side(compute: Callable[[A], T], items: Sequence[A]) -> Iterator[T]:
 
 
 def twin(model: Model) -> Model:
-    """A model with modules of its own, and the weights of this one."""
-    shared = chain(model.net.parameters(), model.net.buffers(), (model.encoder, model.objective, model.schema))
-    return copy.deepcopy(model, {id(part): part for part in shared})
+    """A model with modules of its own, and all else of this one, its weights among it."""
+    shared = {id(t): t for t in chain(model.net.parameters(), model.net.buffers())}
+    other = copy.copy(model)
+    other.net, other.adapted = copy.deepcopy((model.net, model.adapted), shared)
+    return other
+
+
+def _twins(model: Model, count: int) -> list[Model]:
+    """So many twins; none of a network that cannot be copied, as one that holds a lock or an open file."""
+    try:
+        return [twin(model) for _ in range(count)]
+    except (TypeError, RuntimeError) as e:  # of copy, and of torch for a tensor that was computed
+        log.info("one micro-batch is computed at a time: the network cannot be copied: %s", e)
+        return []
 
 
 class Threads(Generic[P]):
@@ -102,7 +115,7 @@ class Threads(Generic[P]):
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             # made of the network as it is outside of the context
-            self._twins = [twin(self._model) for _ in range(at_once(self._model, draws=self._draws) - 1)]
+            self._twins = _twins(self._model, at_once(self._model, draws=self._draws) - 1)
             self.each_prepared = [stack.enter_context(self._prepared(self._model))]
             self._stack = stack.pop_all()
         return self

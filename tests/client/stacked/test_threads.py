@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import active_count
+from threading import Lock, active_count
 from typing import Any
 
 import pytest
@@ -83,6 +83,13 @@ def test_a_network_that_draws_from_the_global_generator_is_computed_on_one_threa
     first, *others = [trained(small, JOBS["plain"], 2) for _ in range(3)]
     assert all(furthest(first, other) == 0 for other in others)
     assert draws_besides(small.model) and not draws_besides(shared.model)
+
+
+def test_a_network_that_cannot_be_copied_is_computed_on_one_thread() -> None:
+    shared = small_model("bert")
+    small = replace(shared, model=Model(shared.config, shared.lora, shared.schema, seed=0))
+    small.model.net.lock = Lock()
+    assert furthest(trained(small, JOBS["plain"], 2), trained(shared, JOBS["plain"], 2)) < 1e-5
 
 
 def test_an_error_in_a_micro_batch_is_raised_and_no_thread_goes_on() -> None:
