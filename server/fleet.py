@@ -170,12 +170,13 @@ class FlowerFleet:
     def _look_for_arrivals(self) -> None:
         """Take in the answers that have come, and give up clients that are away or late."""
         outbox, in_flight = self._streaming, self._in_flight
+        asked = set(outbox.waiting.values())  # those too whose answer is there by now: who is away has lost its turn
         most = max((upload_checks.most_bytes(at.job) for at in in_flight.values()), default=0)
         for id, reply in self._inbox.look_at(outbox.waiting, most):
             if id in outbox.waiting:
                 self._inbox.forget(outbox.forget(i := outbox.waiting[id]))
                 self._take_arrival(i, read_reply(reply, self._rules, self._read_update, i, in_flight[i].job))
-        self._give_up_or_wait(set(outbox.waiting.values()))
+        self._give_up_or_wait(asked)
         self._waiting({i: time.monotonic() - at.since for i, at in sorted(in_flight.items())})
 
     def _give_up_or_wait(self, asked: set[int]) -> None:
