@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.client.stacked.layout import Key
 from fedlora.client.stacked.row_pass import RowPass
 from fedlora.encoding.encoder import Example
-from fedlora.kernels.threads import Places, Threads
+from fedlora.kernels.threads import MicroBatchThreads, Places
 from fedlora.models.model import Model
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class RowPasses:
 
     def __init__(self, make: Callable[[Model], RowPass], model: Model) -> None:
         """`make` makes the pass of a model."""
-        self._threads, self._sides = Threads(model, make, draws=True), "ABRH"
+        self._threads, self._sides = MicroBatchThreads(model, make, draws=True), "ABRH"
         self._own = local()
 
     def __enter__(self) -> Self:

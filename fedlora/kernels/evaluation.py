@@ -20,7 +20,7 @@ from fedlora.models.model import Model
 from .attention import quick_attention
 from .example_batches import micro_batches
 from .losses import metrics_by_set
-from .threads import Threads
+from .threads import MicroBatchThreads
 
 MOST_ROWS = 2**31  # of a micro-batch, where its tokens alone are bounded
 Tell = Callable[[Tensor], None]  # takes the set of each example of the next micro-batch, (examples,)
@@ -57,7 +57,7 @@ def measure_each(
             found = metrics_by_set(net, batch, [len([*g]) for _, g in groupby(whose)])
         return list(zip(dict.fromkeys(whose), found, strict=True))
 
-    with quick_attention(model.net), Threads(model, partial(_told, telling)) as threads:
+    with quick_attention(model.net), MicroBatchThreads(model, partial(_told, telling)) as threads:
         for owner, metrics in chain.from_iterable(threads.each(measured, micro_batches(model, every, most_rows))):
             sums[owner] += metrics
     return sums

@@ -3,7 +3,7 @@
 An operation that torch itself splits over threads ends when the last of them has done its part, and a training step has
 thousands of operations of a millisecond. A micro-batch is the larger part: two threads with one micro-batch each took
 1.9 to 2.6 s for a step of 50 clients (MiniLM, 8 rows each), where one micro-batch after another on two threads took 2.6
-to 3.6 (alternating, on two cores of a Xeon).
+to 3.6 (in the same minutes, on two cores of a Xeon).
 
 Dropout of a micro-batch is drawn from a generator of its own, whose words the global one draws in the order of the
 micro-batches, and what they come to is handed over in that order: no number depends on which thread is first. A network
@@ -80,9 +80,22 @@ def side_by_side(compute: Callable[[A], T], items: Sequence[A]) -> Iterator[T]:
     if count <= 1:
         yield from map(compute, items)
         return
-    own = partial(torch.set_num_threads, torch.get_num_threads() // count)
-    with ThreadPoolExecutor(count, "side by side", own) as pool:
+    with _pool(count) as pool:
         yield from pool.map(compute, items)
+
+
+@contextmanager
+def _pool(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, among which torch's own are shared out.
+
+    What a thread is given torch takes for the number of every thread that begins later: it is set back in the end.
+    """
+    every = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, "micro-batches", partial(torch.set_num_threads, every // count)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(every)
 
 
 def twin(model: Model) -> Model:
@@ -102,7 +115,7 @@ def _twins(model: Model, count: int) -> list[Model]:
         return []
 
 
-class Threads(Generic[P]):
+class MicroBatchThreads(Generic[P]):
     """A context in which micro-batches are computed at once, as many as pay."""
 
     def __init__(
@@ -167,9 +180,7 @@ class Threads(Generic[P]):
         self._free = SimpleQueue[P]()
         for prepared in self.each_prepared:
             self._free.put(prepared)
-        count = len(self.each_prepared)
-        own = partial(torch.set_num_threads, torch.get_num_threads() // count)
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(count, "micro-batches", own))
+        self._pool = self._stack.enter_context(_pool(len(self.each_prepared)))
 
     def _with_a_free_one(
         self, generator: AbstractContextManager[None], compute: Callable[[P, Places], T], places: Places

@@ -339,6 +339,17 @@ def test_who_is_away_loses_its_turn_to_others_and_is_waited_for_where_there_are_
     assert isinstance(dict(fleet.arrivals(1, lambda _: {}))[0], Update)
 
 
+def test_who_is_away_loses_its_turn_to_one_whose_answer_is_there_before_the_first_look(tmp_path: Path) -> None:
+    grid = Leaving(*[echo(tmp_path)] * 2)
+    fleet = FlowerFleet(grid, FleetRules(2))
+    fleet.clients()
+    grid.away, grid.back_after = {100}, 4
+    fleet.begin(jobs(2), {})
+    time.sleep(0.5)
+    answers = dict(fleet.arrivals(2, lambda _: {}))
+    assert not answers[0].sent and isinstance(answers[1], Update)
+
+
 class Leaving(Threads):
     """Some nodes are away, until so many looks at who is there."""
 

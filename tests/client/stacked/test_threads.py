@@ -1,6 +1,7 @@
 """The micro-batches of a pass on two threads come to what they come to on one, whichever thread is first."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock, active_count
@@ -90,6 +91,14 @@ def test_a_network_that_cannot_be_copied_is_computed_on_one_thread() -> None:
     small = replace(shared, model=Model(shared.config, shared.lora, shared.schema, seed=0))
     small.model.net.lock = Lock()
     assert furthest(trained(small, JOBS["plain"], 2), trained(shared, JOBS["plain"], 2)) < 1e-5
+
+
+def test_a_thread_that_begins_afterwards_has_as_many_of_torchs_as_before() -> None:
+    small = small_model("bert")
+    with on(2):
+        in_one_pass(small, tasks_of(small, [replace(JOBS["plain"], start=small.start)] * 3))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_an_error_in_a_micro_batch_is_raised_and_no_thread_goes_on() -> None:
