@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.own_code import find_own, is_path, path_of
+from fedlora.own_code import check_path, find_own, is_path, path_of
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,8 @@ def test_what_stands_nowhere_at_the_top_is_refused(code: object) -> None:
 )
 def test_what_is_no_path_is_told_apart(text: str) -> None:
     assert not is_path(text) and is_path("lab.losses:focal")
+
+
+def test_who_names_a_file_is_told_how_it_is_written_and_where_to_run() -> None:
+    with pytest.raises(ConfigError, match=r"write losses:focal, and run from the folder that losses\.py lies in"):
+        check_path("train.loss", "lab/losses.py:focal")

@@ -113,6 +113,7 @@ def test_what_is_not_well_is_said_with_its_remedy(place: Path, server: int, tmp_
     mine = {"model.path": str(tmp_path / "no-model")}
     said = found(site(place, mine=mine, credentials=others, server=f"localhost:{server}", state=tmp_path / "file"))
     assert said["server"][0] == "wrong" and "ca.crt does not vouch for" in said["server"][1]
+    assert "_ssl" not in said["server"][1]
     assert said["disk"][0] == "wrong" and "give --state a folder" in said["disk"][1]
     assert said["model"][0] == "wrong" and "no such folder" in said["model"][1] and "step" not in said
 

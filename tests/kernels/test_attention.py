@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedlora.kernels.attention import SHORT, _attend, quick_attention
-from fedlora.kernels.dropout import dropout_mask
+from fedlora.kernels.dropout import drawing_from, dropout_mask
 from fedlora.seeds import seeded
 
 SIZES: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 30}
@@ -91,3 +91,12 @@ def test_the_function_is_torchs_again_after_the_block() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         raise ValueError("here")
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_of_one_query_too_dropout_is_drawn_from_the_generator_that_a_block_names() -> None:
+    """As of the first token alone in BERT's last layer; torch's own function draws from the global one."""
+    module, query, key = nn.Module(), torch.rand(3, 4, 1, 6), torch.rand(3, 4, 9, 6)
+    with drawing_from(torch.Generator().manual_seed(1)):
+        before = torch.get_rng_state()
+        found = [_attend(sdpa_attention_forward, module, query, key, key, None, 0.5, is_causal=False)[0] for _ in "ab"]
+    assert torch.equal(torch.get_rng_state(), before) and not torch.equal(*found)

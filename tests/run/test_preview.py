@@ -15,7 +15,7 @@ from fedlora import config
 from fedlora.api import new_run, run
 from fedlora.errors import DataError, ModelError
 from fedlora.run.console import ConsoleProgress
-from fedlora.run.preview import Preview
+from fedlora.run.preview import Preview, _class_line
 from fedlora.run.setup import for_client, for_server, prepare
 from tests.support.models import make
 
@@ -183,3 +183,7 @@ def test_texts_that_the_tokenizer_does_not_know_are_told(llama: str, tmp_path: P
     assert found.warnings == (
         "33% of the tokens are of what the tokenizer does not know: is the model for such texts?",
     )
+
+
+def test_blanks_at_an_end_of_a_class_are_seen() -> None:
+    assert _class_line({"yes": [2], "yes ": [1]}) == 'classes: yes 2, "yes " 1'
