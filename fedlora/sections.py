@@ -338,6 +338,9 @@ class ModelConfig:
     ] = "float32"
     quantize: Annotated[Literal["none", "8bit", "4bit"], "quantisation of the base model, by bitsandbytes"] = "none"
     head: Annotated[Literal["shared", "local", "frozen"], "a classifier's head: who trains it"] = "shared"
+    head_scale: Annotated[
+        float, Gt(0), Le(1e4), "times the random output layer that a new head has; a frozen one needs 10 or so"
+    ] = 1.0
     class_order: Annotated[
         Literal["checkpoint", "data"], "order of a classifier's outputs: its checkpoint's, if that has the same classes"
     ] = "checkpoint"

@@ -117,6 +117,23 @@ def _refuse_missing_layers(net: nn.Module, new: Sequence[str], source: str, *, h
         )
 
 
+def _scale_output(net: nn.Module, new: Sequence[str], config: ModelConfig, source: str) -> None:
+    """Multiply what a new head computes by `model.head_scale`; raise `ModelError` where no head is new."""
+    outputs = [layer for layer in map(net.get_submodule, new) if _is_output(layer, net)]
+    if not outputs:
+        raise ModelError(
+            f"model.head_scale = {config.head_scale:g}, and no head of model {source} is new: its checkpoint has the "
+            "weights, or the data need none; leave model.head_scale out"
+        )
+    for parameter in (parameter for layer in outputs for parameter in layer.parameters()):
+        parameter.data.mul_(config.head_scale)
+
+
+def _is_output(layer: nn.Module, net: Any) -> bool:
+    """Does this layer compute a number for every class?"""
+    return getattr(layer, "out_features", 0) == net.config.num_labels
+
+
 def _layers(modules: Iterable[str], backbone: str) -> set[str]:
     """The layers of a backbone in which these modules lie, by the name up to the layer's number."""
     found = (LAYER.search(name) for name in modules if is_inside(name, [backbone]))
@@ -156,6 +173,8 @@ def _load(config: ModelConfig, schema: Schema, source: str) -> tuple[nn.Module, 
         net, new = _pretrained(config, schema, load)
     refuse_adapter(net, source)
     _refuse_missing_layers(net, new, source, has_head=schema.has_head)
+    if config.head_scale != 1:
+        _scale_output(net, new, config, source)
     if schema.kind != "image":
         _pad(net, processor)
     if new and not schema.has_head:

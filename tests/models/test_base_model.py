@@ -125,3 +125,19 @@ def test_a_backbone_whose_name_is_not_the_models_own_is_no_head() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     net = CLIPForImageClassification(CLIPConfig(vision_config=sizes | {"image_size": 8, "patch_size": 4}))
     assert head_modules(net, []) == ["classifier"]
+
+
+def test_a_new_output_layer_can_begin_larger(tmp_path: Path) -> None:
+    """So that a head which nobody trains, as under privacy, does not ask the model for changes ten times as large."""
+    folder, two = make("bert", tmp_path), Schema("label", ("text", "label"), ("no", "yes"))
+    plain, larger = (load_base_model(ModelConfig(path=str(folder), head_scale=k), two, seed=0)[0] for k in (1, 10))
+    was, now = plain.state_dict(), larger.state_dict()
+    assert [name for name in was if not torch.equal(was[name], now[name])] == ["classifier.weight"]
+    torch.testing.assert_close(now["classifier.weight"], 10 * was["classifier.weight"])
+
+
+@pytest.mark.parametrize(("kind", "schema"), [("bert", LABEL), ("gpt2", TEXT)], ids=["trained", "none"])
+def test_a_head_that_is_not_new_is_not_scaled(tmp_path: Path, kind: str, schema: Schema) -> None:
+    folder = make(kind, tmp_path)
+    with pytest.raises(ModelError, match=r"model\.head_scale = 10, and no head of model .* is new"):
+        load_base_model(ModelConfig(path=str(folder), head_scale=10), schema, seed=0)
