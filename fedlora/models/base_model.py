@@ -131,7 +131,7 @@ def _scale_output(net: nn.Module, new: Sequence[str], config: ModelConfig, sourc
 
 def _is_output(layer: nn.Module, net: Any) -> bool:
     """Does this layer compute a number for every class?"""
-    return getattr(layer, "out_features", 0) == net.config.num_labels
+    return bool(getattr(layer, "out_features", 0) == net.config.num_labels)
 
 
 def _layers(modules: Iterable[str], backbone: str) -> set[str]:
