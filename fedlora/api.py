@@ -18,6 +18,7 @@ from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory, newest
 from fedlora.run.frames import clients_frame, rounds_frame
 from fedlora.run.own_objects import OwnObjects, separate
+from fedlora.run.refused import empty_if_refused
 from fedlora.run.trackers import check_trackers
 
 from . import config as configuration
@@ -165,7 +166,7 @@ def run(
     Objects of the caller's `own` are kept there first. Raises `ConfigError` where another process writes there. A run
     that is refused before a client has worked leaves nothing.
     """
-    with _kept_if_full(folder.path.parent), folder.only_writer(), folder.empty_if_refused():
+    with _kept_if_full(folder.path.parent), folder.only_writer(), empty_if_refused(folder.path):
         if own:
             folder.check_is_new()
             config = own.keep(folder.path, config)

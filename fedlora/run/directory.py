@@ -2,11 +2,10 @@
 
 import json
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from fedlora import config
 from fedlora.config import Config
-from fedlora.errors import CheckpointError, ConfigError, DataError, ModelError, PrivacyError, StrategyError
+from fedlora.errors import CheckpointError, ConfigError
 from fedlora.jobs import Charge, PrivacySpent
 from fedlora.sections import PersonalConfig
 from fedlora.storage import checkpoint
@@ -38,7 +37,6 @@ AS_BEFORE = {  # of a run that is older than these settings
     "server.eval_clients": 0,
     "model.class_order": "data",
 }
-REFUSALS = (ConfigError, DataError, ModelError, StrategyError, PrivacyError)  # of settings, model or data
 log = logging.getLogger("fedlora")
 
 
@@ -59,22 +57,6 @@ class RunDirectory:
     def only_writer(self) -> AbstractContextManager[None]:
         """Be the only process that writes here, inside a `with`. Raises `ConfigError` where another one does."""
         return only_writer(self.path)
-
-    @contextmanager
-    def empty_if_refused(self) -> Iterator[None]:
-        """Remove what was written here inside a `with` that a refusal ended before any client had worked.
-
-        What lay here before stays.
-        """
-        before = {path.name for path in self.path.iterdir()}
-        try:
-            yield
-        except REFUSALS:
-            worked = any(path.is_file() and path.name != ".lock" for path in self.checkpoints.rglob("*"))
-            for path in self.path.iterdir() if not worked else ():
-                if path.name not in before:
-                    _remove(path)
-            raise
 
     def create(self, settings: Config, *, again: bool = False, files: Mapping[str, str] | None = None) -> None:
         """Make the folder with its resolved config; refuse one where another run has begun, unless it goes on.
@@ -331,14 +313,6 @@ class RunDirectory:
         if before:
             self._trackers.log(before, 0)
         self._trackers.log(_figures(record), record["round"])
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def newest(records: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from fedlora.run.agreement import agreement_for_clients
 from fedlora.run.asynchronous import refuse_simulated
 from fedlora.run.console import ConsoleProgress
 from fedlora.run.directory import RunDirectory
+from fedlora.run.refused import REFUSALS
 from fedlora.run.setup import RunSetup, for_server, prepare
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.prometheus import PrometheusExporter
@@ -63,7 +64,8 @@ def _run_handed_over(grid: Grid, handoff: Handoff) -> None:
             screen = ConsoleProgress(Console(file=out, highlight=False, soft_wrap=True, width=200))
             _serve(grid, handoff, handoff.order(), screen)
     except FedloraError as e:
-        handoff.put_status(Status("failed", os.getpid(), screen.named(str(e)), attempt))
+        state = "refused" if isinstance(e, REFUSALS) else "failed"
+        handoff.put_status(Status(state, os.getpid(), screen.named(str(e)), attempt))
         raise
     except BaseException as e:
         handoff.put_status(Status("crashed", os.getpid(), f"{type(e).__name__}: {e}", attempt))

@@ -32,9 +32,9 @@ class RunOrder:
 class Status:
     """What the ServerApp is doing, or how it ended."""
 
-    state: str  # submitted, running, finished, crashed, or failed, which starting again does not mend
+    state: str  # submitted, running, finished, crashed, or what starting again does not mend: failed, refused
     pid: int = 0
-    why: str = ""  # it crashed or failed
+    why: str = ""  # it crashed, failed or was refused
     attempt: int = 0  # from 1; how many were made since the last finished round
 
 

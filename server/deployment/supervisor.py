@@ -35,6 +35,7 @@ from fedlora.deployment.provision import check_private, read_clients
 from fedlora.deployment.supervisor import Restart, Supervisor, restart_later
 from fedlora.environment import no_proxy
 from fedlora.errors import ConfigError, RoundFailed
+from fedlora.run.refused import empty_if_refused
 from fedlora.run.trackers import check_trackers
 from fedlora.server.deployment.handoff import FOLDER, PARENT, Handoff, RunOrder, Status
 from fedlora.server.deployment.refused_keys import RefusedKeys
@@ -46,6 +47,7 @@ TRIES = 5  # ServerApps that may end one after another without a finished round 
 SILENCE = 300.0  # seconds that a submitted run is given until its ServerApp writes its first status
 LOOKS = 20.0  # seconds between two questions to the SuperLink about the run
 FEW = 10  # clients that are all asked in every round, unless the settings say otherwise
+ENDED = {"failed": RoundFailed, "refused": ConfigError}  # by the state: what the command raises
 SUBMITS = 90.0  # seconds that a SuperLink which is down is given to take the run
 
 
@@ -69,12 +71,13 @@ class ServerOptions:
 def serve(options: ServerOptions, file: Path | None, given: Mapping[str, Any]) -> None:
     """Run federated training to its end, by the settings in `file` and, before those, in `given`.
 
-    Raises `RoundFailed` for a run that failed, `ConfigError` for settings that do not go together.
+    Raises `RoundFailed` for a run that failed, `ConfigError` for one that was refused, which leaves nothing where no
+    client has worked yet.
     """
     handoff = Handoff(options.run)
     names = read_clients(options.credentials) if options.credentials else {}
     os.environ.update(no_proxy(host_of(options.superlink)) | flwr_home(handoff.flower))
-    with only_writer(options.run):
+    with only_writer(options.run), empty_if_refused(options.run):
         config = _settings(options.run, file, given, len(names))
         check_trackers(config.report_to)
         if _is_done(handoff, config):
@@ -261,7 +264,7 @@ class SubmittedRun:
         self._submitted = self._asked = 0.0  # when it was submitted, and when the SuperLink was asked last
 
     def watch(self) -> None:
-        """Submit the run and return when it has finished. Raises `RoundFailed` with the reason of one that failed."""
+        """Submit the run and return when it has finished. Raises `RoundFailed` or `ConfigError` as it ended."""
         self._submit()
         try:
             while not self._is_finished():
@@ -284,8 +287,8 @@ class SubmittedRun:
         status = self._handoff.status() or Status("submitted")
         if status.state == "finished":
             return True
-        if status.state == "failed":
-            raise RoundFailed(status.why)
+        if status.state in ENDED:
+            raise ENDED[status.state](status.why)
         if why := self._why_lost(status) or self._why_ended(status):
             self._begin_anew(why)
         return False
@@ -312,7 +315,7 @@ class SubmittedRun:
             return ""
         time.sleep(1)  # the ServerApp may just have finished
         after = self._handoff.status() or status
-        return "" if after.state in ("finished", "failed") else f"the SuperLink says {ended}"
+        return "" if after.state in ("finished", *ENDED) else f"the SuperLink says {ended}"
 
     def _begin_anew(self, why: str) -> None:
         """End what is left of the ServerApp and submit the run again. Raises `RoundFailed` after too many tries."""

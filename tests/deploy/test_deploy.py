@@ -103,6 +103,13 @@ def resumed(federation: Federation) -> Path:
     return federation.folder / "run"
 
 
+def test_a_run_that_is_refused_leaves_nothing(federation: Federation) -> None:
+    server = federation.server("refused", "--model", str(federation.folder / "nowhere"))
+    assert server.wait(SLOW) == 1
+    assert "there is no such folder" in federation.said("refused")
+    assert not (federation.folder / "refused").exists()
+
+
 def test_a_run_whose_server_was_killed_ends_with_the_simulations_adapter(resumed: Path, simulated: Path) -> None:
     ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (resumed, simulated))
     assert ours.keys() == theirs.keys()
