@@ -2,7 +2,8 @@
 
     python -m benchmarks.sst2_private --model MINILM --sst2 sst2 --out sst2_private.json
 
-MINILM and sst2 are as in la_lora.py; every strategy under AdamW is in sst2_strategies.toml. Every strategy has the
+MINILM is made by `python -m benchmarks.models minilm MINILM`, sst2 has client_*.jsonl and val.jsonl; every strategy is
+in sst2_strategies.toml. Every strategy has the
 same grid of learning rates and, where it is private, of clips, up to the rate from which its loss rises; the pair with
 the lowest mean of the clients' losses on examples that they hold out is shown, with its accuracy on val.jsonl after
 the last round. Plain SGD, under which FedSVD and FFA-LoRA with an orthonormal A are one process from the second round

@@ -111,6 +111,20 @@ def test_every_built_in_strategy_is_on_a_line_and_what_takes_mixed_ranks_with_th
     assert len(made.cases) == 2 and made.config(made.lines[2], made.cases[1], {}).dp.epsilon == 3.0
 
 
+def test_la_loras_claim_has_the_private_runs_of_the_table_of_all_and_its_filter_as_a_rate() -> None:
+    every, claim = (
+        settings.comparison(settings.read(BENCHMARKS / f"{name}.toml"), {}, BENCHMARKS)
+        for name in ("sst2_strategies", "la_lora")
+    )
+    there = {line.name: line for line in every.lines}
+    for line in claim.lines[2:]:
+        assert claim.config(line, claim.cases[1], {}) == every.config(there[line.name], every.cases[1], {})
+    rates = claim.tune["train.lr"]
+    known = [rate for rate in rates if rate in every.tune["train.lr"]]
+    kept = (70 / 256) ** 0.5  # of what is white along the features, by [1 4 6 4 1] / 16
+    assert [rate for rate in rates if rate not in known] == [pytest.approx(kept * rate, rel=0.01) for rate in known[1:]]
+
+
 def test_the_file_that_the_docs_show_is_one(tmp_path: Path) -> None:
     text = (BENCHMARKS.parent / "docs" / "compare.md").read_text()
     (tmp_path / "sst2.toml").write_text("rounds = 9")
