@@ -1,6 +1,9 @@
 """The folder that Flower's own commands take: its settings, the bundle that is made of it, and what they load of it."""
 
+import os
 import shutil
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from io import BytesIO
@@ -19,6 +22,8 @@ from flwr.supercore.object_ref import load_app
 
 import fedlora
 from fedlora.config import build, dotted_keys, settings
+from fedlora.deployment.processes import free_port, kill_marked, program
+from tests.support.federation import SLOW
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "fedlora-app"
 ROOT = FOLDER.parents[1]
@@ -73,3 +78,24 @@ def test_a_strategy_of_ones_own_travels_in_the_bundle(tmp_path: Path) -> None:
     (folder / "mine.py").write_text('"""Mine: a strategy of one\'s own."""\n')
     with ZipFile(BytesIO(build_fab_from_disk(folder))) as bundle:
         assert "mine.py" in bundle.namelist()
+
+
+def test_flowers_own_command_runs_it(tmp_path: Path) -> None:
+    """On the SuperLink that `flwr run` starts for simulations, and leaves running."""
+    app = shutil.copytree(FOLDER, tmp_path / "app")
+    home = str(tmp_path / "home")
+    two = [
+        "--federation-config",
+        "num-supernodes=2",
+        "--run-config",
+        "clients=2 cohort=2 rounds=1 train.steps=1",
+    ]
+    by_name = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as Flower starts its own programs
+    ports = {f"FLWR_LOCAL_{of}_API_PORT": str(free_port()) for of in ("CONTROL", "SUPERLINK_HTTP")}
+    env = os.environ | {"FLWR_HOME": home, "OMP_NUM_THREADS": "1", "PATH": by_name} | ports
+    try:
+        command = [program("flwr"), "run", str(app), "local", "--stream", *two]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=SLOW, check=False)
+    finally:
+        kill_marked("flower-", "FLWR_HOME", home)
+    assert "loaded afresh by PEFT, it gives the run's logits" in done.stdout, done.stdout + done.stderr
