@@ -20,13 +20,13 @@ def empty_if_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except REFUSALS:
-        for path in folder.iterdir() if not has_work(folder) else ():
+        for path in folder.iterdir() if not _has_work(folder) else ():
             if path.name not in before:
                 _remove(path)
         raise
 
 
-def has_work(folder: Path) -> bool:
+def _has_work(folder: Path) -> bool:
     """Has a run directory anything that a client's work came to?"""
     return any(path.is_file() and path.name != ".lock" for path in (folder / "checkpoint").rglob("*"))
 
