@@ -5,9 +5,10 @@
 MINILM is made by `python -m benchmarks.models minilm MINILM`, sst2 has client_*.jsonl and val.jsonl; every strategy is
 in sst2_strategies.toml. Each of the five has the same grid of learning rates and, where it is private, of clips, up to
 the rate from which its loss rises; the pair with the lowest mean of the clients' losses on examples that they hold out
-is shown, with its accuracy on val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA with an orthonormal A are one process from the second round
-on. Noise comes from the seed, so that the table can be made again: these runs are NOT PRIVATE, and the choice of rate
-and clip would not be if they were. Runs that are in the file already are not repeated.
+is shown, with its accuracy on val.jsonl after the last round. Plain SGD, under which FedSVD and FFA-LoRA with an
+orthonormal A are one process from the second round on. Noise comes from the seed, so that the table can be made again:
+these runs are NOT PRIVATE, and the choice of rate and clip would not be if they were. Runs that are in the file already
+are not repeated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
