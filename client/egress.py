@@ -147,8 +147,6 @@ def _wrong_words(head: UpdateHead, job: Job, policy: ClientPolicy) -> Iterator[s
         yield f"it is of round {head.round + 1}, the job of round {job.round + 1}"
     if head.loss is not None and not (job.metrics and policy.metrics):
         yield "it tells a loss"
-    if job.privacy and head.loss is not None:
-        yield "it tells the loss of a private job"
     if bool(head.spent) != bool(job.privacy):
         yield "it tells what a ledger says, and the job was not private, or the other way round"
 

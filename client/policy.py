@@ -26,7 +26,7 @@ from fedlora.messages.agreement import COLUMNS, RunAgreement
 from fedlora.sections import DataConfig, PrivacyConfig, Training
 
 DELTA = 1e-5  # of a client that names none
-FEWEST_SCORED = 10  # held-out examples of which a deployed client tells scores
+FEWEST_SCORED = 10  # held-out examples, or records of a private job, of which a deployed client tells figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ClientPolicy:
     masked: bool = False  # its update leaves the client under a mask, or not at all
     colluders: int = 1  # other clients that may be in league with the server: no roster that fewer undo is joined
     metrics: bool = True  # its training loss, and scores on held-out examples, may be told
-    fewest_scored: int = 1  # held-out examples without which no scores are told
+    fewest_scored: int = 1  # held-out examples, or records of a private job, without which nothing of them is told
 
     # Differential privacy of its records
     private: bool = False  # the client trains by DP-SGD, or not at all
@@ -152,6 +152,8 @@ class ClientPolicy:
             yield from self._weak_terms(job.privacy, records)
         if job.metrics and not self.metrics:
             yield "its training loss, and dp.metrics is not set here"
+        if job.metrics and job.privacy and records < self.fewest_scored:
+            yield f"its training loss over {records} records, and fewer than {self.fewest_scored} tell too much of each"
         if self.masked and job.masking is None:
             yield "an update without a mask, and secure.aggregation is set here"
 

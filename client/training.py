@@ -113,16 +113,16 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
 def train_privately(
     model: Model, job: Job, client: int, records: Records, kept: LoRA, mechanism: Mechanism = STANDARD
 ) -> Trained:
-    """Train what the job names by DP-SGD, on the job's terms; return as `train` does, without a loss.
+    """Train what the job names by DP-SGD, on the job's terms; return as `train` does.
 
-    No loss is in the update, because it would not be private.
+    No noise hides a loss: it is in the update only where the job asks for it, as with `dp.metrics`.
     Raises `PrivacyError` for a model that cannot be trained so, `ClientFailed` where there are no records.
     """
     TrainingTask(client=client, job=job, kept=kept, records=records).refuse_empty()
     taken = load_start(model, job, kept)
     with model.learning(job.training, private=True):
-        dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
-    return make_update(job, model.get_adapter(), taken, len(records), None)
+        loss = dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
+    return make_update(job, model.get_adapter(), taken, len(records), loss)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, preflight
 from fedlora.privacy.dpsgd import privacy_of
 from fedlora.privacy.noise import secret_draws
-from fedlora.privacy.per_sample_gradients import Gradients
+from fedlora.privacy.per_sample_gradients import Gradients, mean_loss
 
 COMPANY = 2  # made-up records of another client, in whose pass the checked ones are
 log = logging.getLogger("fedlora")
@@ -88,6 +88,7 @@ class PrivateCohort:
         self.adapters = Adapters(model, tasks, [p.steps for p in self._terms])
         self._turn_to(job.trains)
         self._clip = tasks[0].mechanism.clip
+        self._losses: list[tuple[Tensor, Tensor]] = []  # of each micro-batch: the place of each record's client, its loss
         self._gradients = reduce(lambda inner, task: task.mechanism.rows(inner), tasks, self._of_records)
         for place, task in enumerate(tasks):
             task.mechanism.watch(partial(self.adapters.lora, place))
@@ -140,8 +141,10 @@ class PrivateCohort:
         return sums
 
     def _of_records(self, examples: Sequence[Example], owner: Tensor) -> Tensor:
-        """The gradient of each example's own mean loss: (examples, P_t)."""
-        return gradients_of_means(self._model, self.adapters.rows, self.adapters.theta, owner, examples)
+        """The gradient of each example's own mean loss: (examples, P_t); the losses are kept."""
+        gradient, losses = of_means(self._model, self.adapters.rows, self.adapters.theta, owner, examples)
+        self._losses.append((owner, losses))
+        return gradient
 
     def _noisy_mean(self, place: int, total: Tensor) -> LoRA:
         """What a client steps along: its sum with noise, over the expected count of its records."""
@@ -162,16 +165,23 @@ class PrivateCohort:
             dpsgd.refuse_infinite((t for _, _, t in after.only(task.job.trains).matrices()), task.job)
         except TrainingDiverged as e:
             return e
-        return self.adapters.update(place, len(task.records), None)
+        return self.adapters.update(place, len(task.records), self._mean_loss(place) if task.job.metrics else None)
+
+    def _mean_loss(self, place: int) -> float | None:
+        """The mean loss of the records that a client drew in all steps."""
+        return mean_loss(chain.from_iterable(losses[owner == place].tolist() for owner, losses in self._losses))
 
 
-def gradients_of_means(
+def of_means(
     model: Model, rows: RowPass | RowPasses, theta: Tensor, owner: Tensor, examples: Sequence[Example]
-) -> Tensor:
-    """The gradient of each example's mean loss over its own targets, (examples, P_t), by its client's row of theta."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient of each example's mean loss over its own targets, (examples, P_t), and that loss, (examples,).
+
+    Each is by its client's row of theta.
+    """
     weights = torch.tensor([1 / max(model.targets([example]), 1) for example in examples], dtype=torch.float64)
-    gradient, _ = rows.gradients(theta, owner, weights.to(theta), examples)
-    return gradient
+    gradient, losses = rows.gradients(theta, owner, weights.to(theta), examples)
+    return gradient, losses * weights.to(losses)
 
 
 def why_not(model: Model, job: Job) -> str:
@@ -226,7 +236,7 @@ class StackedGradients:
     def __call__(self, examples: Sequence[Example]) -> Gradients:
         n = len(examples)
         owner = torch.tensor([0] * n + [1] * COMPANY, device=self._theta.device)
-        found = gradients_of_means(self._model, self._rows, self._theta, owner, [*examples, *self._company])[:n]
+        found = of_means(self._model, self._rows, self._theta, owner, [*examples, *self._company])[0][:n]
         views = [self._layout.view(found, key) for key in self._keys]
         turned = [v.transpose(1, 2) if side == "B" else v for v, (side, _) in zip(views, self._keys, strict=True)]
         return [v.reshape(n, *shape) for v, shape in zip(turned, self._shapes, strict=True)]

@@ -36,9 +36,9 @@ from fedlora.models.model import Model
 from fedlora.seeds import derive
 
 from .noise import SecureRandom, secret_draws
-from .per_sample_gradients import ENGINES, LAYERS, GradientFn, Gradients, Learner, PerExample, add_up, clip
+from .per_sample_gradients import ENGINES, LAYERS, GradientFn, Gradients, Learner, LossMeter, PerExample, add_up, clip
 
-Engine = Callable[[Model, Sequence[nn.Parameter]], PerExample]
+Engine = Callable[[Learner, Sequence[nn.Parameter]], PerExample]
 
 
 def source(job: Job, client: int, privacy: PrivacyTerms) -> SecureRandom:
@@ -139,9 +139,10 @@ def train(
     client: int,
     records: Records,
     mechanism: Mechanism = STANDARD,
-) -> None:
+) -> float | None:
     """Run all steps of a private job on the model's parameters, which are given by side.
 
+    Returns the mean loss of the records that were drawn, which no noise hides; none where no record was.
     Raises `PrivacyError`, before any record is read, for a model whose records' gradients cannot be told apart, and
     `TrainingDiverged` where the parameters are not finite afterwards; they are functions of what was released already.
     """
@@ -151,13 +152,14 @@ def train(
     expected_batch = privacy.rate * len(records)
     random = mechanism.source(job, client, privacy)
     steps = optimizer.make(job.training, model, sides)
+    meter = LossMeter(model)
     model.net.train()
     mechanism.watch(model.get_adapter)
     with secret_draws(random.key()):
         for turn, stretch in job.stretches(privacy.steps):
             now = optimizer.turn_to(model, sides, job, turn)
             trained = [p for side in now.values() for p in side]
-            with mechanism.engine(model, trained, privacy)(model, trained) as gradients:
+            with mechanism.engine(model, trained, privacy)(meter, trained) as gradients:
                 for step in stretch:
                     optimizer.set_rates(steps, job.training, job, step=step, steps=privacy.steps)
                     examples = draw_examples(records, mechanism, random, rate=privacy.rate)
@@ -171,6 +173,7 @@ def train(
                     steps.step()
                     steps.zero_grad()
     refuse_infinite(parameters, job)
+    return meter.mean()
 
 
 def refuse_infinite(trained: Iterable[Tensor], job: Job) -> None:

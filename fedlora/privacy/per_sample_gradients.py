@@ -9,9 +9,10 @@ benchmarks/README.md).
 gradients of all its examples at once, and with them `owner`, the client of each.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from math import fsum, isfinite
 from typing import Any, Protocol, Self
 
 import torch
@@ -46,6 +47,43 @@ class Learner(Protocol):
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean loss of every example in a batch, (examples,)."""
         ...
+
+
+class LossMeter:
+    """A model as an engine of single gradients uses it, which keeps the losses of the examples that pass."""
+
+    def __init__(self, model: Learner) -> None:
+        self._model = model
+        self._losses: list[Tensor] = []
+
+    @property
+    def net(self) -> nn.Module:
+        """The network, with its adapter attached."""
+        return self._model.net
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, which makes batches of examples."""
+        return self._model.encoder
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the mean loss of every example in a batch, (examples,), and keep it."""
+        losses = self._model.losses(batch)
+        self._losses.append(losses.detach())
+        return losses
+
+    def mean(self) -> float | None:
+        """The mean of all losses that were kept; none where there are none."""
+        return mean_loss(torch.cat(self._losses).tolist() if self._losses else [])
+
+
+def mean_loss(losses: Iterable[float]) -> float | None:
+    """The mean loss of examples, the same to the last bit in any order; none where there are none.
+
+    An example whose loss is not finite is left out, as its gradient is by `clip`.
+    """
+    finite = [loss for loss in losses if isfinite(loss)]
+    return fsum(finite) / len(finite) if finite else None
 
 
 class PerExample(Protocol):

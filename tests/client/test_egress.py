@@ -119,7 +119,11 @@ WRONG = {
     "another round": (update(NUMBERS, round=1), JOB, {}),
     "a loss that was not asked for": (update(NUMBERS, 0.5), replace(JOB, metrics=False), {}),
     "a loss that is not told": (update(NUMBERS, 0.5), JOB, {"metrics": False}),
-    "the loss of a private job": (update(NUMBERS, 0.5, spent=SPENT), replace(JOB, privacy=TERMS), {}),
+    "the loss of a private job": (
+        update(NUMBERS, 0.5, spent=SPENT),
+        replace(JOB, privacy=TERMS, metrics=False),
+        {},
+    ),
     "what a ledger says of a plain job": (update(NUMBERS, spent=SPENT), JOB, {}),
     "an epsilon that is not finite": (
         update(NUMBERS, spent=PrivacySpent(epsilon=inf, charges=1)),

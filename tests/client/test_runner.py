@@ -41,11 +41,20 @@ def test_a_record_is_a_row_or_each_block_of_it() -> None:
     assert rows.client(0, 2).examples == blocks.client(0, 2).examples == 3
 
 
-def test_a_private_job_is_answered_with_what_was_spent_and_no_loss(tmp_path: Path) -> None:
-    update = runner(tmp_path).run(SMALL.model, job())
+def test_a_private_job_is_answered_with_what_was_spent_and_no_loss_that_was_not_asked_for(tmp_path: Path) -> None:
+    update = runner(tmp_path).run(SMALL.model, replace(job(), metrics=False))
     assert update.spent is not None and update.spent.charges == 1 and update.spent.epsilon > 0
     assert update.loss is None and update.examples == 3
     assert all(not torch.equal(update.lora.B[m], b) for m, b in SMALL.start.B.items())
+
+
+def test_a_private_job_tells_the_loss_that_is_asked_for_of_records_enough(tmp_path: Path) -> None:
+    asked = job(rate=1.0)
+    update = runner(tmp_path / "enough", fewest_scored=3).run(SMALL.model, asked)
+    assert update.loss is not None and 0 < update.loss < 10
+    with pytest.raises(PrivacyError, match="its training loss over 3 records, and fewer than 4 tell too much of each"):
+        runner(tmp_path / "few", fewest_scored=4).run(SMALL.model, asked)
+    assert runner(tmp_path / "few", fewest_scored=4).run(SMALL.model, replace(asked, metrics=False)).loss is None
 
 
 def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> None:
@@ -53,6 +62,7 @@ def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> N
     one, again = (runner(tmp_path).run(SMALL.model, job(known=k)) for k in (0, 1))  # type: ignore[arg-type]
     assert_close(vars(one.lora), vars(again.lora), rtol=0, atol=0)
     assert again.spent == one.spent
+    assert again.loss == one.loss
     other = runner(tmp_path).run(SMALL.model, job(1))
     assert other.spent is not None and other.spent.charges == 2
     assert not torch.equal(other.lora.B["transformer.h.0.attn.c_attn"], one.lora.B["transformer.h.0.attn.c_attn"])

@@ -22,6 +22,7 @@ from fedlora.models.model import Model
 from fedlora.privacy import dpsgd
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.noise import SecureRandom
+from fedlora.privacy.per_sample_gradients import mean_loss
 from fedlora.privacy.preflight import synthetic
 from fedlora.sections import LoRAConfig, ModelConfig, Training
 from fedlora.seeds import seeded
@@ -250,9 +251,27 @@ def test_whoever_tries_out_all_seeds_of_the_dropout_does_not_find_it(
     assert size([x - y for x, y in zip(one, other, strict=True)]) > 0.01 * size(one)
 
 
-def test_no_loss_is_told(model: Model, job: Job) -> None:
-    update, _ = training.train_privately(model, replace(job, metrics=True), 0, alone(made_up(model)), LoRA())
-    assert update.loss is None and update.examples == 10
+def loss_told(model: Model, job: Job, records: Records) -> float | None:
+    return training.train_privately(model, job, 0, records, LoRA())[0].loss
+
+
+@pytest.mark.parametrize("engine", ["lora", "hooks", "one"])
+def test_the_loss_that_is_asked_for_is_the_mean_over_the_records_drawn(model: Model, job: Job, engine: str) -> None:
+    some = made_up(model)
+    model.set_adapter(job.start)
+    with torch.no_grad():
+        each = [float(model.losses(model.encoder.collate([example]))) for example in some]
+    asked = replace(job, metrics=True, privacy=replace(EXACT, engine=engine))
+    assert loss_told(model, asked, alone(some)) == pytest.approx(sum(each) / 10, rel=1e-5)
+
+
+def test_no_loss_is_told_that_was_not_asked_for_or_where_no_record_was_drawn(model: Model, job: Job) -> None:
+    assert loss_told(model, replace(job, metrics=False), alone(made_up(model))) is None
+    assert loss_told(model, replace(job, metrics=True, privacy=NEVER), alone(made_up(model))) is None
+
+
+def test_a_record_whose_loss_is_no_number_is_not_in_the_mean() -> None:
+    assert mean_loss([1.0, float("nan"), 3.0, float("inf")]) == 2.0 and mean_loss([float("nan")]) is None
 
 
 def test_a_record_that_is_no_number_is_as_if_it_were_not_there(build: Callable[..., Model]) -> None:

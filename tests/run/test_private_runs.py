@@ -79,6 +79,16 @@ def test_two_private_runs_are_never_alike(private: tuple[Path, str], given: list
     assert not same(private[0], tmp_path / "again")
 
 
+def test_where_losses_may_be_told_those_who_have_higher_ones_weigh_more(experiment: Path, given: list[str]) -> None:  # noqa: F811
+    """Without losses q-FFL would be FedIT, and nobody would see it."""
+    told = experiment.with_name("told")
+    done = fedlora("simulate", *given, *SEEDED, "--dp.metrics", "--strategy", "q_ffl", "--out", told)
+    assert done.returncode == 0, done.stderr
+    assert all(0 < r["train_loss"] < 10 for r in records(told))
+    assert all(len({each["train_loss"] for each in r["each"].values()}) == 3 for r in records(told))
+    assert not same(experiment, told)
+
+
 @pytest.fixture(scope="module")
 def experiment(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """One finished run whose noise is the seed's."""
