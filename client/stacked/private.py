@@ -88,7 +88,7 @@ class PrivateCohort:
         self.adapters = Adapters(model, tasks, [p.steps for p in self._terms])
         self._turn_to(job.trains)
         self._clip = tasks[0].mechanism.clip
-        self._losses: list[tuple[Tensor, Tensor]] = []  # of each micro-batch: the place of each record's client, its loss
+        self._losses: list[tuple[Tensor, Tensor]] = []  # place of each record's client, and its loss
         self._gradients = reduce(lambda inner, task: task.mechanism.rows(inner), tasks, self._of_records)
         for place, task in enumerate(tasks):
             task.mechanism.watch(partial(self.adapters.lora, place))
