@@ -98,9 +98,10 @@ class Schedule:
         return found
 
     def _untried(self, judged: Mapping[Point, float], line: ComparisonLine, case: Case) -> list[Point]:
-        """The points that have to be tried before the best one is known."""
-        if not judged:
-            return [self._start(line, case)]
+        """The points that have to be tried before the best one is known; where it begins, whatever the file has."""
+        start = self._start(line, case)
+        if start not in judged:
+            return [start]
         return [point for point in self._neighbours(self.best(judged)) if point not in judged]
 
     def best(self, judged: Mapping[Point, float]) -> Point:

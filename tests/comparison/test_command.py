@@ -116,9 +116,9 @@ def test_la_loras_claim_has_the_private_runs_of_the_table_of_all_and_its_filter_
         settings.comparison(settings.read(BENCHMARKS / f"{name}.toml"), {}, BENCHMARKS)
         for name in ("sst2_strategies", "la_lora")
     )
-    there = {line.name: line for line in every.lines}
+    there, tuned = {line.name: line for line in every.lines}, {"train.lr": 1.5}
     for line in claim.lines[2:]:
-        assert claim.config(line, claim.cases[1], {}) == every.config(there[line.name], every.cases[1], {})
+        assert claim.config(line, claim.cases[1], tuned) == every.config(there[line.name], every.cases[1], tuned)
     rates = claim.tune["train.lr"]
     known = [rate for rate in rates if rate in every.tune["train.lr"]]
     kept = (70 / 256) ** 0.5  # of what is white along the features, by [1 4 6 4 1] / 16

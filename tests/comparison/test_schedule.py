@@ -55,6 +55,18 @@ def test_the_walk_ends_where_both_neighbours_of_the_best_are_no_lower(losses: li
     assert {*beside} <= {*tried} and by_rate[best] == min(by_rate[rate] for rate in tried)
 
 
+def test_the_point_where_a_walk_begins_is_tried_whatever_the_file_has() -> None:
+    """A loss may have two minima: whoever begins elsewhere than the runs in the file gets to the other one too."""
+    by_rate = dict(zip(RATES, [0.7, 0.8, 0.9, 0.5, 0.6], strict=True))
+    made = Schedule(comparison({"train.lr": 0.03}, strategies=["fedavg"], seeds=1, tune={"train.lr": RATES}))
+    line, case = made.comparison.lines[2], made.comparison.cases[0]
+    runs = [ComparisonRun(line, case, 0, (("train.lr", rate),)) for rate in RATES[:2]]
+    results: Results = {made.name(run): done(by_rate[dict(run.tuned)["train.lr"]]) for run in runs}
+    while run := next((run for run in made.ready(results) if run.line == line), None):
+        results[made.name(run)] = done(by_rate[dict(run.tuned)["train.lr"]])
+    assert made.chosen(line, case, results).tuned == {"train.lr": 0.03}
+
+
 def test_several_keys_are_walked_along_each() -> None:
     made = schedule(tune={"train.lr": RATES, "lora.rank": [2, 4, 8]})
     line, case = made.comparison.lines[2], made.comparison.cases[0]
