@@ -152,6 +152,32 @@ def test_clients_of_a_pass_that_was_killed_pay_once(given: list[str], tmp_path: 
     assert [record["round"] for record in records(out)] == [1, 2, 3]
 
 
+UNHURRIED = ["--server.mode", "async", "--server.buffer", "2", "--simulation.speed", "1,3.7", "--engine", "serial"]
+
+
+@pytest.fixture(scope="module")
+def asynchronous(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The experiment of clients for whom nobody waits."""
+    out = tmp_path_factory.mktemp("asynchronous") / "run"
+    done = fedlora("simulate", *given, *SEEDED, *UNHURRIED, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("moment", ["ledger.jsonl", "answer.safetensors", "round-000001*"])
+def test_a_killed_asynchronous_run_goes_on_to_the_same_end_and_no_client_pays_twice(
+    asynchronous: Path,
+    given: list[str],  # noqa: F811
+    tmp_path: Path,
+    moment: str,
+) -> None:
+    out = tmp_path / "killed"
+    kill_and_resume([*given, *SEEDED, *UNHURRIED], out, moment)
+    assert same(asynchronous, out)
+    paid, wanted = ({path.parent.name: len(charges(path)) for path in ledgers(run)} for run in (out, asynchronous))
+    assert paid == wanted
+
+
 def test_a_client_whose_budget_is_spent_sits_out_and_the_round_goes_on(given: list[str], tmp_path: Path) -> None:  # noqa: F811
     """It allows less than the run would spend: who is drawn a second time says so."""
     some = ["--dp.budget", "4.5", "--server.below_quorum", "skip", "--cohort", "4"]
