@@ -11,6 +11,9 @@ rates, so it keeps the c_i itself and sends c - c_i, where the paper's clients s
 descent without a clip, as c_i is read off them. c is the mean over the clients that were asked so far, by the weights
 of x (where these differ, the paper's plain mean is no fixed point), and a client that never was has c_i = c, not 0.
 State and checkpoints hold one c_i a client. A and B are corrected apart, as FedIT averages them apart.
+
+Under DP-SGD c_i is the mean of clipped and noised gradients, and the correction comes after the noise: DP-SCAFFOLD
+(Noble et al., AISTATS 2022, https://arxiv.org/abs/2111.09278).
 """
 
 from collections.abc import Mapping, Sequence

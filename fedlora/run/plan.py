@@ -42,7 +42,7 @@ FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead
     "stage": "leave it out; personal.steps and personal.alone add stages",
 }
 SETTINGS, TURNS, TAPS = TypeAdapter(Training), TypeAdapter(Turns), TypeAdapter(Taps)
-ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate", "clip")  # training settings behind a private run's noise
+ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate")  # training settings behind a private run's noise
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def _check_terms_are_kept(strategy: str, job: Job, client: Client) -> None:
         if name in job.overrides:
             raise PrivacyError(
                 f"strategy {strategy} overrides train.{name} for client {client.id}, and a private run (dp.level = "
-                "record) samples, steps and clips as its noise was computed for: leave it out of Job.overrides, or run "
+                "record) samples and steps as its noise was computed for: leave it out of Job.overrides, or run "
                 "without dp.epsilon and dp.noise"
             )
 

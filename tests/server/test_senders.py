@@ -33,6 +33,7 @@ from fedlora.strategy import Client, Job, Sender, Strategy, load, next_state
 from tests.support.adapters import factors, fresh
 from tests.support.bugs import ClustersSaySums
 from tests.support.clustered import Clustered
+from tests.support.cohorts import furthest
 
 SMALL = small_model("bert")
 PLAN = Plan(4, cohort=2, training=Training(lr=1e-2, steps=2, batch_size=4), evaluate_clients=True)
@@ -208,7 +209,7 @@ def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any
         next(fit(Head(Sets(((name, value),)), "local"), fleet(tmp_path), SMALL.start, PLAN))
 
 
-@pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
+@pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate"])
 def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path: Path) -> None:
     terms = RecordLevelDP(config=PrivacyConfig(noise=1.0, delta=1e-3), training=PLAN.training, rounds=PLAN.rounds)
     plan = replace(PLAN, record_level=terms, metrics=False, evaluate_clients=False)
@@ -222,6 +223,21 @@ def test_a_private_run_takes_a_rate_of_a_clients_own(tmp_path: Path) -> None:
     plan = replace(PLAN, rounds=1, record_level=terms, metrics=False, evaluate_clients=False)
     (done,) = fit(Slower(overrides=()), fleet(tmp_path), SMALL.start, plan)
     assert not done.failed and done.spent
+
+
+@pytest.mark.parametrize(("steps", "is_fedit"), [(1, True), (2, False)])
+def test_scaffold_corrects_what_is_clipped_and_noised(steps: int, is_fedit: bool, tmp_path: Path) -> None:
+    """The corrections of all clients cancel in the mean, so that nothing is left of them after one step a round."""
+    training = Training(optimizer="sgd", lr=0.1, steps=steps, batch_size=4)
+    dp = PrivacyConfig(noise=0.5, delta=1e-3, rate=0.5, seeded=True)
+    terms = RecordLevelDP(config=dp, training=training, rounds=3)
+    plan = Plan(3, cohort=len(SMALL.clients), training=training, record_level=terms, metrics=False)
+    ends = []
+    for name in ("fedavg", "scaffold"):
+        strategy = load(name)
+        (*_, last) = fit(strategy, fleet(tmp_path / name), SMALL.start, plan)
+        ends.append(strategy.adapter(last.state))
+    assert not last.failed and (furthest(*ends) < 1e-6) == is_fedit
 
 
 @dataclass(frozen=True)
