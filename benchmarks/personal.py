@@ -1,7 +1,7 @@
 r"""A model for each client: the common one, what each makes of it by itself, what strategies keep with clients, alone.
 
-    python -m benchmarks.personal --config simulations/sst2.toml --model MINILM --data 'sst2/client_*.jsonl' \
-        --out personal.json
+    python -m benchmarks.personal --config benchmarks/personal_sst2.toml --model MINILM --data 'sst2/client_*.jsonl' \
+        --steps 8 --out personal.json
 
 Every client holds out a fifth of its rows. One half of these chooses, the other one measures. Each method is run with
 every rate of the grid, and after its rounds every client goes on by itself from the model that it has, for `--steps`
@@ -193,6 +193,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse, run, print."""
     given = _parser().parse_args(words)
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
     settings = configuration.read(given.config) if given.config else {}
     paths = {"model.path": given.model, "data.path": given.data}
     threads = {"threads": max(1, (os.cpu_count() or 1) // given.jobs)}
