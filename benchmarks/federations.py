@@ -29,7 +29,7 @@ from fedlora.run.client_ranks import ranks
 from fedlora.run.compose import compose
 from fedlora.run.plan import Plan
 from fedlora.run.setup import RunSetup, prepare
-from fedlora.sections import LoRAConfig
+from fedlora.sections import LoRAConfig, ModelConfig
 from fedlora.server.rounds import answers_and_failures, fit
 from fedlora.simulations.stacked import Stacked
 from fedlora.strategy import Strategy
@@ -129,30 +129,26 @@ def settings(federation: Federation, *, smoke: bool) -> dict[str, Any]:
     return {**configuration.read(federation.toml), **federation.settings, **small}
 
 
-def carry_out(
-    place: Place, federation: Federation, config: Config, most: int = 60, head: float = 1.0
-) -> dict[str, Any]:
+def carry_out(place: Place, federation: Federation, config: Config, most: int = 60) -> dict[str, Any]:
     """Do one run in this process, and return its record.
 
     That is its rounds, how good each client's model is on the examples that the client holds out ("choice": the mean
     on the half by which something may be chosen; "own": on the other half; at most `most` of each), whether clients
-    keep a part of it, the noise of a private run, and the CPU time. A new head starts at `head` times what transformers
-    draws.
+    keep a part of it, the noise of a private run, and the CPU time.
     """
     began = time.process_time()
-    setup = _setup(place, federation, replace(config.lora, ranks=""), config.seed)
+    setup = _setup(place, federation, replace(config.lora, ranks=""), config.model, config.seed)
     halves = [_clients_data(place, federation, config.seed, half, most) for half in (0, 1)]
     client_ranks = ranks(
         config.lora.ranks, largest=config.lora.rank, clients=len(halves[0]), seed=config.seed, memory=setup.model.memory
     )
-    start = replace(setup.start, H={m: head * h for m, h in setup.start.H.items()})
-    strategy = compose(config, start, client_ranks)
+    strategy = compose(config, setup.start, client_ranks)
     with TemporaryDirectory() as folder:
         choice, other = (
             Stacked(setup.model, data, client_ranks, Path(folder), policy=policy_of(config)) for data in halves
         )
         plan = _plan(config, setup, choice)
-        rounds = list(fit(strategy, choice, start, plan))
+        rounds = list(fit(strategy, choice, setup.start, plan))
         chosen, own = (_judged(strategy, rounds[-1].state, fleet, config.rounds - 1) for fleet in (choice, other))
         jobs = [strategy.client_init(rounds[-1].state, client) for client in choice.clients()]
     return {
@@ -195,9 +191,9 @@ def _loss(metrics: Mapping[int, Metrics]) -> float:
 
 
 @lru_cache(maxsize=4)
-def _setup(place: Place, federation: Federation, lora: LoRAConfig, seed: int) -> RunSetup:
+def _setup(place: Place, federation: Federation, lora: LoRAConfig, model: ModelConfig, seed: int) -> RunSetup:
     """The model with this adapter, and the encoded examples; a process makes each once."""
-    return prepare(replace(config_of(place, federation), lora=lora, seed=seed))
+    return prepare(replace(config_of(place, federation), lora=lora, model=model, seed=seed))
 
 
 @lru_cache(maxsize=8)
@@ -208,7 +204,8 @@ def _clients_data(place: Place, federation: Federation, seed: int, half: int, mo
         rows = client_data.heldout_rows
         return replace(client_data, heldout_rows=take(rows, range(half, len(rows), 2)[:most]))
 
-    return tuple(map(halved, _setup(place, federation, config_of(place, federation).lora, seed).clients_data))
+    plain = config_of(place, federation)
+    return tuple(map(halved, _setup(place, federation, plain.lora, plain.model, seed).clients_data))
 
 
 def outcome(done: Mapping[str, Any]) -> str:

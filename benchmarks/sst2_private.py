@@ -27,10 +27,10 @@ RATES = (1.0, 3.0, 9.0)
 CLIPS = (1.0, 3.0)
 EPSILON = 3.0
 OWN = 120  # examples at most, of those that a client holds out
-HEAD = 10.0  # times transformers' random head: a smaller one asks the frozen model for larger changes
 SETTINGS: Mapping[str, Any] = {
     "data.holdout": 0.05,
     "model.head": "frozen",
+    "model.head_scale": 10.0,  # a smaller head asks the frozen model for larger changes
     "lora.targets": [f"layer.{i}.attention.self.{name}" for i in (4, 5) for name in ("query", "value")],
     "rounds": 15,
     "train.optimizer": "sgd",
@@ -127,7 +127,7 @@ def measure(place: Place, run: PrivateRun) -> dict[str, Any]:
     private = {"dp.epsilon": run.of_line.epsilon, "dp.clip": run.clip, "dp.seeded": True, "dp.metrics": True}
     chosen = {"strategy": run.of_line.strategy, "train.lr": run.lr, **(private if run.of_line.epsilon else {})}
     config = config_of(place, SST2, SETTINGS, chosen, run.of_line.options)
-    return {"lr": run.lr, "clip": run.clip, **carry_out(place, SST2, config, most=OWN, head=HEAD)}
+    return {"lr": run.lr, "clip": run.clip, **carry_out(place, SST2, config, most=OWN)}
 
 
 def best(done: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -166,7 +166,7 @@ def _privacy(noise: Sequence[float], last: Mapping[str, Any]) -> tuple[str, str]
 
 def _settings(place: Place) -> dict[str, Any]:
     """The settings that all results of a file have in common, whatever the paths of model and data."""
-    grid = {"rates": RATES, "clips": CLIPS, "epsilon": EPSILON, "own": OWN, "head": HEAD, "smoke": place.smoke}
+    grid = {"rates": RATES, "clips": CLIPS, "epsilon": EPSILON, "own": OWN, "smoke": place.smoke}
     return {"file": SST2.toml.name, **SETTINGS, **grid}
 
 
