@@ -150,17 +150,10 @@ class ClientPolicy:
             yield "no DP-SGD, and dp.epsilon or dp.noise is set here"
         if job.privacy:
             yield from self._weak_terms(job.privacy, records)
-        if job.metrics:
-            yield from self._untold_loss(job, records)
+        if job.metrics and not self.metrics:
+            yield "its training loss, and dp.metrics is not set here"
         if self.masked and job.masking is None:
             yield "an update without a mask, and secure.aggregation is set here"
-
-    def _untold_loss(self, job: Job, records: int) -> Iterator[str]:
-        """Why this client does not tell its training loss."""
-        if not self.metrics:
-            yield "its training loss, and dp.metrics is not set here"
-        if job.privacy and records < self.fewest_scored:
-            yield f"its training loss over {records} records, and fewer than {self.fewest_scored} tell too much of each"
 
     def _weak_terms(self, terms: PrivacyTerms, records: int) -> Iterator[str]:
         """What these terms of DP-SGD lack."""

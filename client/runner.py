@@ -197,7 +197,14 @@ class JobRunner:
         """The update of a job that the ledger has just been charged for; it lies on the disk when this returns."""
         try:
             before = ClientState(self.folder).before(job.round)
-            task = TrainingTask(client=self.id, job=job, kept=before, records=records, mechanism=self.mechanism)
+            task = TrainingTask(
+                client=self.id,
+                job=job,
+                kept=before,
+                records=records,
+                mechanism=self.mechanism,
+                fewest_told=self.policy.fewest_scored,
+            )
             answer, kept = trained((yield task))
             self._keep(job, kept)
             ledger.keep(digest, answer)

@@ -43,6 +43,7 @@ class TrainingTask:
     examples: Sequence[Example] = ()  # of a job without DP-SGD
     records: Records = ()  # of a private job
     mechanism: Mechanism = STANDARD  # of a private job
+    fewest_told: int = 1  # records of a private job, and of those drawn, of which a loss may be told
 
     def refuse_empty(self) -> None:
         """Raise `ClientFailed` where there is nothing to train on."""
@@ -59,7 +60,9 @@ class TrainingTask:
 def perform(model: Model, task: TrainingTask) -> Trained:
     """Train one task on the model; return and raise as `train` and `train_privately` do."""
     if task.job.privacy:
-        return train_privately(model, task.job, task.client, task.records, task.kept, task.mechanism)
+        return train_privately(
+            model, task.job, task.client, task.records, task.kept, task.mechanism, fewest_told=task.fewest_told
+        )
     return train(model, task.job, task.client, task.examples, task.kept)
 
 
@@ -111,7 +114,14 @@ def train(model: Model, job: Job, client: int, examples: Sequence[Example], kept
 
 
 def train_privately(
-    model: Model, job: Job, client: int, records: Records, kept: LoRA, mechanism: Mechanism = STANDARD
+    model: Model,
+    job: Job,
+    client: int,
+    records: Records,
+    kept: LoRA,
+    mechanism: Mechanism = STANDARD,
+    *,
+    fewest_told: int = 1,
 ) -> Trained:
     """Train what the job names by DP-SGD, on the job's terms; return as `train` does.
 
@@ -121,7 +131,8 @@ def train_privately(
     TrainingTask(client=client, job=job, kept=kept, records=records).refuse_empty()
     taken = load_start(model, job, kept)
     with model.learning(job.training, private=True):
-        loss = dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
+        losses = dpsgd.train(model, _sides(model, job), job, client, records, mechanism)
+    loss = dpsgd.told_loss(losses, records=len(records), fewest=fewest_told)
     return make_update(job, model.get_adapter(), taken, len(records), loss)
 
 

@@ -44,7 +44,7 @@ from fedlora.models.model import Model
 from fedlora.privacy import dpsgd, preflight
 from fedlora.privacy.dpsgd import privacy_of
 from fedlora.privacy.noise import secret_draws
-from fedlora.privacy.per_sample_gradients import Gradients, mean_loss
+from fedlora.privacy.per_sample_gradients import Gradients
 
 COMPANY = 2  # made-up records of another client, in whose pass the checked ones are
 log = logging.getLogger("fedlora")
@@ -168,8 +168,9 @@ class PrivateCohort:
         return self.adapters.update(place, len(task.records), self._mean_loss(place) if task.job.metrics else None)
 
     def _mean_loss(self, place: int) -> float | None:
-        """The mean loss of the records that a client drew in all steps."""
-        return mean_loss(chain.from_iterable(losses[owner == place].tolist() for owner, losses in self._losses))
+        """The mean loss of the records that a client drew in all steps, as it may be told."""
+        task, own = self._tasks[place], (losses[owner == place].tolist() for owner, losses in self._losses)
+        return dpsgd.told_loss(chain.from_iterable(own), records=len(task.records), fewest=task.fewest_told)
 
 
 def of_means(

@@ -20,7 +20,7 @@ knew the masks, one record more or less would change the gradients of all after 
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import fsum, isfinite, sqrt
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ from fedlora.encoding.encoder import Example, Records
 from fedlora.errors import PrivacyError, TrainingDiverged
 from fedlora.jobs import Job, PrivacyTerms
 from fedlora.lora import LoRA, at_least_float32
+from fedlora.message_types import MOST_LOSS
 from fedlora.models import optimizer
 from fedlora.models.added_gradients import added_gradients
 from fedlora.models.model import Model
@@ -139,10 +140,10 @@ def train(
     client: int,
     records: Records,
     mechanism: Mechanism = STANDARD,
-) -> float | None:
+) -> list[float]:
     """Run all steps of a private job on the model's parameters, which are given by side.
 
-    Returns the mean loss of the records that were drawn, which no noise hides; none where no record was.
+    Returns the loss of every record that was drawn, once for each time: no noise hides them (see `told_loss`).
     Raises `PrivacyError`, before any record is read, for a model whose records' gradients cannot be told apart, and
     `TrainingDiverged` where the parameters are not finite afterwards; they are functions of what was released already.
     """
@@ -173,7 +174,21 @@ def train(
                     steps.step()
                     steps.zero_grad()
     refuse_infinite(parameters, job)
-    return meter.mean()
+    return meter.kept()
+
+
+def told_loss(losses: Iterable[float], *, records: int, fewest: int) -> float | None:
+    """Return the mean loss of the records that a client drew, of all that it has, as it may be told; else None.
+
+    It may not where fewer than `fewest` are there or were drawn, as the server names the rate at which they are, nor
+    where it is too large to travel. A record whose loss is not finite is left out, as its gradient is by `clip`. The
+    mean is the same to the last bit whatever the order.
+    """
+    finite = [loss for loss in losses if isfinite(loss)]
+    if min(records, len(finite)) < max(fewest, 1):
+        return None
+    mean = fsum(finite) / len(finite)
+    return mean if abs(mean) <= MOST_LOSS else None
 
 
 def refuse_infinite(trained: Iterable[Tensor], job: Job) -> None:

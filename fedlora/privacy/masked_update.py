@@ -49,7 +49,7 @@ def layout(job: Job) -> list[Place]:
 def size(job: Job) -> int:
     """Return how many numbers the vector of a masked update has."""
     matrices = sum(shape.numel() for *_, shape in layout(job))
-    return matrices + int(job.metrics) + int(masking_terms(job).clip > 0)
+    return matrices + len(_loss(job, None)) + int(masking_terms(job).clip > 0)
 
 
 def masking_terms(job: Job) -> MaskingTerms:
@@ -63,18 +63,30 @@ def vector(job: Job, update: Update) -> NDArray[np.float64]:
     """Return the update as the vector that is masked, (size(job),).
 
     The change of every shared matrix in the order of `layout`, scaled to norm `clip` if the job has one; then the loss,
-    if it may be sent; then, with a clip, +1/2 or -1/2 for whether the norm was within it.
+    if it may be sent, and of a private job 1 or 0 for whether the client tells one; then, with a clip, +1/2 or -1/2 for
+    whether the norm was within it.
     """
     terms = masking_terms(job)
     change = difference(update.lora, shared_start(job))
     delta = torch.cat([change.side(s)[m].flatten() for s, m, _ in layout(job)])
-    extras = [_share_of_loss(update.loss or 0.0)] if job.metrics else []
+    extras = _loss(job, update.loss)
     if terms.clip:
         norm = float(delta.norm())
         extras.append(0.5 if norm <= terms.clip else -0.5)
         delta = _clipped(delta, norm=norm, clip=terms.clip)
     whole: NDArray[np.float64] = torch.cat([delta, terms.reach * torch.tensor(extras, dtype=torch.float64)]).numpy()
     return whole
+
+
+def tells(job: Job) -> bool:
+    """Is it said with the loss whether there is one? A private client that drew too few records has none."""
+    return job.metrics and job.privacy is not None
+
+
+def _loss(job: Job, loss: float | None) -> list[float]:
+    """What a masked update says of the loss."""
+    told = [0.0 if loss is None else _share_of_loss(loss)] if job.metrics else []
+    return [*told, float(loss is not None)] if tells(job) else told
 
 
 def _share_of_loss(loss: float) -> float:

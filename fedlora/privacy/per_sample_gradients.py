@@ -9,10 +9,9 @@ benchmarks/README.md).
 gradients of all its examples at once, and with them `owner`, the client of each.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from math import fsum, isfinite
 from typing import Any, Protocol, Self
 
 import torch
@@ -72,18 +71,9 @@ class LossMeter:
         self._losses.append(losses.detach())
         return losses
 
-    def mean(self) -> float | None:
-        """The mean of all losses that were kept; none where there are none."""
-        return mean_loss(torch.cat(self._losses).tolist() if self._losses else [])
-
-
-def mean_loss(losses: Iterable[float]) -> float | None:
-    """The mean loss of examples, the same to the last bit in any order; none where there are none.
-
-    An example whose loss is not finite is left out, as its gradient is by `clip`.
-    """
-    finite = [loss for loss in losses if isfinite(loss)]
-    return fsum(finite) / len(finite) if finite else None
+    def kept(self) -> list[float]:
+        """The losses of all examples that have passed."""
+        return torch.cat(self._losses).tolist() if self._losses else []
 
 
 class PerExample(Protocol):

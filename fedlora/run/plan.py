@@ -42,7 +42,7 @@ FILLED_IN = {  # field of a Job -> what a strategy that sets it is to do instead
     "stage": "leave it out; personal.steps and personal.alone add stages",
 }
 SETTINGS, TURNS, TAPS = TypeAdapter(Training), TypeAdapter(Turns), TypeAdapter(Taps)
-ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate")  # training settings behind a private run's noise
+ACCOUNTED = ("epochs", "steps", "batch_size", "accumulate", "clip")  # training settings behind a private run's noise
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RoundResult:
     state: Any
     asked: tuple[int, ...]
     failed: Mapping[int, Failure]
-    train_loss: float | None  # mean over clients by weight; none where the round was skipped
+    train_loss: float | None  # mean over clients by weight; none where the round was skipped, or nobody tells one
     eval: Mapping[str, float] | None  # of the global model
     eval_clients: Mapping[str, float | int | str] | None  # of each client's model on its own held-out examples
     bytes_up: int
@@ -295,10 +295,10 @@ def _check_start_is_sent_whole(strategy: str, job: Job, plan: Plan) -> None:
 def _check_terms_are_kept(strategy: str, job: Job, client: Client) -> None:
     """Raise `PrivacyError` where a client would draw other samples, or take other steps, than its noise is for."""
     for name in ACCOUNTED:
-        if name in job.overrides:
+        if name in job.overrides and (name != "clip" or job.overrides[name]):  # without train.clip it trains anyway
             raise PrivacyError(
                 f"strategy {strategy} overrides train.{name} for client {client.id}, and a private run (dp.level = "
-                "record) samples and steps as its noise was computed for: leave it out of Job.overrides, or run "
+                "record) samples, steps and clips as its noise was computed for: leave it out of Job.overrides, or run "
                 "without dp.epsilon and dp.noise"
             )
 

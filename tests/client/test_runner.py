@@ -52,9 +52,7 @@ def test_a_private_job_tells_the_loss_that_is_asked_for_of_records_enough(tmp_pa
     asked = job(rate=1.0)
     update = runner(tmp_path / "enough", fewest_scored=3).run(SMALL.model, asked)
     assert update.loss is not None and 0 < update.loss < 10
-    with pytest.raises(PrivacyError, match="its training loss over 3 records, and fewer than 4 tell too much of each"):
-        runner(tmp_path / "few", fewest_scored=4).run(SMALL.model, asked)
-    assert runner(tmp_path / "few", fewest_scored=4).run(SMALL.model, replace(asked, metrics=False)).loss is None
+    assert runner(tmp_path / "few", fewest_scored=4).run(SMALL.model, asked).loss is None
 
 
 def test_the_same_job_again_has_the_same_answer_for_nothing(tmp_path: Path) -> None:

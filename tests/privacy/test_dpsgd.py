@@ -22,7 +22,6 @@ from fedlora.models.model import Model
 from fedlora.privacy import dpsgd
 from fedlora.privacy.dpsgd import STANDARD, Mechanism
 from fedlora.privacy.noise import SecureRandom
-from fedlora.privacy.per_sample_gradients import mean_loss
 from fedlora.privacy.preflight import synthetic
 from fedlora.sections import LoRAConfig, ModelConfig, Training
 from fedlora.seeds import seeded
@@ -270,8 +269,21 @@ def test_no_loss_is_told_that_was_not_asked_for_or_where_no_record_was_drawn(mod
     assert loss_told(model, replace(job, metrics=True, privacy=NEVER), alone(made_up(model))) is None
 
 
-def test_a_record_whose_loss_is_no_number_is_not_in_the_mean() -> None:
-    assert mean_loss([1.0, float("nan"), 3.0, float("inf")]) == 2.0 and mean_loss([float("nan")]) is None
+@pytest.mark.parametrize(
+    ("losses", "records", "told"),
+    [
+        ([1.0, 3.0], 2, 2.0),
+        ([1.0, float("nan"), 3.0, float("inf")], 4, 2.0),
+        ([1.0, float("nan")], 2, None),  # of one record alone
+        ([1.0] * 9, 1, None),  # of one record, again and again
+        ([], 9, None),
+        ([1e6, 3e6], 2, None),  # what may not travel fails no job that was charged
+    ],
+)
+def test_a_loss_is_told_of_as_many_records_as_it_needs_and_of_numbers(
+    losses: list[float], records: int, told: float | None
+) -> None:
+    assert dpsgd.told_loss(losses, records=records, fewest=2) == told
 
 
 def test_a_record_that_is_no_number_is_as_if_it_were_not_there(build: Callable[..., Model]) -> None:

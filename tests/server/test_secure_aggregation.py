@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from fedlora.checks.small_models import RANK, small_model
+from fedlora.client.policy import ClientPolicy
 from fedlora.encoding.client_data import ClientData
 from fedlora.errors import Failure, RoundFailed
 from fedlora.jobs import SecAggStep
@@ -64,10 +65,12 @@ class Line:
         return self.fleet.evaluate(jobs)
 
 
-def line(folder: Path, ranks: Sequence[int] = (RANK,) * 5, **silent: int) -> Line:
+def line(folder: Path, ranks: Sequence[int] = (RANK,) * 5, fewest_scored: int = 1, **silent: int) -> Line:
     where = small_model("bert")
     rows = [where.clients[i % 3].train_rows[: 4 + i] for i in range(len(ranks))]
-    return Line(Serial(where.model, [ClientData(where.model.encoder, r) for r in rows], ranks, folder), silent)
+    policy = ClientPolicy(fewest_scored=fewest_scored)
+    data = [ClientData(where.model.encoder, r) for r in rows]
+    return Line(Serial(where.model, data, ranks, folder, policy=policy), silent)
 
 
 def run(fleet: Line, plan: Plan, strategy: Strategy[Any] | None = None) -> list[RoundResult]:
@@ -190,6 +193,19 @@ def test_records_can_be_hidden_as_well(tmp_path: Path) -> None:
     plain, secure = run(line(tmp_path / "a"), plan)[0], run(line(tmp_path / "b"), replace(plan, secure=SECURE))[0]
     assert apart(plain.state, secure.state) < 2e-7 and plain.spent == secure.spent and len(secure.spent) == 5
     assert secure.train_loss is None
+
+
+@pytest.mark.parametrize(("rate", "fewest", "told"), [(0.75, 1, 5), (0.25, 1, 4), (0.75, 99, 0)])
+def test_the_loss_under_a_mask_is_the_mean_of_those_who_drew_records_enough(
+    rate: float, fewest: int, told: int, tmp_path: Path
+) -> None:
+    dp = PrivacyConfig(noise=1.0, delta=1e-3, rate=rate, seeded=True)
+    training = replace(SGD, steps=1)
+    plan = replace(PLAN, training=training, record_level=RecordLevelDP(config=dp, training=training, rounds=1), seed=4)
+    plain = run(line(tmp_path / "a", fewest_scored=fewest), plan)[0]
+    secure = run(line(tmp_path / "b", fewest_scored=fewest), replace(plan, secure=SECURE))[0]
+    assert len([each for each in plain.record()["each"].values() if "train_loss" in each]) == told
+    assert secure.train_loss == (pytest.approx(plain.train_loss, rel=1e-4) if told else None)
 
 
 @pytest.mark.parametrize("clients", [2, 3])

@@ -209,7 +209,7 @@ def test_what_the_run_fills_in_is_not_silently_overwritten(name: str, value: Any
         next(fit(Head(Sets(((name, value),)), "local"), fleet(tmp_path), SMALL.start, PLAN))
 
 
-@pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate"])
+@pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accumulate", "clip"])
 def test_a_private_run_trains_as_its_noise_was_computed_for(name: str, tmp_path: Path) -> None:
     terms = RecordLevelDP(config=PrivacyConfig(noise=1.0, delta=1e-3), training=PLAN.training, rounds=PLAN.rounds)
     plan = replace(PLAN, record_level=terms, metrics=False, evaluate_clients=False)
