@@ -35,7 +35,7 @@ from fedlora.errors import Failure, FailureKind, SecureError, SumLost
 from fedlora.jobs import Client, Job, MaskingTerms, SecAggStep, shared_start
 from fedlora.lora import from_matrices, map_factors, normalised
 from fedlora.privacy.client_level import ClippedSum
-from fedlora.privacy.masked_update import MOST_LOSS, MOST_WEIGHT, decode, layout, masking_terms, size, tells
+from fedlora.privacy.masked_update import MOST_LOSS, MOST_WEIGHT, decode, flags_loss, layout, masking_terms, size
 from fedlora.privacy.secure_aggregation import Ring, Roster, least_threshold, unmask, why_exposed
 from fedlora.sections import SecureConfig
 from fedlora.server.aggregation import Answers, Collected, capped
@@ -276,7 +276,7 @@ def _read(
         clipped_sum.total.update({key: change * n for key, change in changes.items()})
         clipped_sum.below = extras[-1] * n
     if job.metrics:
-        got.loss = _mean_loss(extras, extras[1] if tells(job) else weight)
+        got.loss = _mean_loss(extras, extras[1] if flags_loss(job) else weight)
     mean = from_matrices((s, m, change / weight) for (s, m), change in changes.items())
     got.updates, got.weights = [map_factors(_moved, shared_start(job), mean)], [1.0]
 
@@ -307,7 +307,7 @@ def _mean_loss(extras: list[float], weight: float) -> float | None:
 
 
 def _split(job: Job, total: NDArray[np.float64]) -> tuple[dict[tuple[str, str], Tensor], list[float]]:
-    """Return the changes in the sum by (side, module), and the numbers behind them: loss and count, where told."""
+    """Return the changes in the sum by (side, module), and the numbers behind them, as `vector` has them."""
     changes: dict[tuple[str, str], Tensor] = {}
     at = 0
     for s, m, shape in layout(job):

@@ -142,7 +142,7 @@ class PrivateCohort:
 
     def _of_records(self, examples: Sequence[Example], owner: Tensor) -> Tensor:
         """The gradient of each example's own mean loss: (examples, P_t); the losses are kept."""
-        gradient, losses = of_means(self._model, self.adapters.rows, self.adapters.theta, owner, examples)
+        gradient, losses = gradients_and_losses(self._model, self.adapters.rows, self.adapters.theta, owner, examples)
         self._losses.append((owner, losses))
         return gradient
 
@@ -173,7 +173,7 @@ class PrivateCohort:
         return dpsgd.told_loss(chain.from_iterable(own), records=len(task.records), fewest=task.fewest_told)
 
 
-def of_means(
+def gradients_and_losses(
     model: Model, rows: RowPass | RowPasses, theta: Tensor, owner: Tensor, examples: Sequence[Example]
 ) -> tuple[Tensor, Tensor]:
     """The gradient of each example's mean loss over its own targets, (examples, P_t), and that loss, (examples,).
@@ -237,7 +237,7 @@ class StackedGradients:
     def __call__(self, examples: Sequence[Example]) -> Gradients:
         n = len(examples)
         owner = torch.tensor([0] * n + [1] * COMPANY, device=self._theta.device)
-        found = of_means(self._model, self._rows, self._theta, owner, [*examples, *self._company])[0][:n]
+        found = gradients_and_losses(self._model, self._rows, self._theta, owner, [*examples, *self._company])[0][:n]
         views = [self._layout.view(found, key) for key in self._keys]
         turned = [v.transpose(1, 2) if side == "B" else v for v, (side, _) in zip(views, self._keys, strict=True)]
         return [v.reshape(n, *shape) for v, shape in zip(turned, self._shapes, strict=True)]

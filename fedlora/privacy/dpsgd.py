@@ -178,11 +178,11 @@ def train(
 
 
 def told_loss(losses: Iterable[float], *, records: int, fewest: int) -> float | None:
-    """Return the mean loss of the records that a client drew, of all that it has, as it may be told; else None.
+    """Return the mean loss of the records that a client drew, or None where it may not be told.
 
-    It may not where fewer than `fewest` are there or were drawn, as the server names the rate at which they are, nor
-    where it is too large to travel. A record whose loss is not finite is left out, as its gradient is by `clip`. The
-    mean is the same to the last bit whatever the order.
+    It may not where the client has fewer than `fewest` records or drew fewer, as the server names the rate at which
+    they are drawn; nor where the mean is too large to travel. A record whose loss is not finite is left out, as its
+    gradient is by `clip`. The mean is the same to the last bit whatever the order.
     """
     finite = [loss for loss in losses if isfinite(loss)]
     if min(records, len(finite)) < max(fewest, 1):

@@ -49,7 +49,7 @@ def layout(job: Job) -> list[Place]:
 def size(job: Job) -> int:
     """Return how many numbers the vector of a masked update has."""
     matrices = sum(shape.numel() for *_, shape in layout(job))
-    return matrices + len(_loss(job, None)) + int(masking_terms(job).clip > 0)
+    return matrices + len(_loss_entries(job, None)) + int(masking_terms(job).clip > 0)
 
 
 def masking_terms(job: Job) -> MaskingTerms:
@@ -69,7 +69,7 @@ def vector(job: Job, update: Update) -> NDArray[np.float64]:
     terms = masking_terms(job)
     change = difference(update.lora, shared_start(job))
     delta = torch.cat([change.side(s)[m].flatten() for s, m, _ in layout(job)])
-    extras = _loss(job, update.loss)
+    extras = _loss_entries(job, update.loss)
     if terms.clip:
         norm = float(delta.norm())
         extras.append(0.5 if norm <= terms.clip else -0.5)
@@ -78,15 +78,15 @@ def vector(job: Job, update: Update) -> NDArray[np.float64]:
     return whole
 
 
-def tells(job: Job) -> bool:
-    """Is it said with the loss whether there is one? A private client that drew too few records has none."""
+def flags_loss(job: Job) -> bool:
+    """Does a masked update say whether it has a loss? A private client that drew too few records tells none."""
     return job.metrics and job.privacy is not None
 
 
-def _loss(job: Job, loss: float | None) -> list[float]:
-    """What a masked update says of the loss."""
+def _loss_entries(job: Job, loss: float | None) -> list[float]:
+    """The numbers of a masked update that are of the loss: none, the loss, or the loss and whether there is one."""
     told = [0.0 if loss is None else _share_of_loss(loss)] if job.metrics else []
-    return [*told, float(loss is not None)] if tells(job) else told
+    return [*told, float(loss is not None)] if flags_loss(job) else told
 
 
 def _share_of_loss(loss: float) -> float:

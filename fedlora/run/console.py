@@ -290,7 +290,7 @@ def _columns_left_out(config: Config, no_common_model: bool) -> set[str]:
     return {name for name, is_shown in shown.items() if not is_shown}
 
 
-def _untold(record: Mapping[str, Any]) -> str:
+def _without_loss(record: Mapping[str, Any]) -> str:
     """What stands for a loss that is not there; in a private round clients may have drawn too few records for one."""
     return "-" if "epsilon" in record else "skipped"
 
@@ -300,7 +300,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     loss, clients = record["train_loss"], record["eval_clients"]
     return {
         "clients": f"{record['answered']}/{record['clients']}",
-        "train loss": _untold(record) if loss is None else f"{loss:.4f}",
+        "train loss": _without_loss(record) if loss is None else f"{loss:.4f}",
         "evaluation": metric(record["eval"]),
         "exact match": _share(record["eval"] or {}, "exact_match"),
         "clients' mean": f"{clients['metric']} {clients['mean']:.4g}" if clients else "",

@@ -295,7 +295,7 @@ def _check_start_is_sent_whole(strategy: str, job: Job, plan: Plan) -> None:
 def _check_terms_are_kept(strategy: str, job: Job, client: Client) -> None:
     """Raise `PrivacyError` where a client would draw other samples, or take other steps, than its noise is for."""
     for name in ACCOUNTED:
-        if name in job.overrides and (name != "clip" or job.overrides[name]):  # without train.clip it trains anyway
+        if name in job.overrides and (name != "clip" or job.overrides[name]):  # DP-SGD takes none but dp.clip
             raise PrivacyError(
                 f"strategy {strategy} overrides train.{name} for client {client.id}, and a private run (dp.level = "
                 "record) samples, steps and clips as its noise was computed for: leave it out of Job.overrides, or run "

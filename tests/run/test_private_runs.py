@@ -152,14 +152,14 @@ def test_clients_of_a_pass_that_was_killed_pay_once(given: list[str], tmp_path: 
     assert [record["round"] for record in records(out)] == [1, 2, 3]
 
 
-UNHURRIED = ["--server.mode", "async", "--server.buffer", "2", "--simulation.speed", "1,3.7", "--engine", "serial"]
+ASYNCHRONOUS = ["--server.mode", "async", "--server.buffer", "2", "--simulation.speed", "1,3.7", "--engine", "serial"]
 
 
 @pytest.fixture(scope="module")
 def asynchronous(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """The experiment of clients for whom nobody waits."""
     out = tmp_path_factory.mktemp("asynchronous") / "run"
-    done = fedlora("simulate", *given, *SEEDED, *UNHURRIED, "--out", out)
+    done = fedlora("simulate", *given, *SEEDED, *ASYNCHRONOUS, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -172,7 +172,7 @@ def test_a_killed_asynchronous_run_goes_on_to_the_same_end_and_no_client_pays_tw
     moment: str,
 ) -> None:
     out = tmp_path / "killed"
-    kill_and_resume([*given, *SEEDED, *UNHURRIED], out, moment)
+    kill_and_resume([*given, *SEEDED, *ASYNCHRONOUS], out, moment)
     assert same(asynchronous, out)
     paid, wanted = ({path.parent.name: len(charges(path)) for path in ledgers(run)} for run in (out, asynchronous))
     assert paid == wanted
